@@ -1,0 +1,485 @@
+"""The command line: python train.py loss=dpo model=gpt2. Checks every setting, loads data and models, and trains."""
+
+import copy
+import difflib
+import math
+import os
+import random
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from checkpoints import load_archive, load_weights
+from losses import LOSSES
+from packing import LAYOUTS
+from preference_datasets import DATASETS, BatchIterator, PreferenceData, Tokenization, get_dataset, make_groups
+from utils import (
+    MetricLogger,
+    Tracker,
+    UserError,
+    WandbTracker,
+    answers,
+    compute_dtype,
+    local_run_dir,
+    make_run_dir,
+    pick_device,
+    say,
+    slug,
+)
+
+PROJECT = Path(__file__).resolve().parent
+OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
+
+# What each setting must be: (test, words for the message).
+
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def is_number(value: Any) -> bool:
+    """Tell a finite number from anything else, truth values included."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def whole(low: int, unit: str, high: int | None = None) -> Rule:
+    """Ask for a whole number from low to high."""
+    words = f"a whole number of {unit}, {low} or more" if high is None else f"a whole number from {low} to {high}"
+    return (lambda v: is_number(v) and isinstance(v, int) and low <= v <= (v if high is None else high)), words
+
+
+def number(test: Callable[[float], bool], words: str) -> Rule:
+    """Ask for a number that passes a test."""
+    return (lambda v: is_number(v) and test(v)), words
+
+
+def one_of(*names: str) -> Rule:
+    """Ask for one of some names."""
+    return (lambda v: isinstance(v, str) and v in names), "one of " + ", ".join(names)
+
+
+def optional(rule: Rule) -> Rule:
+    """Allow null too."""
+    return (lambda v: v is None or rule[0](v)), rule[1] + ", or null"
+
+
+TEXT: Rule = (lambda v: isinstance(v, str) and bool(v.strip()), "a name")
+FLAG: Rule = (lambda v: isinstance(v, bool), "true or false")
+TEXTS: Rule = (lambda v: isinstance(v, list) and bool(v) and all(map(TEXT[0], v)), "a list, as in [hh] or [hh,shp]")
+POSITIVE = number(lambda v: v > 0, "a number above 0")
+NOT_NEGATIVE = number(lambda v: v >= 0, "a number, 0 or more")
+
+RULES: dict[str, Rule] = {
+    "seed": whole(0, "", high=2**32 - 1),
+    "exp_name": (lambda v: isinstance(v, str) and bool(re.fullmatch(r"[\w][\w.+=-]*", v)), "a name without slashes"),
+    "local_dirs": TEXTS,
+    "local_run_dir": TEXT,
+    "debug": FLAG,
+    "wandb.enabled": FLAG,
+    "wandb.entity": optional(TEXT),
+    "wandb.project": TEXT,
+    "datasets": TEXTS,
+    "max_length": whole(2, "tokens"),
+    "max_prompt_length": whole(1, "tokens"),
+    "n_epochs": optional(whole(1, "epochs")),
+    "n_examples": optional(whole(1, "examples")),
+    "trainer": one_of("BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"),
+    "device": one_of("auto", "cuda", "mps", "cpu"),
+    "precision": one_of("auto", "float32", "bfloat16"),
+    "layout": one_of(*LAYOUTS),
+    "batch_size": whole(1, "examples"),
+    "gradient_accumulation_steps": whole(1, "parts"),
+    "lr": POSITIVE,
+    "warmup_steps": whole(0, "updates"),
+    "max_grad_norm": POSITIVE,
+    "optimizer": one_of(*OPTIMIZERS),
+    "activation_checkpointing": FLAG,
+    "fsdp_port": optional(whole(1, "", high=65535)),
+    "eval_every": whole(1, "examples"),
+    "do_first_eval": FLAG,
+    "eval_batch_size": whole(1, "examples"),
+    "n_eval_examples": whole(1, "examples"),
+    "sample_during_eval": FLAG,
+    "n_eval_model_samples": whole(1, "prompts"),
+    "sample_temperature": POSITIVE,
+    "sample_top_k": whole(0, "tokens"),
+    "sample_top_p": number(lambda v: 0 < v <= 1, "a number above 0, at most 1"),
+    "minimum_log_interval_secs": NOT_NEGATIVE,
+    "model.name_or_path": TEXT,
+    "model.tokenizer_name_or_path": optional(TEXT),
+    "model.archive": optional(TEXT),
+    "model.from_scratch": FLAG,
+    "model.block_name": optional(TEXT),
+    "model.policy_dtype": one_of("float32", "bfloat16"),
+    "model.fsdp_policy_mp": optional(one_of("float32", "bfloat16")),
+    "model.reference_dtype": optional(one_of("float32", "bfloat16", "float16")),
+    "model.add_bos": FLAG,
+    "loss.name": one_of(*LOSSES),
+    "loss.beta": POSITIVE,
+    "loss.label_smoothing": number(lambda v: 0 <= v < 0.5, "a number from 0, below 0.5"),
+    "loss.reference_free": FLAG,
+    "loss.average_log_prob": FLAG,
+}
+
+
+def flat_settings(config: DictConfig, prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value}; a value that is missing or cannot be interpolated becomes its exception."""
+    settings: dict[str, Any] = {}
+    for key in config:
+        try:
+            value = config[key]
+        except OmegaConfBaseException as error:
+            value = error
+        if isinstance(value, DictConfig):
+            settings |= flat_settings(value, f"{prefix}{key}.")
+        else:
+            settings[f"{prefix}{key}"] = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
+    return settings
+
+
+def setting_problems(settings: dict[str, Any]) -> list[str]:
+    """Return one line for each setting that is missing, unknown, of the wrong type, or out of range."""
+    problems = []
+    for key, value in settings.items():
+        if key not in RULES:
+            problems.append(unknown(key))
+        elif isinstance(value, OmegaConfBaseException):
+            if "name_or_path" not in str(value) or key == "model.name_or_path":  # else this line has a cause above it
+                problems.append(f"{key}: is missing; set {key}=VALUE, {RULES[key][1]}")
+        elif not RULES[key][0](value):
+            problems.append(f"{key}={'null' if value is None else value}: must be {RULES[key][1]}")
+    return problems
+
+
+def combination_problems(settings: dict[str, Any]) -> list[str]:
+    """Return one line for each combination of settings, each well-formed by itself, that cannot be honoured."""
+    known = {k: v for k, v in settings.items() if k in RULES and RULES[k][0](v)}
+    problems = []
+
+    def check(keys: str, wrong: Callable[..., bool], words: str) -> None:
+        names = keys.split()
+        if all(name in known for name in names) and wrong(*(known[name] for name in names)):
+            values = " ".join(f"{name}={'null' if known[name] is None else known[name]}" for name in names)
+            problems.append(f"{values}: {words}")
+
+    check(
+        "batch_size gradient_accumulation_steps",
+        lambda size, parts: size % parts,
+        "batch_size must be divisible by gradient_accumulation_steps",
+    )
+    check(
+        "max_prompt_length max_length",
+        lambda prompt, whole: prompt >= whole,
+        "max_prompt_length must be below max_length, or no token is left for a response",
+    )
+    check("n_epochs n_examples", lambda *limits: limits == (None, None), "set one of them, or training never ends")
+    check("trainer", lambda v: v != "BasicTrainer", "is not built yet; use trainer=BasicTrainer")
+    check("fsdp_port trainer", lambda port, v: port and v == "BasicTrainer", "fsdp_port needs trainer=FSDPTrainer")
+    check(
+        "precision model.policy_dtype",
+        lambda precision, dtype: (precision, dtype) == ("float32", "bfloat16"),
+        "computing in float32 needs model.policy_dtype=float32",
+    )
+    check(
+        "model.fsdp_policy_mp model.policy_dtype",
+        lambda precision, dtype: (precision, dtype) == ("float32", "bfloat16"),
+        "computing in float32 needs model.policy_dtype=float32",
+    )
+    check("model.archive", lambda path: path and not Path(path).is_file(), "no such file; give the path of a policy.pt")
+    return problems
+
+
+def model_problems(settings: dict[str, Any], model_config: Any, tokenizer: Any) -> list[str]:
+    """Return one line for each way in which the settings, the model and the tokenizer do not fit together."""
+    problems = []
+    text_config = model_config.get_text_config()
+    positions = max_positions(text_config)
+    max_length, name = settings["max_length"], settings["model.name_or_path"]
+    if positions and RULES["max_length"][0](max_length) and max_length > positions:
+        problems.append(f"max_length={max_length}: {name} has {positions} positions; lower it")
+    if len(tokenizer) > text_config.vocab_size:
+        words = f"has {len(tokenizer)} tokens, but {name} has {text_config.vocab_size} embeddings"
+        problems.append(f"model.tokenizer_name_or_path: the tokenizer {words}; choose the model's own")
+    if tokenizer.eos_token_id is None:
+        problems.append("model.tokenizer_name_or_path: the tokenizer has no eos token, which ends a response")
+    if settings["model.add_bos"] is True and tokenizer.bos_token_id is None:
+        problems.append("model.add_bos=true: the tokenizer has no bos token; set it to false")
+    return problems
+
+
+def max_positions(text_config: Any) -> int | None:
+    """Return how many positions a model has, or None where there is no such limit."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    return next(
+        (getattr(text_config, name) for name in names if isinstance(getattr(text_config, name, None), int)), None
+    )
+
+
+# Loading
+
+
+def skip_dead_hub(settings: dict[str, Any]) -> None:
+    """Use what is cached, without the hub client's minutes of retries, if a hub is needed and does not answer."""
+    models = [settings["model.name_or_path"], settings["model.tokenizer_name_or_path"]]
+    datasets = settings["datasets"] if TEXTS[0](settings["datasets"]) else []
+    remote = [name for name in models if isinstance(name, str) and not os.path.isdir(name)]
+    remote += [name for name in datasets if name in DATASETS and name != "demo"]
+    from huggingface_hub import constants
+
+    if remote and not constants.HF_HUB_OFFLINE and not answers(constants.ENDPOINT):
+        say("The hub does not answer: looking only for what is on this machine.")
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries that are imported later
+
+
+def fetch(what: str, name: str, load: Callable[[], Any]) -> Any:
+    """Call load; UserError in one line that names what could not be fetched and says what helps."""
+    try:
+        return load()
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        advice = "give the path of a local folder, or try `make demo`, which needs no download"
+        raise UserError(f"{what}={name}: cannot be loaded ({reason}); {advice}") from None
+
+
+def load_model_config(settings: dict[str, Any]) -> tuple[Any, Any]:
+    """Load the model's config, with dropout off, and the tokenizer."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    name = settings["model.name_or_path"]
+    tokenizer_name = settings["model.tokenizer_name_or_path"] or name
+    model_config = fetch("model.name_or_path", name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
+    load = lambda: AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=False)  # noqa: E731
+    tokenizer = fetch("model.tokenizer_name_or_path", tokenizer_name, load)
+    for part in {id(part): part for part in (model_config, model_config.get_text_config())}.values():
+        for key, value in part.to_dict().items():
+            if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
+                setattr(part, key, 0.0)
+    return model_config, tokenizer
+
+
+def load_policy(config: DictConfig, model_config: Any, device: torch.device) -> Any:
+    """Load the policy with dropout off; UserError if a tensor of the model is missing or does not fit."""
+    from transformers import AutoModelForCausalLM
+
+    dtype, name = getattr(torch, config.model.policy_dtype), config.model.name_or_path
+    if config.model.from_scratch:
+        torch.manual_seed(config.seed)
+        policy = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    else:
+        load = lambda: AutoModelForCausalLM.from_pretrained(  # noqa: E731
+            name, config=model_config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+        policy, info = fetch("model.name_or_path", name, load)
+        wrong = [f"{kind.removesuffix('_keys')} {sorted(map(str, info[kind]))}" for kind in info if info[kind]]
+        if wrong:
+            raise UserError(f"model.name_or_path={name}: its weights do not fit its config: {'; '.join(wrong)}")
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if config.model.archive:
+        load_weights(policy, load_archive(config.model.archive), config.model.archive)
+    return policy.to(device)
+
+
+def make_reference(config: DictConfig, policy: Any) -> Any:
+    """Copy the policy as it is before training."""
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    dtype = config.model.reference_dtype
+    return reference.to(getattr(torch, dtype)) if dtype else reference
+
+
+def load_data(settings: dict[str, Any], split: str) -> dict[str, PreferenceData]:
+    """Load one split of each data set."""
+    return {name: get_dataset(name, split) for name in dict.fromkeys(settings["datasets"])}
+
+
+def make_batches(
+    config: DictConfig, tokenizer: Any, train: dict[str, PreferenceData], test: dict[str, PreferenceData]
+) -> tuple[BatchIterator, BatchIterator]:
+    """Make the iterators of training and of evaluation, whose order does not depend on config.seed."""
+    tokenize = Tokenization(tokenizer, config.max_length, config.max_prompt_length, config.model.add_bos)
+    sft = LOSSES[config.loss.name](config.loss).n_responses == 1
+
+    def groups(split: dict[str, PreferenceData]) -> list[Any]:
+        return [g for name, data in split.items() for g in make_groups(data, name, sft, tokenizer.eos_token)]
+
+    limits = {"n_epochs": config.n_epochs, "n_examples": config.n_examples}
+    train_batches = BatchIterator(groups(train), tokenize, config.batch_size, config.seed, **limits)
+    eval_batches = BatchIterator(groups(test), tokenize, config.eval_batch_size, 0, 1, config.n_eval_examples, True)
+    return train_batches, eval_batches
+
+
+def report_data(split: str, data: dict[str, PreferenceData]) -> None:
+    """Print what was read, kept and dropped."""
+    for name, part in data.items():
+        notes = [f"{n:,} {what}" for what, n in part.counts.items() if n and what not in ("read", "kept")]
+        head = f"Data {name} {split}: {part.counts['read']:,} rows read, {len(part):,} prompts"
+        say("; ".join([head, *notes]))
+
+
+def data_problems(config: DictConfig, train_batches: BatchIterator, eval_batches: BatchIterator) -> list[str]:
+    """Return one line for each way in which there is too little data."""
+    problems, n = [], train_batches.n_items
+    if n < config.batch_size:
+        problems.append(
+            f"batch_size={config.batch_size}: the training data holds {n} examples; lower it to {n} or less"
+        )
+    elif len(train_batches) == 0:
+        problems.append("n_epochs, n_examples: no update would be made; raise them")
+    if eval_batches.n_items == 0:
+        problems.append("datasets: there is no example to evaluate on; add a test.jsonl with at least one")
+    return problems
+
+
+def refuse(problems: list[str]) -> None:
+    """Raise one UserError that holds all problems, one line each."""
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+# The run
+
+
+def run(config: DictConfig) -> None:
+    """Check everything, make the run directory, load the models, and train."""
+    from trainers import BasicTrainer  # with transformers, slow to import: a wrong setting is told sooner
+
+    config, device, model_config, tokenizer, batches = prepare(config)
+    dtype = compute_dtype(config.precision, getattr(torch, config.model.policy_dtype), device)
+    run_dir = make_run_dir(config.local_run_dir)
+    OmegaConf.save(config, run_dir / "config.yaml")
+    say(f"\n{OmegaConf.to_yaml(config)}\nRun directory: {run_dir}")
+    say(f"Device: {device}. Computing in {dtype}, parameters and optimizer in {config.model.policy_dtype}.")
+
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    policy = load_policy(config, model_config, device)
+    needs_reference = LOSSES[config.loss.name](config.loss).needs_reference
+    reference = make_reference(config, policy) if needs_reference else None
+    torch.manual_seed(config.seed)
+
+    tracker = make_tracker(config, run_dir)
+    logger = MetricLogger(run_dir, tracker, config.minimum_log_interval_secs)
+    parts = {"tokenizer": tokenizer, "train_batches": batches[0], "eval_batches": batches[1], "logger": logger}
+    trainer = BasicTrainer(policy, config, config.seed, run_dir, reference, **parts)
+    try:
+        trainer.train()
+    finally:
+        logger.close()
+    say(f"Done: {trainer.examples:,} examples in {trainer.updates:,} updates. Everything is in {run_dir}")
+
+
+def prepare(config: DictConfig) -> tuple[DictConfig, torch.device, Any, Any, tuple[BatchIterator, BatchIterator]]:
+    """Check the config against itself, the model and the data, all problems in one UserError; return what was loaded."""
+    settings = flat_settings(config)
+    problems = setting_problems(settings) + combination_problems(settings)
+    device = model_config = tokenizer = None
+    if RULES["device"][0](settings["device"]):
+        try:
+            device = pick_device(settings["device"])
+        except UserError as error:
+            problems.append(str(error))
+    if TEXT[0](settings["model.name_or_path"]):
+        skip_dead_hub(settings)
+        try:
+            model_config, tokenizer = load_model_config(settings)
+            problems += model_problems(settings, model_config, tokenizer)
+        except UserError as error:
+            problems.append(str(error))
+    refuse(problems)
+
+    config = config.copy()
+    config.precision = config.model.fsdp_policy_mp or config.precision
+    for key in ("exp_name", "local_run_dir"):  # the time stamp is taken once; other interpolations stay as they are
+        config[key] = settings[key]
+    train, test = (load_data(settings, split) for split in ("train", "test"))
+    batches = make_batches(config, tokenizer, train, test)
+    report_data("train", train)
+    report_data("test", test)
+    left = batches[0].n_items - batches[0].batches_per_epoch * config.batch_size
+    if left and batches[0].batches_per_epoch:
+        say(f"The last {left:,} of an epoch's {batches[0].n_items:,} examples fill no batch and are left out.")
+    refuse(data_problems(config, *batches))
+    return config, device, model_config, tokenizer, batches
+
+
+def make_tracker(config: DictConfig, run_dir: Path) -> Tracker:
+    """Start wandb unless it is switched off."""
+    if config.debug or not config.wandb.enabled:
+        return Tracker()
+    settings = {"entity": config.wandb.entity, "project": config.wandb.project, "name": config.exp_name}
+    return WandbTracker(run_dir, settings | {"config": OmegaConf.to_container(config, resolve=False)})
+
+
+def register_resolvers() -> None:
+    """Teach OmegaConf what the defaults in config/ are made of."""
+    resolvers = {"slug": slug, "local_run_dir": local_run_dir, "project_dir": lambda path: str(PROJECT / path)}
+    for name, function in resolvers.items():
+        OmegaConf.register_new_resolver(name, function, use_cache=name == "local_run_dir", replace=True)
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """Compose the config once before Hydra does, to tell a mistyped key or group in one line."""
+    try:
+        with hydra.initialize_config_dir(str(PROJECT / "config"), version_base=None):
+            hydra.compose("config", overrides=overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from None
+
+
+def explain(error: Exception) -> str:
+    """Say in one line what is wrong with an override, and name the nearest key."""
+    text = " ".join(str(error).split())
+    if key := re.match(r"Could not override '([^']*)'", text):
+        return unknown(key[1])
+    if group := re.match(
+        r"In '[^']*': Could not find '([^/']*)/([^']*)' Available options in '[^']*': (.*?) Config", text
+    ):
+        return f"{group[1]}={group[2]}: there is no such file in config/{group[1]}/; choose one of {group[3]}"
+    return text
+
+
+def unknown(key: str) -> str:
+    """Say that a key does not exist, and which comes nearest."""
+    near = difflib.get_close_matches(key, ["model", "loss", *RULES], n=1, cutoff=0.5)
+    return f"{key}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
+
+
+@hydra.main(version_base=None, config_path="config", config_name="config")
+def hydra_main(config: DictConfig) -> None:
+    """Run with a composed config."""
+    try:
+        run(config)
+    except UserError as error:
+        sys.exit(fail(error))
+
+
+def fail(error: UserError) -> int:
+    """Print what the user can mend, one line a problem, and return the exit code."""
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def main() -> None:
+    """Run the command line; Hydra's own flags (--help, --multirun, --cfg) work as ever."""
+    register_resolvers()
+    flags = [argument for argument in sys.argv[1:] if argument.startswith("-")]
+    if not flags:
+        try:
+            check_overrides(sys.argv[1:])
+        except UserError as error:
+            sys.exit(fail(error))
+    hydra_main()
+
+
+if __name__ == "__main__":
+    main()

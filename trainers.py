@@ -1,0 +1,267 @@
+"""The training loop. BasicTrainer runs on one device; read `train` and `train_step` first."""
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from checkpoints import export_model, save_checkpoint
+from losses import LOSSES, preference_loss  # noqa: F401  (the original's users import preference_loss from here)
+from packing import Layout, make_passes, sequence_logps
+from preference_datasets import Batch, BatchIterator, Example
+from utils import MetricLogger, compute_dtype, progress, say
+
+
+class BasicTrainer:
+    """Trains a policy on one device, by SFT or from preferences, as config.loss says."""
+
+    def __init__(
+        self,
+        policy: torch.nn.Module,
+        config: Any,
+        seed: int,
+        run_dir: str | Path,
+        reference_model: torch.nn.Module | None = None,
+        *,
+        tokenizer: Any,
+        train_batches: BatchIterator,
+        eval_batches: BatchIterator,
+        logger: MetricLogger,
+    ):
+        self.policy, self.reference_model, self.tokenizer = policy, reference_model, tokenizer
+        self.config, self.seed, self.run_dir, self.logger = config, seed, Path(run_dir), logger
+        self.train_batches, self.eval_batches = train_batches, eval_batches
+        self.device = next(policy.parameters()).device
+        self.dtype = compute_dtype(config.precision, policy.dtype, self.device)
+        self.loss = LOSSES[config.loss.name](config.loss)
+        self.optimizer = getattr(torch.optim, config.optimizer)(policy.parameters(), lr=config.lr)
+        warmup = config.warmup_steps
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda t: min(1.0, (t + 1) / (warmup + 1)))
+        if config.activation_checkpointing:
+            policy.gradient_checkpointing_enable()
+        self.examples = self.updates = 0
+        self.next_eval = 0 if config.do_first_eval else config.eval_every
+        self.truncated: Counter[str] = Counter()
+        self.reference_samples: list[str] | None = None
+
+    # Training
+
+    def train(self) -> None:
+        """Walk the batches to the end, evaluating whenever due and once more at the end."""
+        bar = tqdm(total=len(self.train_batches), desc="training", unit="update", dynamic_ncols=True, disable=None)
+        for batch in self.train_batches:
+            if self.eval_is_due():
+                self.evaluate_and_save()
+            metrics = self.train_step(batch)
+            self.log(metrics, thin=True)
+            bar.update()
+            bar.set_postfix(loss=f"{metrics['loss/train']:.4g}", pairs_per_s=f"{metrics['examples_per_second']:.3g}")
+        bar.close()
+        self.evaluate_and_save(final=True)
+
+    def train_step(self, batch: Batch) -> dict[str, float]:
+        """Update the policy once by the gradient of the batch's mean loss, and return the update's metrics."""
+        start = time.perf_counter()
+        self.policy.train()
+        metrics = Metrics()
+        with self.autocast():
+            for layout in self.passes(batch.examples, self.config.gradient_accumulation_steps):
+                losses = self.losses(layout, metrics)
+                (losses.sum() / len(batch.examples)).backward()
+        grad_norm = self.clip_gradient()
+        lr = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        self.examples += len(batch.examples)
+        self.updates += 1
+        self.truncated.update(what for example in batch.examples for what in example.cut)
+        means = metrics.means("train")  # reading them waits for the device, so the clock is read after it
+        seconds = time.perf_counter() - start
+        return means | {
+            "grad_norm": float(grad_norm),
+            "lr": lr,
+            "examples_per_second": len(batch.examples) / seconds,
+            "tokens_per_second": sum(map(len, batch.examples)) / seconds,
+            "counters/examples": self.examples,
+            "counters/updates": self.updates,
+        }
+
+    def passes(self, examples: Sequence[Example], n_microbatches: int = 1) -> Iterator[Layout]:
+        """Yield the forward passes of a batch, on the device."""
+        size = -(-len(examples) // n_microbatches)
+        for start in range(0, len(examples), size):
+            for layout in make_passes(examples[start : start + size], self.config.layout):
+                yield layout.to(self.device)
+
+    def losses(self, layout: Layout, metrics: "Metrics") -> torch.Tensor:
+        """Return the losses of a pass, (examples,), and add its metrics, one value an example."""
+        reference_logps = self.reference_logps(layout)
+        losses, values = self.loss.compute(sequence_logps(self.policy, layout), reference_logps, layout.lengths)
+        sides = ("chosen", "rejected")
+        values |= {f"lengths/{side}": lengths for side, lengths in zip(sides, layout.lengths.float().unbind(1))}
+        metrics.add(values)
+        return losses
+
+    def reference_logps(self, layout: Layout) -> torch.Tensor | None:
+        """Return the reference's log-probabilities, (examples, n_responses), or None where the loss needs none."""
+        if self.reference_model is None:
+            return None
+        with torch.no_grad():
+            return sequence_logps(self.reference_model, layout)
+
+    def clip_gradient(self) -> torch.Tensor:
+        """Clip the gradient to max_grad_norm and return its norm before that."""
+        return torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+
+    def autocast(self) -> AbstractContextManager:
+        """Compute in self.dtype where the parameters have another; one context an update casts each weight once."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != self.policy.dtype)
+
+    # Evaluation, samples, checkpoints
+
+    def eval_is_due(self) -> bool:
+        """Tell whether the count of examples has passed a multiple of eval_every since the last evaluation."""
+        return self.examples >= self.next_eval
+
+    def evaluate_and_save(self, final: bool = False) -> None:
+        """Evaluate, sample, and, unless this is the first evaluation or debug is set, write a checkpoint."""
+        metrics = self.evaluate()
+        self.log(metrics)
+        if self.config.sample_during_eval:
+            self.sample()
+        if self.truncated:
+            cut = ", ".join(f"{what} {n:,}" for what, n in sorted(self.truncated.items()))
+            say(f"Truncated so far, of {self.examples:,} training examples: {cut}")
+        if self.examples and not self.config.debug:
+            self.save(metrics, final)
+        self.next_eval = (self.examples // self.config.eval_every + 1) * self.config.eval_every
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Return the mean metrics of the evaluation examples."""
+        self.policy.eval()
+        metrics = Metrics()
+        self.eval_batches.position = {"epoch": 0, "batch": 0}
+        with self.autocast():
+            for batch in progress(self.eval_batches, "evaluating"):
+                for layout in self.passes(batch.examples):
+                    self.losses(layout, metrics)
+        return metrics.means("eval")
+
+    @torch.no_grad()
+    def sample(self) -> None:
+        """Sample from the policy, and from the reference where there is one, for the same prompts every time."""
+        prompts = self.sample_prompts()
+        samples = {"policy": self.generate(self.policy, prompts, "sampling the policy")}
+        if self.reference_model is not None:
+            if self.reference_samples is None:  # the reference never changes, so neither do its samples
+                self.reference_samples = self.generate(self.reference_model, prompts, "sampling the reference")
+            samples["reference"] = self.reference_samples
+        texts = [example.item.prompt for example in prompts]
+        for who, answers in samples.items():
+            rows = [
+                {"examples": self.examples, "model": who, "prompt": prompt, "sample": answer}
+                for prompt, answer in zip(texts, answers, strict=True)
+            ]
+            self.logger.log_samples(f"{who}_samples", rows)
+        for i, prompt in enumerate(texts[:3]):
+            said = "".join(f"\n  {who}: {answers[i].strip()}" for who, answers in samples.items())
+            say(f"\n--- sample {i + 1}, after {self.examples:,} examples ---\n  prompt: {prompt.strip()}{said}")
+
+    def sample_prompts(self) -> list[Example]:
+        """Return the first n_eval_model_samples evaluation examples that have different prompts."""
+        prompts: dict[str, Example] = {}
+        self.eval_batches.position = {"epoch": 0, "batch": 0}
+        for batch in self.eval_batches:
+            for example in batch.examples:
+                prompts.setdefault(example.item.prompt, example)
+            if len(prompts) >= self.config.n_eval_model_samples:
+                break
+        return list(prompts.values())[: self.config.n_eval_model_samples]
+
+    def generate(self, model: torch.nn.Module, prompts: list[Example], title: str) -> list[str]:
+        """Sample one continuation of each prompt, at most max_length tokens in all, without touching the run's randomness."""
+        model.eval()
+        size = self.config.eval_batch_size
+        batches = [[example.prompt for example in prompts[i : i + size]] for i in range(0, len(prompts), size)]
+        texts = []
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.autocast(), plain_generation(model):
+            torch.manual_seed(self.seed)
+            for batch in progress(batches, title):
+                width = max(map(len, batch))
+                ids = torch.tensor([[self.pad_id] * (width - len(prompt)) + prompt for prompt in batch])
+                mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+                inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+                output = model.generate(**inputs, generation_config=self.generation_config(width))
+                texts += self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        return texts
+
+    @property
+    def pad_id(self) -> int:
+        """The id of padding, where there is none that of eos; it is always masked by position."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    def generation_config(self, prompt_length: int) -> GenerationConfig:
+        """Return the run's own sampling settings."""
+        config = self.config
+        return GenerationConfig(
+            do_sample=True,
+            temperature=config.sample_temperature,
+            top_k=config.sample_top_k,
+            top_p=config.sample_top_p,
+            max_new_tokens=max(1, config.max_length - prompt_length),
+            pad_token_id=self.pad_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+        )
+
+    def save(self, metrics: dict[str, float], final: bool) -> None:
+        """Write a checkpoint; the last one also holds hf/, which from_pretrained opens."""
+        states = {name: getattr(self, name).state_dict() for name in ("policy", "optimizer", "scheduler")}
+        folder = save_checkpoint(self.run_dir, self.examples, states, metrics)
+        if final:
+            export_model(folder / "hf", self.policy, self.tokenizer)
+        say(f"Wrote {folder}")
+
+    def log(self, metrics: dict[str, float], thin: bool = False) -> None:
+        """Log metrics with the counts of examples and updates."""
+        self.logger.log({"examples": self.examples, "updates": self.updates} | metrics, thin)
+
+
+@contextmanager
+def plain_generation(model: Any) -> Iterator[None]:
+    """Take away the settings that came with the model, such as a repetition penalty, which generate would mix in."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+class Metrics:
+    """Collects one value an example for each metric, on the device, until their means are asked for."""
+
+    def __init__(self):
+        self.values: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """Add one tensor of shape (examples,) a metric."""
+        for name, value in values.items():
+            self.values[name].append(value)
+
+    def means(self, split: str) -> dict[str, float]:
+        """Return the means over all examples under the original's names: rewards_train/chosen, loss/train."""
+        means = {}
+        for name, values in self.values.items():
+            kind, slash, side = name.partition("/")
+            name = f"{kind}_{split}/{side}" if slash else f"{kind}/{split}"
+            means[name] = torch.cat(values).double().mean().item()
+        return means

@@ -1,0 +1,254 @@
+"""Devices, the run's directory, progress on the console, and the metric logger."""
+
+import getpass
+import json
+import netrc
+import os
+import re
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """Something a user can mend; its message is shown without a traceback."""
+
+
+# Devices
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called `name` (cuda, mps, cpu), or the best there is for auto; UserError if it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available.get(name, False):
+        raise UserError(f"device={name}: not available here; use device=auto or device=cpu")
+    return torch.device(name)
+
+
+def computes_bfloat16_natively(device: torch.device) -> bool:
+    """Tell whether matrix products in bfloat16 run in hardware; emulation would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def compute_dtype(precision: str, policy_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Resolve the precision setting (float32, bfloat16 or auto) to the dtype of forward and backward passes."""
+    if precision != "auto":
+        return getattr(torch, precision)
+    native = policy_dtype == torch.bfloat16 or computes_bfloat16_natively(device)
+    return torch.bfloat16 if native else torch.float32
+
+
+# The run's directory
+
+
+def slug(name: str) -> str:
+    """Turn a hub name or path into a word that can stand in a file name."""
+    return re.sub(r"[^\w.-]+", "_", str(name).rstrip("/").rsplit("/", 1)[-1])
+
+
+def local_run_dir(exp_name: str, local_dirs: Iterable[str]) -> str:
+    """Return DIR/USER/EXP_TIMESTAMP in the first of local_dirs that exists, else in the last; makes nothing."""
+    local_dirs = list(local_dirs)
+    base = next((folder for folder in local_dirs if os.path.isdir(folder)), local_dirs[-1])
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container may run under a user id that has no name
+        user = str(os.getuid())
+    return os.path.join(base, user, f"{exp_name}_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}")
+
+
+def make_run_dir(path: str | Path) -> Path:
+    """Make the run's directory; UserError if it holds anything or cannot be made."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        occupied = any(path.iterdir())
+    except OSError as error:
+        raise UserError(f"local_run_dir={path}: cannot be made ({error.strerror}); choose another") from None
+    if occupied:
+        raise UserError(f"local_run_dir={path}: holds another run; choose a new exp_name or local_run_dir")
+    return path
+
+
+# The console
+
+
+def progress(items: Iterable[T], title: str, total: int | None = None, silent: bool = False) -> Iterator[T]:
+    """Yield the items under a tqdm bar, or, where stderr is no terminal, with a plain line every 10 seconds."""
+    total = len(items) if total is None and hasattr(items, "__len__") else total
+    if silent:
+        yield from items
+        return
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=title, total=total, dynamic_ncols=True, leave=False)
+        return
+    start = said = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if now - said >= 10:
+            said = now
+            print(f"{title}: {done}/{total or '?'}, {done / (now - start):.1f} a second", flush=True)
+        yield item
+
+
+def say(message: str) -> None:
+    """Print a message whole, above a progress bar if one is being drawn."""
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
+
+
+# Metrics
+
+
+class MetricLogger:
+    """Writes every record to metrics.jsonl as it happens, and thinned ones to the console and to wandb."""
+
+    def __init__(self, run_dir: Path, tracker: "Tracker", minimum_interval_secs: float = 0.0):
+        self.file = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")
+        self.samples = open(run_dir / "samples.jsonl", "a", encoding="utf-8")
+        self.tracker = tracker
+        self.minimum_interval_secs = minimum_interval_secs
+        self.last_shown = float("-inf")
+
+    def log(self, record: dict[str, float], thin: bool = False) -> None:
+        """Log one record, which holds `examples` and `updates`; a thin one is shown at most once an interval."""
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        now = time.monotonic()
+        if thin and now - self.last_shown < self.minimum_interval_secs:
+            return
+        self.last_shown = now if thin else self.last_shown
+        self.tracker.log({k: v for k, v in record.items() if k not in ("examples", "updates")}, record["examples"])
+        if not (thin and sys.stderr.isatty()):  # on a terminal the bar shows what an update brought
+            say(console_line(record))
+
+    def log_samples(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Append sampled texts to samples.jsonl and to the wandb table called `name`."""
+        for row in rows:
+            self.samples.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.samples.flush()
+        self.tracker.table(
+            name, ["step", "prompt", "sample"], [[r["examples"], r["prompt"], r["sample"]] for r in rows]
+        )
+
+    def close(self) -> None:
+        """Close the files and finish the wandb run."""
+        self.file.close()
+        self.samples.close()
+        self.tracker.finish()
+
+
+def console_line(record: dict[str, float]) -> str:
+    """Format one record as a readable line."""
+    head = f"{record['examples']:,} examples, {record['updates']:,} updates:"
+    rest = [f"{k} {v:.4g}" for k, v in record.items() if k not in ("examples", "updates") and "counters" not in k]
+    return " ".join([head, ", ".join(rest)])
+
+
+class Tracker:
+    """The tracker of a run without wandb: does nothing."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Log metrics at a step, counted in examples."""
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        """Log a table."""
+
+    def finish(self) -> None:
+        """End the run."""
+
+
+class WandbTracker(Tracker):
+    """Sends metrics to wandb; whatever wandb raises is said once and never reaches the training."""
+
+    def __init__(self, run_dir: Path, settings: dict[str, Any]):
+        """Start a run with wandb.init's settings: online if there is a key and its server answers, else offline."""
+        self.run = None
+        with self.guard():
+            import wandb  # slow to import, and not needed by runs that switch it off
+
+            mode = os.environ.get("WANDB_MODE") or ("online" if can_reach_wandb(wandb) else "offline")
+            settings = {**settings, "dir": str(run_dir), "settings": wandb.Settings(init_timeout=3, silent=True)}
+            try:
+                self.run = wandb.init(mode=mode, **settings)
+            except Exception:  # the server answered once and then not in time, or refused the key
+                mode = "offline"
+                self.run = wandb.init(mode=mode, **settings)
+            if mode == "offline":
+                folder = Path(self.run.settings.sync_dir)
+                say(f"wandb: no key or no network, so it records offline; to upload it: wandb sync {folder}")
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Turn any failure of wandb into one printed line, after which nothing more is sent."""
+        try:
+            yield
+        except Exception as error:  # whatever it is, a broken monitor must not stop a training
+            self.run = None
+            reason = (str(error).splitlines() or [""])[0]
+            say(f"wandb: switched off after {type(error).__name__}: {reason}")
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        if self.run is not None:
+            with self.guard():
+                self.run.log(metrics, step=step)
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        if self.run is not None:
+            with self.guard():
+                import wandb
+
+                self.run.log({name: wandb.Table(columns=columns, data=rows)}, step=rows[0][0])
+
+    def finish(self) -> None:
+        if self.run is not None:
+            with self.guard():
+                self.run.finish()
+
+
+def can_reach_wandb(wandb: Any) -> bool:
+    """Tell whether wandb has a key and its server answers within 2 seconds; never asks for a key."""
+    url = wandb.setup().settings.base_url
+    try:
+        in_netrc = netrc.netrc().authenticators(urllib.parse.urlparse(url).hostname) is not None
+    except (OSError, netrc.NetrcParseError):
+        in_netrc = False
+    return (in_netrc or bool(os.environ.get("WANDB_API_KEY"))) and answers(url)
+
+
+def answers(url: str, seconds: float = 2.0) -> bool:
+    """Tell whether an HTTP server answers at url in time; a name look-up can hang, so a daemon thread does it."""
+    answered = []
+
+    def attempt() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds)
+            answered.append(True)
+        except urllib.error.HTTPError:  # an answer too: somebody is there
+            answered.append(True)
+        except (OSError, ValueError):
+            pass
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answered)
