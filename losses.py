@@ -45,7 +45,7 @@ class Loss:
     """A loss as a trainer sees it.
 
     compute takes the policy's and the reference's log-probabilities, each (batch, n_responses), the reference's None
-    where none is needed, and the number of tokens of each response, same shape; it returns losses and metrics, (batch,).
+    where none is needed, and the number of tokens of each response, same shape; it returns losses (batch,) and metrics.
     """
 
     n_responses: int

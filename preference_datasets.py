@@ -23,7 +23,7 @@ ASSISTANT = "\n\nAssistant:"
 
 
 class PreferenceData(dict):
-    """A map prompt -> {"responses": [...], "pairs": [(chosen, rejected), ...], "sft_target": ...}, and what was counted.
+    """A map prompt -> {"responses": [...], "pairs": [(chosen, rejected), ...], "sft_target": ...}, with its counts.
 
     truncation says which end of an over-long prompt is kept. counts holds the number of rows read and kept, and of
     those dropped or remarkable, by reason. rows names, for each pair of a prompt, the row (from 1) it was read from.
@@ -38,7 +38,7 @@ class PreferenceData(dict):
         self.rows: dict[str, list[int]] = {}
 
     def add(self, prompt: str, responses: Sequence[str], pairs: Iterable[tuple[int, int]], sft_target: str) -> None:
-        """Append the last read row's responses to a prompt; pairs index them; its sft_target replaces an earlier one."""
+        """Append the last read row's responses to a prompt; pairs index them; its sft_target wins."""
         self.counts["kept"] += 1
         entry = self.setdefault(prompt, {"responses": [], "pairs": [], "sft_target": sft_target})
         first = len(entry["responses"])
@@ -359,8 +359,9 @@ def make_groups(data: PreferenceData, source: str, sft: bool, eos: str) -> list[
     for prompt, entry in data.items():
         pairs = [(entry["responses"][chosen], entry["responses"][rejected]) for chosen, rejected in entry["pairs"]]
         rows = data.rows[prompt]
-        texts = zip([(entry["sft_target"],)], rows[-1:] or [0]) if sft else zip(pairs, rows, strict=True)
-        items = [Item(prompt, responses, data.truncation, row, source) for responses, row in texts]
+        if sft:  # the target of a prompt came with its last row
+            pairs, rows = [(entry["sft_target"],)], rows[-1:] or [0]
+        items = [Item(prompt, texts, data.truncation, row, source) for texts, row in zip(pairs, rows, strict=True)]
         with_eos = [any(eos in text for text in (prompt, *item.responses)) for item in items]
         if any(with_eos):
             verb = "dropped:" if data.drop_unusable else "kept although"

@@ -378,7 +378,7 @@ def run(config: DictConfig) -> None:
 
 
 def prepare(config: DictConfig) -> tuple[DictConfig, torch.device, Any, Any, tuple[BatchIterator, BatchIterator]]:
-    """Check the config against itself, the model and the data, all problems in one UserError; return what was loaded."""
+    """Check the config against itself, the model and the data, all problems in one UserError; return what it loaded."""
     settings = flat_settings(config)
     problems = setting_problems(settings) + combination_problems(settings)
     device = model_config = tokenizer = None

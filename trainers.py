@@ -105,7 +105,9 @@ class BasicTrainer:
         reference_logps = self.reference_logps(layout)
         losses, values = self.loss.compute(sequence_logps(self.policy, layout), reference_logps, layout.lengths)
         sides = ("chosen", "rejected")
-        values |= {f"lengths/{side}": lengths for side, lengths in zip(sides, layout.lengths.float().unbind(1))}
+        values |= {
+            f"lengths/{side}": lengths for side, lengths in zip(sides, layout.lengths.float().unbind(1), strict=False)
+        }
         metrics.add(values)
         return losses
 
@@ -187,7 +189,7 @@ class BasicTrainer:
         return list(prompts.values())[: self.config.n_eval_model_samples]
 
     def generate(self, model: torch.nn.Module, prompts: list[Example], title: str) -> list[str]:
-        """Sample one continuation of each prompt, at most max_length tokens in all, without touching the run's randomness."""
+        """Sample one continuation of each prompt, at most max_length tokens in all, with randomness of its own."""
         model.eval()
         size = self.config.eval_batch_size
         batches = [[example.prompt for example in prompts[i : i + size]] for i in range(0, len(prompts), size)]

@@ -139,7 +139,7 @@ class MetricLogger:
         self.last_shown = now if thin else self.last_shown
         self.tracker.log({k: v for k, v in record.items() if k not in ("examples", "updates")}, record["examples"])
         if not (thin and sys.stderr.isatty()):  # on a terminal the bar shows what an update brought
-            say(console_line(record))
+            say(console_line(record, SHOWN if thin else record))
 
     def log_samples(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Append sampled texts to samples.jsonl and to the wandb table called `name`."""
@@ -157,11 +157,15 @@ class MetricLogger:
         self.tracker.finish()
 
 
-def console_line(record: dict[str, float]) -> str:
-    """Format one record as a readable line."""
+# What the console shows of an update; of an evaluation it shows everything.
+SHOWN = ("loss/train", "rewards_train/accuracies", "rewards_train/margins", "grad_norm", "lr", "examples_per_second")
+
+
+def console_line(record: dict[str, float], shown: Iterable[str]) -> str:
+    """Format what is shown of a record as a readable line."""
     head = f"{record['examples']:,} examples, {record['updates']:,} updates:"
-    rest = [f"{k} {v:.4g}" for k, v in record.items() if k not in ("examples", "updates") and "counters" not in k]
-    return " ".join([head, ", ".join(rest)])
+    values = [f"{k} {record[k]:.4g}" for k in shown if k in record and k not in ("examples", "updates")]
+    return f"{head} {', '.join(values)}"
 
 
 class Tracker:
