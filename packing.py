@@ -1,11 +1,13 @@
 """How tokenized examples are laid out for one forward pass, and the log-probability of each response."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from utils import say
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,6 @@ class Layout:
     targets       (n,) the response tokens, response after response
     lengths       (examples, n_responses) how many of the n belong to each response
     indices       which examples of the batch these are, in this order
-    n_tokens      prompt and response tokens in all, as useful as they come: padding and repeated prompts not counted
     """
 
     inputs: dict[str, torch.Tensor]
@@ -25,7 +26,6 @@ class Layout:
     targets: torch.Tensor
     lengths: torch.Tensor
     indices: tuple[int, ...]
-    n_tokens: int
 
     def to(self, device: torch.device) -> "Layout":
         """Return the layout on a device."""
@@ -33,24 +33,63 @@ class Layout:
         return replace(self, inputs={k: v.to(device) for k, v in self.inputs.items()}, **move)
 
 
+# The two layouts
+
+
 def padded(examples: Sequence[Any], indices: Sequence[int]) -> Layout:
     """Lay out one sequence a row, all first responses before all second ones, padded on the right: the original's way.
 
     Padding is masked by position, so its id does not matter; 0 exists in every vocabulary.
     """
-    n_responses = len(examples[0].responses)
-    pairs = [(example, k) for k in range(n_responses) for example in examples]
-    rows = [example.prompt + example.responses[k] for example, k in pairs]
-    width = max(len(row) for row in rows)
+    n, n_responses = len(examples), len(examples[0].responses)
+    rows = [example.prompt + example.responses[k] for k in range(n_responses) for example in examples]
+    width = max(map(len, rows))
     input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    spans = [(len(examples) * k + i, k) for i in range(len(examples)) for k in range(n_responses)]
-    sources = [
-        row * width + position
-        for row, _ in spans
-        for position in range(len(pairs[row][0].prompt) - 1, len(rows[row]) - 1)
-    ]
+    sources = []
+    for i, example in enumerate(examples):
+        for k, response in enumerate(example.responses):
+            start = (n * k + i) * width + len(example.prompt) - 1
+            sources.extend(range(start, start + len(response)))
     return make_layout({"input_ids": input_ids, "attention_mask": mask}, sources, examples, indices)
+
+
+def shared_prefix(examples: Sequence[Any], indices: Sequence[int]) -> Layout:
+    """Lay out whole examples in one row without padding, each prompt once, its responses after it.
+
+    Position ids restart: every response continues from the end of its prompt.
+    """
+    tokens, positions, sources, spans = [], [], [], []
+    for example in examples:
+        start, n_prompt = len(tokens), len(example.prompt)
+        tokens += example.prompt
+        positions += range(n_prompt)
+        span = [n_prompt]
+        for response in example.responses:
+            sources += [start + n_prompt - 1, *range(len(tokens), len(tokens) + len(response) - 1)]
+            tokens += response
+            positions += range(n_prompt, n_prompt + len(response))
+            span.append(len(response))
+        spans.append(span)
+    inputs = {"input_ids": torch.tensor([tokens]), "position_ids": torch.tensor([positions])}
+    inputs["attention_mask"] = additive_mask(spans)
+    return make_layout(inputs, sources, examples, indices)
+
+
+def additive_mask(spans: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return the float mask (1, 1, seq, seq), 0 where a query sees a key and hugely negative elsewhere.
+
+    spans holds the lengths (prompt, response, ...) of each example of the row. A key is visible if it lies in the same
+    example, not later, and in the prompt or in the query's own response. The mask is not boolean, since models with
+    eager attention add it, nor does it hold infinities, which some of them multiply.
+    """
+    lengths = torch.tensor([length for span in spans for length in span])
+    examples = torch.tensor([i for i, span in enumerate(spans) for _ in span]).repeat_interleave(lengths)
+    branches = torch.tensor([k for span in spans for k in range(len(span))]).repeat_interleave(lengths)
+    order = torch.arange(len(examples))
+    visible = (examples[:, None] == examples) & (order[:, None] >= order)
+    visible &= (branches == 0) | (branches[:, None] == branches)
+    return torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
 
 
 def make_layout(
@@ -59,37 +98,162 @@ def make_layout(
     """Make a layout whose sources follow the responses example by example."""
     targets = [token for example in examples for response in example.responses for token in response]
     lengths = [[len(response) for response in example.responses] for example in examples]
-    n_tokens = sum(len(example) for example in examples)
-    return Layout(inputs, torch.tensor(sources), torch.tensor(targets), torch.tensor(lengths), tuple(indices), n_tokens)
+    return Layout(inputs, torch.tensor(sources), torch.tensor(targets), torch.tensor(lengths), tuple(indices))
 
 
-LAYOUTS: dict[str, Callable[[Sequence[Any], Sequence[int]], Layout]] = {"padded": padded}
+# From a batch to passes
 
 
-def make_passes(examples: Sequence[Any], layout: str) -> list[Layout]:
-    """Lay a batch out in as many passes as it takes; every example is in exactly one."""
-    return [LAYOUTS[layout](examples, range(len(examples)))]
+@dataclass(frozen=True)
+class LayoutKind:
+    """A way to lay examples out, and how many tokens the model computes for some of them."""
+
+    lay_out: Callable[[Sequence[Any], Sequence[int]], Layout]
+    cost: Callable[[Sequence[Any]], int]
 
 
-def sequence_logps(model: Any, layout: Layout) -> torch.Tensor:
+def padded_cost(examples: Sequence[Any]) -> int:
+    """Count the tokens of a padded pass."""
+    widest = max(len(example.prompt) + max(map(len, example.responses)) for example in examples)
+    return widest * len(examples) * len(examples[0].responses)
+
+
+LAYOUTS = {
+    "shared_prefix": LayoutKind(shared_prefix, lambda examples: sum(map(len, examples))),
+    "padded": LayoutKind(padded, padded_cost),
+}
+
+
+def make_passes(examples: Sequence[Any], layout: str, max_tokens: int) -> Iterator[Layout]:
+    """Lay examples out in as few passes of at most max_tokens as is easy; an example that is longer passes alone.
+
+    Examples that fit into one pass keep their order; else the longest come first, which packs tightest and pads least.
+    """
+    kind = LAYOUTS[layout]
+    order = list(range(len(examples)))
+    if kind.cost(examples) > max_tokens:
+        order.sort(key=lambda i: -len(examples[i]))
+    bins: list[list[int]] = []
+    for i in order:
+        fits = (b for b in bins if kind.cost([examples[j] for j in [*b, i]]) <= max_tokens)
+        chosen = next(fits, None)
+        if chosen is None:
+            bins.append(chosen := [])
+        chosen.append(i)
+    for chosen in bins:
+        yield kind.lay_out([examples[i] for i in chosen], chosen)
+
+
+# Log-probabilities
+
+Head = torch.nn.Module  # turns hidden states into logits
+CHUNK_BYTES = 2**27  # float32 logits that are held at a time, beyond which they are recomputed in the backward pass
+
+
+def token_logps(model: Any, layout: Layout, head: Head | None) -> torch.Tensor:
+    """Return the log-probability of each response token, (n,), in at least float32.
+
+    head turns the hidden states of model.base_model into logits (see find_head); without one, the model itself does.
+    """
+    if head is None:
+        logps = target_logps(response_logits(model, layout), layout.targets)
+    else:
+        hidden = model.base_model(**layout.inputs, use_cache=False)[0]
+        hidden = hidden.reshape(-1, hidden.shape[-1])[layout.sources]
+        logps = chunked_logps(hidden, layout.targets, head, CHUNK_BYTES // (4 * head.weight.shape[0]))
+    return logps
+
+
+def sequence_logps(model: Any, layout: Layout, head: Head | None) -> torch.Tensor:
     """Return log pi(response | prompt), summed over tokens, of shape (examples, n_responses), in at least float32."""
-    logps = token_logps(response_logits(model, layout), layout.targets)
-    sums = torch.segment_reduce(logps, "sum", lengths=layout.lengths.flatten())
-    return sums.view(layout.lengths.shape)
+    logps = token_logps(model, layout, head)
+    return torch.segment_reduce(logps, "sum", lengths=layout.lengths.flatten()).view(layout.lengths.shape)
 
 
 def response_logits(model: Any, layout: Layout) -> torch.Tensor:
     """Return the logits that predict the response tokens, of shape (n, vocabulary), and compute few others."""
-    rows, width = layout.inputs["input_ids"].shape
-    columns = torch.unique(layout.sources % width)
+    width = layout.inputs["input_ids"].shape[1]
+    columns, kept = torch.unique(layout.sources % width, return_inverse=True)
     logits = model(**layout.inputs, use_cache=False, logits_to_keep=columns).logits
-    if rows == 1:
-        return logits[0]
-    kept = torch.searchsorted(columns, layout.sources % width)
     return logits[layout.sources // width, kept]
 
 
-def token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the log-probability of each target, (n,), from logits (n, vocabulary), in at least float32."""
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-    return -F.cross_entropy(logits, targets, reduction="none")
+def chunked_logps(hidden: torch.Tensor, targets: torch.Tensor, head: Head, size: int) -> torch.Tensor:
+    """Return the log-probability of each target, (n,), from hidden states (n, d), logits of `size` tokens at a time."""
+    if len(hidden) <= size:
+        return target_logps(head(hidden), targets)
+    parts = [
+        checkpoint(lambda h, t: target_logps(head(h), t), h, t, use_reentrant=False)
+        for h, t in zip(hidden.split(size), targets.split(size), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def target_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return logit minus logsumexp of each target, (n,), from logits (n, vocabulary), in at least float32."""
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+
+
+@torch.no_grad()
+def find_head(model: Any) -> Head | None:
+    """Return the model's output embeddings if they alone turn its last hidden states into logits, else None.
+
+    Some models scale or cap their logits; a forward pass over a few tokens tells.
+    """
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        return None
+    ids = torch.arange(8, device=next(model.parameters()).device)[None]
+    logits = model(input_ids=ids, use_cache=False).logits
+    return head if torch.equal(head(model.base_model(input_ids=ids, use_cache=False)[0]), logits) else None
+
+
+# The check that a layout changes nothing
+
+TOLERANCE = 2e-4  # nats a token in float32: rounding stays well below, a key too many or too few lies well above
+
+
+def check_layout(model: Any, examples: Sequence[Any], layout: str, max_length: int, amp: torch.dtype) -> str | None:
+    """Return None if a layout gives the log-probabilities of the padded one, else in a few words why it cannot be used.
+
+    Decided in float32 without TF32, on some real examples and one stretched to max_length tokens (a sliding window
+    shows only there). Prints the difference, also with the forward pass computed in dtype amp.
+    """
+    examples = [*examples, stretch(examples[0], max_length)]
+    dtype, device = model.dtype, next(model.parameters()).device
+    was_training = model.training
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        model.float().eval()
+        worst = layout_difference(model, examples, layout, device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model that takes no such mask or no position ids says so in many ways
+        return f"the model fails with it ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+    finally:
+        model.to(dtype).train(was_training)
+        torch.set_float32_matmul_precision(precision)
+    if not worst <= TOLERANCE:
+        return f"log-probabilities differ by up to {worst:.2g} nats a token from those of layout=padded"
+    with torch.autocast(device.type, amp, enabled=amp != dtype):
+        own = layout_difference(model, examples, layout, device)
+    say(f"layout={layout}: within {worst:.1g} nats a token of layout=padded in float32, {own:.1g} in {amp}.")
+    return None
+
+
+@torch.no_grad()
+def layout_difference(model: Any, examples: Sequence[Any], layout: str, device: torch.device) -> float:
+    """Return the largest difference of a token's log-probability between a layout and the padded one."""
+    both = [LAYOUTS[name].lay_out(examples, range(len(examples))).to(device) for name in (layout, "padded")]
+    ours, theirs = (target_logps(response_logits(model, laid_out), laid_out.targets) for laid_out in both)
+    return (ours - theirs).abs().max().item()
+
+
+def stretch(example: Any, max_length: int) -> Any:
+    """Return the example with its prompt repeated until it is as long as max_length allows."""
+    room = max_length - max(map(len, example.responses))
+    prompt = (example.prompt * (room // len(example.prompt) + 1))[:room] or example.prompt
+    return replace(example, prompt=prompt)

@@ -381,6 +381,9 @@ class Batch:
     position: dict[str, int]
 
 
+START = {"epoch": 0, "batch": 0}
+
+
 @dataclass
 class BatchIterator:
     """Walks groups of items in the original's order, in batches; its position lets a run stop and go on anywhere.
@@ -397,7 +400,7 @@ class BatchIterator:
     n_epochs: int | None = None
     n_examples: int | None = None
     keep_last: bool = False
-    position: dict[str, int] = field(default_factory=lambda: {"epoch": 0, "batch": 0})
+    position: dict[str, int] = field(default_factory=START.copy)
 
     @property
     def n_items(self) -> int:

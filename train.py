@@ -94,6 +94,7 @@ RULES: dict[str, Rule] = {
     "device": one_of("auto", "cuda", "mps", "cpu"),
     "precision": one_of("auto", "float32", "bfloat16"),
     "layout": one_of(*LAYOUTS),
+    "max_tokens_per_pass": (lambda v: v == "auto" or whole(1, "")[0](v), "auto, or a whole number of tokens"),
     "batch_size": whole(1, "examples"),
     "gradient_accumulation_steps": whole(1, "parts"),
     "lr": POSITIVE,

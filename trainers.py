@@ -4,6 +4,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from transformers import GenerationConfig
 
 from checkpoints import export_model, save_checkpoint
 from losses import LOSSES, preference_loss  # noqa: F401  (the original's users import preference_loss from here)
-from packing import Layout, make_passes, sequence_logps
-from preference_datasets import Batch, BatchIterator, Example
-from utils import MetricLogger, compute_dtype, progress, say
+from packing import Layout, check_layout, find_head, make_passes, sequence_logps
+from preference_datasets import START, Batch, BatchIterator, Example
+from utils import MetricLogger, compute_dtype, prefetch, progress, say, tokens_per_pass
 
 
 class BasicTrainer:
@@ -40,6 +41,9 @@ class BasicTrainer:
         self.device = next(policy.parameters()).device
         self.dtype = compute_dtype(config.precision, policy.dtype, self.device)
         self.loss = LOSSES[config.loss.name](config.loss)
+        self.layout = self.checked_layout()
+        self.max_tokens = tokens_per_pass(config.max_tokens_per_pass, self.device)
+        self.heads = {model: find_head(model) for model in (policy, reference_model) if model is not None}
         self.optimizer = getattr(torch.optim, config.optimizer)(policy.parameters(), lr=config.lr)
         warmup = config.warmup_steps
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda t: min(1.0, (t + 1) / (warmup + 1)))
@@ -50,12 +54,23 @@ class BasicTrainer:
         self.truncated: Counter[str] = Counter()
         self.reference_samples: list[str] | None = None
 
+    def checked_layout(self) -> str:
+        """Return the layout to use: config.layout, or padded where the model would not compute the same with it."""
+        layout = self.config.layout
+        if layout != "padded":
+            batch = next(iter(replace(self.eval_batches, position=dict(START))))
+            problem = check_layout(self.policy, batch.examples[:3], layout, self.config.max_length, self.dtype)
+            if problem:
+                say(f"layout={layout} cannot be used: {problem}. Using layout=padded.")
+                return "padded"
+        return layout
+
     # Training
 
     def train(self) -> None:
         """Walk the batches to the end, evaluating whenever due and once more at the end."""
         bar = tqdm(total=len(self.train_batches), desc="training", unit="update", dynamic_ncols=True, disable=None)
-        for batch in self.train_batches:
+        for batch in prefetch(self.train_batches):
             if self.eval_is_due():
                 self.evaluate_and_save()
             metrics = self.train_step(batch)
@@ -97,13 +112,13 @@ class BasicTrainer:
         """Yield the forward passes of a batch, on the device."""
         size = -(-len(examples) // n_microbatches)
         for start in range(0, len(examples), size):
-            for layout in make_passes(examples[start : start + size], self.config.layout):
+            for layout in make_passes(examples[start : start + size], self.layout, self.max_tokens):
                 yield layout.to(self.device)
 
     def losses(self, layout: Layout, metrics: "Metrics") -> torch.Tensor:
         """Return the losses of a pass, (examples,), and add its metrics, one value an example."""
         reference_logps = self.reference_logps(layout)
-        losses, values = self.loss.compute(sequence_logps(self.policy, layout), reference_logps, layout.lengths)
+        losses, values = self.loss.compute(self.logps(self.policy, layout), reference_logps, layout.lengths)
         sides = ("chosen", "rejected")
         values |= {
             f"lengths/{side}": lengths for side, lengths in zip(sides, layout.lengths.float().unbind(1), strict=False)
@@ -116,7 +131,11 @@ class BasicTrainer:
         if self.reference_model is None:
             return None
         with torch.no_grad():
-            return sequence_logps(self.reference_model, layout)
+            return self.logps(self.reference_model, layout)
+
+    def logps(self, model: torch.nn.Module, layout: Layout) -> torch.Tensor:
+        """Return a model's log-probabilities of the responses, (examples, n_responses)."""
+        return sequence_logps(model, layout, self.heads[model])
 
     def clip_gradient(self) -> torch.Tensor:
         """Clip the gradient to max_grad_norm and return its norm before that."""
@@ -150,9 +169,8 @@ class BasicTrainer:
         """Return the mean metrics of the evaluation examples."""
         self.policy.eval()
         metrics = Metrics()
-        self.eval_batches.position = {"epoch": 0, "batch": 0}
         with self.autocast():
-            for batch in progress(self.eval_batches, "evaluating"):
+            for batch in progress(replace(self.eval_batches, position=dict(START)), "evaluating"):
                 for layout in self.passes(batch.examples):
                     self.losses(layout, metrics)
         return metrics.means("eval")
@@ -180,8 +198,7 @@ class BasicTrainer:
     def sample_prompts(self) -> list[Example]:
         """Return the first n_eval_model_samples evaluation examples that have different prompts."""
         prompts: dict[str, Example] = {}
-        self.eval_batches.position = {"epoch": 0, "batch": 0}
-        for batch in self.eval_batches:
+        for batch in replace(self.eval_batches, position=dict(START)):
             for example in batch.examples:
                 prompts.setdefault(example.item.prompt, example)
             if len(prompts) >= self.config.n_eval_model_samples:

@@ -4,6 +4,7 @@ import getpass
 import json
 import netrc
 import os
+import queue
 import re
 import sys
 import threading
@@ -57,6 +58,14 @@ def compute_dtype(precision: str, policy_dtype: torch.dtype, device: torch.devic
     return torch.bfloat16 if native else torch.float32
 
 
+TOKENS_PER_PASS = {"cpu": 1024, "mps": 2048, "cuda": 16384}  # where benchmarks/README.md shows no gain beyond
+
+
+def tokens_per_pass(setting: int | str, device: torch.device) -> int:
+    """Resolve max_tokens_per_pass to a number of tokens."""
+    return TOKENS_PER_PASS[device.type] if setting == "auto" else setting
+
+
 # The run's directory
 
 
@@ -108,6 +117,41 @@ def progress(items: Iterable[T], title: str, total: int | None = None, silent: b
             said = now
             print(f"{title}: {done}/{total or '?'}, {done / (now - start):.1f} a second", flush=True)
         yield item
+
+
+def prefetch(items: Iterable[T], ahead: int = 2) -> Iterator[T]:
+    """Yield the items, of which a thread makes up to `ahead` while the caller works; its exceptions are raised here."""
+    ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=ahead)
+    stopped = threading.Event()
+
+    def put(kind: str, value: Any) -> None:
+        while not stopped.is_set():
+            try:
+                return ready.put((kind, value), timeout=0.1)
+            except queue.Full:
+                pass
+
+    def work() -> None:
+        try:
+            for item in items:
+                put("item", item)
+                if stopped.is_set():
+                    return
+            put("end", None)
+        except BaseException as error:  # whatever it is, it belongs to the caller
+            put("error", error)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            kind, value = ready.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+    finally:
+        stopped.set()
 
 
 def say(message: str) -> None:
