@@ -389,7 +389,7 @@ class BatchIterator:
     """Walks groups of items in the original's order, in batches; its position lets a run stop and go on anywhere.
 
     n_epochs and n_examples bound it, whichever ends first. What is left of an epoch after its last full batch is left
-    out, unless keep_last. The seeds of the epochs are drawn from NumPy's legacy generator, and each epoch shuffles the
+    out, unless keep_last, which also ends exactly at n_examples (for one epoch). The seeds of the epochs are drawn from NumPy's legacy generator, and each epoch shuffles the
     list of groups as the one before left it.
     """
 
@@ -436,6 +436,8 @@ class BatchIterator:
                 done += 1
                 self.position = dict(zip(("epoch", "batch"), divmod(done, per_epoch), strict=True))
                 chosen = items[index * self.batch_size : (index + 1) * self.batch_size]
+                if self.keep_last and self.n_examples is not None:
+                    chosen = chosen[: self.n_examples - (done - 1) * self.batch_size]
                 yield Batch(self.tokenize(chosen), self.position)
 
     def epoch_seed(self, epoch: int) -> int:

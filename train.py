@@ -113,7 +113,7 @@ RULES: dict[str, Rule] = {
     "sample_top_k": whole(0, "tokens"),
     "sample_top_p": number(lambda v: 0 < v <= 1, "a number above 0, at most 1"),
     "minimum_log_interval_secs": NOT_NEGATIVE,
-    "model.name_or_path": TEXT,
+    "model.name_or_path": (TEXT[0], "a local folder or a name on the hub; or choose one of config/model/: model=gpt2"),
     "model.tokenizer_name_or_path": optional(TEXT),
     "model.archive": optional(TEXT),
     "model.from_scratch": FLAG,
@@ -351,8 +351,12 @@ def refuse(problems: list[str]) -> None:
 
 def run(config: DictConfig) -> None:
     """Check everything, make the run directory, load the models, and train."""
-    from trainers import BasicTrainer  # with transformers, slow to import: a wrong setting is told sooner
+    from transformers.utils import logging  # slow to import, as are the trainers: a wrong setting is told sooner
 
+    from trainers import BasicTrainer
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     config, device, model_config, tokenizer, batches = prepare(config)
     dtype = compute_dtype(config.precision, getattr(torch, config.model.policy_dtype), device)
     run_dir = make_run_dir(config.local_run_dir)
@@ -461,6 +465,9 @@ def hydra_main(config: DictConfig) -> None:
         run(config)
     except UserError as error:
         sys.exit(fail(error))
+    except KeyboardInterrupt:
+        say("Interrupted; the run directory holds what was written until the last evaluation.")
+        sys.exit(130)
 
 
 def fail(error: UserError) -> int:

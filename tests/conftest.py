@@ -1,0 +1,187 @@
+"""The real command line, trainers made in-process, and tiny models with their own kinds of tokenizer, built offline."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+
+import hydra
+import pytest
+import torch
+from omegaconf import DictConfig
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import trainers as bpe
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+import train
+import trainers
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDENS = ROOT / "tests" / "goldens"
+TINY = (
+    f"model.name_or_path='{GOLDENS / 'tiny-gpt2'}'",
+    f"datasets=['{GOLDENS / 'data'}']",
+    "max_length=160",
+    "max_prompt_length=96",
+    "batch_size=8",
+    "precision=float32",
+    "device=cpu",
+    "sample_during_eval=false",
+)
+
+
+# The command line
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one command line did."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    folder: Path
+
+    def records(self) -> list[dict[str, float]]:
+        """Return the records of metrics.jsonl."""
+        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def run_cli(tmp_path):
+    """Return a function that runs train.py with overrides, offline, without wandb, in one thread."""
+
+    def run(*overrides: str) -> Run:
+        folder = tmp_path / "run"
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+        environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "train.py", "wandb.enabled=false", f"local_run_dir='{folder}'", *overrides]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        return Run(done.returncode, done.stdout, done.stderr, folder)
+
+    return run
+
+
+# In-process
+
+
+def compose(*overrides: str) -> DictConfig:
+    """Compose the config as the command line does."""
+    train.register_resolvers()
+    with hydra.initialize_config_dir(str(ROOT / "config"), version_base=None):
+        return hydra.compose("config", overrides=["wandb.enabled=false", *overrides])
+
+
+@pytest.fixture
+def make_trainer(monkeypatch, tmp_path):
+    """Return a function that makes the trainer a command line would make, stopped just before it trains."""
+    made = []
+
+    def make(*overrides: str) -> trainers.BasicTrainer:
+        monkeypatch.setattr(trainers.BasicTrainer, "train", lambda self: made.append(self))
+        train.run(compose(*TINY, f"local_run_dir='{tmp_path / f'run{len(made)}'}'", *overrides))
+        return made[-1]
+
+    return make
+
+
+# Tokenizers and models
+
+WORDS = [json.loads(line)["chosen"] for line in open(GOLDENS / "data" / "train.jsonl", encoding="utf-8")]
+
+
+def train_bpe(tokenizer: Tokenizer, special_tokens: list[str], alphabet: list[str]) -> Tokenizer:
+    """Learn a vocabulary of 400 from the goldens' dialogues."""
+    trainer = bpe.BpeTrainer(
+        vocab_size=400, special_tokens=special_tokens, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(WORDS, trainer)
+    return tokenizer
+
+
+def byte_level(*special_tokens: str) -> Tokenizer:
+    """Make a byte-level BPE as GPT-2, GPT-NeoX and Qwen2 have it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return train_bpe(tokenizer, list(special_tokens), pre_tokenizers.ByteLevel.alphabet())
+
+
+def sentencepiece(bos: str, *special_tokens: str, prepend: bool) -> Tokenizer:
+    """Make a BPE with ▁ for spaces, bytes as fallback and BOS before each text, as Llama and Gemma have it."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    prepended = [normalizers.Prepend("▁")] if prepend else []
+    tokenizer.normalizer = normalizers.Sequence([*prepended, normalizers.Replace(" ", "▁")])
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    train_bpe(tokenizer, ["<unk>", bos, *special_tokens, *bytes_], [])
+    template = {"single": f"{bos} $A", "special_tokens": [(bos, tokenizer.token_to_id(bos))]}
+    tokenizer.post_processor = processors.TemplateProcessing(**template)
+    return tokenizer
+
+
+def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """Make a tokenizer with the special tokens that a family's have."""
+    end = "<|endoftext|>"
+    if family == "gpt2":  # eos stands for everything, and there is no pad
+        return PreTrainedTokenizerFast(
+            tokenizer_object=byte_level(end), bos_token=end, eos_token=end, unk_token=end, model_max_length=256
+        )
+    if family == "gpt_neox":  # pad equal to eos
+        return PreTrainedTokenizerFast(tokenizer_object=byte_level(end), eos_token=end, pad_token=end)
+    if family == "qwen2":  # no bos; pad apart from eos
+        tokens = {"eos_token": "<|im_end|>", "pad_token": end}
+        return PreTrainedTokenizerFast(tokenizer_object=byte_level(end, "<|im_end|>"), **tokens)
+    if family == "llama":  # bos and eos, no pad
+        tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        return PreTrainedTokenizerFast(tokenizer_object=sentencepiece("<s>", "</s>", prepend=True), **tokens)
+    tokens = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=sentencepiece("<bos>", "<eos>", "<pad>", prepend=False), **tokens)
+
+
+def tiny_config(family: str, vocab_size: int):
+    """Return the config of a model of 2 layers, with dropout 0.1 wherever the family has one.
+
+    The weights are large, so that a token's probability depends strongly on those before it.
+    """
+    shared = {"vocab_size": vocab_size, "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shared_sizes = {**shared, **sizes, "max_position_embeddings": 256, "attention_dropout": 0.1}
+    if family == "gpt2":
+        drop = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1)
+        return GPT2Config(**shared, **drop, n_embd=32, n_layer=2, n_head=4, n_positions=256)
+    if family == "gpt_neox":
+        return GPTNeoXConfig(**shared_sizes, hidden_dropout=0.1)
+    if family == "llama":
+        return LlamaConfig(**shared_sizes, num_key_value_heads=2)
+    if family == "qwen2":
+        return Qwen2Config(**shared_sizes, num_key_value_heads=2)
+    layer_types = ["sliding_attention", "full_attention"]
+    return Gemma3TextConfig(**shared_sizes, num_key_value_heads=2, head_dim=8, layer_types=layer_types)
+
+
+FAMILIES = ("gpt2", "gpt_neox", "llama", "qwen2", "gemma3")
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def tiny_folder(request, tmp_path_factory) -> Path:
+    """Write one family's tiny random model and its tokenizer, as from_pretrained opens them."""
+    folder = tmp_path_factory.mktemp(request.param)
+    tokenizer = tiny_tokenizer(request.param)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_config(request.param, len(tokenizer))).save_pretrained(folder)
+    return folder
