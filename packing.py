@@ -18,14 +18,14 @@ class Layout:
     sources       (n,) flat position in (rows, seq) from whose output each response token is predicted
     targets       (n,) the response tokens, response after response
     lengths       (examples, n_responses) how many of the n belong to each response
-    indices       which examples of the batch these are, in this order
+    examples      the examples, in this order
     """
 
     inputs: dict[str, torch.Tensor]
     sources: torch.Tensor
     targets: torch.Tensor
     lengths: torch.Tensor
-    indices: tuple[int, ...]
+    examples: tuple[Any, ...]
 
     def to(self, device: torch.device) -> "Layout":
         """Return the layout on a device."""
@@ -36,7 +36,7 @@ class Layout:
 # The two layouts
 
 
-def padded(examples: Sequence[Any], indices: Sequence[int]) -> Layout:
+def padded(examples: Sequence[Any]) -> Layout:
     """Lay out one sequence a row, all first responses before all second ones, padded on the right: the original's way.
 
     Padding is masked by position, so its id does not matter; 0 exists in every vocabulary.
@@ -51,10 +51,10 @@ def padded(examples: Sequence[Any], indices: Sequence[int]) -> Layout:
         for k, response in enumerate(example.responses):
             start = (n * k + i) * width + len(example.prompt) - 1
             sources.extend(range(start, start + len(response)))
-    return make_layout({"input_ids": input_ids, "attention_mask": mask}, sources, examples, indices)
+    return make_layout({"input_ids": input_ids, "attention_mask": mask}, sources, examples)
 
 
-def shared_prefix(examples: Sequence[Any], indices: Sequence[int]) -> Layout:
+def shared_prefix(examples: Sequence[Any]) -> Layout:
     """Lay out whole examples in one row without padding, each prompt once, its responses after it.
 
     Position ids restart: every response continues from the end of its prompt.
@@ -73,7 +73,7 @@ def shared_prefix(examples: Sequence[Any], indices: Sequence[int]) -> Layout:
         spans.append(span)
     inputs = {"input_ids": torch.tensor([tokens]), "position_ids": torch.tensor([positions])}
     inputs["attention_mask"] = additive_mask(spans)
-    return make_layout(inputs, sources, examples, indices)
+    return make_layout(inputs, sources, examples)
 
 
 def additive_mask(spans: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -92,13 +92,11 @@ def additive_mask(spans: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
 
 
-def make_layout(
-    inputs: dict[str, torch.Tensor], sources: list[int], examples: Sequence[Any], indices: Sequence[int]
-) -> Layout:
+def make_layout(inputs: dict[str, torch.Tensor], sources: list[int], examples: Sequence[Any]) -> Layout:
     """Make a layout whose sources follow the responses example by example."""
     targets = [token for example in examples for response in example.responses for token in response]
     lengths = [[len(response) for response in example.responses] for example in examples]
-    return Layout(inputs, torch.tensor(sources), torch.tensor(targets), torch.tensor(lengths), tuple(indices))
+    return Layout(inputs, torch.tensor(sources), torch.tensor(targets), torch.tensor(lengths), tuple(examples))
 
 
 # From a batch to passes
@@ -108,7 +106,7 @@ def make_layout(
 class LayoutKind:
     """A way to lay examples out, and how many tokens the model computes for some of them."""
 
-    lay_out: Callable[[Sequence[Any], Sequence[int]], Layout]
+    lay_out: Callable[[Sequence[Any]], Layout]
     cost: Callable[[Sequence[Any]], int]
 
 
@@ -141,7 +139,7 @@ def make_passes(examples: Sequence[Any], layout: str, max_tokens: int) -> Iterat
             bins.append(chosen := [])
         chosen.append(i)
     for chosen in bins:
-        yield kind.lay_out([examples[i] for i in chosen], chosen)
+        yield kind.lay_out([examples[i] for i in chosen])
 
 
 # Log-probabilities
@@ -247,7 +245,7 @@ def check_layout(model: Any, examples: Sequence[Any], layout: str, max_length: i
 @torch.no_grad()
 def layout_difference(model: Any, examples: Sequence[Any], layout: str, device: torch.device) -> float:
     """Return the largest difference of a token's log-probability between a layout and the padded one."""
-    both = [LAYOUTS[name].lay_out(examples, range(len(examples))).to(device) for name in (layout, "padded")]
+    both = [LAYOUTS[name].lay_out(examples).to(device) for name in (layout, "padded")]
     ours, theirs = (target_logps(response_logits(model, laid_out), laid_out.targets) for laid_out in both)
     return (ours - theirs).abs().max().item()
 

@@ -389,18 +389,26 @@ class BatchIterator:
     """Walks groups of items in the original's order, in batches; its position lets a run stop and go on anywhere.
 
     n_epochs and n_examples bound it, whichever ends first. What is left of an epoch after its last full batch is left
-    out, unless keep_last, which also ends exactly at n_examples (for one epoch). The seeds of the epochs are drawn from NumPy's legacy generator, and each epoch shuffles the
-    list of groups as the one before left it.
+    out, unless keep_last, which also ends exactly at n_examples (for one epoch). The seeds of the epochs are drawn from
+    NumPy's legacy generator, and each epoch shuffles the list of groups as the one before left it.
     """
 
     groups: list[list[Item]]
-    tokenize: Callable[[Sequence[Item]], list[Example]]
+    tokenize: Tokenization
     batch_size: int
     seed: int = 0
     n_epochs: int | None = None
     n_examples: int | None = None
     keep_last: bool = False
     position: dict[str, int] = field(default_factory=START.copy)
+
+    def settings(self) -> tuple[Any, ...]:
+        """Return what, beside the items, decides which tokens lie in which batch."""
+        rules = self.tokenize
+        backend = getattr(rules.tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend is not None else sorted(rules.tokenizer.get_vocab().items())
+        lengths = (rules.max_length, rules.max_prompt_length, rules.add_bos)
+        return (vocabulary, lengths, self.batch_size, self.seed, self.n_epochs, self.n_examples)
 
     @property
     def n_items(self) -> int:

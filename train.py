@@ -127,6 +127,7 @@ RULES: dict[str, Rule] = {
     "loss.label_smoothing": number(lambda v: 0 <= v < 0.5, "a number from 0, below 0.5"),
     "loss.reference_free": FLAG,
     "loss.average_log_prob": FLAG,
+    "loss.precompute_reference": FLAG,
 }
 
 
@@ -192,6 +193,16 @@ def combination_problems(settings: dict[str, Any]) -> list[str]:
         "model.fsdp_policy_mp model.policy_dtype",
         lambda precision, dtype: (precision, dtype) == ("float32", "bfloat16"),
         "computing in float32 needs model.policy_dtype=float32",
+    )
+    check(
+        "loss.precompute_reference model.reference_dtype",
+        lambda precompute, dtype: precompute and dtype,
+        "the policy itself computes the reference's numbers, so model.reference_dtype must be null",
+    )
+    check(
+        "loss.precompute_reference loss.reference_free",
+        lambda precompute, free: precompute and free,
+        "a loss without a reference has nothing to compute; set one of them to false",
     )
     check("model.archive", lambda path: path and not Path(path).is_file(), "no such file; give the path of a policy.pt")
     return problems
@@ -367,8 +378,8 @@ def run(config: DictConfig) -> None:
     random.seed(config.seed)
     np.random.seed(config.seed)
     policy = load_policy(config, model_config, device)
-    needs_reference = LOSSES[config.loss.name](config.loss).needs_reference
-    reference = make_reference(config, policy) if needs_reference else None
+    live = LOSSES[config.loss.name](config.loss).needs_reference and not config.loss.precompute_reference
+    reference = make_reference(config, policy) if live else None
     torch.manual_seed(config.seed)
 
     tracker = make_tracker(config, run_dir)

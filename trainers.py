@@ -16,7 +16,8 @@ from checkpoints import export_model, save_checkpoint
 from losses import LOSSES, preference_loss  # noqa: F401  (the original's users import preference_loss from here)
 from packing import Layout, check_layout, find_head, make_passes, sequence_logps
 from preference_datasets import START, Batch, BatchIterator, Example
-from utils import MetricLogger, compute_dtype, prefetch, progress, say, tokens_per_pass
+from references import LiveReference, ReferenceTable, fingerprint
+from utils import MetricLogger, compute_dtype, local_dir, prefetch, progress, say, tokens_per_pass
 
 
 class BasicTrainer:
@@ -35,7 +36,7 @@ class BasicTrainer:
         eval_batches: BatchIterator,
         logger: MetricLogger,
     ):
-        self.policy, self.reference_model, self.tokenizer = policy, reference_model, tokenizer
+        self.policy, self.tokenizer = policy, tokenizer
         self.config, self.seed, self.run_dir, self.logger = config, seed, Path(run_dir), logger
         self.train_batches, self.eval_batches = train_batches, eval_batches
         self.device = next(policy.parameters()).device
@@ -43,7 +44,9 @@ class BasicTrainer:
         self.loss = LOSSES[config.loss.name](config.loss)
         self.layout = self.checked_layout()
         self.max_tokens = tokens_per_pass(config.max_tokens_per_pass, self.device)
-        self.heads = {model: find_head(model) for model in (policy, reference_model) if model is not None}
+        self.head = find_head(policy)
+        self.reference = LiveReference(reference_model) if reference_model is not None else None
+        self.wants_table = self.loss.needs_reference and reference_model is None
         self.optimizer = getattr(torch.optim, config.optimizer)(policy.parameters(), lr=config.lr)
         warmup = config.warmup_steps
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda t: min(1.0, (t + 1) / (warmup + 1)))
@@ -69,6 +72,8 @@ class BasicTrainer:
 
     def train(self) -> None:
         """Walk the batches to the end, evaluating whenever due and once more at the end."""
+        if self.wants_table:
+            self.reference = self.precompute_reference()
         bar = tqdm(total=len(self.train_batches), desc="training", unit="update", dynamic_ncols=True, disable=None)
         for batch in prefetch(self.train_batches):
             if self.eval_is_due():
@@ -117,8 +122,9 @@ class BasicTrainer:
 
     def losses(self, layout: Layout, metrics: "Metrics") -> torch.Tensor:
         """Return the losses of a pass, (examples,), and add its metrics, one value an example."""
-        reference_logps = self.reference_logps(layout)
-        losses, values = self.loss.compute(self.logps(self.policy, layout), reference_logps, layout.lengths)
+        reference_logps = None if self.reference is None else self.reference.logps(layout)
+        logps = sequence_logps(self.policy, layout, self.head)
+        losses, values = self.loss.compute(logps, reference_logps, layout.lengths)
         sides = ("chosen", "rejected")
         values |= {
             f"lengths/{side}": lengths for side, lengths in zip(sides, layout.lengths.float().unbind(1), strict=False)
@@ -126,16 +132,53 @@ class BasicTrainer:
         metrics.add(values)
         return losses
 
-    def reference_logps(self, layout: Layout) -> torch.Tensor | None:
-        """Return the reference's log-probabilities, (examples, n_responses), or None where the loss needs none."""
-        if self.reference_model is None:
-            return None
-        with torch.no_grad():
-            return self.logps(self.reference_model, layout)
+    @torch.no_grad()
+    def precompute_reference(self) -> ReferenceTable:
+        """Return the table of the reference's log-probabilities, computed by the policy while it still is that.
 
-    def logps(self, model: torch.nn.Module, layout: Layout) -> torch.Tensor:
-        """Return a model's log-probabilities of the responses, (examples, n_responses)."""
-        return sequence_logps(model, layout, self.heads[model])
+        It walks the very passes of the first epoch and of the evaluation, so these get the numbers that a live
+        reference would give; what the first epoch left out and a later one needs is laid out by itself.
+        """
+        train, test = (replace(batches, position=dict(START)) for batches in (self.train_batches, self.eval_batches))
+        parts, size = self.config.gradient_accumulation_steps, train.batch_size
+        train_items = [item for group in train.groups for item in group]
+        table = ReferenceTable(
+            [*train_items, *(item for group in test.groups for item in group)], self.loss.n_responses
+        )
+        settings = (
+            train.settings(),
+            test.settings(),
+            parts,
+            self.layout,
+            self.max_tokens,
+            self.dtype,
+            self.device.type,
+        )
+        name = f"{fingerprint(self.policy, table.row, (*settings, torch.__version__))}.pt"
+        cached = Path(local_dir(self.config.local_dirs)) / "reference_cache" / name
+        if self.config.sample_during_eval:
+            self.reference_samples = self.generate(self.policy, self.sample_prompts(), "sampling the reference")
+        if table.load(cached):
+            say(f"Reference: log-probabilities taken from {cached}")
+        else:
+            first_epoch = replace(train, n_epochs=1)
+            for batch in progress(prefetch(first_epoch), "reference, training data", total=len(first_epoch)):
+                self.fill(table, batch.examples, parts)
+            for batch in progress(test, "reference, evaluation data"):
+                self.fill(table, batch.examples)
+            left = table.missing(train_items) if len(train) > train.batches_per_epoch else []
+            for start in range(0, len(left), size):
+                self.fill(table, train.tokenize(left[start : start + size]), parts)
+            table.save(cached)
+        if not self.config.debug:
+            table.save(self.run_dir / "reference.pt")
+        return table
+
+    def fill(self, table: ReferenceTable, examples: Sequence[Example], n_microbatches: int = 1) -> None:
+        """Compute the examples' log-probabilities in the passes of a batch, and put them into the table."""
+        with self.autocast():
+            for layout in self.passes(examples, n_microbatches):
+                table.fill(layout, sequence_logps(self.policy, layout, self.head))
 
     def clip_gradient(self) -> torch.Tensor:
         """Clip the gradient to max_grad_norm and return its norm before that."""
@@ -180,9 +223,9 @@ class BasicTrainer:
         """Sample from the policy, and from the reference where there is one, for the same prompts every time."""
         prompts = self.sample_prompts()
         samples = {"policy": self.generate(self.policy, prompts, "sampling the policy")}
-        if self.reference_model is not None:
-            if self.reference_samples is None:  # the reference never changes, so neither do its samples
-                self.reference_samples = self.generate(self.reference_model, prompts, "sampling the reference")
+        if isinstance(self.reference, LiveReference) and self.reference_samples is None:
+            self.reference_samples = self.generate(self.reference.model, prompts, "sampling the reference")
+        if self.reference_samples is not None:  # the reference never changes, so neither do its samples
             samples["reference"] = self.reference_samples
         texts = [example.item.prompt for example in prompts]
         for who, answers in samples.items():

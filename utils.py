@@ -75,14 +75,19 @@ def slug(name: str) -> str:
 
 
 def local_run_dir(exp_name: str, local_dirs: Iterable[str]) -> str:
-    """Return DIR/USER/EXP_TIMESTAMP in the first of local_dirs that exists, else in the last; makes nothing."""
+    """Return DIR/USER/EXP_TIMESTAMP; makes nothing."""
+    return os.path.join(local_dir(local_dirs), f"{exp_name}_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}")
+
+
+def local_dir(local_dirs: Iterable[str]) -> str:
+    """Return DIR/USER in the first of local_dirs that exists, else in the last; makes nothing."""
     local_dirs = list(local_dirs)
     base = next((folder for folder in local_dirs if os.path.isdir(folder)), local_dirs[-1])
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container may run under a user id that has no name
         user = str(os.getuid())
-    return os.path.join(base, user, f"{exp_name}_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}")
+    return os.path.join(base, user)
 
 
 def make_run_dir(path: str | Path) -> Path:

@@ -274,7 +274,7 @@ def test_a_run_from_the_command_line_is_the_originals_run(name, run_cli):
         compare(f"trace_{name}", state[parameter].double().norm(), norm, 1e-3)
 
 
-@pytest.mark.parametrize("accumulation, max_tokens", [(1, "auto"), (4, "auto"), (1, 300)])
+@pytest.mark.parametrize("accumulation, max_tokens", [(1, 100_000), (4, 100_000), (1, 300)])
 @pytest.mark.parametrize("layout", packing.LAYOUTS)
 def test_every_layout_accumulation_and_token_budget_gives_the_originals_updates(
     layout, accumulation, max_tokens, make_trainer, monkeypatch
@@ -284,7 +284,7 @@ def test_every_layout_accumulation_and_token_budget_gives_the_originals_updates(
     own = {"layout": layout, "gradient_accumulation_steps": accumulation, "max_tokens_per_pass": max_tokens}
     trainer = make_trainer(*overrides_of(trace), *(f"{key}={value}" for key, value in own.items()))
     assert trainer.layout == layout
-    name = f"trace_dpo, 10 updates, {layout}, accumulation {accumulation}, {max_tokens} tokens a pass"
+    name = f"trace_dpo, 10 updates, {layout}, accumulation {accumulation}, up to {max_tokens:,} tokens a pass"
     for batch, golden in zip(islice(trainer.train_batches, 10), trace["steps"][:10], strict=True):
         for key, values in values_by_example(trainer, batch.examples).items():
             compare(name, values, golden[key], 1e-3, np.mean(np.abs(golden[key])))

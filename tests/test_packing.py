@@ -262,7 +262,7 @@ def oracle_gradient(trainer, examples):
     return flat_gradient(policy)
 
 
-@pytest.mark.parametrize("max_tokens", ["auto", 300])
+@pytest.mark.parametrize("max_tokens", [100_000, 300])
 @pytest.mark.parametrize("loss", ["sft", "dpo"])
 @pytest.mark.parametrize("layout", packing.LAYOUTS)
 def test_accumulation_and_token_budget_change_nothing_in_the_gradient(layout, loss, max_tokens, make_trainer):

@@ -1,0 +1,72 @@
+"""Where a preference loss gets the reference's log-probabilities: from a second model, or from a table made once."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from packing import Layout, find_head, sequence_logps
+
+
+class LiveReference:
+    """A frozen second model."""
+
+    def __init__(self, model: Any):
+        self.model, self.head = model, find_head(model)
+
+    @torch.no_grad()
+    def logps(self, layout: Layout) -> torch.Tensor:
+        """Return the log-probabilities of the responses, (examples, n_responses)."""
+        return sequence_logps(self.model, layout, self.head)
+
+
+class ReferenceTable:
+    """One number for each response of each item, computed before the first update, when the policy is the reference."""
+
+    def __init__(self, items: Iterable[Any], n_responses: int):
+        self.row = {item: row for row, item in enumerate(dict.fromkeys(items))}
+        self.values = torch.full((len(self.row), n_responses), torch.nan)
+
+    def logps(self, layout: Layout) -> torch.Tensor:
+        """Return the log-probabilities of the responses, (examples, n_responses)."""
+        rows = [self.row[example.item] for example in layout.examples]
+        return self.values[rows].to(layout.targets.device, non_blocking=True)
+
+    def missing(self, items: Iterable[Any]) -> list[Any]:
+        """Return the items that have no numbers yet."""
+        return [item for item in items if self.values[self.row[item]].isnan().any()]
+
+    def fill(self, layout: Layout, logps: torch.Tensor) -> None:
+        """Store the log-probabilities of a pass, (examples, n_responses)."""
+        self.values[[self.row[example.item] for example in layout.examples]] = logps.float().cpu()
+
+    def save(self, path: Path) -> None:
+        """Write the table, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = path.with_name(f".{path.name}.{os.getpid()}")
+        torch.save({"values": self.values}, staging)
+        os.replace(staging, path)
+
+    def load(self, path: Path) -> bool:
+        """Take over a table written before; False if there is none that can be read and fits."""
+        try:
+            values = torch.load(path, weights_only=True)["values"]
+        except Exception:  # missing, damaged or no table: torch raises many kinds, and each means to compute it anew
+            return False
+        fits = isinstance(values, torch.Tensor) and values.shape == self.values.shape
+        self.values = values if fits else self.values
+        return fits
+
+
+def fingerprint(model: Any, items: Iterable[Any], settings: Any) -> str:
+    """Return the SHA-256 of all that the reference's numbers depend on: weights, texts in their order, and settings."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for item in items:
+        digest.update(repr(tuple(item)).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
