@@ -81,7 +81,7 @@ def additive_mask(spans: Sequence[Sequence[int]]) -> torch.Tensor:
 
     spans holds the lengths (prompt, response, ...) of each example of the row. A key is visible if it lies in the same
     example, not later, and in the prompt or in the query's own response. The mask is not boolean, since models with
-    eager attention add it, nor does it hold infinities, which some of them multiply.
+    eager attention add it, nor does it hold infinities, which some of them multiply; bfloat16 holds its numbers too.
     """
     lengths = torch.tensor([length for span in spans for length in span])
     examples = torch.tensor([i for i, span in enumerate(spans) for _ in span]).repeat_interleave(lengths)
@@ -89,7 +89,7 @@ def additive_mask(spans: Sequence[Sequence[int]]) -> torch.Tensor:
     order = torch.arange(len(examples))
     visible = (examples[:, None] == examples) & (order[:, None] >= order)
     visible &= (branches == 0) | (branches[:, None] == branches)
-    return torch.where(visible, 0.0, torch.finfo(torch.float32).min)[None, None]
+    return torch.where(visible, 0.0, torch.finfo(torch.bfloat16).min)[None, None]
 
 
 def make_layout(inputs: dict[str, torch.Tensor], sources: list[int], examples: Sequence[Any]) -> Layout:
@@ -156,7 +156,7 @@ def token_logps(model: Any, layout: Layout, head: Head | None) -> torch.Tensor:
     if head is None:
         logps = target_logps(response_logits(model, layout), layout.targets)
     else:
-        hidden = model.base_model(**layout.inputs, use_cache=False)[0]
+        hidden = model.base_model(**model_inputs(model, layout))[0]
         hidden = hidden.reshape(-1, hidden.shape[-1])[layout.sources]
         logps = chunked_logps(hidden, layout.targets, head, CHUNK_BYTES // (4 * head.weight.shape[0]))
     return logps
@@ -168,11 +168,17 @@ def sequence_logps(model: Any, layout: Layout, head: Head | None) -> torch.Tenso
     return torch.segment_reduce(logps, "sum", lengths=layout.lengths.flatten()).view(layout.lengths.shape)
 
 
+def model_inputs(model: Any, layout: Layout) -> dict[str, Any]:
+    """Return the arguments of a forward pass; a mask of another dtype than the queries is silently misread by torch."""
+    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in layout.inputs.items()}
+    return inputs | {"use_cache": False}
+
+
 def response_logits(model: Any, layout: Layout) -> torch.Tensor:
     """Return the logits that predict the response tokens, of shape (n, vocabulary), and compute few others."""
     width = layout.inputs["input_ids"].shape[1]
     columns, kept = torch.unique(layout.sources % width, return_inverse=True)
-    logits = model(**layout.inputs, use_cache=False, logits_to_keep=columns).logits
+    logits = model(**model_inputs(model, layout), logits_to_keep=columns).logits
     return logits[layout.sources // width, kept]
 
 

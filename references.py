@@ -7,20 +7,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from packing import Layout, find_head, sequence_logps
 
 
 class LiveReference:
-    """A frozen second model."""
+    """A frozen second model, computed in dtype."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, dtype: torch.dtype):
         self.model, self.head = model, find_head(model)
+        if model.dtype == torch.float32 and dtype != torch.float32:
+            store_linear_weights(model, dtype)
 
     @torch.no_grad()
     def logps(self, layout: Layout) -> torch.Tensor:
         """Return the log-probabilities of the responses, (examples, n_responses)."""
         return sequence_logps(self.model, layout, self.head)
+
+
+def store_linear_weights(model: Any, dtype: torch.dtype) -> None:
+    """Store the weights of linear layers in the dtype to which autocast would cast them in each pass: same numbers.
+
+    Weights that an embedding shares keep theirs, since autocast does not cast embeddings.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in embeddings:
+            module.to(dtype)
 
 
 class ReferenceTable:

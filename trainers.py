@@ -45,7 +45,7 @@ class BasicTrainer:
         self.layout = self.checked_layout()
         self.max_tokens = tokens_per_pass(config.max_tokens_per_pass, self.device)
         self.head = find_head(policy)
-        self.reference = LiveReference(reference_model) if reference_model is not None else None
+        self.reference = LiveReference(reference_model, self.dtype) if reference_model is not None else None
         self.wants_table = self.loss.needs_reference and reference_model is None
         self.optimizer = getattr(torch.optim, config.optimizer)(policy.parameters(), lr=config.lr)
         warmup = config.warmup_steps

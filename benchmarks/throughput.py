@@ -1,0 +1,318 @@
+"""Training throughput of DPO, several ways in one process, interleaved: pairs a second, matrix rate, and peak memory.
+
+    python benchmarks/throughput.py                                  SmolLM2-135M's shape with random weights
+    python benchmarks/throughput.py --model DIR                      a real model
+    python benchmarks/throughput.py --shape pythia-2.8b --pairs 64   what fits a large GPU
+
+Needs torch and transformers alone. The pairs have the lengths (prompt, chosen, rejected, in SmolLM2's tokens) of 2,312
+real pairs, hh_lengths.json, cut as training cuts them (max_length 512, max_prompt_length 256), and random tokens. Each
+way does whole updates: reference, forward, backward, clipping, RMSprop. The first row is the original's way: padded,
+logits and their float32 log-softmax for every position, in microbatches. Writes a Markdown table to stdout.
+"""
+
+import argparse
+import copy
+import ctypes
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+
+from losses import preference_loss
+from packing import LAYOUTS, find_head, make_passes, sequence_logps
+from preference_datasets import Item, Tokenization
+from references import LiveReference, ReferenceTable
+from utils import pick_device, tokens_per_pass
+
+HERE = Path(__file__).resolve().parent
+SHAPES: dict[str, Callable[[], Any]] = {
+    "smollm2-135m": lambda: LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    ),
+    "pythia-2.8b": lambda: GPTNeoXConfig(
+        vocab_size=50304,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        max_position_embeddings=2048,
+    ),
+}
+
+
+@dataclass
+class Way:
+    """One row of the table; dtype is that of the computation, parameters are in float32."""
+
+    name: str
+    update: Callable[["Bench", "Way", list[Any]], list[float]]
+    layout: str = "padded"
+    dtype: torch.dtype = torch.float32
+    max_tokens: int | None = None
+    cached: bool = False
+    checkpointing: bool = False
+    compile: bool = False
+
+
+class Bench:
+    """The models, the batches and what was measured."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device):
+        self.args, self.device = args, device
+        torch.manual_seed(0)
+        if args.model:
+            config = AutoConfig.from_pretrained(args.model)
+            self.policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
+        else:
+            config = SHAPES[args.shape]()
+            with device:
+                self.policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        self.vocabulary = config.vocab_size
+        self.policy.train()
+        self.optimizer = torch.optim.RMSprop(self.policy.parameters(), lr=0.0)  # so that every update is the same
+        self.references: dict[torch.dtype, Any] = {}
+        self.head = find_head(self.policy)
+        self.batches = self.make_batches()
+
+    def make_batches(self) -> list[list[Any]]:
+        """Draw batches of examples with real lengths and random tokens."""
+        rng = random.Random(0)
+        lengths = json.loads((HERE / "hh_lengths.json").read_text())
+        rng.shuffle(lengths)
+        cut = Tokenization(None, self.args.max_length, self.args.max_prompt_length).truncate
+        batches = []
+        for b in range(self.args.repeats):
+            chosen = lengths[b * self.args.pairs : (b + 1) * self.args.pairs]
+            tokens = [[[rng.randrange(self.vocabulary) for _ in range(n)] for n in triple] for triple in chosen]
+            items = [Item(f"{b} {i}", ("", ""), "keep_end", i, "") for i in range(len(chosen))]
+            batches.append([cut(item, p, (c, r)) for item, (p, c, r) in zip(items, tokens, strict=True)])
+        return batches
+
+    def reference(self, dtype: torch.dtype) -> LiveReference:
+        """Return the live reference as training holds it for a dtype; only one at a time is kept."""
+        if dtype not in self.references:
+            self.references.clear()
+            self.references[dtype] = LiveReference(copy.deepcopy(self.policy).requires_grad_(False), dtype)
+        return self.references[dtype]
+
+    def autocast(self, dtype: torch.dtype) -> Any:
+        """Return the context of a computation in dtype."""
+        return torch.autocast(self.device.type, dtype) if dtype != torch.float32 else nullcontext()
+
+    def finish(self) -> None:
+        """Clip, step, and clear the gradient, as training does."""
+        torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 10.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def backward(policy: torch.Tensor, reference: torch.Tensor, n: int) -> None:
+    """Run the backward pass of DPO for log-probabilities of shape (examples, 2), as a part of n examples."""
+    losses, _, _ = preference_loss(*policy.unbind(1), *reference.unbind(1), beta=0.1)
+    (losses.sum() / n).backward()
+
+
+def update(bench: Bench, way: Way, batch: list[Any]) -> list[float]:
+    """Do one update as trainers.py does it; return the policy's log-probabilities in the order of the batch."""
+    reference = bench.table if way.cached else bench.reference(way.dtype)
+    result: dict[Any, list[float]] = {}
+    with bench.autocast(way.dtype):
+        for layout in make_passes(batch, way.layout, way.max_tokens):
+            layout = layout.to(bench.device)
+            reference_logps = reference.logps(layout)
+            logps = sequence_logps(bench.policy, layout, bench.head)
+            backward(logps, reference_logps, len(batch))
+            result |= {e.item: row for e, row in zip(layout.examples, logps.detach().cpu().tolist(), strict=True)}
+    bench.finish()
+    return [number for example in batch for number in result[example.item]]
+
+
+def original_update(bench: Bench, way: Way, batch: list[Any]) -> list[float]:
+    """Do one update in the original's way: padded, with logits and log-softmax in float32 for every position."""
+    size, numbers = bench.args.microbatch, []
+    reference = bench.reference(way.dtype).model
+    for start in range(0, len(batch), size):
+        part = batch[start : start + size]
+        layout = LAYOUTS["padded"].lay_out(part).to(bench.device)
+        with bench.autocast(way.dtype):
+            with torch.no_grad():
+                reference_logps = full_logps(reference, layout, len(part))
+            logps = full_logps(bench.policy, layout, len(part))
+            backward(logps, reference_logps, len(batch))
+        numbers += logps.detach().flatten().cpu().tolist()
+    bench.finish()
+    return numbers
+
+
+def full_logps(model: Any, layout: Any, n: int) -> torch.Tensor:
+    """Return summed log-probabilities, (n, 2), through the log-softmax of all positions."""
+    ids = layout.inputs["input_ids"]
+    logits = model(**layout.inputs, use_cache=False).logits.to(torch.float32)
+    logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    mask = torch.zeros_like(ids, dtype=torch.bool).flatten()
+    mask[layout.sources] = True
+    return (logps * mask.view_as(ids)[:, :-1]).sum(1).view(2, n).T
+
+
+# Measuring
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak of memory so far."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gb(device: torch.device) -> float:
+    """Return the peak of memory since reset_peak, in GB: of the GPU, or of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+
+
+def clock(device: torch.device) -> float:
+    """Return the time in seconds once the device has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the best rate of a large matrix product, in TFLOP/s."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        start = clock(device)
+        a @ b
+        best = min(best, clock(device) - start)
+    return 2 * n**3 / best / 1e12
+
+
+def ways(args: argparse.Namespace, device: torch.device) -> list[Way]:
+    """Return the rows of the table."""
+    budget = tokens_per_pass("auto", device) if args.max_tokens is None else args.max_tokens
+    bf16 = {"dtype": torch.bfloat16, "max_tokens": budget}
+    packed = {"layout": "shared_prefix", "max_tokens": budget}
+    rows = [
+        Way("original's way, float32", original_update),
+        Way("original's way, bfloat16", original_update, dtype=torch.bfloat16),
+        Way("padded, float32", update, max_tokens=budget),
+        Way("padded, bfloat16", update, **bf16),
+        Way("shared_prefix, float32", update, **packed),
+        Way("shared_prefix, bfloat16", update, **(packed | bf16)),
+        Way("shared_prefix, bfloat16, cached reference", update, **(packed | bf16), cached=True),
+        Way("shared_prefix, bfloat16, activation checkpointing", update, **(packed | bf16), checkpointing=True),
+    ]
+    if args.compile:
+        rows.append(Way("shared_prefix, bfloat16, compiled", update, **(packed | bf16), compile=True))
+    return [row for row in rows if not args.only or any(part in row.name for part in args.only)]
+
+
+def run_once(bench: Bench, way: Way, batch: list[Any]) -> tuple[list[float], float, float]:
+    """Do one update; return its log-probabilities, seconds and peak memory in GB."""
+    if way.checkpointing:
+        bench.policy.gradient_checkpointing_enable()
+    if way.cached:
+        bench.references.clear()
+    else:
+        bench.reference(way.dtype)
+    reset_peak(bench.device)
+    start = clock(bench.device)
+    numbers = way.update(bench, way, batch)
+    seconds = clock(bench.device) - start
+    bench.policy.gradient_checkpointing_disable()
+    return numbers, seconds, peak_gb(bench.device)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder that from_pretrained opens; else random weights of --shape")
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--pairs", type=int, default=16, help="pairs an update")
+    parser.add_argument("--repeats", type=int, default=3, help="updates a row, each on other pairs; the median counts")
+    parser.add_argument("--microbatch", type=int, default=4, help="pairs a forward pass of the original's way")
+    parser.add_argument("--max-tokens", type=int, help="tokens a forward pass; default: as max_tokens_per_pass=auto")
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--max-prompt-length", type=int, default=256)
+    parser.add_argument("--compile", action="store_true", help="add the compiled row")
+    parser.add_argument("--only", nargs="*", help="only the rows whose name contains one of these")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
+    bench, rows = Bench(args, device), ways(args, device)
+    bench.table = ReferenceTable([e.item for batch in bench.batches for e in batch], 2)
+    bench.table.values.zero_()
+    measured = measure(bench, rows)
+    print_table(bench, rows, measured)
+
+
+def measure(bench: Bench, rows: list[Way]) -> dict[str, dict[str, Any]]:
+    """Run every way once on each batch, interleaved, after one warm-up of the optimizer's state."""
+    bench.finish()
+    measured: dict[str, dict[str, Any]] = {row.name: {"seconds": [], "gb": [], "logps": []} for row in rows}
+    for number, batch in enumerate(bench.batches):
+        for row in rows:
+            logps, seconds, gb = run_once(bench, row, batch)
+            for key, value in (("seconds", seconds), ("gb", gb), ("logps", logps)):
+                measured[row.name][key].append(value)
+            print(f"update {number + 1}, {row.name}: {seconds:.1f} s, {gb:.1f} GB", file=sys.stderr, flush=True)
+    for row in rows:
+        with FlopCounterMode(display=False) as counter:
+            run_once(bench, row, bench.batches[0])
+        measured[row.name]["flops"] = counter.get_total_flops()
+    return measured
+
+
+def print_table(bench: Bench, rows: list[Way], measured: dict[str, dict[str, Any]]) -> None:
+    """Print the table, its ratios against the first row."""
+    rates = {dtype: matrix_rate(bench.device, dtype) for dtype in {row.dtype for row in rows}}
+    useful = statistics.mean(sum(map(len, batch)) for batch in bench.batches)
+    first = measured[rows[0].name]
+    print(f"\nMatrix products: {', '.join(f'{k}: {v:.3g} TFLOP/s' for k, v in rates.items())}")
+    print(
+        "\n| way | pairs/s | useful tokens/s | TFLOP/s | of matrix rate | peak GB | speed | memory | largest difference |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        m = measured[row.name]
+        seconds = statistics.median(m["seconds"])
+        speed = statistics.median(a / b for a, b in zip(first["seconds"], m["seconds"], strict=True))
+        tflops = m["flops"] / m["seconds"][0] / 1e12
+        apart = max(
+            abs(a - b) for x, y in zip(m["logps"], first["logps"], strict=True) for a, b in zip(x, y, strict=True)
+        )
+        cells = [row.name, f"{bench.args.pairs / seconds:.2f}", f"{useful / seconds:,.0f}", f"{tflops:.3g}"]
+        cells += [f"{tflops / rates[row.dtype]:.0%}", f"{max(m['gb']):.1f}", f"{speed:.2f}"]
+        cells += [f"{max(m['gb']) / max(first['gb']):.2f}", f"{apart:.1g}"]
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
