@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from utils import say
 
@@ -19,6 +23,7 @@ class Layout:
     targets       (n,) the response tokens, response after response
     lengths       (examples, n_responses) how many of the n belong to each response
     examples      the examples, in this order
+    bounds        (start, end) of each example in a row that holds several, beyond which attention need not look
     """
 
     inputs: dict[str, torch.Tensor]
@@ -26,6 +31,7 @@ class Layout:
     targets: torch.Tensor
     lengths: torch.Tensor
     examples: tuple[Any, ...]
+    bounds: tuple[tuple[int, int], ...] = ()
 
     def to(self, device: torch.device) -> "Layout":
         """Return the layout on a device."""
@@ -73,7 +79,8 @@ def shared_prefix(examples: Sequence[Any]) -> Layout:
         spans.append(span)
     inputs = {"input_ids": torch.tensor([tokens]), "position_ids": torch.tensor([positions])}
     inputs["attention_mask"] = additive_mask(spans)
-    return make_layout(inputs, sources, examples)
+    ends = list(accumulate(map(sum, spans)))
+    return replace(make_layout(inputs, sources, examples), bounds=tuple(zip([0, *ends], ends, strict=False)))
 
 
 def additive_mask(spans: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -142,6 +149,40 @@ def make_passes(examples: Sequence[Any], layout: str, max_tokens: int) -> Iterat
         yield kind.lay_out([examples[i] for i in chosen])
 
 
+# Attention
+
+
+def use_packed_attention(model: Any) -> None:
+    """Let a model's attention skip what a layout's mask hides anyway, where the model uses torch's own attention."""
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register("packed", packed_attention)
+        AttentionMaskInterface.register("packed", sdpa_mask)
+        model.set_attn_implementation("packed")
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend example by example: cost grows with the sum of the squared lengths, not with the square of their sum.
+
+    query, key, value are (1, heads, seq, d) and the mask (1, 1, seq, seq); without bounds this is torch's attention.
+    """
+    bounds = getattr(attention_mask, "bounds", None)
+    if bounds is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    parts = []
+    for start, end in bounds:
+        rows = [states[:, :, start:end] for states in (query, key, value)]
+        mask = attention_mask[:, :, start:end, start:end]
+        parts.append(sdpa_attention_forward(module, *rows, mask, **kwargs)[0])
+    return torch.cat(parts, dim=1), None
+
+
 # Log-probabilities
 
 Head = torch.nn.Module  # turns hidden states into logits
@@ -171,6 +212,8 @@ def sequence_logps(model: Any, layout: Layout, head: Head | None) -> torch.Tenso
 def model_inputs(model: Any, layout: Layout) -> dict[str, Any]:
     """Return the arguments of a forward pass; a mask of another dtype than the queries is silently misread by torch."""
     inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in layout.inputs.items()}
+    if layout.bounds:
+        inputs["attention_mask"].bounds = layout.bounds  # for packed_attention; models hand a 4D mask on as it is
     return inputs | {"use_cache": False}
 
 

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from checkpoints import export_model, save_checkpoint
 from losses import LOSSES, preference_loss  # noqa: F401  (the original's users import preference_loss from here)
-from packing import Layout, check_layout, find_head, make_passes, sequence_logps
+from packing import Layout, check_layout, find_head, make_passes, sequence_logps, use_packed_attention
 from preference_datasets import START, Batch, BatchIterator, Example
 from references import LiveReference, ReferenceTable, fingerprint
 from utils import MetricLogger, compute_dtype, local_dir, prefetch, progress, say, tokens_per_pass
@@ -42,6 +42,9 @@ class BasicTrainer:
         self.device = next(policy.parameters()).device
         self.dtype = compute_dtype(config.precision, policy.dtype, self.device)
         self.loss = LOSSES[config.loss.name](config.loss)
+        for model in (policy, reference_model):
+            if model is not None:
+                use_packed_attention(model)
         self.layout = self.checked_layout()
         self.max_tokens = tokens_per_pass(config.max_tokens_per_pass, self.device)
         self.head = find_head(policy)

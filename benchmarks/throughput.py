@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from losses import preference_loss
-from packing import LAYOUTS, find_head, make_passes, sequence_logps
+from packing import LAYOUTS, find_head, make_passes, sequence_logps, use_packed_attention
 from preference_datasets import Item, Tokenization
 from references import LiveReference, ReferenceTable
 from utils import pick_device, tokens_per_pass
@@ -90,6 +90,7 @@ class Bench:
         self.policy.train()
         self.optimizer = torch.optim.RMSprop(self.policy.parameters(), lr=0.0)  # so that every update is the same
         self.references: dict[torch.dtype, Any] = {}
+        use_packed_attention(self.policy)
         self.head = find_head(self.policy)
         self.batches = self.make_batches()
 
@@ -305,9 +306,7 @@ def print_table(bench: Bench, rows: list[Way], measured: dict[str, dict[str, Any
         seconds = statistics.median(m["seconds"])
         speed = statistics.median(a / b for a, b in zip(first["seconds"], m["seconds"], strict=True))
         tflops = m["flops"] / m["seconds"][0] / 1e12
-        apart = max(
-            abs(a - b) for x, y in zip(m["logps"], first["logps"], strict=True) for a, b in zip(x, y, strict=True)
-        )
+        apart = (torch.tensor(m["logps"]) - torch.tensor(first["logps"])).abs().max().item()
         cells = [row.name, f"{bench.args.pairs / seconds:.2f}", f"{useful / seconds:,.0f}", f"{tflops:.3g}"]
         cells += [f"{tflops / rates[row.dtype]:.0%}", f"{max(m['gb']):.1f}", f"{speed:.2f}"]
         cells += [f"{max(m['gb']) / max(first['gb']):.2f}", f"{apart:.1g}"]

@@ -109,6 +109,18 @@ def test_losses_rewards_and_gradients_are_the_originals(case):
     assert logps[2].grad is None or not case["reference_free"]
 
 
+class Recorded:
+    """A model that gives the same logits, (1, seq, vocabulary), whatever its input."""
+
+    dtype = torch.float64
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def __call__(self, input_ids, logits_to_keep, **_):
+        return SimpleNamespace(logits=self.logits[:, : input_ids.shape[1]][:, logits_to_keep])
+
+
 @pytest.mark.parametrize("layout", packing.LAYOUTS)
 def test_sums_and_means_of_log_probabilities_are_the_originals(layout):
     """logits[t] predicts labels[t + 1]; labels of -100 are a prompt before, and padding after the response."""
@@ -118,13 +130,9 @@ def test_sums_and_means_of_log_probabilities_are_the_originals(layout):
         response = [label for label in labels if label != -100]
         assert labels[start : start + len(response)] == response
         logits = torch.tensor([logits], dtype=torch.float64)
-
-        def model(input_ids, logits_to_keep, logits=logits, **_):
-            return SimpleNamespace(logits=logits[:, : input_ids.shape[1]][:, logits_to_keep])
-
         example = Example(Item("", ("",), "keep_end", 1, ""), [0] * start, (response,))
         (part,) = packing.make_passes([example], layout, 1000)
-        logp = packing.sequence_logps(model, part, None)
+        logp = packing.sequence_logps(Recorded(logits), part, None)
         compare("losses.json", logp.flatten(), summed, 1e-12)
         compare("losses.json", (logp / part.lengths).flatten(), averaged, 1e-12)
 
@@ -271,7 +279,7 @@ def test_a_run_from_the_command_line_is_the_originals_run(name, run_cli):
     compare_evaluations(f"trace_{name}", evaluations[:3], trace["evals"], tolerance, skip)
     state = torch.load(run.folder / "LATEST" / "policy.pt", weights_only=True)["state"]
     for parameter, (_, norm) in trace["final_parameters_sum_and_l2"].items():
-        compare(f"trace_{name}", state[parameter].double().norm(), norm, 1e-3)
+        compare("final parameters of the traces", state[parameter].double().norm(), norm, 1e-3)
 
 
 @pytest.mark.parametrize("accumulation, max_tokens", [(1, 100_000), (4, 100_000), (1, 300)])
@@ -297,7 +305,7 @@ def values_by_example(trainer, examples):
     with torch.no_grad():
         for layout in trainer.passes(examples):
             trainer.losses(layout, metrics)
-            order += layout.indices
+            order += [examples.index(example) for example in layout.examples]
     names = {
         f"{kind}_train/{side}": f"{kind}/{side}" for kind in ("rewards", "logps") for side in ("chosen", "rejected")
     }
