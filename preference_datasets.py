@@ -48,8 +48,11 @@ class PreferenceData(dict):
         entry["sft_target"] = sft_target
         self.rows.setdefault(prompt, []).extend([self.counts["read"]] * len(new_pairs))
 
-    def add_pair(self, prompt: str, chosen: str, rejected: str) -> None:
-        """Add the last read row's pair, whose chosen response is the sft_target; count or drop what is remarkable."""
+    def add_pair(self, prompt: str, chosen: str, rejected: str) -> bool:
+        """Add the last read row's pair, whose chosen response is the sft_target; count what is remarkable.
+
+        Return whether the pair was kept.
+        """
         problems = {
             "the prompt is empty": not prompt.strip(),
             "a response is empty": not (chosen.strip() and rejected.strip()),
@@ -58,12 +61,13 @@ class PreferenceData(dict):
         found = [problem for problem, there in problems.items() if there]
         if found and self.drop_unusable:
             self.counts[f"dropped: {found[0]}"] += 1
-            return
+            return False
         self.counts.update(f"kept although {problem}" for problem in found)
         earlier = self.get(prompt, {"responses": [], "pairs": []})
         texts = [(earlier["responses"][i], earlier["responses"][j]) for i, j in earlier["pairs"]]
         self.counts["kept although it repeats an earlier row"] += (chosen, rejected) in texts
         self.add(prompt, [chosen, rejected], [(0, 1)], chosen)
+        return True
 
 
 # The data sets
@@ -87,7 +91,10 @@ def get_hh(split: str, silent: bool = False, cache_dir: str | None = None) -> Pr
     data = PreferenceData("keep_end")
     for row in progress(rows, f"hh {split}", silent=silent):
         data.counts["read"] += 1
-        add_dialogues(data, row["chosen"], row["rejected"])
+        try:
+            add_dialogues(data, row["chosen"], row["rejected"])
+        except UserError as error:
+            raise UserError(f"hh {split}, row {data.counts['read']}: {error}") from None
     return data
 
 
@@ -97,10 +104,11 @@ def add_dialogues(data: PreferenceData, chosen: str, rejected: str) -> None:
     As in the original, both responses begin where the chosen dialogue's last answer does. UserError if there is none.
     """
     if ASSISTANT not in chosen:
-        raise UserError(f"row {data.counts['read']}: the chosen dialogue has no {ASSISTANT!r}")
+        raise UserError(f"the chosen dialogue has no {ASSISTANT!r}")
     start = chosen.rfind(ASSISTANT) + len(ASSISTANT)
-    data.counts["kept although the rejected dialogue's prompt differs"] += rejected[:start] != chosen[:start]
-    data.add_pair(chosen[:start], chosen[start:], rejected[start:])
+    kept = data.add_pair(chosen[:start], chosen[start:], rejected[start:])
+    differs = kept and rejected[:start] != chosen[:start]
+    data.counts["kept although the rejected dialogue's prompt differs"] += differs
 
 
 def get_shp(split: str, silent: bool = False, cache_dir: str | None = None) -> PreferenceData:
@@ -226,7 +234,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, row {number}: is not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, or a number of over 4,300 digits
         raise UserError(f"{path}, row {number}: is not JSON ({error})") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}, after row {number}: cannot be read ({error})") from None

@@ -341,9 +341,8 @@ def data_problems(config: DictConfig, train_batches: BatchIterator, eval_batches
     """Return one line for each way in which there is too little data."""
     problems, n = [], train_batches.n_items
     if n < config.batch_size:
-        problems.append(
-            f"batch_size={config.batch_size}: the training data holds {n} examples; lower it to {n} or less"
-        )
+        remedy = f"lower it to {n} or less" if n else "give it some"
+        problems.append(f"batch_size={config.batch_size}: the training data holds {n} examples; {remedy}")
     elif len(train_batches) == 0:
         problems.append("n_epochs, n_examples: no update would be made; raise them")
     if eval_batches.n_items == 0:
