@@ -1,11 +1,13 @@
 """How tokenized examples are laid out for one forward pass, and the log-probability of each response."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -18,12 +20,14 @@ from utils import say
 class Layout:
     """One forward pass over some examples of a batch.
 
-    inputs        what the model is given: input_ids (rows, seq), attention_mask, and position_ids where they restart
+    inputs        input_ids (rows, seq), with attention_mask or, where they restart, position_ids of the same shape
     sources       (n,) flat position in (rows, seq) from whose output each response token is predicted
     targets       (n,) the response tokens, response after response
     lengths       (examples, n_responses) how many of the n belong to each response
     examples      the examples, in this order
-    bounds        (start, end) of each example in a row that holds several, beyond which attention need not look
+    segments      of a row that holds several examples, (2, seq): the number of each token's example, and of its branch
+                  in it (0 the prompt, 1 and on the responses), from which the mask is made; else None
+    bounds        (start, end) of each example in such a row, beyond which attention need not look
     """
 
     inputs: dict[str, torch.Tensor]
@@ -31,12 +35,18 @@ class Layout:
     targets: torch.Tensor
     lengths: torch.Tensor
     examples: tuple[Any, ...]
+    segments: torch.Tensor | None = None
     bounds: tuple[tuple[int, int], ...] = ()
 
     def to(self, device: torch.device) -> "Layout":
         """Return the layout on a device."""
-        move = {name: getattr(self, name).to(device) for name in ("sources", "targets", "lengths")}
-        return replace(self, inputs={k: v.to(device) for k, v in self.inputs.items()}, **move)
+
+        def move(value: torch.Tensor) -> torch.Tensor:
+            return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+        moved = {name: move(getattr(self, name)) for name in ("sources", "targets", "lengths")}
+        moved["segments"] = None if self.segments is None else move(self.segments)
+        return replace(self, inputs={k: move(v) for k, v in self.inputs.items()}, **moved)
 
 
 # The two layouts
@@ -78,25 +88,12 @@ def shared_prefix(examples: Sequence[Any]) -> Layout:
             span.append(len(response))
         spans.append(span)
     inputs = {"input_ids": torch.tensor([tokens]), "position_ids": torch.tensor([positions])}
-    inputs["attention_mask"] = additive_mask(spans)
-    ends = list(accumulate(map(sum, spans)))
-    return replace(make_layout(inputs, sources, examples), bounds=tuple(zip([0, *ends], ends, strict=False)))
-
-
-def additive_mask(spans: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return the float mask (1, 1, seq, seq), 0 where a query sees a key and hugely negative elsewhere.
-
-    spans holds the lengths (prompt, response, ...) of each example of the row. A key is visible if it lies in the same
-    example, not later, and in the prompt or in the query's own response. The mask is not boolean, since models with
-    eager attention add it, nor does it hold infinities, which some of them multiply; bfloat16 holds its numbers too.
-    """
     lengths = torch.tensor([length for span in spans for length in span])
-    examples = torch.tensor([i for i, span in enumerate(spans) for _ in span]).repeat_interleave(lengths)
-    branches = torch.tensor([k for span in spans for k in range(len(span))]).repeat_interleave(lengths)
-    order = torch.arange(len(examples))
-    visible = (examples[:, None] == examples) & (order[:, None] >= order)
-    visible &= (branches == 0) | (branches[:, None] == branches)
-    return torch.where(visible, 0.0, torch.finfo(torch.bfloat16).min)[None, None]
+    numbers = [[i for i, span in enumerate(spans) for _ in span], [k for span in spans for k in range(len(span))]]
+    segments = torch.tensor(numbers).repeat_interleave(lengths, dim=1)
+    ends = list(accumulate(map(sum, spans)))
+    bounds = tuple(zip([0, *ends], ends, strict=False))
+    return replace(make_layout(inputs, sources, examples), segments=segments, bounds=bounds)
 
 
 def make_layout(inputs: dict[str, torch.Tensor], sources: list[int], examples: Sequence[Any]) -> Layout:
@@ -152,12 +149,61 @@ def make_passes(examples: Sequence[Any], layout: str, max_tokens: int) -> Iterat
 # Attention
 
 
-def use_packed_attention(model: Any) -> None:
-    """Let a model's attention skip what a layout's mask hides anyway, where the model uses torch's own attention."""
-    if model.config._attn_implementation == "sdpa":
+def attention_kinds(device: torch.device) -> list[str]:
+    """Return the kinds of attention that know a row's segments, the fastest first; all but the last need a GPU."""
+    return ["flex_attention", "packed"] if device.type == "cuda" else ["packed"]
+
+
+def use_attention(model: Any, kind: str) -> None:
+    """Let a model that uses torch's own attention use another kind; models with their own keep it."""
+    if kind == "packed":
         AttentionInterface.register("packed", packed_attention)
         AttentionMaskInterface.register("packed", sdpa_mask)
-        model.set_attn_implementation("packed")
+    if model.config._attn_implementation in ("sdpa", "packed", "flex_attention"):
+        model.set_attn_implementation(kind)
+
+
+@contextmanager
+def torch_attention(model: Any) -> Iterator[None]:
+    """Use torch's own attention for a while: flex_attention would compile anew for every shape of other inputs."""
+    kind = model.config._attn_implementation
+    use_attention(model, "sdpa")
+    try:
+        yield
+    finally:
+        use_attention(model, kind)
+
+
+def visible(segments: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Tell which keys a query sees: in its example, not later, and in the prompt or in its own response."""
+    examples, branches = segments
+    shared = (branches[key] == 0) | (branches[key] == branches[query])
+    return (examples[key] == examples[query]) & (key <= query) & shared
+
+
+def additive_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the mask (1, 1, seq, seq), 0 where a query sees a key and hugely negative elsewhere.
+
+    It is not boolean, since models with eager attention add it, and of the queries' dtype, since torch misreads
+    others. It holds no infinities, which some models multiply; all dtypes but float16 hold bfloat16's lowest number.
+    """
+    order = torch.arange(segments.shape[1], device=segments.device)
+    seen = visible(segments, order[:, None], order)
+    return torch.where(seen, 0.0, torch.finfo(torch.bfloat16).min).to(dtype)[None, None]
+
+
+FLEX_ROW = 2048  # tokens: rows are filled up to a multiple of this, so that few lengths are ever compiled
+
+
+def flex_inputs(inputs: dict[str, torch.Tensor], segments: torch.Tensor) -> dict[str, Any]:
+    """Return the inputs with a block mask, filled up by an example that nobody else sees."""
+    from torch.nn.attention.flex_attention import create_block_mask  # only a GPU needs it
+
+    missing = -segments.shape[1] % FLEX_ROW
+    segments = F.pad(segments, (0, missing), value=-1)
+    n = segments.shape[1]
+    mask = create_block_mask(lambda b, h, q, k: visible(segments, q, k), None, None, n, n, device=segments.device)
+    return {name: F.pad(value, (0, missing)) for name, value in inputs.items()} | {"attention_mask": mask}
 
 
 def packed_attention(
@@ -210,10 +256,13 @@ def sequence_logps(model: Any, layout: Layout, head: Head | None) -> torch.Tenso
 
 
 def model_inputs(model: Any, layout: Layout) -> dict[str, Any]:
-    """Return the arguments of a forward pass; a mask of another dtype than the queries is silently misread by torch."""
-    inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in layout.inputs.items()}
-    if layout.bounds:
-        inputs["attention_mask"].bounds = layout.bounds  # for packed_attention; models hand a 4D mask on as it is
+    """Return the arguments of a forward pass."""
+    inputs: dict[str, Any] = dict(layout.inputs)
+    if layout.segments is not None and model.config._attn_implementation == "flex_attention":
+        inputs = flex_inputs(inputs, layout.segments)
+    elif layout.segments is not None:
+        mask = inputs["attention_mask"] = additive_mask(layout.segments, model.dtype)
+        mask.bounds = layout.bounds  # for packed_attention; models hand a 4D mask on as it is
     return inputs | {"use_cache": False}
 
 
@@ -295,7 +344,9 @@ def check_layout(model: Any, examples: Sequence[Any], layout: str, max_length: i
 def layout_difference(model: Any, examples: Sequence[Any], layout: str, device: torch.device) -> float:
     """Return the largest difference of a token's log-probability between a layout and the padded one."""
     both = [LAYOUTS[name].lay_out(examples).to(device) for name in (layout, "padded")]
-    ours, theirs = (target_logps(response_logits(model, laid_out), laid_out.targets) for laid_out in both)
+    ours = target_logps(response_logits(model, both[0]), both[0].targets)
+    with torch_attention(model):
+        theirs = target_logps(response_logits(model, both[1]), both[1].targets)
     return (ours - theirs).abs().max().item()
 
 

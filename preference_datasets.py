@@ -36,6 +36,7 @@ class PreferenceData(dict):
         self.drop_unusable = drop_unusable
         self.counts: Counter[str] = Counter()
         self.rows: dict[str, list[int]] = {}
+        self.seen: set[tuple[str, str, str]] = set()
 
     def add(self, prompt: str, responses: Sequence[str], pairs: Iterable[tuple[int, int]], sft_target: str) -> None:
         """Append the last read row's responses to a prompt; pairs index them; its sft_target wins."""
@@ -63,9 +64,8 @@ class PreferenceData(dict):
             self.counts[f"dropped: {found[0]}"] += 1
             return False
         self.counts.update(f"kept although {problem}" for problem in found)
-        earlier = self.get(prompt, {"responses": [], "pairs": []})
-        texts = [(earlier["responses"][i], earlier["responses"][j]) for i, j in earlier["pairs"]]
-        self.counts["kept although it repeats an earlier row"] += (chosen, rejected) in texts
+        self.counts["kept although it repeats an earlier row"] += (prompt, chosen, rejected) in self.seen
+        self.seen.add((prompt, chosen, rejected))
         self.add(prompt, [chosen, rejected], [(0, 1)], chosen)
         return True
 
@@ -312,6 +312,8 @@ class Tokenization:
         examples = []
         for item in items:
             prompt = next(ids)
+            if not prompt and not self.add_bos:  # nothing would predict the first response token
+                raise UserError(f"{item.source}, row {item.row}: the tokenizer turns the prompt into no token at all")
             responses = tuple(next(ids) + [self.tokenizer.eos_token_id] for _ in item.responses)
             examples.append(self.truncate(item, prompt, responses))
         return examples

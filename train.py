@@ -272,7 +272,7 @@ def load_model_config(settings: dict[str, Any]) -> tuple[Any, Any]:
     tokenizer = fetch("model.tokenizer_name_or_path", tokenizer_name, load)
     for part in {id(part): part for part in (model_config, model_config.get_text_config())}.values():
         for key, value in part.to_dict().items():
-            if ("dropout" in key or "pdrop" in key) and isinstance(value, float):
+            if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
     return model_config, tokenizer
 

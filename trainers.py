@@ -14,7 +14,16 @@ from transformers import GenerationConfig
 
 from checkpoints import export_model, save_checkpoint
 from losses import LOSSES, preference_loss  # noqa: F401  (the original's users import preference_loss from here)
-from packing import Layout, check_layout, find_head, make_passes, sequence_logps, use_packed_attention
+from packing import (
+    Layout,
+    attention_kinds,
+    check_layout,
+    find_head,
+    make_passes,
+    sequence_logps,
+    torch_attention,
+    use_attention,
+)
 from preference_datasets import START, Batch, BatchIterator, Example
 from references import LiveReference, ReferenceTable, fingerprint
 from utils import MetricLogger, compute_dtype, local_dir, prefetch, progress, say, tokens_per_pass
@@ -42,10 +51,7 @@ class BasicTrainer:
         self.device = next(policy.parameters()).device
         self.dtype = compute_dtype(config.precision, policy.dtype, self.device)
         self.loss = LOSSES[config.loss.name](config.loss)
-        for model in (policy, reference_model):
-            if model is not None:
-                use_packed_attention(model)
-        self.layout = self.checked_layout()
+        self.layout = self.checked_layout(reference_model)
         self.max_tokens = tokens_per_pass(config.max_tokens_per_pass, self.device)
         self.head = find_head(policy)
         self.reference = LiveReference(reference_model, self.dtype) if reference_model is not None else None
@@ -54,22 +60,31 @@ class BasicTrainer:
         warmup = config.warmup_steps
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda t: min(1.0, (t + 1) / (warmup + 1)))
         if config.activation_checkpointing:
-            policy.gradient_checkpointing_enable()
+            enable = getattr(policy, "activation_checkpointing_enable", None)  # its name in newer transformers
+            (enable or policy.gradient_checkpointing_enable)()
         self.examples = self.updates = 0
         self.next_eval = 0 if config.do_first_eval else config.eval_every
         self.truncated: Counter[str] = Counter()
         self.reference_samples: list[str] | None = None
 
-    def checked_layout(self) -> str:
-        """Return the layout to use: config.layout, or padded where the model would not compute the same with it."""
-        layout = self.config.layout
-        if layout != "padded":
-            batch = next(iter(replace(self.eval_batches, position=dict(START))))
-            problem = check_layout(self.policy, batch.examples[:3], layout, self.config.max_length, self.dtype)
-            if problem:
-                say(f"layout={layout} cannot be used: {problem}. Using layout=padded.")
-                return "padded"
-        return layout
+    def checked_layout(self, reference_model: torch.nn.Module | None) -> str:
+        """Return the layout to use: config.layout, or padded where the models would not compute the same with it."""
+        layout, config = self.config.layout, self.config
+        if layout == "padded":
+            return layout
+        batch = next(iter(replace(self.eval_batches, position=dict(START))))
+        models = [model for model in (self.policy, reference_model) if model is not None]
+        for kind in attention_kinds(self.device):
+            for model in models:
+                use_attention(model, kind)
+            problem = check_layout(self.policy, batch.examples[:3], layout, config.max_length, self.dtype)
+            if problem is None:
+                return layout
+            say(f"layout={layout} cannot be used with {kind} attention: {problem}.")
+        say("Using layout=padded.")
+        for model in models:
+            use_attention(model, "sdpa")
+        return "padded"
 
     # Training
 
@@ -258,7 +273,7 @@ class BasicTrainer:
         batches = [[example.prompt for example in prompts[i : i + size]] for i in range(0, len(prompts), size)]
         texts = []
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self.autocast(), plain_generation(model):
+        with torch.random.fork_rng(devices), self.autocast(), plain_generation(model), torch_attention(model):
             torch.manual_seed(self.seed)
             for batch in progress(batches, title):
                 width = max(map(len, batch))

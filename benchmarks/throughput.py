@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from losses import preference_loss
-from packing import LAYOUTS, find_head, make_passes, sequence_logps, use_packed_attention
+from packing import LAYOUTS, attention_kinds, find_head, make_passes, sequence_logps, use_attention
 from preference_datasets import Item, Tokenization
 from references import LiveReference, ReferenceTable
 from utils import pick_device, tokens_per_pass
@@ -90,7 +90,7 @@ class Bench:
         self.policy.train()
         self.optimizer = torch.optim.RMSprop(self.policy.parameters(), lr=0.0)  # so that every update is the same
         self.references: dict[torch.dtype, Any] = {}
-        use_packed_attention(self.policy)
+        use_attention(self.policy, attention_kinds(device)[0])
         self.head = find_head(self.policy)
         self.batches = self.make_batches()
 
@@ -297,10 +297,8 @@ def print_table(bench: Bench, rows: list[Way], measured: dict[str, dict[str, Any
     useful = statistics.mean(sum(map(len, batch)) for batch in bench.batches)
     first = measured[rows[0].name]
     print(f"\nMatrix products: {', '.join(f'{k}: {v:.3g} TFLOP/s' for k, v in rates.items())}")
-    print(
-        "\n| way | pairs/s | useful tokens/s | TFLOP/s | of matrix rate | peak GB | speed | memory | largest difference |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    columns = "way, pairs/s, useful tokens/s, TFLOP/s, of matrix rate, peak GB, speed, memory, largest difference"
+    print(f"\n| {columns.replace(', ', ' | ')} |\n" + "|---" * 9 + "|")
     for row in rows:
         m = measured[row.name]
         seconds = statistics.median(m["seconds"])

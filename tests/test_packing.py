@@ -132,6 +132,7 @@ class Constant(torch.nn.Module):
     def __init__(self, logits):
         super().__init__()
         self.logits, self.dtype = torch.tensor(logits), torch.get_default_dtype()
+        self.config = SimpleNamespace(_attn_implementation="eager")
 
     def forward(self, input_ids, logits_to_keep=slice(None), **_):
         kept = input_ids[:, logits_to_keep]
