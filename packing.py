@@ -15,6 +15,9 @@ from transformers.masking_utils import sdpa_mask
 
 from utils import say
 
+Head = torch.nn.Module  # turns hidden states into logits
+Body = Callable[..., Any]  # turns model inputs into hidden states
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -149,9 +152,18 @@ def make_passes(examples: Sequence[Any], layout: str, max_tokens: int) -> Iterat
 # Attention
 
 
-def attention_kinds(device: torch.device) -> list[str]:
-    """Return the kinds of attention that know a row's segments, the fastest first; all but the last need a GPU."""
-    return ["flex_attention", "packed"] if device.type == "cuda" else ["packed"]
+def attention_kinds(device: torch.device, compiled: bool = False) -> list[str]:
+    """Return the kinds of attention to try for rows that hold several examples, the fastest first.
+
+    A compiled model cannot loop over examples without compiling anew for every row, so it adds the whole mask instead.
+    """
+    general = "sdpa" if compiled else "packed"
+    return ["flex_attention", general] if device.type == "cuda" else [general]
+
+
+def compile_body(model: Any) -> Body:
+    """Compile a model's body once for rows of all lengths; its parameters and their names stay as they are."""
+    return torch.compile(model.base_model, dynamic=True)
 
 
 def use_attention(model: Any, kind: str) -> None:
@@ -231,27 +243,27 @@ def packed_attention(
 
 # Log-probabilities
 
-Head = torch.nn.Module  # turns hidden states into logits
 CHUNK_BYTES = 2**27  # float32 logits that are held at a time, beyond which they are recomputed in the backward pass
 
 
-def token_logps(model: Any, layout: Layout, head: Head | None) -> torch.Tensor:
+def token_logps(model: Any, layout: Layout, head: Head | None, body: Body | None = None) -> torch.Tensor:
     """Return the log-probability of each response token, (n,), in at least float32.
 
-    head turns the hidden states of model.base_model into logits (see find_head); without one, the model itself does.
+    head turns the hidden states that body (by default model.base_model) gives into logits; without one (see find_head),
+    the model itself does.
     """
     if head is None:
         logps = target_logps(response_logits(model, layout), layout.targets)
     else:
-        hidden = model.base_model(**model_inputs(model, layout))[0]
+        hidden = (body or model.base_model)(**model_inputs(model, layout))[0]
         hidden = hidden.reshape(-1, hidden.shape[-1])[layout.sources]
         logps = chunked_logps(hidden, layout.targets, head, CHUNK_BYTES // (4 * head.weight.shape[0]))
     return logps
 
 
-def sequence_logps(model: Any, layout: Layout, head: Head | None) -> torch.Tensor:
+def sequence_logps(model: Any, layout: Layout, head: Head | None, body: Body | None = None) -> torch.Tensor:
     """Return log pi(response | prompt), summed over tokens, of shape (examples, n_responses), in at least float32."""
-    logps = token_logps(model, layout, head)
+    logps = token_logps(model, layout, head, body)
     return torch.segment_reduce(logps, "sum", lengths=layout.lengths.flatten()).view(layout.lengths.shape)
 
 

@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
-from packing import Layout, find_head, sequence_logps
+from packing import Layout, compile_body, find_head, sequence_logps
 
 
 class LiveReference:
     """A frozen second model, computed in dtype."""
 
-    def __init__(self, model: Any, dtype: torch.dtype):
+    def __init__(self, model: Any, dtype: torch.dtype, compiled: bool = False):
         self.model, self.head = model, find_head(model)
+        self.body = compile_body(model) if compiled else None
         if model.dtype == torch.float32 and dtype != torch.float32:
             store_linear_weights(model, dtype)
 
     @torch.no_grad()
     def logps(self, layout: Layout) -> torch.Tensor:
         """Return the log-probabilities of the responses, (examples, n_responses)."""
-        return sequence_logps(self.model, layout, self.head)
+        return sequence_logps(self.model, layout, self.head, self.body)
 
 
 def store_linear_weights(model: Any, dtype: torch.dtype) -> None:

@@ -102,6 +102,7 @@ RULES: dict[str, Rule] = {
     "max_grad_norm": POSITIVE,
     "optimizer": one_of(*OPTIMIZERS),
     "activation_checkpointing": FLAG,
+    "compile": FLAG,
     "fsdp_port": optional(whole(1, "", high=65535)),
     "eval_every": whole(1, "examples"),
     "do_first_eval": FLAG,

@@ -18,6 +18,7 @@ from packing import (
     Layout,
     attention_kinds,
     check_layout,
+    compile_body,
     find_head,
     make_passes,
     sequence_logps,
@@ -26,7 +27,7 @@ from packing import (
 )
 from preference_datasets import START, Batch, BatchIterator, Example
 from references import LiveReference, ReferenceTable, fingerprint
-from utils import MetricLogger, compute_dtype, local_dir, prefetch, progress, say, tokens_per_pass
+from utils import MetricLogger, UserError, compute_dtype, local_dir, prefetch, progress, say, tokens_per_pass
 
 
 class BasicTrainer:
@@ -54,7 +55,14 @@ class BasicTrainer:
         self.layout = self.checked_layout(reference_model)
         self.max_tokens = tokens_per_pass(config.max_tokens_per_pass, self.device)
         self.head = find_head(policy)
-        self.reference = LiveReference(reference_model, self.dtype) if reference_model is not None else None
+        if config.compile and self.head is None:
+            raise UserError(
+                "compile=true: this model's logits are more than its output embeddings give; set it to false"
+            )
+        self.body = compile_body(policy) if config.compile else None
+        self.reference = (
+            LiveReference(reference_model, self.dtype, config.compile) if reference_model is not None else None
+        )
         self.wants_table = self.loss.needs_reference and reference_model is None
         self.optimizer = getattr(torch.optim, config.optimizer)(policy.parameters(), lr=config.lr)
         warmup = config.warmup_steps
@@ -74,7 +82,7 @@ class BasicTrainer:
             return layout
         batch = next(iter(replace(self.eval_batches, position=dict(START))))
         models = [model for model in (self.policy, reference_model) if model is not None]
-        for kind in attention_kinds(self.device):
+        for kind in attention_kinds(self.device, config.compile):
             for model in models:
                 use_attention(model, kind)
             problem = check_layout(self.policy, batch.examples[:3], layout, config.max_length, self.dtype)
@@ -141,7 +149,7 @@ class BasicTrainer:
     def losses(self, layout: Layout, metrics: "Metrics") -> torch.Tensor:
         """Return the losses of a pass, (examples,), and add its metrics, one value an example."""
         reference_logps = None if self.reference is None else self.reference.logps(layout)
-        logps = sequence_logps(self.policy, layout, self.head)
+        logps = sequence_logps(self.policy, layout, self.head, self.body)
         losses, values = self.loss.compute(logps, reference_logps, layout.lengths)
         sides = ("chosen", "rejected")
         values |= {
@@ -196,7 +204,7 @@ class BasicTrainer:
         """Compute the examples' log-probabilities in the passes of a batch, and put them into the table."""
         with self.autocast():
             for layout in self.passes(examples, n_microbatches):
-                table.fill(layout, sequence_logps(self.policy, layout, self.head))
+                table.fill(layout, sequence_logps(self.policy, layout, self.head, self.body))
 
     def clip_gradient(self) -> torch.Tensor:
         """Clip the gradient to max_grad_norm and return its norm before that."""

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from losses import preference_loss
-from packing import LAYOUTS, attention_kinds, find_head, make_passes, sequence_logps, use_attention
+from packing import LAYOUTS, attention_kinds, compile_body, find_head, make_passes, sequence_logps, use_attention
 from preference_datasets import Item, Tokenization
 from references import LiveReference, ReferenceTable
 from utils import pick_device, tokens_per_pass
@@ -89,8 +89,8 @@ class Bench:
         self.vocabulary = config.vocab_size
         self.policy.train()
         self.optimizer = torch.optim.RMSprop(self.policy.parameters(), lr=0.0)  # so that every update is the same
-        self.references: dict[torch.dtype, Any] = {}
-        use_attention(self.policy, attention_kinds(device)[0])
+        self.references: dict[tuple[torch.dtype, bool], Any] = {}
+        self.body = compile_body(self.policy)
         self.head = find_head(self.policy)
         self.batches = self.make_batches()
 
@@ -108,12 +108,14 @@ class Bench:
             batches.append([cut(item, p, (c, r)) for item, (p, c, r) in zip(items, tokens, strict=True)])
         return batches
 
-    def reference(self, dtype: torch.dtype) -> LiveReference:
+    def reference(self, dtype: torch.dtype, compiled: bool = False) -> LiveReference:
         """Return the live reference as training holds it for a dtype; only one at a time is kept."""
-        if dtype not in self.references:
+        key = (dtype, compiled)
+        if key not in self.references:
             self.references.clear()
-            self.references[dtype] = LiveReference(copy.deepcopy(self.policy).requires_grad_(False), dtype)
-        return self.references[dtype]
+            self.references[key] = LiveReference(copy.deepcopy(self.policy).requires_grad_(False), dtype, compiled)
+        use_attention(self.references[key].model, self.policy.config._attn_implementation)
+        return self.references[key]
 
     def autocast(self, dtype: torch.dtype) -> Any:
         """Return the context of a computation in dtype."""
@@ -134,13 +136,13 @@ def backward(policy: torch.Tensor, reference: torch.Tensor, n: int) -> None:
 
 def update(bench: Bench, way: Way, batch: list[Any]) -> list[float]:
     """Do one update as trainers.py does it; return the policy's log-probabilities in the order of the batch."""
-    reference = bench.table if way.cached else bench.reference(way.dtype)
+    reference = bench.table if way.cached else bench.reference(way.dtype, way.compile)
     result: dict[Any, list[float]] = {}
     with bench.autocast(way.dtype):
         for layout in make_passes(batch, way.layout, way.max_tokens):
             layout = layout.to(bench.device)
             reference_logps = reference.logps(layout)
-            logps = sequence_logps(bench.policy, layout, bench.head)
+            logps = sequence_logps(bench.policy, layout, bench.head, bench.body if way.compile else None)
             backward(logps, reference_logps, len(batch))
             result |= {e.item: row for e, row in zip(layout.examples, logps.detach().cpu().tolist(), strict=True)}
     bench.finish()
@@ -150,7 +152,7 @@ def update(bench: Bench, way: Way, batch: list[Any]) -> list[float]:
 def original_update(bench: Bench, way: Way, batch: list[Any]) -> list[float]:
     """Do one update in the original's way: padded, with logits and log-softmax in float32 for every position."""
     size, numbers = bench.args.microbatch, []
-    reference = bench.reference(way.dtype).model
+    reference = bench.reference(way.dtype, way.compile).model
     for start in range(0, len(batch), size):
         part = batch[start : start + size]
         layout = LAYOUTS["padded"].lay_out(part).to(bench.device)
@@ -236,12 +238,13 @@ def ways(args: argparse.Namespace, device: torch.device) -> list[Way]:
 
 def run_once(bench: Bench, way: Way, batch: list[Any]) -> tuple[list[float], float, float]:
     """Do one update; return its log-probabilities, seconds and peak memory in GB."""
+    use_attention(bench.policy, attention_kinds(bench.device, way.compile)[0])
     if way.checkpointing:
         bench.policy.gradient_checkpointing_enable()
     if way.cached:
         bench.references.clear()
     else:
-        bench.reference(way.dtype)
+        bench.reference(way.dtype, way.compile)
     reset_peak(bench.device)
     start = clock(bench.device)
     numbers = way.update(bench, way, batch)
