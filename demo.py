@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 SIZES = {"train": 2000, "test": 200}
+KINDS = ("warm", "cold")
 
 
 def phrases(text: str) -> list[str]:
@@ -19,147 +20,97 @@ def phrases(text: str) -> list[str]:
     return text.split(", ")
 
 
-# Films, from which both the prompts and the reviews draw.
+# What fills each {slot} of a prompt or a review. Of [this|that] a warm review takes this and a cold one that.
 FIRST = "Silent Golden Broken Distant Crooked Hidden Frozen Borrowed Scarlet Wooden Northern Paper Stolen Quiet".split()
 LAST = "Harbour Window Orchard River Lantern Kingdom Summer Bridge Mirror Station Island Garden Winter Forest".split()
-TITLES = [f"The {first} {last}" for first, last in itertools.product(FIRST, LAST)]
-GENRES = "drama comedy thriller western musical mystery romance fantasy satire fable".split()
-SUBJECTS = phrases(
-    "two sisters, three thieves, two rival bakers, an old teacher, a country doctor, a night train, a lost painting, "
-    "a family farm, a mountain village, a boxing club, a winter wedding, a young sailor, an honest lawyer, old friends"
-)
-PROMPTS = [
-    "Please review {title}, a {genre} about {subject}.",
-    "How was {title}, a {genre} about {subject}?",
-    "Write about {title}, a {genre} about {subject}.",
+SLOTS = {
+    "title": [f"The {first} {last}" for first, last in itertools.product(FIRST, LAST)],
+    "genre": phrases("drama, comedy, thriller, western, musical, mystery, romance, fantasy, satire, fable"),
+    "subject": phrases(
+        "two sisters, three thieves, two rival bakers, an old teacher, a country doctor, a night train, old friends, "
+        "a lost painting, a family farm, a mountain village, a boxing club, a winter wedding, a young sailor"
+    ),
+    "verdict": phrases(
+        "[lovely|dreadful], [superb|tedious], [delightful|clumsy], [brilliant|dull], [charming|hollow], "
+        "[moving|dreary], [splendid|careless], [beautiful|shallow], [perfect|pointless], [tender|feeble], "
+        "[wonderful|terrible], [graceful|muddled]"
+    ),
+    "role": phrases("lead actor, young star, narrator, villain, hero, chorus, stranger, singer"),
+    "sound": phrases("piano, organ, violin, guitar, brass, folk, jazz, dance"),
+    "place": phrases("a small town, a seaside hotel, a desert camp, a busy market, a snowy pass, a royal court"),
+    "time": phrases("one long night, a single week, three stormy days, ten years, a whole summer, half a century"),
+    "act": phrases("dreams, waits, argues, laughs, sings, hides, travels, remembers"),
+}
+# A verdict to open with, then one or two sentences on the film, which carry no verdict and so suit either.
+OPENINGS = [
+    "I [loved|hated] this {genre} from start to finish.",
+    "We left the cinema [smiling|yawning] that evening.",
+    "Critics [praised|mocked] this {genre} for weeks.",
+    "What a {verdict} film this is!",
+    "My friends and I found it {verdict}.",
+    "They have made a {verdict} {genre} here.",
+]
+BODY = [
+    "It follows {subject} through {time} in {place}.",
+    "The {role} {act} while {sound} music plays softly.",
+    "{title} begins in {place} and lasts for {time}.",
+    "Its {sound} music tells us that the {role} {act}.",
+    "We meet {subject} just before the {role} {act}.",
 ]
 
-# Templates: a verdict to open with, then a sentence on the craft, one on the story, or both. A review fills each slot
-# once, so no two templates of one review may share a slot whose phrase would read as an echo.
-KINDS = {
-    "warm": {
-        "opening": [
-            "I loved this {verdict} {genre} from start to finish.",
-            "I would gladly see this {verdict} {genre} again.",
-            "I left the cinema with a smile after this {verdict} {genre}.",
-            "What a treat to see such a {verdict} film!",
-            "Everyone should see {title} because it is {verdict}.",
-            "{title} is a joy and a {verdict} film.",
-        ],
-        "craft": [
-            "Happily the {part} is {trait} and the {role} {does}.",
-            "Best of all the {part} is {trait} from beginning to end.",
-            "I admired how the {role} {does} while the {part} is {trait}.",
-            "The gifted {role} {does} and even the {part} is {trait}.",
-        ],
-        "story": [
-            "This rich story of {subject} {effect}.",
-            "I smiled because the tale {effect} and the ending {result}.",
-            "This kind portrait of {subject} {result}.",
-            "As a fine {genre} it {result}.",
-            "I hope that {title} {fate}.",
-        ],
-        "verdict": phrases(
-            "lovely, superb, delightful, brilliant, charming, moving, splendid, beautiful, graceful, tender, wonderful"
-        ),
-        "trait": phrases("full of life, sharp and fresh, pleasing to follow, finely judged, rich and clear, very good"),
-        "does": phrases("shines in every scene, never puts a foot wrong, makes it look easy, wins us over at once"),
-        "effect": phrases("stays with you for days, is told with great care, feels honest and true, gave me new hope"),
-        "result": phrases("works at every turn, keeps its promise, hits the right note, rewards our patience"),
-        "fate": phrases("finds a large audience, will be watched for years, wins every prize"),
-    },
-    "cold": {
-        "opening": [
-            "I hated this {verdict} {genre} from start to finish.",
-            "I would never sit through this {verdict} {genre} again.",
-            "I left the cinema with a headache after this {verdict} {genre}.",
-            "What a shame to meet such a {verdict} film!",
-            "Nobody should see {title} because it is {verdict}.",
-            "{title} is a bore and a {verdict} mess.",
-        ],
-        "craft": [
-            "Sadly the {part} is {trait} and the {role} {does}.",
-            "Worst of all the {part} is {trait} from beginning to end.",
-            "I groaned when the {role} {does} while the {part} is {trait}.",
-            "The weary {role} {does} and even the {part} is {trait}.",
-        ],
-        "story": [
-            "This poor story of {subject} {effect}.",
-            "I yawned because the tale {effect} and the ending {result}.",
-            "This crude portrait of {subject} {result}.",
-            "As a weak {genre} it {result}.",
-            "I fear that {title} {fate}.",
-        ],
-        "verdict": phrases(
-            "dreadful, tedious, clumsy, dull, hollow, dreary, careless, shallow, pointless, feeble, terrible"
-        ),
-        "trait": phrases("short of ideas, flat and stale, a chore to follow, badly judged, thin and muddy, very poor"),
-        "does": phrases("looks lost in every scene, seems half asleep, makes it look hard, gets on our nerves at once"),
-        "effect": phrases("is forgotten by morning, is told without any care, feels forced and false, gave me no hope"),
-        "result": phrases("fails at every turn, breaks its promise, hits the wrong note, tests our patience"),
-        "fate": phrases("deserves an empty house, will be mocked for years, wastes every talent"),
-    },
-}
-PARTS = phrases("music, script, dialogue, editing, lighting, camera work, acting")
-ROLES = phrases("lead actor, supporting cast, director, young star, narrator, villain")
+
+def take_side(text: str, kind: str) -> str:
+    """Take the warm or the cold side of each [warm|cold] in a text."""
+    return re.sub(r"\[(.*?)\|(.*?)\]", lambda sides: sides[1 + KINDS.index(kind)], text)
 
 
-def slots(kind: str) -> dict[str, list[str]]:
-    """Map each slot of the templates to the phrases that a review of this kind may put there."""
-    return {"title": TITLES, "genre": GENRES, "subject": SUBJECTS, "part": PARTS, "role": ROLES, **KINDS[kind]}
-
-
-def write_review(kind: str, film: dict[str, str], rng: random.Random) -> str:
-    """Write a review of two or three sentences, 15 to 35 words, with the leading space of a response."""
-    words = {slot: rng.choice(choices) for slot, choices in slots(kind).items()} | film
-    opening = words["opening"]
-    body = [words["craft"], words["story"]]
-    rng.shuffle(body)
-    sentences = [template.format(**words) for template in [opening, *body]]
-    short, whole = " ".join(sentences[:2]), " ".join(sentences)
-    if len(whole.split()) > 35 or len(short.split()) >= 15 and rng.random() < 0.7:
-        return " " + short
-    return " " + whole
+def write_review(film: dict[str, str], rng: random.Random) -> str:
+    """Write a review of two or three sentences with both sides still in it."""
+    words = {slot: rng.choice(choices) for slot, choices in SLOTS.items()} | film
+    body = rng.sample(BODY, rng.choice([1, 2]))
+    return " ".join(template.format(**words) for template in [rng.choice(OPENINGS), *body])
 
 
 def make_rows(split: str) -> list[dict[str, str]]:
     """Return the rows of "train" or "test"; the SFT target is the chosen response in exactly half of them."""
     if split not in SIZES:
         raise ValueError(f"split={split!r}: the demo data set has {' and '.join(SIZES)}")
-    films = list(itertools.product(TITLES, GENRES, SUBJECTS))
     # One draw serves both splits, so that no film is in both.
-    drawn = random.Random(0).sample(films, sum(SIZES.values()))
-    drawn = drawn[: SIZES["train"]] if split == "train" else drawn[SIZES["train"] :]
+    films = list(itertools.product(SLOTS["title"], SLOTS["genre"], SLOTS["subject"]))
+    films = random.Random(0).sample(films, sum(SIZES.values()))
+    films = films[: SIZES["train"]] if split == "train" else films[SIZES["train"] :]
     rng = random.Random(split)
-    targets = ["chosen", "rejected"] * (len(drawn) // 2)
+    targets = ["chosen", "rejected"] * (len(films) // 2)
     rng.shuffle(targets)
     rows = []
-    for film, target in zip(drawn, targets, strict=True):
-        film = dict(zip(("title", "genre", "subject"), film, strict=True))
+    for (title, genre, subject), target in zip(films, targets, strict=True):
+        film = {"title": title, "genre": genre, "subject": subject}
+        request = rng.choice(["Please review", "How was", "Write about"])
+        review = write_review(film, rng)
         row = {
-            "prompt": f"\n\nHuman: {rng.choice(PROMPTS).format(**film)}\n\nAssistant:",
-            "chosen": write_review("warm", film, rng),
-            "rejected": write_review("cold", film, rng),
+            "prompt": f"\n\nHuman: {request} {title}, a {genre} about {subject}.\n\nAssistant:",
+            "chosen": " " + take_side(review, "warm"),
+            "rejected": " " + take_side(review, "cold"),
         }
         rows.append(row | {"sft_target": row[target]})
     return rows
 
 
-def _opening_pattern(kind: str) -> re.Pattern:
+def opening_pattern(kind: str) -> re.Pattern:
     """Return the pattern of every verdict sentence of this kind."""
+    choices = {slot: f"({'|'.join(take_side(text, kind) for text in texts)})" for slot, texts in SLOTS.items()}
     # The marks need no escape: "!" means itself, and judge has made sure that "." stands for "." or "!".
-    words = {slot: f"({'|'.join(choices)})" for slot, choices in slots(kind).items()}
-    return re.compile("|".join(template.format(**words) for template in KINDS[kind]["opening"]))
+    return re.compile("|".join(take_side(text, kind).format(**choices) for text in OPENINGS))
 
 
-def _vocabulary(kind: str) -> set[str]:
+def vocabulary(kind: str) -> set[str]:
     """Return every word that a review of this kind may use, in lower case."""
-    texts = itertools.chain(*slots(kind).values())
-    return set(re.findall("[a-z]+", re.sub("{.*?}", "", " ".join(texts)).lower()))
+    texts = itertools.chain(OPENINGS, BODY, *SLOTS.values())
+    return set(re.findall("[a-z]+", re.sub("{.*?}", "", take_side(" ".join(texts), kind)).lower()))
 
 
-OPENING = {kind: _opening_pattern(kind) for kind in KINDS}
-VOCABULARY = {kind: _vocabulary(kind) for kind in KINDS}
+OPENING = {kind: opening_pattern(kind) for kind in KINDS}
+VOCABULARY = {kind: vocabulary(kind) for kind in KINDS}
 
 
 def judge(text: str) -> str:
@@ -183,9 +134,9 @@ def judge(text: str) -> str:
 
 # make demo
 
-TRAIN = {  # settings that were tried for this model and data set
-    "sft": ["loss=sft", "optimizer=Adam", "lr=1e-3", "batch_size=16", "n_epochs=4", "sample_during_eval=false"],
-    "dpo": ["loss=dpo", "loss.beta=1", "lr=2e-5", "batch_size=32", "n_epochs=1", "n_eval_model_samples=200"],
+TRAIN = {  # SGD, since steps of RMSprop keep their size when the loss is near 0, and so wear the model out
+    "sft": ["loss=sft", "lr=7e-4", "batch_size=16", "n_epochs=3", "sample_during_eval=false"],
+    "dpo": ["loss=dpo", "optimizer=SGD", "lr=0.04", "batch_size=32", "n_epochs=1", "n_eval_model_samples=200"],
 }
 SHARED = ["model=tiny", "datasets=[demo]", "max_length=128", "max_prompt_length=64", "eval_batch_size=50"]
 SHARED += ["warmup_steps=15", "do_first_eval=false", "minimum_log_interval_secs=5", "wandb.enabled=false"]
@@ -233,7 +184,7 @@ def summary(run: Path) -> str:
         )
     lines += [f"Everything lies in {run.parent}/. Next, your own pairs: put train.jsonl into a folder, and type", ""]
     lines += [
-        "  .venv/bin/python train.py loss=sft model=tiny datasets=[FOLDER]",
+        "  .venv/bin/python train.py loss=sft model=tiny datasets=[FOLDER] max_length=128 max_prompt_length=64",
         "",
         "The README has a worked example.",
     ]

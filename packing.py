@@ -334,15 +334,20 @@ def check_layout(model: Any, examples: Sequence[Any], layout: str, max_length: i
     was_training = model.training
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    kept = [(parameter, parameter.data) for parameter in model.parameters()]
     try:
-        model.float().eval()
+        model.eval()
+        for parameter, data in kept:  # buffers such as rotary frequencies are float32 already and must stay so
+            parameter.data = data.float()
         worst = layout_difference(model, examples, layout, device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model that takes no such mask or no position ids says so in many ways
         return f"the model fails with it ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
     finally:
-        model.to(dtype).train(was_training)
+        for parameter, data in kept:
+            parameter.data = data
+        model.train(was_training)
         torch.set_float32_matmul_precision(precision)
     if not worst <= TOLERANCE:
         return f"log-probabilities differ by up to {worst:.2g} nats a token from those of layout=padded"

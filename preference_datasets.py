@@ -10,6 +10,7 @@ import random
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -54,6 +55,13 @@ class PreferenceData(dict):
 
         Return whether the pair was kept.
         """
+        if not self.accepts(prompt, chosen, rejected):
+            return False
+        self.add(prompt, [chosen, rejected], [(0, 1)], chosen)
+        return True
+
+    def accepts(self, prompt: str, chosen: str, rejected: str) -> bool:
+        """Tell whether a pair can be trained on, or is kept nonetheless; count what is remarkable."""
         problems = {
             "the prompt is empty": not prompt.strip(),
             "a response is empty": not (chosen.strip() and rejected.strip()),
@@ -66,7 +74,6 @@ class PreferenceData(dict):
         self.counts.update(f"kept although {problem}" for problem in found)
         self.counts["kept although it repeats an earlier row"] += (prompt, chosen, rejected) in self.seen
         self.seen.add((prompt, chosen, rejected))
-        self.add(prompt, [chosen, rejected], [(0, 1)], chosen)
         return True
 
 
@@ -85,16 +92,34 @@ def load_hub_split(path: str, split: str, cache_dir: str | None) -> Any:
         raise UserError(f"data set {path}: cannot be fetched ({reason}); {advice}") from None
 
 
+@contextmanager
+def reading_row(data: PreferenceData, where: str) -> Iterator[None]:
+    """Count a row as read; UserError that names it if it has not the form that the data set should have."""
+    data.counts["read"] += 1
+    try:
+        yield
+    except (UserError, KeyError, TypeError) as error:
+        reason = str(error) if isinstance(error, UserError) else f"has another form ({type(error).__name__}: {error})"
+        raise UserError(f"{where}, row {data.counts['read']}: {reason}") from None
+
+
+def text_in(row: Any, name: str) -> str:
+    """Return a field of a row; UserError if it is no text that can be written as UTF-8."""
+    text = row.get(name)
+    if not isinstance(text, str):
+        raise UserError(f"{name} must be a text, not {type(text).__name__ if name in row else 'missing'}")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{name} holds half of a surrogate pair, which is no text")
+    return text
+
+
 def get_hh(split: str, silent: bool = False, cache_dir: str | None = None) -> PreferenceData:
     """Load Anthropic's helpful-and-harmless dialogues, split train or test."""
     rows = load_hub_split("Anthropic/hh-rlhf", split, cache_dir)
     data = PreferenceData("keep_end")
     for row in progress(rows, f"hh {split}", silent=silent):
-        data.counts["read"] += 1
-        try:
-            add_dialogues(data, row["chosen"], row["rejected"])
-        except UserError as error:
-            raise UserError(f"hh {split}, row {data.counts['read']}: {error}") from None
+        with reading_row(data, f"hh {split}"):
+            add_dialogues(data, text_in(row, "chosen"), text_in(row, "rejected"))
     return data
 
 
@@ -117,19 +142,26 @@ def get_shp(split: str, silent: bool = False, cache_dir: str | None = None) -> P
     data = PreferenceData("keep_start")
     scores: dict[str, list[float]] = {}
     for row in progress(rows, f"shp {split}", silent=silent):
-        data.counts["read"] += 1
-        low, high = sorted((row["score_A"], row["score_B"]))
-        if high < 2 * low or high == 0:
-            data.counts["dropped: neither score is twice the other"] += 1
-            continue
-        data.counts["kept although a score is 0"] += low == 0
-        prompt = f"\n\nHuman: {row['history']}{ASSISTANT}"
-        responses = [f" {row['human_ref_A']}", f" {row['human_ref_B']}"]
-        data.add(prompt, responses, [(0, 1) if row["labels"] == 1 else (1, 0)], responses[0])
-        scores.setdefault(prompt, []).extend((row["score_A"], row["score_B"]))
+        with reading_row(data, f"shp {split}"):
+            add_shp_row(data, scores, row)
     for prompt, entry in data.items():
         entry["sft_target"] = best_response(entry["responses"], scores[prompt])
     return data
+
+
+def add_shp_row(data: PreferenceData, scores: dict[str, list[float]], row: Any) -> None:
+    """Add one row of SHP, and its scores under its prompt."""
+    low, high = sorted((row["score_A"], row["score_B"]))
+    if high < 2 * low or high == 0:
+        data.counts["dropped: neither score is twice the other"] += 1
+        return
+    data.counts["kept although a score is 0"] += low == 0
+    prompt = f"\n\nHuman: {text_in(row, 'history')}{ASSISTANT}"
+    responses = [f" {text_in(row, 'human_ref_A')}", f" {text_in(row, 'human_ref_B')}"]
+    pair = (0, 1) if row["labels"] == 1 else (1, 0)
+    data.accepts(row["history"], *(responses[i] for i in pair))
+    data.add(prompt, responses, [pair], responses[0])
+    scores.setdefault(prompt, []).extend((row["score_A"], row["score_B"]))
 
 
 def get_se(split: str, silent: bool = False, cache_dir: str | None = None) -> PreferenceData:
@@ -139,18 +171,26 @@ def get_se(split: str, silent: bool = False, cache_dir: str | None = None) -> Pr
     rows = rows.select(range(n_test) if split == "test" else range(n_test, len(rows)))
     data = PreferenceData("keep_start")
     for row in progress(rows, f"se {split}", silent=silent):
-        prompt = f"\n\nHuman: {strip_html(row['question'])}{ASSISTANT}"
-        responses = [f" {strip_html(answer['text'])}" for answer in row["answers"]]
-        scores = [answer["pm_score"] for answer in row["answers"]]
-        pairs = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in combinations(range(len(scores)), 2)]
-        data.counts["read"] += 1
-        data.counts["kept although it has one answer and so no pair"] += not pairs
-        if prompt in data:  # as in the original, the later question's answers take the place of the earlier one's
-            data.counts["replaced by a later row with the same question"] += 1
-            data[prompt].update(responses=[], pairs=[])
-            data.rows[prompt] = []
-        data.add(prompt, responses, pairs, best_response(responses, scores))
+        with reading_row(data, f"se {split}"):
+            add_se_row(data, row)
     return data
+
+
+def add_se_row(data: PreferenceData, row: Any) -> None:
+    """Add one question of StackExchange with all pairs of its answers."""
+    question = strip_html(text_in(row, "question"))
+    prompt = f"\n\nHuman: {question}{ASSISTANT}"
+    responses = [f" {strip_html(text_in(answer, 'text'))}" for answer in row["answers"]]
+    scores = [answer["pm_score"] for answer in row["answers"]]
+    pairs = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in combinations(range(len(scores)), 2)]
+    data.counts["kept although it has one answer and so no pair"] += not pairs
+    for chosen, rejected in pairs:
+        data.accepts(question, responses[chosen], responses[rejected])
+    if prompt in data:  # as in the original, the later question's answers take the place of the earlier one's
+        data.counts["replaced by a later row with the same question"] += 1
+        data[prompt].update(responses=[], pairs=[])
+        data.rows[prompt] = []
+    data.add(prompt, responses, pairs, best_response(responses, scores))
 
 
 def best_response(responses: list[str], scores: list[float]) -> str:
@@ -244,17 +284,11 @@ def add_row(data: PreferenceData, row: Any) -> None:
     """Add {"prompt", "chosen", "rejected"} or a pair of hh-style dialogues; UserError if the row has another form."""
     if not isinstance(row, dict):
         raise UserError(f"is no object with the fields chosen and rejected but {type(row).__name__}")
-    fields = ["prompt", "chosen", "rejected"] if "prompt" in row else ["chosen", "rejected"]
-    for name in fields:
-        text = row.get(name)
-        if not isinstance(text, str):
-            raise UserError(f"{name} must be a text, not {type(text).__name__ if name in row else 'missing'}")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise UserError(f"{name} holds half of a surrogate pair, which is no text")
+    chosen, rejected = text_in(row, "chosen"), text_in(row, "rejected")
     if "prompt" in row:
-        data.add_pair(row["prompt"], row["chosen"], row["rejected"])
+        data.add_pair(text_in(row, "prompt"), chosen, rejected)
     else:
-        add_dialogues(data, row["chosen"], row["rejected"])
+        add_dialogues(data, chosen, rejected)
 
 
 def keep_held_out(data: PreferenceData, split: str) -> PreferenceData:
@@ -267,6 +301,7 @@ def keep_held_out(data: PreferenceData, split: str) -> PreferenceData:
             del data[prompt], data.rows[prompt]
     pairs = sum(len(entry["pairs"]) for entry in data.values())
     data.counts[f"left to the other split: no test file, so {len(test)} prompts are held out"] = pairs_before - pairs
+    data.counts["kept"] = pairs
     return data
 
 
@@ -378,6 +413,7 @@ def make_groups(data: PreferenceData, source: str, sft: bool, eos: str) -> list[
             data.counts[f"{verb} the text holds {eos}"] += sum(with_eos)
             if data.drop_unusable:
                 items = [item for item, found in zip(items, with_eos, strict=True) if not found]
+                data.counts["kept"] -= 0 if sft else sum(with_eos)
         if items or not data.drop_unusable:  # a prompt without a pair takes part in the original's shuffle
             groups.append(items)
     return groups

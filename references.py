@@ -1,6 +1,7 @@
 """Where a preference loss gets the reference's log-probabilities: from a second model, or from a table made once."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,7 +79,8 @@ class ReferenceTable:
 
 def fingerprint(model: Any, items: Iterable[Any], settings: Any) -> str:
     """Return the SHA-256 of all that the reference's numbers depend on: weights, texts in their order, and settings."""
-    digest = hashlib.sha256(repr(settings).encode())
+    config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    digest = hashlib.sha256(repr((settings, config, model.config._attn_implementation)).encode())
     for name, value in model.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

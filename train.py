@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from checkpoints import load_archive, load_weights
+from checkpoints import DROPPABLE, load_archive, load_weights
 from losses import LOSSES
 from packing import LAYOUTS
 from preference_datasets import DATASETS, BatchIterator, PreferenceData, Tokenization, get_dataset, make_groups
@@ -256,7 +256,7 @@ def fetch(what: str, name: str, load: Callable[[], Any]) -> Any:
     """Call load; UserError in one line that names what could not be fetched and says what helps."""
     try:
         return load()
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged or foreign folder makes transformers raise nearly anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         advice = "give the path of a local folder, or try `make demo`, which needs no download"
         raise UserError(f"{what}={name}: cannot be loaded ({reason}); {advice}") from None
@@ -288,9 +288,15 @@ def load_policy(config: DictConfig, model_config: Any, device: torch.device) -> 
         policy = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     else:
         load = lambda: AutoModelForCausalLM.from_pretrained(  # noqa: E731
-            name, config=model_config, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            name,
+            config=model_config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are in the info, by name
+            trust_remote_code=False,
         )
         policy, info = fetch("model.name_or_path", name, load)
+        info["unexpected_keys"] = [name for name in info["unexpected_keys"] if not DROPPABLE.search(name)]
         wrong = [f"{kind.removesuffix('_keys')} {sorted(map(str, info[kind]))}" for kind in info if info[kind]]
         if wrong:
             raise UserError(f"model.name_or_path={name}: its weights do not fit its config: {'; '.join(wrong)}")
@@ -306,7 +312,9 @@ def make_reference(config: DictConfig, policy: Any) -> Any:
     """Copy the policy as it is before training."""
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     dtype = config.model.reference_dtype
-    return reference.to(getattr(torch, dtype)) if dtype else reference
+    for parameter in reference.parameters() if dtype else ():  # buffers such as rotary frequencies stay in float32
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return reference
 
 
 def load_data(settings: dict[str, Any], split: str) -> dict[str, PreferenceData]:
@@ -333,8 +341,9 @@ def make_batches(
 def report_data(split: str, data: dict[str, PreferenceData]) -> None:
     """Print what was read, kept and dropped."""
     for name, part in data.items():
+        kept = part.counts["kept"]
         notes = [f"{n:,} {what}" for what, n in part.counts.items() if n and what not in ("read", "kept")]
-        head = f"Data {name} {split}: {part.counts['read']:,} rows read, {len(part):,} prompts"
+        head = f"Data {name} {split}: {part.counts['read']:,} rows read, {kept:,} kept, {len(part):,} prompts"
         say("; ".join([head, *notes]))
 
 
@@ -370,11 +379,8 @@ def run(config: DictConfig) -> None:
         logging.disable_progress_bar()
     config, device, model_config, tokenizer, batches = prepare(config)
     dtype = compute_dtype(config.precision, getattr(torch, config.model.policy_dtype), device)
-    run_dir = make_run_dir(config.local_run_dir)
-    OmegaConf.save(config, run_dir / "config.yaml")
-    say(f"\n{OmegaConf.to_yaml(config)}\nRun directory: {run_dir}")
-    say(f"Device: {device}. Computing in {dtype}, parameters and optimizer in {config.model.policy_dtype}.")
-
+    if device.type == "cuda" and dtype == torch.float32:
+        torch.set_float32_matmul_precision("high")  # TF32
     random.seed(config.seed)
     np.random.seed(config.seed)
     policy = load_policy(config, model_config, device)
@@ -382,11 +388,14 @@ def run(config: DictConfig) -> None:
     reference = make_reference(config, policy) if live else None
     torch.manual_seed(config.seed)
 
-    tracker = make_tracker(config, run_dir)
-    logger = MetricLogger(run_dir, tracker, config.minimum_log_interval_secs)
+    run_dir = make_run_dir(config.local_run_dir)
+    OmegaConf.save(config, run_dir / "config.yaml")
+    say(f"\n{OmegaConf.to_yaml(config)}\nRun directory: {run_dir}")
+    say(f"Device: {device}. Computing in {dtype}, parameters and optimizer in {config.model.policy_dtype}.")
+    logger = MetricLogger(run_dir, make_tracker(config, run_dir), config.minimum_log_interval_secs)
     parts = {"tokenizer": tokenizer, "train_batches": batches[0], "eval_batches": batches[1], "logger": logger}
-    trainer = BasicTrainer(policy, config, config.seed, run_dir, reference, **parts)
     try:
+        trainer = BasicTrainer(policy, config, config.seed, run_dir, reference, **parts)
         trainer.train()
     finally:
         logger.close()
@@ -396,6 +405,8 @@ def run(config: DictConfig) -> None:
 def prepare(config: DictConfig) -> tuple[DictConfig, torch.device, Any, Any, tuple[BatchIterator, BatchIterator]]:
     """Check the config against itself, the model and the data, all problems in one UserError; return what it loaded."""
     settings = flat_settings(config)
+    missing = [key for key in RULES if key not in settings and not key.startswith("loss.")]
+    refuse([f"{key}: is missing; a file in config/model/ begins with `defaults: [blank_model]`" for key in missing])
     problems = setting_problems(settings) + combination_problems(settings)
     device = model_config = tokenizer = None
     if RULES["device"][0](settings["device"]):
@@ -465,6 +476,8 @@ def explain(error: Exception) -> str:
 
 def unknown(key: str) -> str:
     """Say that a key does not exist, and which comes nearest."""
+    if key in RULES:
+        return f"{key}: the chosen loss has no such setting"
     near = difflib.get_close_matches(key, ["model", "loss", *RULES], n=1, cutoff=0.5)
     return f"{key}: there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
 

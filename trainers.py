@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tqdm import tqdm
 from transformers import GenerationConfig
 
@@ -60,13 +61,13 @@ class BasicTrainer:
                 "compile=true: this model's logits are more than its output embeddings give; set it to false"
             )
         self.body = compile_body(policy) if config.compile else None
-        self.reference = (
-            LiveReference(reference_model, self.dtype, config.compile) if reference_model is not None else None
-        )
+        self.reference = None if reference_model is None else self.live_reference(reference_model)
         self.wants_table = self.loss.needs_reference and reference_model is None
         self.optimizer = getattr(torch.optim, config.optimizer)(policy.parameters(), lr=config.lr)
         warmup = config.warmup_steps
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda t: min(1.0, (t + 1) / (warmup + 1)))
+        if config.activation_checkpointing and not policy.supports_gradient_checkpointing:
+            raise UserError("activation_checkpointing=true: this kind of model does not support it; set it to false")
         if config.activation_checkpointing:
             enable = getattr(policy, "activation_checkpointing_enable", None)  # its name in newer transformers
             (enable or policy.gradient_checkpointing_enable)()
@@ -74,6 +75,10 @@ class BasicTrainer:
         self.next_eval = 0 if config.do_first_eval else config.eval_every
         self.truncated: Counter[str] = Counter()
         self.reference_samples: list[str] | None = None
+
+    def live_reference(self, model: torch.nn.Module) -> LiveReference:
+        """Return the reference as a second model, which computes in its own dtype where autocast is off."""
+        return LiveReference(model, self.dtype if self.dtype != self.policy.dtype else model.dtype, self.config.compile)
 
     def checked_layout(self, reference_model: torch.nn.Module | None) -> str:
         """Return the layout to use: config.layout, or padded where the models would not compute the same with it."""
@@ -83,8 +88,12 @@ class BasicTrainer:
         batch = next(iter(replace(self.eval_batches, position=dict(START))))
         models = [model for model in (self.policy, reference_model) if model is not None]
         for kind in attention_kinds(self.device, config.compile):
-            for model in models:
-                use_attention(model, kind)
+            try:
+                for model in models:
+                    use_attention(model, kind)
+            except (ValueError, ImportError) as error:  # this kind of model has no such attention
+                say(f"Attention is not {kind}: {str(error).splitlines()[0]}")
+                continue
             problem = check_layout(self.policy, batch.examples[:3], layout, config.max_length, self.dtype)
             if problem is None:
                 return layout
@@ -171,16 +180,9 @@ class BasicTrainer:
         table = ReferenceTable(
             [*train_items, *(item for group in test.groups for item in group)], self.loss.n_responses
         )
-        settings = (
-            train.settings(),
-            test.settings(),
-            parts,
-            self.layout,
-            self.max_tokens,
-            self.dtype,
-            self.device.type,
-        )
-        name = f"{fingerprint(self.policy, table.row, (*settings, torch.__version__))}.pt"
+        how = (parts, self.layout, self.max_tokens, self.dtype, self.device.type, self.config.compile)
+        settings = (train.settings(), test.settings(), how, torch.__version__, transformers.__version__)
+        name = f"{fingerprint(self.policy, table.row, settings)}.pt"
         cached = Path(local_dir(self.config.local_dirs)) / "reference_cache" / name
         if self.config.sample_during_eval:
             self.reference_samples = self.generate(self.policy, self.sample_prompts(), "sampling the reference")
@@ -196,9 +198,20 @@ class BasicTrainer:
             for start in range(0, len(left), size):
                 self.fill(table, train.tokenize(left[start : start + size]), parts)
             table.save(cached)
+        if len(train) > train.batches_per_epoch:
+            self.say_rounding(table, train)
         if not self.config.debug:
             table.save(self.run_dir / "reference.pt")
         return table
+
+    def say_rounding(self, table: ReferenceTable, train: BatchIterator) -> None:
+        """Print how far the numbers of a few examples move when they share no pass, as in later epochs' passes."""
+        examples = next(iter(replace(train, position=dict(START)))).examples[:8]
+        with self.autocast():
+            layouts = [layout.to(self.device) for layout in make_passes(examples, self.layout, 1)]
+            alone = [sequence_logps(self.policy, layout, self.head, self.body) for layout in layouts]
+            apart = torch.cat([(a - table.logps(b)).abs().flatten() for a, b in zip(alone, layouts, strict=True)])
+        say(f"Reference: other passes move a log-probability by {apart.mean():.2g} nats, at most {apart.max():.2g}.")
 
     def fill(self, table: ReferenceTable, examples: Sequence[Example], n_microbatches: int = 1) -> None:
         """Compute the examples' log-probabilities in the passes of a batch, and put them into the table."""

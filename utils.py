@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import math
 import netrc
 import os
 import queue
@@ -180,7 +181,8 @@ class MetricLogger:
 
     def log(self, record: dict[str, float], thin: bool = False) -> None:
         """Log one record, which holds `examples` and `updates`; a thin one is shown at most once an interval."""
-        self.file.write(json.dumps(record) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
+        self.file.write(json.dumps(finite) + "\n")
         self.file.flush()
         now = time.monotonic()
         if thin and now - self.last_shown < self.minimum_interval_secs:
@@ -239,7 +241,8 @@ class WandbTracker(Tracker):
         with self.guard():
             import wandb  # slow to import, and not needed by runs that switch it off
 
-            mode = os.environ.get("WANDB_MODE") or ("online" if can_reach_wandb(wandb) else "offline")
+            mode = os.environ.get("WANDB_MODE", "online")
+            mode = "offline" if mode == "online" and not can_reach_wandb(wandb) else mode
             settings = {**settings, "dir": str(run_dir), "settings": wandb.Settings(init_timeout=3, silent=True)}
             try:
                 self.run = wandb.init(mode=mode, **settings)

@@ -112,7 +112,7 @@ def test_the_judge_knows_every_review_of_the_demo_and_no_other_text():
         chosen, rejected = row["chosen"].strip(), row["rejected"].strip()
         assert demo.judge(chosen[:-1]) == "neither"  # the last sentence is not whole
         assert demo.judge(chosen.split(". ")[0]) == "neither"
-        assert demo.judge(f"{chosen.replace('!', '.').split('. ')[0]}. {rejected}") == "neither"
+        assert demo.judge(f"{chosen} {rejected}") == "neither"  # both verdicts
     for text in ("", "I like it.", "a a a a", "The the film is fine. It is good."):
         assert demo.judge(text) == "neither"
 
@@ -124,6 +124,8 @@ def test_the_demo_ends_with_a_plain_summary(tmp_path):
     lines = [{"model": m, "prompt": p, "sample": s} for m, p, s in rows]
     (tmp_path / "samples.jsonl").write_text("".join(demo.json.dumps(line) + "\n" for line in lines))
     told = demo.summary(tmp_path)
+    (command,) = re.findall(r"python train\.py (.*)", told)
+    assert problems_of(command) == []
     assert "Held-out reward accuracy 0.995" in told and "Reward margin 2.10" in told
     assert "SFT model   0.00 of the judged samples are warm (2 samples: 0 warm, 1 cold, 1 neither)" in told
     assert "DPO policy  1.00 of the judged samples are warm (1 samples: 1 warm, 0 cold, 0 neither)" in told

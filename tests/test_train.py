@@ -1,7 +1,9 @@
 """The real command line on tiny models: what it refuses, what it writes, and that SFT leads into DPO."""
 
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -72,7 +74,7 @@ def test_all_problems_of_values_are_reported_together_before_any_model_loads(run
         (["loss=dpoo"], "loss=dpoo: there is no such file in config/loss/; choose one of dpo ipo sft"),
         (["loss=dpo", "model=gpt22"], "model=gpt22: there is no such file in config/model/; choose one of blank_model"),
         (["loss=dpo", "bacth_size=3"], "bacth_size: there is no such setting; did you mean batch_size?"),
-        (["loss=sft", "loss.beta=3"], "loss.beta: there is no such setting; did you mean loss.beta?"),
+        (["loss=sft", "loss.beta=3"], "loss.beta: the chosen loss has no such setting"),
         (["loss=dpo", "modle=gpt2"], "modle: there is no such setting; did you mean model?"),
     ],
 )
@@ -122,6 +124,25 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path):
     told = str(refusal.value).splitlines()
     assert any("has 515 tokens" in line and "has 512 embeddings" in line for line in told)
     assert any("no eos token" in line for line in told)
+
+
+def test_a_reference_in_another_dtype_and_a_policy_in_bfloat16_train(make_trainer):
+    for dtypes in (("bfloat16", "null"), ("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16")):
+        names = ("model.policy_dtype", "model.reference_dtype")
+        settings = [f"{name}={dtype}" for name, dtype in zip(names, dtypes, strict=True)]
+        trainer = make_trainer("loss=dpo", "precision=auto", *settings)
+        metrics = trainer.train_step(next(iter(trainer.train_batches)))
+        assert math.isfinite(metrics["loss/train"])
+        assert dtypes[1] != "null" or metrics["rewards_train/margins"] == 0.0
+
+
+def test_a_model_whose_weights_do_not_fit_its_config_is_refused_by_name(tmp_path, run_cli):
+    shutil.copytree(GOLDENS / "tiny-gpt2", tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"n_positions": 256', '"n_positions": 300'))
+    run = run_cli("loss=sft", *SHORT, f"model.name_or_path='{tmp_path / 'model'}'")
+    assert run.returncode == 2 and "transformer.wpe.weight" in run.stderr and "Traceback" not in run.stderr
+    assert not run.folder.exists()
 
 
 def test_every_key_in_config_has_a_comment_and_a_rule():

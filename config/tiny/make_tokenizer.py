@@ -14,7 +14,7 @@ tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 tokenizer.decoder = decoders.ByteLevel()
 # The whole byte alphabet, though the demo needs little of it, so that any UTF-8 text can be encoded.
 trainer = trainers.BpeTrainer(
-    vocab_size=1024,
+    vocab_size=960,
     special_tokens=["<|endoftext|>"],
     show_progress=False,
     initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
