@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ class LiveReference:
     @torch.no_grad()
     def logps(self, layout: Layout) -> torch.Tensor:
         """Return the log-probabilities of the responses, (examples, n_responses)."""
-        return sequence_logps(self.model, layout, self.head, self.body)
+        in_float32 = self.model.dtype == torch.float32  # autocast expects such parameters; others compute as they are
+        with nullcontext() if in_float32 else torch.autocast(layout.targets.device.type, enabled=False):
+            return sequence_logps(self.model, layout, self.head, self.body)
 
 
 def store_linear_weights(model: Any, dtype: torch.dtype) -> None:

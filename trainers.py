@@ -223,9 +223,10 @@ class BasicTrainer:
         """Clip the gradient to max_grad_norm and return its norm before that."""
         return torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
 
-    def autocast(self) -> AbstractContextManager:
-        """Compute in self.dtype where the parameters have another; one context an update casts each weight once."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != self.policy.dtype)
+    def autocast(self, model: torch.nn.Module | None = None) -> AbstractContextManager:
+        """Compute in self.dtype where the parameters are in float32; one context an update casts each weight once."""
+        mixed = (model or self.policy).dtype == torch.float32 and self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=mixed)
 
     # Evaluation, samples, checkpoints
 
@@ -294,7 +295,7 @@ class BasicTrainer:
         batches = [[example.prompt for example in prompts[i : i + size]] for i in range(0, len(prompts), size)]
         texts = []
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), self.autocast(), plain_generation(model), torch_attention(model):
+        with torch.random.fork_rng(devices), self.autocast(model), plain_generation(model), torch_attention(model):
             torch.manual_seed(self.seed)
             for batch in progress(batches, title):
                 width = max(map(len, batch))

@@ -113,6 +113,7 @@ class Recorded:
     """A model that gives the same logits, (1, seq, vocabulary), whatever its input."""
 
     dtype = torch.float64
+    config = SimpleNamespace(_attn_implementation="eager")
 
     def __init__(self, logits):
         self.logits = logits

@@ -407,6 +407,7 @@ def test_se_keeps_what_the_original_keeps_and_counts_it(hub):
         "read": 4,
         "kept": 4,
         "kept although it has one answer and so no pair": 1,
+        "kept although it repeats an earlier row": 1,
         "replaced by a later row with the same question": 1,
     }
     assert data[PROMPT] == {

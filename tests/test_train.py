@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 import utils
+from packing import sequence_logps
 
 SHORT = (
     *TINY,
@@ -319,7 +320,7 @@ def test_bfloat16_keeps_parameters_optimizer_and_log_probabilities_in_float32(ma
     trainer = make_trainer("loss=dpo", "precision=bfloat16", "model.fsdp_policy_mp=bfloat16")
     batch = next(iter(trainer.train_batches))
     with trainer.autocast():
-        logps = trainer.logps(trainer.policy, next(trainer.passes(batch.examples)))
+        logps = sequence_logps(trainer.policy, next(trainer.passes(batch.examples)), trainer.head)
     assert trainer.dtype == torch.bfloat16 and logps.dtype == torch.float32
     assert trainer.train_step(batch)["rewards_train/margins"] == 0.0
     assert {p.dtype for p in trainer.policy.parameters()} == {torch.float32}
