@@ -255,7 +255,8 @@ def token_logps(model: Any, layout: Layout, head: Head | None, body: Body | None
     if head is None:
         logps = target_logps(response_logits(model, layout), layout.targets)
     else:
-        hidden = (body or model.base_model)(**model_inputs(model, layout))[0]
+        body = model.base_model if body is None else body
+        hidden = body(**model_inputs(model, layout))[0]
         hidden = hidden.reshape(-1, hidden.shape[-1])[layout.sources]
         logps = chunked_logps(hidden, layout.targets, head, CHUNK_BYTES // (4 * head.weight.shape[0]))
     return logps

@@ -316,6 +316,18 @@ def test_activation_checkpointing_changes_no_gradient(make_trainer):
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
 
 
+def test_a_compiled_run_gives_the_same_numbers_and_does_not_compile_for_every_length(make_trainer):
+    losses = []
+    for setting in ("false", "true"):
+        trainer = make_trainer("loss=dpo", f"compile={setting}", "lr=1e-4")
+        batches = [batch for batch, _ in zip(trainer.train_batches, range(4), strict=False)]
+        losses.append([trainer.train_step(batch)["loss/train"] for batch in batches[:2]])
+        compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        losses[-1] += [trainer.train_step(batch)["loss/train"] for batch in batches[2:]]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert 0 < compiled == torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def test_bfloat16_keeps_parameters_optimizer_and_log_probabilities_in_float32(make_trainer):
     trainer = make_trainer("loss=dpo", "precision=bfloat16", "model.fsdp_policy_mp=bfloat16")
     batch = next(iter(trainer.train_batches))
