@@ -248,12 +248,9 @@ def get_folder(folder: Path, split: str, silent: bool = False) -> PreferenceData
     path = find_jsonl(folder, "train" if hold_out else split)
     if path is None:
         raise UserError(f"datasets=[{folder}]: there is no {split}.jsonl or {split}.jsonl.gz")
-    for number, row in progress(read_jsonl(path), f"{path.name}", silent=silent):
-        data.counts["read"] += 1
-        try:
+    for _, row in progress(read_jsonl(path), path.name, silent=silent):
+        with reading_row(data, str(path)):
             add_row(data, row)
-        except UserError as error:
-            raise UserError(f"{path}, row {number}: {error}") from None
     return keep_held_out(data, split) if hold_out else data
 
 

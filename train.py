@@ -185,16 +185,12 @@ def combination_problems(settings: dict[str, Any]) -> list[str]:
     check("n_epochs n_examples", lambda *limits: limits == (None, None), "set one of them, or training never ends")
     check("trainer", lambda v: v != "BasicTrainer", "is not built yet; use trainer=BasicTrainer")
     check("fsdp_port trainer", lambda port, v: port and v == "BasicTrainer", "fsdp_port needs trainer=FSDPTrainer")
-    check(
-        "precision model.policy_dtype",
-        lambda precision, dtype: (precision, dtype) == ("float32", "bfloat16"),
-        "computing in float32 needs model.policy_dtype=float32",
-    )
-    check(
-        "model.fsdp_policy_mp model.policy_dtype",
-        lambda precision, dtype: (precision, dtype) == ("float32", "bfloat16"),
-        "computing in float32 needs model.policy_dtype=float32",
-    )
+    for name in ("precision", "model.fsdp_policy_mp"):
+        check(
+            f"{name} model.policy_dtype",
+            lambda precision, dtype: (precision, dtype) == ("float32", "bfloat16"),
+            "computing in float32 needs model.policy_dtype=float32",
+        )
     check(
         "loss.precompute_reference model.reference_dtype",
         lambda precompute, dtype: precompute and dtype,
