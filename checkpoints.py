@@ -1,40 +1,248 @@
-"""Writing checkpoints, reading archives of weights, and the export for other tools."""
+"""Writing, verifying and finding checkpoints; archives of weights; the export for other tools.
 
+A checkpoint is a folder step-N. It is written under another name, flushed to disk, and renamed when it is whole, and
+never written again. Its manifest lists the SHA-256 of every file, as `sha256sum --check MANIFEST` reads it, and ends
+with the SHA-256 of these lines.
+"""
+
+import hashlib
 import os
+import random
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
 
-from utils import UserError
+from utils import RunError, UserError, say
 
+MANIFEST = "MANIFEST"
+PARTS = ("policy", "optimizer", "scheduler", "run")
 # Buffers that older transformers versions stored and newer ones compute.
 DROPPABLE = re.compile(r"(^|\.)(attn|attention|self_attn)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
 RENAMED = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's output head, until transformers 5
 
 
-def save_checkpoint(run_dir: Path, step: int, states: dict[str, Any], metrics: dict[str, float]) -> Path:
-    """Write RUN/step-N/NAME.pt for each state, as a dict of step_idx, state and metrics, and point LATEST at it."""
+# Writing
+
+
+def save_checkpoint(
+    run_dir: Path, step: int, states: dict[str, Any], metrics: dict[str, float], keep: int | None = None
+) -> Path:
+    """Write RUN/step-N/NAME.pt for each of PARTS, as a dict of step_idx, state and metrics, and point LATEST at it.
+
+    A step that is there already, from which a stopped run went on, is the same and stays. All but the newest `keep`
+    are removed; None keeps all. RunError, with earlier checkpoints intact, if the disk does not take it.
+    """
     final = run_dir / f"step-{step}"
-    staging = run_dir / f".staging-step-{step}"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    for name, state in states.items():
-        torch.save({"step_idx": step, "state": state, "metrics": metrics}, staging / f"{name}.pt")
-    staging.rename(final)
-    link = run_dir / ".staging-LATEST"
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    os.replace(link, run_dir / "LATEST")
+
+    def write(folder: Path) -> None:
+        for name in PARTS:
+            torch.save({"step_idx": step, "state": states[name], "metrics": metrics}, folder / f"{name}.pt")
+
+    if not final.exists():
+        place(final, write)
+    point_latest(run_dir, final.name)
+    for folder in checkpoints(run_dir)[keep:] if keep else []:
+        remove(folder)
     return final
 
 
+def place(final: Path, write: Callable[[Path], None]) -> None:
+    """Let write fill a folder, and make it `final`, whole and on disk, or not at all."""
+    staging = final.with_name(f".staging-{final.name}")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        staging.mkdir()
+        write(staging)
+        write_manifest(staging)
+        staging.rename(final)
+        flush(final.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as RuntimeError
+        shutil.rmtree(staging, ignore_errors=True)
+        reason = (str(error).splitlines() or [""])[0]
+        raise RunError(f"{final}: cannot be written ({reason}); earlier checkpoints are intact", "disk") from None
+
+
+def write_manifest(folder: Path) -> None:
+    """List the SHA-256 of every file in a folder, and flush all of it to disk."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    lines = "".join(f"{sha256(path)}  {path.name}\n" for path in files)
+    own = hashlib.sha256(lines.encode()).hexdigest()
+    (folder / MANIFEST).write_text(f"{lines}# {own}\n", encoding="utf-8")
+    for path in (*files, folder / MANIFEST, folder):
+        flush(path)
+
+
+def point_latest(run_dir: Path, name: str) -> None:
+    """Make LATEST lead to a checkpoint, at no moment to none."""
+    link = run_dir / ".staging-LATEST"
+    link.unlink(missing_ok=True)
+    link.symlink_to(name)
+    os.replace(link, run_dir / "LATEST")
+    flush(run_dir)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, renamed first, so that a half-removed one is never taken for one."""
+    doomed = folder.with_name(f".doomed-{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def keep_policy(folder: Path) -> None:
+    """Keep a checkpoint's weights as RUN/policies/step-N.pt, without a second copy where the disk allows that."""
+    kept = folder.parent / "policies" / f"{folder.name}.pt"
+    staging = kept.with_name(f".staging-{kept.name}")
+    kept.parent.mkdir(exist_ok=True)
+    staging.unlink(missing_ok=True)
+    try:
+        os.link(folder / "policy.pt", staging)
+    except OSError:
+        shutil.copyfile(folder / "policy.pt", staging)
+    os.replace(staging, kept)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def export_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write the model and its tokenizer so that from_pretrained opens them."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Write the model and its tokenizer so that from_pretrained opens them; RunError if the disk does not take them."""
+
+    def write(staging: Path) -> None:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+
+    if not folder.exists():
+        place(folder, write)
+
+
+# Finding and verifying
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Return the checkpoints of a run, newest first."""
+    found = [path for path in run_dir.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix("step-")))
+
+
+def damage(folder: Path) -> str | None:
+    """Return None if a checkpoint holds exactly what its manifest lists, else what is wrong with it."""
+    try:
+        text = (folder / MANIFEST).read_bytes().decode("ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    lines, _, own = text.rpartition("# ")
+    if own != hashlib.sha256(lines.encode()).hexdigest() + "\n":
+        return f"{MANIFEST} is damaged"
+    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())}
+    if set(listed) != {f"{name}.pt" for name in PARTS}:
+        return f"{MANIFEST} lists {', '.join(sorted(listed)) or 'nothing'}"
+    for name, digest in listed.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            return f"{name} is missing"
+        if sha256(path) != digest:
+            return f"{name} is damaged"
+    return None
+
+
+def read_checkpoint(folder: Path) -> dict[str, Any] | str:
+    """Return the state of each of PARTS, plain numbers and tensors alone, or what is wrong with the checkpoint."""
+    problem = "it is a link" if folder.is_symlink() else damage(folder)
+    if problem:
+        return problem
+    try:
+        read = {name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True) for name in PARTS}
+        return {name: part["state"] for name, part in read.items()}
+    except Exception as error:  # a forged file, which torch refuses in many ways
+        return f"it cannot be read ({(str(error).splitlines() or [''])[0]})"
+
+
+def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest valid checkpoint and its states, or None if the run never wrote one.
+
+    A damaged one is named and set aside, and the one before it taken; RunError if all are damaged or gone.
+    """
+    damaged = []
+    for folder in checkpoints(run_dir):
+        states = read_checkpoint(folder)
+        if not isinstance(states, str):
+            for other in damaged:  # so that the run can write this step again
+                other.rename(free_name(other.with_name(f"damaged-{other.name}")))
+            point_latest(run_dir, folder.name)
+            return folder, states
+        say(f"{folder} is not used: {states}.")
+        damaged.append(folder)
+    if damaged or (run_dir / "LATEST").is_symlink() or any(run_dir.glob("damaged-step-*")):
+        raise RunError(f"{run_dir}: no valid checkpoint is left to resume from; start a new run", "no checkpoint")
+    return None
+
+
+def free_name(path: Path) -> Path:
+    """Return the path, with a number after it if there is such a file already."""
+    names = [path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 1000))]
+    return next(name for name in names if not name.exists())
+
+
+def clear_leftovers(run_dir: Path) -> None:
+    """Remove what a killed process left half-written or half-removed."""
+    for pattern in (".staging-*", ".doomed-*", "step-*/.staging-*", "policies/.staging-*"):
+        for path in run_dir.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+# What a checkpoint holds beside weights
+
+
+def random_states() -> dict[str, Any]:
+    """Return the states of all random generators as plain numbers and tensors, which weights_only can read."""
+    name, keys, *rest = np.random.get_state()
+    states = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put all random generators where random_states found them."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def weights_checksum(model: Any) -> str:
+    """Return a SHA-256 of each tensor's name, shape and sum of bits, which any changed weight changes."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        bits = (
+            value.detach()
+            .flatten()
+            .view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[value.element_size()])
+        )
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} {bits.sum(dtype=torch.int64)}".encode())
+    return digest.hexdigest()
+
+
+# Archives of weights
 
 
 def load_archive(path: str) -> dict[str, torch.Tensor]:
@@ -53,8 +261,8 @@ def load_archive(path: str) -> dict[str, torch.Tensor]:
     return state
 
 
-def load_weights(model: Any, state: dict[str, torch.Tensor], path: str) -> None:
-    """Copy an archive's weights into a model; UserError that names any missing, unexpected or mis-shaped tensor."""
+def load_weights(model: Any, state: dict[str, torch.Tensor], setting: str) -> None:
+    """Copy weights into a model; UserError that names the setting and any missing, unexpected or mis-shaped tensor."""
     own = model.state_dict()
     state = {k if k in own else RENAMED.get(k, k): v for k, v in state.items()}
     state = {k: v for k, v in state.items() if k in own or not DROPPABLE.search(k)}
@@ -68,5 +276,5 @@ def load_weights(model: Any, state: dict[str, torch.Tensor], path: str) -> None:
     ]
     if wrong:
         listed = "; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
-        raise UserError(f"model.archive={path}: does not fit the model: {listed}")
+        raise UserError(f"{setting}: does not fit the model: {listed}")
     model.load_state_dict(state, strict=False)

@@ -166,6 +166,13 @@ def compile_body(model: Any) -> Body:
     return torch.compile(model.base_model, dynamic=True)
 
 
+def recompute_activations(model: Any, on: bool = True) -> None:
+    """Switch activation checkpointing of a model that supports it on or off."""
+    verb = "enable" if on else "disable"
+    newer = getattr(model, f"activation_checkpointing_{verb}", None)  # its name in newer versions of transformers
+    (newer or getattr(model, f"gradient_checkpointing_{verb}"))()
+
+
 def use_attention(model: Any, kind: str) -> None:
     """Let a model that uses torch's own attention use another kind; models with their own keep it."""
     if kind == "packed":
@@ -233,11 +240,12 @@ def packed_attention(
     bounds = getattr(attention_mask, "bounds", None)
     if bounds is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    parts = []
-    for start, end in bounds:
-        rows = [states[:, :, start:end] for states in (query, key, value)]
-        mask = attention_mask[:, :, start:end, start:end]
-        parts.append(sdpa_attention_forward(module, *rows, mask, **kwargs)[0])
+    lengths = [end - start for start, end in bounds]
+    examples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), bounds, strict=True)
+    parts = [
+        sdpa_attention_forward(module, *states, attention_mask[:, :, start:end, start:end], **kwargs)[0]
+        for *states, (start, end) in examples
+    ]
     return torch.cat(parts, dim=1), None
 
 
@@ -303,6 +311,23 @@ def target_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+
+
+class Float32Head(torch.nn.Module):
+    """Output embeddings that compute in float32 whatever the body's dtype.
+
+    Most of what sharing a pass with other examples moves a bfloat16 log-probability by is the logits' own rounding.
+    """
+
+    def __init__(self, head: Head):
+        super().__init__()
+        self.weight, self.bias = head.weight, getattr(head, "bias", None)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits (n, vocabulary) in float32 from hidden states (n, d)."""
+        bias = None if self.bias is None else self.bias.float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight.float(), bias)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ To add one: write a function like get_shp that returns such a map, and name it i
 """
 
 import gzip
+import hashlib
 import json
 import random
 import zlib
@@ -444,6 +445,13 @@ class BatchIterator:
     n_examples: int | None = None
     keep_last: bool = False
     position: dict[str, int] = field(default_factory=START.copy)
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of the items in their order and of what decides which of their tokens lie in which batch."""
+        digest = hashlib.sha256(repr((self.settings()[:-2], self.n_items)).encode())
+        for group in self.groups:
+            digest.update(repr([item[:3] for item in group]).encode("utf-8", "backslashreplace"))
+        return digest.hexdigest()
 
     def settings(self) -> tuple[Any, ...]:
         """Return what, beside the items, decides which tokens lie in which batch."""

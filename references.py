@@ -62,22 +62,29 @@ class ReferenceTable:
         """Store the log-probabilities of a pass, (examples, n_responses)."""
         self.values[[self.row[example.item] for example in layout.examples]] = logps.float().cpu()
 
-    def save(self, path: Path) -> None:
-        """Write the table, whole or not at all."""
+    def save(self, path: Path, key: str) -> None:
+        """Write the table, whole or not at all, under the fingerprint of what its numbers depend on."""
         path.parent.mkdir(parents=True, exist_ok=True)
         staging = path.with_name(f".{path.name}.{os.getpid()}")
-        torch.save({"values": self.values}, staging)
+        torch.save({"values": self.values, "key": key, "sha256": self.checksum(self.values)}, staging)
         os.replace(staging, path)
 
-    def load(self, path: Path) -> bool:
-        """Take over a table written before; False if there is none that can be read and fits."""
+    def load(self, path: Path, key: str) -> bool:
+        """Take over a table written under this key; False if there is none that is whole and fits."""
         try:
-            values = torch.load(path, weights_only=True)["values"]
+            stored = torch.load(path, weights_only=True)
+            values = stored["values"]
+            fits = stored["key"] == key and values.shape == self.values.shape
+            fits = fits and stored["sha256"] == self.checksum(values)
         except Exception:  # missing, damaged or no table: torch raises many kinds, and each means to compute it anew
             return False
-        fits = isinstance(values, torch.Tensor) and values.shape == self.values.shape
         self.values = values if fits else self.values
         return fits
+
+    @staticmethod
+    def checksum(values: torch.Tensor) -> str:
+        """Return the SHA-256 of a table's numbers; torch reads a flipped bit as if nothing were."""
+        return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
 
 def fingerprint(model: Any, items: Iterable[Any], settings: Any) -> str:

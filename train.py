@@ -2,28 +2,39 @@
 
 import copy
 import difflib
+import errno
+import json
 import math
 import os
 import random
 import re
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import hydra
 import numpy as np
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from checkpoints import DROPPABLE, load_archive, load_weights
+from checkpoints import DROPPABLE, clear_leftovers, load_archive, load_weights, newest_checkpoint
 from losses import LOSSES
 from packing import LAYOUTS
 from preference_datasets import DATASETS, BatchIterator, PreferenceData, Tokenization, get_dataset, make_groups
 from utils import (
+    EXIT_CODES,
     MetricLogger,
+    ProcessSignals,
+    RunError,
+    Stopped,
     Tracker,
     UserError,
     WandbTracker,
@@ -31,6 +42,7 @@ from utils import (
     compute_dtype,
     local_run_dir,
     make_run_dir,
+    only_writer,
     pick_device,
     say,
     slug,
@@ -81,6 +93,7 @@ RULES: dict[str, Rule] = {
     "exp_name": (lambda v: isinstance(v, str) and bool(re.fullmatch(r"[\w][\w.+=-]*", v)), "a name without slashes"),
     "local_dirs": TEXTS,
     "local_run_dir": TEXT,
+    "resume": (lambda v: v is None, "given without Hydra's flags: python train.py resume=RUN_DIR"),
     "debug": FLAG,
     "wandb.enabled": FLAG,
     "wandb.entity": optional(TEXT),
@@ -105,6 +118,9 @@ RULES: dict[str, Rule] = {
     "compile": FLAG,
     "fsdp_port": optional(whole(1, "", high=65535)),
     "eval_every": whole(1, "examples"),
+    "save_every": optional(whole(1, "examples")),
+    "keep_checkpoints": optional(whole(1, "checkpoints")),
+    "keep_policies": FLAG,
     "do_first_eval": FLAG,
     "eval_batch_size": whole(1, "examples"),
     "n_eval_examples": whole(1, "examples"),
@@ -201,6 +217,12 @@ def combination_problems(settings: dict[str, Any]) -> list[str]:
         lambda precompute, free: precompute and free,
         "a loss without a reference has nothing to compute; set one of them to false",
     )
+    check(
+        "keep_policies keep_checkpoints",
+        lambda policies, n: policies and n is None,
+        "every checkpoint is kept anyway; set keep_checkpoints to a number, or keep_policies=false",
+    )
+    check("save_every debug", lambda n, debug: n and debug, "debug=true writes no checkpoints; set save_every=null")
     check("model.archive", lambda path: path and not Path(path).is_file(), "no such file; give the path of a policy.pt")
     return problems
 
@@ -300,7 +322,7 @@ def load_policy(config: DictConfig, model_config: Any, device: torch.device) -> 
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     if config.model.archive:
-        load_weights(policy, load_archive(config.model.archive), config.model.archive)
+        load_weights(policy, load_archive(config.model.archive), f"model.archive={config.model.archive}")
     return policy.to(device)
 
 
@@ -365,15 +387,51 @@ def refuse(problems: list[str]) -> None:
 # The run
 
 
-def run(config: DictConfig) -> None:
-    """Check everything, make the run directory, load the models, and train."""
-    from transformers.utils import logging  # slow to import, as are the trainers: a wrong setting is told sooner
+def run(config: DictConfig, resumed: Path | None = None, overrides: dict[str, Any] | None = None) -> None:
+    """Check everything, make the run directory or go on in the one resumed, load the models, and train."""
+    with ExitStack() as stack:
+        checkpoint = None
+        if resumed is not None:
+            stack.enter_context(only_writer(resumed))
+            clear_leftovers(resumed)
+            checkpoint = newest_checkpoint(resumed)
+            if checkpoint is None:
+                say(f"{resumed} holds no checkpoint yet, so the run begins again.")
+        signals = ProcessSignals()
+        if not sys.stderr.isatty():
+            from transformers.utils import logging  # slow to import, as are the trainers
 
-    from trainers import BasicTrainer
+            logging.disable_progress_bar()
+        config, device, model_config, tokenizer, batches = prepare(config)
+        if checkpoint is not None and is_complete(*checkpoint, len(batches[0])):
+            say(f"{resumed}: the run is complete; set n_epochs or n_examples higher to go on.")
+            return
+        policy, reference = load_models(config, model_config, device)
+        run_dir = resumed or make_run_dir(config.local_run_dir)
+        if resumed is None:
+            stack.enter_context(only_writer(run_dir))
+        record(config, run_dir, checkpoint and checkpoint[0], overrides)
+        say(f"\n{OmegaConf.to_yaml(config)}\nRun directory: {run_dir}")
+        dtype = compute_dtype(config.precision, policy.dtype, device)
+        say(f"Device: {device}. Computing in {dtype}, parameters and optimizer in {config.model.policy_dtype}.")
+        logger = MetricLogger(run_dir, make_tracker(config, run_dir), config.minimum_log_interval_secs)
+        stack.callback(logger.close)
+        if checkpoint is None:
+            logger.cut([0, 0])
+        from trainers import BasicTrainer
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    config, device, model_config, tokenizer, batches = prepare(config)
+        parts = {"tokenizer": tokenizer, "train_batches": batches[0], "eval_batches": batches[1], "logger": logger}
+        trainer = BasicTrainer(policy, config, config.seed, run_dir, reference, signals=signals, **parts)
+        try:
+            trainer.train(checkpoint and checkpoint[1])
+        except (Stopped, KeyboardInterrupt):
+            say(f"To go on: python train.py resume={run_dir}")
+            raise
+    say(f"Done: {trainer.examples:,} examples in {trainer.updates:,} updates. Everything is in {run_dir}")
+
+
+def load_models(config: DictConfig, model_config: Any, device: torch.device) -> tuple[Any, Any]:
+    """Load the policy and, where the loss needs a second model, its copy; seed all random generators."""
     dtype = compute_dtype(config.precision, getattr(torch, config.model.policy_dtype), device)
     if device.type == "cuda" and dtype == torch.float32:
         torch.set_float32_matmul_precision("high")  # TF32
@@ -383,19 +441,7 @@ def run(config: DictConfig) -> None:
     live = LOSSES[config.loss.name](config.loss).needs_reference and not config.loss.precompute_reference
     reference = make_reference(config, policy) if live else None
     torch.manual_seed(config.seed)
-
-    run_dir = make_run_dir(config.local_run_dir)
-    OmegaConf.save(config, run_dir / "config.yaml")
-    say(f"\n{OmegaConf.to_yaml(config)}\nRun directory: {run_dir}")
-    say(f"Device: {device}. Computing in {dtype}, parameters and optimizer in {config.model.policy_dtype}.")
-    logger = MetricLogger(run_dir, make_tracker(config, run_dir), config.minimum_log_interval_secs)
-    parts = {"tokenizer": tokenizer, "train_batches": batches[0], "eval_batches": batches[1], "logger": logger}
-    try:
-        trainer = BasicTrainer(policy, config, config.seed, run_dir, reference, **parts)
-        trainer.train()
-    finally:
-        logger.close()
-    say(f"Done: {trainer.examples:,} examples in {trainer.updates:,} updates. Everything is in {run_dir}")
+    return policy, reference
 
 
 def prepare(config: DictConfig) -> tuple[DictConfig, torch.device, Any, Any, tuple[BatchIterator, BatchIterator]]:
@@ -432,6 +478,76 @@ def prepare(config: DictConfig) -> tuple[DictConfig, torch.device, Any, Any, tup
         say(f"The last {left:,} of an epoch's {batches[0].n_items:,} examples fill no batch and are left out.")
     refuse(data_problems(config, *batches))
     return config, device, model_config, tokenizer, batches
+
+
+# Resuming
+
+# What may change in a resumed run: it touches no number that is trained or logged but for rounding (the last two).
+MAY_CHANGE = (
+    *("wandb.enabled", "wandb.entity", "wandb.project", "minimum_log_interval_secs"),
+    *("sample_during_eval", "n_eval_model_samples", "sample_temperature", "sample_top_k", "sample_top_p"),
+    *("save_every", "keep_checkpoints", "keep_policies", "max_tokens_per_pass", "activation_checkpointing"),
+)
+MAY_GROW = ("n_epochs", "n_examples")
+
+
+def resume(arguments: list[str]) -> None:
+    """Go on with the run that resume=RUN_DIR names, with its own settings; UserError for any other that matters."""
+    try:
+        given = [(o.key_or_group, o.value(), o) for o in OverridesParser.create().parse_overrides(arguments)]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from None
+    run_dir = Path(str([value for key, value, _ in given if key == "resume"][-1]))
+    try:
+        config = OmegaConf.load(run_dir / "config.yaml")
+        settings = flat_settings(config)
+    except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException, AttributeError, TypeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"resume={run_dir}: is not a run directory: its config.yaml cannot be read ({reason})"
+        ) from None
+    problems, taken = [], {}
+    for key, value, override in given:
+        if key == "resume" or (key in settings and settings[key] == value):
+            continue
+        words = f"{key}={'null' if value is None else value}"
+        if key not in settings and key not in ("model", "loss"):
+            problems.append(unknown(key))
+        elif override.type != OverrideType.CHANGE or override.is_sweep_override():
+            problems.append(f"{override.input_line}: a resumed run takes KEY=VALUE alone")
+        elif key in MAY_CHANGE or (key in MAY_GROW and grows(settings[key], value)):
+            OmegaConf.update(config, key, value)
+            taken[key] = value
+        else:
+            kept = f", which has {key}={settings[key]}" if key in settings else ""
+            problems.append(f"{words}: would change the result of this run{kept}; leave it out, or start a new run")
+    refuse(problems)
+    config.local_run_dir = str(run_dir)
+    run(config, run_dir, taken)
+
+
+def grows(old: int | None, new: Any) -> bool:
+    """Tell whether a limit is raised, or lifted."""
+    return old is not None and (new is None or (is_number(new) and new > old))
+
+
+def is_complete(folder: Path, states: dict[str, Any], n_updates: int) -> bool:
+    """Tell whether a checkpoint ends a run: no update is left, and the export was written, which comes last."""
+    return states["run"]["counters"]["updates"] >= n_updates and (folder / "hf").is_dir()
+
+
+def record(config: DictConfig, run_dir: Path, checkpoint: Path | None, overrides: dict[str, Any] | None) -> None:
+    """Write the settings to the run's directory, and a line for each time that it was resumed."""
+    staging = run_dir / ".staging-config.yaml"
+    OmegaConf.save(config, staging)
+    os.replace(staging, run_dir / "config.yaml")
+    if overrides is not None:
+        line = {"time": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "from": checkpoint and checkpoint.name}
+        with open(run_dir / "resumed.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line | {"overrides": overrides}) + "\n")
+
+
+# The run's surroundings
 
 
 def make_tracker(config: DictConfig, run_dir: Path) -> Tracker:
@@ -481,31 +597,45 @@ def unknown(key: str) -> str:
 @hydra.main(version_base=None, config_path="config", config_name="config")
 def hydra_main(config: DictConfig) -> None:
     """Run with a composed config."""
+    guarded(lambda: run(config))
+
+
+def guarded(work: Callable[[], None]) -> None:
+    """Do the work; print what stops it, one line a problem and no traceback, and exit with the code that says why."""
     try:
-        run(config)
+        work()
     except UserError as error:
-        sys.exit(fail(error))
+        sys.exit(tell(error, EXIT_CODES["refused"]))
+    except RunError as error:
+        sys.exit(tell(error, error.exit_code))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.exit(tell(f"the disk is full ({error}); earlier checkpoints are intact", EXIT_CODES["disk"]))
+    except Stopped as error:
+        say(f"Stopped by {error}.")
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        say("Interrupted; the run directory holds what was written until the last evaluation.")
-        sys.exit(130)
+        say("Interrupted.")
+        sys.exit(EXIT_CODES["SIGINT"])
 
 
-def fail(error: UserError) -> int:
-    """Print what the user can mend, one line a problem, and return the exit code."""
-    for line in str(error).splitlines():
+def tell(problem: object, exit_code: int) -> int:
+    """Print a problem, one line for each, and return the exit code."""
+    for line in str(problem).splitlines():
         print(f"error: {line}", file=sys.stderr)
-    return 2
+    return exit_code
 
 
 def main() -> None:
     """Run the command line; Hydra's own flags (--help, --multirun, --cfg) work as ever."""
     register_resolvers()
-    flags = [argument for argument in sys.argv[1:] if argument.startswith("-")]
-    if not flags:
-        try:
-            check_overrides(sys.argv[1:])
-        except UserError as error:
-            sys.exit(fail(error))
+    arguments = sys.argv[1:]
+    if any(re.match(r"resume=(?!null$)", argument) for argument in arguments):
+        guarded(lambda: resume(arguments))
+        return
+    if not any(argument.startswith("-") for argument in arguments):
+        guarded(lambda: check_overrides(arguments))
     hydra_main()
 
 

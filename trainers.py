@@ -1,5 +1,8 @@
 """The training loop. BasicTrainer runs on one device; read `train` and `train_step` first."""
 
+import json
+import math
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -13,22 +16,46 @@ import transformers
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from checkpoints import export_model, save_checkpoint
+from checkpoints import (
+    export_model,
+    keep_policy,
+    load_weights,
+    random_states,
+    save_checkpoint,
+    set_random_states,
+    weights_checksum,
+)
 from losses import LOSSES, preference_loss  # noqa: F401  (the original's users import preference_loss from here)
 from packing import (
+    Float32Head,
     Layout,
     attention_kinds,
     check_layout,
     compile_body,
     find_head,
     make_passes,
+    recompute_activations,
     sequence_logps,
     torch_attention,
     use_attention,
 )
 from preference_datasets import START, Batch, BatchIterator, Example
 from references import LiveReference, ReferenceTable, fingerprint
-from utils import MetricLogger, UserError, compute_dtype, local_dir, prefetch, progress, say, tokens_per_pass
+from utils import (
+    MetricLogger,
+    RunError,
+    Signals,
+    Stopped,
+    UserError,
+    compute_dtype,
+    local_dir,
+    prefetch,
+    progress,
+    say,
+    tokens_per_pass,
+)
+
+COUNTERS = ("examples", "updates", "position", "next_eval")  # of a trainer, kept in its checkpoints
 
 
 class BasicTrainer:
@@ -46,10 +73,11 @@ class BasicTrainer:
         train_batches: BatchIterator,
         eval_batches: BatchIterator,
         logger: MetricLogger,
+        signals: Signals | None = None,
     ):
         self.policy, self.tokenizer = policy, tokenizer
         self.config, self.seed, self.run_dir, self.logger = config, seed, Path(run_dir), logger
-        self.train_batches, self.eval_batches = train_batches, eval_batches
+        self.train_batches, self.eval_batches, self.signals = train_batches, eval_batches, signals or Signals()
         self.device = next(policy.parameters()).device
         self.dtype = compute_dtype(config.precision, policy.dtype, self.device)
         self.loss = LOSSES[config.loss.name](config.loss)
@@ -63,18 +91,25 @@ class BasicTrainer:
         self.body = compile_body(policy) if config.compile else None
         self.reference = None if reference_model is None else self.live_reference(reference_model)
         self.wants_table = self.loss.needs_reference and reference_model is None
+        if self.wants_table and self.head is not None and self.dtype != torch.float32:
+            self.head = Float32Head(self.head)  # later epochs meet the table's numbers in other passes
         self.optimizer = getattr(torch.optim, config.optimizer)(policy.parameters(), lr=config.lr)
         warmup = config.warmup_steps
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda t: min(1.0, (t + 1) / (warmup + 1)))
         if config.activation_checkpointing and not policy.supports_gradient_checkpointing:
             raise UserError("activation_checkpointing=true: this kind of model does not support it; set it to false")
         if config.activation_checkpointing:
-            enable = getattr(policy, "activation_checkpointing_enable", None)  # its name in newer transformers
-            (enable or policy.gradient_checkpointing_enable)()
+            recompute_activations(policy)
         self.examples = self.updates = 0
+        self.position = dict(START)  # of train_batches, after the last update
         self.next_eval = 0 if config.do_first_eval else config.eval_every
+        self.next_save = self.following(config.save_every)
         self.truncated: Counter[str] = Counter()
         self.reference_samples: list[str] | None = None
+        self.identity = {"the training data": train_batches.fingerprint()}  # what a resumed run must find again
+        if self.loss.needs_reference:
+            self.identity["the reference's weights"] = weights_checksum(policy)
+        self.current_pass: Layout | None = None
 
     def live_reference(self, model: torch.nn.Module) -> LiveReference:
         """Return the reference as a second model, which computes in its own dtype where autocast is off."""
@@ -105,20 +140,32 @@ class BasicTrainer:
 
     # Training
 
-    def train(self) -> None:
-        """Walk the batches to the end, evaluating whenever due and once more at the end."""
-        if self.wants_table:
-            self.reference = self.precompute_reference()
-        bar = tqdm(total=len(self.train_batches), desc="training", unit="update", dynamic_ncols=True, disable=None)
+    def train(self, checkpoint: dict[str, Any] | None = None) -> None:
+        """Walk the batches to the end, from a checkpoint on if given, evaluating and saving whenever due."""
+        with self.memory_errors_told():
+            if self.wants_table:
+                self.reference = self.precompute_reference()
+            if checkpoint is not None:
+                self.restore(checkpoint)
+            with self.signals.deferred():
+                self.walk()
+                self.evaluate_and_save(final=True)
+
+    def walk(self) -> None:
+        """Update the policy on each batch that is left."""
+        total = len(self.train_batches)
+        bar = tqdm(desc="training", unit="update", dynamic_ncols=True, disable=None, initial=self.updates, total=total)
         for batch in prefetch(self.train_batches):
             if self.eval_is_due():
                 self.evaluate_and_save()
             metrics = self.train_step(batch)
             self.log(metrics, thin=True)
+            if self.save_is_due():
+                self.save()
+            self.signals.check()
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss/train']:.4g}", pairs_per_s=f"{metrics['examples_per_second']:.3g}")
         bar.close()
-        self.evaluate_and_save(final=True)
 
     def train_step(self, batch: Batch) -> dict[str, float]:
         """Update the policy once by the gradient of the batch's mean loss, and return the update's metrics."""
@@ -130,12 +177,14 @@ class BasicTrainer:
                 losses = self.losses(layout, metrics)
                 (losses.sum() / len(batch.examples)).backward()
         grad_norm = self.clip_gradient()
+        self.check_finite(metrics, grad_norm)
         lr = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
         self.examples += len(batch.examples)
         self.updates += 1
+        self.position = batch.position
         self.truncated.update(what for example in batch.examples for what in example.cut)
         means = metrics.means("train")  # reading them waits for the device, so the clock is read after it
         seconds = time.perf_counter() - start
@@ -153,6 +202,7 @@ class BasicTrainer:
         size = -(-len(examples) // n_microbatches)
         for start in range(0, len(examples), size):
             for layout in make_passes(examples[start : start + size], self.layout, self.max_tokens):
+                self.current_pass = layout
                 yield layout.to(self.device)
 
     def losses(self, layout: Layout, metrics: "Metrics") -> torch.Tensor:
@@ -164,8 +214,42 @@ class BasicTrainer:
         values |= {
             f"lengths/{side}": lengths for side, lengths in zip(sides, layout.lengths.float().unbind(1), strict=False)
         }
-        metrics.add(values)
+        metrics.add(layout.examples, values)
         return losses
+
+    def check_finite(self, metrics: "Metrics", grad_norm: torch.Tensor) -> None:
+        """Stop before the update where the loss or the gradient is not finite; write the batch to the run's folder."""
+        losses = torch.cat(metrics.values["loss"])
+        if torch.cat((losses, grad_norm.reshape(1).to(losses))).isfinite().all():
+            return
+        path = self.run_dir / f"not-finite-update-{self.updates + 1}.jsonl"
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in metrics.rows()), encoding="utf-8")
+        told = f"loss {losses.mean():.4g}, gradient's norm {grad_norm:.4g}"
+        remedy = "look at its rows, or begin a new run with a lower lr or with precision=float32"
+        raise RunError(
+            f"update {self.updates + 1} is not finite ({told}), so it was not made; {path}: {remedy}", "not finite"
+        )
+
+    @contextmanager
+    def memory_errors_told(self) -> Iterator[None]:
+        """Turn a lack of memory into one line that says what was computed and which setting to lower."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            reason = (str(error).splitlines() or ["out of memory"])[0]
+            known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+            if not known and not re.search("out of memory|not enough memory|can't allocate memory", str(error)):
+                raise
+            raise RunError(f"Out of memory {self.what_was_computed()} ({reason})", "memory") from None
+
+    def what_was_computed(self) -> str:
+        """Describe the current pass, and what makes it smaller."""
+        if self.current_pass is None:
+            return f"while sampling {self.config.eval_batch_size} prompts at a time; lower eval_batch_size"
+        n, longest = len(self.current_pass.examples), max(map(len, self.current_pass.examples))
+        key = f"max_tokens_per_pass (it is {self.max_tokens})" if n > 1 else "max_length"
+        tokens = self.current_pass.inputs["input_ids"].numel()
+        return f"in a pass of {tokens:,} tokens, {n} examples, the longest of {longest:,} tokens; lower {key}"
 
     @torch.no_grad()
     def precompute_reference(self) -> ReferenceTable:
@@ -180,14 +264,16 @@ class BasicTrainer:
         table = ReferenceTable(
             [*train_items, *(item for group in test.groups for item in group)], self.loss.n_responses
         )
-        how = (parts, self.layout, self.max_tokens, self.dtype, self.device.type, self.config.compile)
+        how = (parts, self.layout, self.max_tokens, self.dtype, self.device.type, self.config.compile, type(self.head))
         settings = (train.settings(), test.settings(), how, torch.__version__, transformers.__version__)
-        name = f"{fingerprint(self.policy, table.row, settings)}.pt"
-        cached = Path(local_dir(self.config.local_dirs)) / "reference_cache" / name
+        key = fingerprint(self.policy, table.row, settings)
+        cached = Path(local_dir(self.config.local_dirs)) / "reference_cache" / f"{key}.pt"
+        own = self.run_dir / "reference.pt"
         if self.config.sample_during_eval:
             self.reference_samples = self.generate(self.policy, self.sample_prompts(), "sampling the reference")
-        if table.load(cached):
-            say(f"Reference: log-probabilities taken from {cached}")
+        found = next((path for path in (own, cached) if table.load(path, key)), None)
+        if found is not None:
+            say(f"Reference: log-probabilities taken from {found}")
         else:
             first_epoch = replace(train, n_epochs=1)
             for batch in progress(prefetch(first_epoch), "reference, training data", total=len(first_epoch)):
@@ -197,11 +283,11 @@ class BasicTrainer:
             left = table.missing(train_items) if len(train) > train.batches_per_epoch else []
             for start in range(0, len(left), size):
                 self.fill(table, train.tokenize(left[start : start + size]), parts)
-            table.save(cached)
+            table.save(cached, key)
         if len(train) > train.batches_per_epoch:
             self.say_rounding(table, train)
-        if not self.config.debug:
-            table.save(self.run_dir / "reference.pt")
+        if found != own and not self.config.debug:
+            table.save(own, key)
         return table
 
     def say_rounding(self, table: ReferenceTable, train: BatchIterator) -> None:
@@ -230,22 +316,34 @@ class BasicTrainer:
 
     # Evaluation, samples, checkpoints
 
+    def following(self, interval: int | None) -> float:
+        """Return the next multiple of an interval that the count of examples has yet to reach; never for None."""
+        return math.inf if interval is None else (self.examples // interval + 1) * interval
+
     def eval_is_due(self) -> bool:
         """Tell whether the count of examples has passed a multiple of eval_every since the last evaluation."""
         return self.examples >= self.next_eval
 
+    def save_is_due(self) -> bool:
+        """Tell whether save_every was passed, or a signal asks for a checkpoint."""
+        return self.signals.take_save() or self.signals.stop is not None or self.examples >= self.next_save
+
     def evaluate_and_save(self, final: bool = False) -> None:
         """Evaluate, sample, and, unless this is the first evaluation or debug is set, write a checkpoint."""
-        metrics = self.evaluate()
-        self.log(metrics)
-        if self.config.sample_during_eval:
-            self.sample()
+        before = self.logger.sizes()
+        try:
+            metrics = self.evaluate()
+            self.log(metrics)
+            if self.config.sample_during_eval:
+                self.sample()
+        except Stopped:  # a resumed run evaluates again, from the start
+            self.save(logs=before)
+            raise
         if self.truncated:
             cut = ", ".join(f"{what} {n:,}" for what, n in sorted(self.truncated.items()))
             say(f"Truncated so far, of {self.examples:,} training examples: {cut}")
-        if self.examples and not self.config.debug:
-            self.save(metrics, final)
-        self.next_eval = (self.examples // self.config.eval_every + 1) * self.config.eval_every
+        self.next_eval = self.following(self.config.eval_every)
+        self.save(metrics, final)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -254,6 +352,7 @@ class BasicTrainer:
         metrics = Metrics()
         with self.autocast():
             for batch in progress(replace(self.eval_batches, position=dict(START)), "evaluating"):
+                self.signals.check()
                 for layout in self.passes(batch.examples):
                     self.losses(layout, metrics)
         return metrics.means("eval")
@@ -297,7 +396,9 @@ class BasicTrainer:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.autocast(model), plain_generation(model), torch_attention(model):
             torch.manual_seed(self.seed)
+            self.current_pass = None
             for batch in progress(batches, title):
+                self.signals.check()
                 width = max(map(len, batch))
                 ids = torch.tensor([[self.pad_id] * (width - len(prompt)) + prompt for prompt in batch])
                 mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
@@ -325,13 +426,64 @@ class BasicTrainer:
             eos_token_id=self.tokenizer.eos_token_id,
         )
 
-    def save(self, metrics: dict[str, float], final: bool) -> None:
-        """Write a checkpoint; the last one also holds hf/, which from_pretrained opens."""
+    def save(self, metrics: dict[str, float] | None = None, final: bool = False, logs: list[int] | None = None) -> None:
+        """Write a checkpoint, of an evaluation if metrics are given; the last one also gets hf/ for from_pretrained.
+
+        logs are the sizes of the log files to which a resumed run cuts them back, by default the present ones.
+        """
+        if self.config.debug or not self.examples:
+            return
+        self.next_save = self.following(self.config.save_every)
         states = {name: getattr(self, name).state_dict() for name in ("policy", "optimizer", "scheduler")}
-        folder = save_checkpoint(self.run_dir, self.examples, states, metrics)
+        states["run"] = self.run_state(self.logger.sizes() if logs is None else logs)
+        folder = save_checkpoint(self.run_dir, self.examples, states, metrics or {}, self.config.keep_checkpoints)
+        if metrics is not None and self.config.keep_policies:
+            keep_policy(folder)
         if final:
             export_model(folder / "hf", self.policy, self.tokenizer)
         say(f"Wrote {folder}")
+
+    def run_state(self, logs: list[int]) -> dict[str, Any]:
+        """Return all that a resumed run needs beside the policy, the optimizer and the scheduler."""
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        surroundings = {
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+            "the number of threads": torch.get_num_threads(),
+            "the device": self.device.type,
+            "the dtype of the computation": str(self.dtype),
+            "max_tokens_per_pass": self.max_tokens,
+            "activation_checkpointing": self.config.activation_checkpointing,
+        }
+        return {
+            "counters": counters,
+            "truncated": dict(self.truncated),
+            "logs": logs,
+            "random": random_states(),
+            "identity": self.identity,
+            "surroundings": surroundings,
+        }
+
+    def restore(self, states: dict[str, Any]) -> None:
+        """Take over the states of a checkpoint; UserError if it is of other data, or of another reference."""
+        run = states["run"]
+        for what, value in self.identity.items():
+            if run["identity"].get(what) != value:
+                raise UserError(f"resume={self.run_dir}: {what} are not those that the run began with; bring them back")
+        load_weights(self.policy, states["policy"], f"resume={self.run_dir}")
+        self.optimizer.load_state_dict(states["optimizer"])
+        self.scheduler.load_state_dict(states["scheduler"])
+        for name in COUNTERS:
+            setattr(self, name, run["counters"][name])
+        self.train_batches.position = dict(self.position)
+        self.next_save = self.following(self.config.save_every)
+        self.truncated = Counter(run["truncated"])
+        self.logger.cut(run["logs"])
+        now = self.run_state([])["surroundings"]
+        changed = [f"{k} was {v}, is {now[k]}" for k, v in run["surroundings"].items() if now[k] != v]
+        if changed:
+            say(f"Not bit for bit what it would have been without the stop: {'; '.join(changed)}.")
+        set_random_states(run["random"])
 
     def log(self, metrics: dict[str, float], thin: bool = False) -> None:
         """Log metrics with the counts of examples and updates."""
@@ -352,10 +504,12 @@ class Metrics:
     """Collects one value an example for each metric, on the device, until their means are asked for."""
 
     def __init__(self):
+        self.examples: list[Example] = []
         self.values: dict[str, list[torch.Tensor]] = defaultdict(list)
 
-    def add(self, values: dict[str, torch.Tensor]) -> None:
+    def add(self, examples: Sequence[Example], values: dict[str, torch.Tensor]) -> None:
         """Add one tensor of shape (examples,) a metric."""
+        self.examples += examples
         for name, value in values.items():
             self.values[name].append(value)
 
@@ -367,3 +521,12 @@ class Metrics:
             name = f"{kind}_{split}/{side}" if slash else f"{kind}/{split}"
             means[name] = torch.cat(values).double().mean().item()
         return means
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return what is known of each example: where it comes from, its texts, and its metrics, as JSON has them."""
+        values = {name: torch.cat(parts).tolist() for name, parts in self.values.items()}
+        return [
+            {"source": item.source, "row": item.row, "prompt": item.prompt, "responses": item.responses}
+            | {name: column[i] if math.isfinite(column[i]) else str(column[i]) for name, column in values.items()}
+            for i, item in enumerate(example.item for example in self.examples)
+        ]

@@ -1,5 +1,6 @@
 """Devices, the run's directory, progress on the console, and the metric logger."""
 
+import fcntl
 import getpass
 import json
 import math
@@ -7,6 +8,7 @@ import netrc
 import os
 import queue
 import re
+import signal
 import sys
 import threading
 import time
@@ -27,6 +29,18 @@ T = TypeVar("T")
 
 class UserError(ValueError):
     """Something a user can mend; its message is shown without a traceback."""
+
+
+# Why a run ended, and the exit code that says so.
+EXIT_CODES = {"refused": 2, "no checkpoint": 3, "disk": 4, "not finite": 5, "memory": 6, "SIGINT": 130, "SIGTERM": 143}
+
+
+class RunError(Exception):
+    """A run cannot go on; its message is shown without a traceback."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.exit_code = EXIT_CODES[reason]
 
 
 # Devices
@@ -104,6 +118,86 @@ def make_run_dir(path: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def only_writer(run_dir: Path) -> Iterator[None]:
+    """Hold the run's directory for this process; UserError if another one does."""
+    try:
+        file = open(run_dir / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"{run_dir}: cannot be written ({error.strerror})") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{run_dir}: another process writes to this run; wait for it, or stop it") from None
+        except OSError as error:
+            say(f"{run_dir}: cannot be locked ({error.strerror}), so see to it that no other process writes to it.")
+        yield
+
+
+# Signals
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop; the state is saved where there was something to save."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.exit_code = EXIT_CODES[name]
+
+
+class Signals:
+    """What signals ask of a training: nothing, ever. For a trainer that does not run under the command line."""
+
+    stop: str | None = None  # the name of the signal that asked for it
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Let signals wait until the trainer looks for them."""
+        yield
+
+    def take_save(self) -> bool:
+        """Tell, once, whether a checkpoint was asked for."""
+        return False
+
+    def check(self) -> None:
+        """Raise Stopped if the run is to stop."""
+        if self.stop is not None:
+            raise Stopped(self.stop)
+
+
+class ProcessSignals(Signals):
+    """Takes SIGTERM and SIGINT as a wish to stop and SIGUSR1 as one for a checkpoint; a second SIGINT stops at once."""
+
+    def __init__(self):
+        self.waiting = self.save = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, frame: Any) -> None:
+        """Note a signal; before training begins and at a second Ctrl-C, stop at once."""
+        name = signal.Signals(number).name
+        if name == "SIGUSR1":
+            self.save = True
+        elif not self.waiting or (name == "SIGINT" and self.stop == name):
+            raise KeyboardInterrupt if name == "SIGINT" else SystemExit(EXIT_CODES[name])
+        else:
+            self.stop = self.stop or name
+            os.write(2, f"{name}: stopping after this update.\n".encode())  # print is not safe in a handler
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        self.waiting = True
+        try:
+            yield
+        finally:
+            self.waiting = False
+
+    def take_save(self) -> bool:
+        asked, self.save = self.save, False
+        return asked
+
+
 # The console
 
 
@@ -173,8 +267,9 @@ class MetricLogger:
     """Writes every record to metrics.jsonl as it happens, and thinned ones to the console and to wandb."""
 
     def __init__(self, run_dir: Path, tracker: "Tracker", minimum_interval_secs: float = 0.0):
-        self.file = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")
-        self.samples = open(run_dir / "samples.jsonl", "a", encoding="utf-8")
+        self.file, self.samples = self.files = [
+            open(run_dir / name, "a", encoding="utf-8") for name in ("metrics.jsonl", "samples.jsonl")
+        ]
         self.tracker = tracker
         self.minimum_interval_secs = minimum_interval_secs
         self.last_shown = float("-inf")
@@ -201,10 +296,24 @@ class MetricLogger:
             name, ["step", "prompt", "sample"], [[r["examples"], r["prompt"], r["sample"]] for r in rows]
         )
 
+    def sizes(self) -> list[int]:
+        """Return the sizes of the files in bytes, once all of it is on disk."""
+        for file in self.files:
+            os.fsync(file.fileno())
+        return [os.fstat(file.fileno()).st_size for file in self.files]
+
+    def cut(self, sizes: list[int]) -> None:
+        """Cut the files back to sizes that they had; what was written after a checkpoint will be written again."""
+        for file, size in zip(self.files, sizes, strict=True):
+            if os.fstat(file.fileno()).st_size < size:
+                say(f"{file.name} is shorter than when the checkpoint was written: records are missing from it.")
+            else:
+                os.ftruncate(file.fileno(), size)
+
     def close(self) -> None:
         """Close the files and finish the wandb run."""
-        self.file.close()
-        self.samples.close()
+        for file in self.files:
+            file.close()
         self.tracker.finish()
 
 
@@ -236,7 +345,10 @@ class WandbTracker(Tracker):
     """Sends metrics to wandb; whatever wandb raises is said once and never reaches the training."""
 
     def __init__(self, run_dir: Path, settings: dict[str, Any]):
-        """Start a run with wandb.init's settings: online if there is a key and its server answers, else offline."""
+        """Start a run with wandb.init's settings: online if there is a key and its server answers, else offline.
+
+        A resumed run goes on under the id that it has in the run directory.
+        """
         self.run = None
         with self.guard():
             import wandb  # slow to import, and not needed by runs that switch it off
@@ -244,14 +356,16 @@ class WandbTracker(Tracker):
             mode = os.environ.get("WANDB_MODE", "online")
             mode = "offline" if mode == "online" and not can_reach_wandb(wandb) else mode
             settings = {**settings, "dir": str(run_dir), "settings": wandb.Settings(init_timeout=3, silent=True)}
+            settings["id"] = next((folder.name.rsplit("-", 1)[1] for folder in wandb_folders(run_dir)), None)
+            resume = "allow" if settings["id"] and mode == "online" else None
             try:
-                self.run = wandb.init(mode=mode, **settings)
+                self.run = wandb.init(mode=mode, resume=resume, **settings)
             except Exception:  # the server answered once and then not in time, or refused the key
                 mode = "offline"
                 self.run = wandb.init(mode=mode, **settings)
             if mode == "offline":
-                folder = Path(self.run.settings.sync_dir)
-                say(f"wandb: no key or no network, so it records offline; to upload it: wandb sync {folder}")
+                folders = " ".join(map(str, wandb_folders(run_dir)))
+                say(f"wandb: no key or no network, so it records offline; to upload it: wandb sync {folders}")
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -279,6 +393,11 @@ class WandbTracker(Tracker):
         if self.run is not None:
             with self.guard():
                 self.run.finish()
+
+
+def wandb_folders(run_dir: Path) -> list[Path]:
+    """Return the folders in which wandb recorded a run and its resumes, the first one first."""
+    return sorted((run_dir / "wandb").glob("*run-*_*-*"), key=lambda folder: folder.name.removeprefix("offline-"))
 
 
 def can_reach_wandb(wandb: Any) -> bool:

@@ -16,11 +16,12 @@ import ctypes
 import json
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
 
 from losses import preference_loss
-from packing import LAYOUTS, attention_kinds, compile_body, find_head, make_passes, sequence_logps, use_attention
+from packing import (
+    LAYOUTS,
+    Float32Head,
+    attention_kinds,
+    compile_body,
+    find_head,
+    make_passes,
+    recompute_activations,
+    sequence_logps,
+    use_attention,
+)
 from preference_datasets import Item, Tokenization
 from references import LiveReference, ReferenceTable
 from utils import pick_device, tokens_per_pass
@@ -137,12 +148,13 @@ def backward(policy: torch.Tensor, reference: torch.Tensor, n: int) -> None:
 def update(bench: Bench, way: Way, batch: list[Any]) -> list[float]:
     """Do one update as trainers.py does it; return the policy's log-probabilities in the order of the batch."""
     reference = bench.table if way.cached else bench.reference(way.dtype, way.compile)
+    head = Float32Head(bench.head) if way.cached and way.dtype != torch.float32 else bench.head
     result: dict[Any, list[float]] = {}
     with bench.autocast(way.dtype):
         for layout in make_passes(batch, way.layout, way.max_tokens):
             layout = layout.to(bench.device)
             reference_logps = reference.logps(layout)
-            logps = sequence_logps(bench.policy, layout, bench.head, bench.body if way.compile else None)
+            logps = sequence_logps(bench.policy, layout, head, bench.body if way.compile else None)
             backward(logps, reference_logps, len(batch))
             result |= {e.item: row for e, row in zip(layout.examples, logps.detach().cpu().tolist(), strict=True)}
     bench.finish()
@@ -190,7 +202,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_gb(device: torch.device) -> float:
-    """Return the peak of memory since reset_peak, in GB: of the GPU, or of the whole process."""
+    """Return the peak of memory since reset_peak, in GB: of the GPU, or of the whole process, weights included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     status = Path("/proc/self/status").read_text()
@@ -216,6 +228,15 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / best / 1e12
 
 
+def peak_alone(number: int) -> float:
+    """Return the peak of memory, in GB, of two updates of a row in a process of its own.
+
+    Malloc keeps what other rows freed, in pieces, so that in one process each row's memory depends on those before it.
+    """
+    command = [sys.executable, *sys.argv, "--peak-of", str(number)]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
 def ways(args: argparse.Namespace, device: torch.device) -> list[Way]:
     """Return the rows of the table."""
     budget = tokens_per_pass("auto", device) if args.max_tokens is None else args.max_tokens
@@ -239,8 +260,7 @@ def ways(args: argparse.Namespace, device: torch.device) -> list[Way]:
 def run_once(bench: Bench, way: Way, batch: list[Any]) -> tuple[list[float], float, float]:
     """Do one update; return its log-probabilities, seconds and peak memory in GB."""
     use_attention(bench.policy, attention_kinds(bench.device, way.compile)[0])
-    if way.checkpointing:
-        bench.policy.gradient_checkpointing_enable()
+    recompute_activations(bench.policy, way.checkpointing)
     if way.cached:
         bench.references.clear()
     else:
@@ -249,7 +269,6 @@ def run_once(bench: Bench, way: Way, batch: list[Any]) -> tuple[list[float], flo
     start = clock(bench.device)
     numbers = way.update(bench, way, batch)
     seconds = clock(bench.device) - start
-    bench.policy.gradient_checkpointing_disable()
     return numbers, seconds, peak_gb(bench.device)
 
 
@@ -267,33 +286,40 @@ def main() -> None:
     parser.add_argument("--max-prompt-length", type=int, default=256)
     parser.add_argument("--compile", action="store_true", help="add the compiled row")
     parser.add_argument("--only", nargs="*", help="only the rows whose name contains one of these")
+    parser.add_argument("--peak-of", type=int, help="only print the peak memory of one row, by its number")
     args = parser.parse_args()
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     bench, rows = Bench(args, device), ways(args, device)
     bench.table = ReferenceTable([e.item for batch in bench.batches for e in batch], 2)
     bench.table.values.zero_()
-    measured = measure(bench, rows)
-    print_table(bench, rows, measured)
+    if args.peak_of is None:
+        print_table(bench, rows, measure(bench, rows))
+    else:
+        print(max(run_once(bench, rows[args.peak_of], bench.batches[0])[2] for _ in range(2)))
 
 
 def measure(bench: Bench, rows: list[Way]) -> dict[str, dict[str, Any]]:
     """Run every way once on each batch, interleaved, after one warm-up of the optimizer's state."""
     bench.finish()
     measured: dict[str, dict[str, Any]] = {row.name: {"seconds": [], "gb": [], "logps": []} for row in rows}
+    for row in rows:
+        if row.compile:  # the first update compiles
+            run_once(bench, row, bench.batches[0])
     for number, batch in enumerate(bench.batches):
         for row in rows:
-            # Counting costs a CPU next to nothing; it would hold up a GPU, which so is counted apart.
-            counting, apart = FlopCounterMode(display=False), bench.device.type == "cuda"
-            with counting if number == 0 and not apart else nullcontext():
-                logps, seconds, gb = run_once(bench, row, batch)
-            if number == 0 and apart:
-                with counting:
-                    run_once(bench, row, batch)
-            measured[row.name]["flops"] = measured[row.name].get("flops") or counting.get_total_flops()
+            logps, seconds, gb = run_once(bench, row, batch)
             for key, value in (("seconds", seconds), ("gb", gb), ("logps", logps)):
                 measured[row.name][key].append(value)
             print(f"update {number + 1}, {row.name}: {seconds:.1f} s, {gb:.1f} GB", file=sys.stderr, flush=True)
+    for row in rows:  # counted apart, since counting holds up a GPU and does not see into compiled code
+        with FlopCounterMode(display=False) as counter:
+            run_once(bench, replace(row, compile=False), bench.batches[0])
+        measured[row.name]["flops"] = counter.get_total_flops()
+    if bench.device.type == "cpu":
+        bench.references.clear()
+        for number, row in enumerate(rows):
+            measured[row.name]["gb"] = [peak_alone(number)]
     return measured
 
 

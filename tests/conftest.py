@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the forks of faults.py
 
 import hydra
 import pytest
@@ -42,6 +43,32 @@ TINY = (
     "device=cpu",
     "sample_during_eval=false",
 )
+
+
+# Small counts in `make test`, full ones in `make soak`
+
+
+def pytest_addoption(parser):
+    parser.addoption("--soak", action="store_true", help="the full counts of kills, stops, mutations")
+
+
+@pytest.fixture
+def counts(request):
+    """Return a function that chooses between a small count and the full one."""
+    return lambda small, full: full if request.config.getoption("--soak") else small
+
+
+@pytest.fixture
+def report(record_property):
+    """Return a function that adds a line to the summary of the test run."""
+    return lambda line: record_property("measured", line)
+
+
+def pytest_terminal_summary(terminalreporter):
+    for done in terminalreporter.getreports("passed"):
+        for name, line in getattr(done, "user_properties", ()):
+            if name == "measured" and done.when == "call":
+                terminalreporter.write_line(f"measured: {line}")
 
 
 # The command line

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_config
 from transformers import AutoModelForCausalLM
 
-from checkpoints import load_archive, load_weights, save_checkpoint
+from checkpoints import PARTS, load_archive, load_weights, save_checkpoint
 from utils import UserError
 
 
@@ -25,14 +25,14 @@ def test_names_and_buffers_of_older_transformers_are_taken_over(tmp_path):
     state["embed_out.weight"] = state.pop("lm_head.weight")
     for name in ("bias", "masked_bias", "rotary_emb.inv_freq"):
         state[f"gpt_neox.layers.0.attention.{name}"] = torch.ones(1)
-    load_weights(model, load_archive(archive_of(state, tmp_path)), "policy.pt")
+    load_weights(model, load_archive(archive_of(state, tmp_path)), "model.archive=policy.pt")
     assert all((value == 0.5).all() for value in model.state_dict().values())
 
 
 def test_tied_embeddings_may_be_stored_once(tmp_path):
     model = tiny("gpt2")
     state = {name: value + 1 for name, value in model.state_dict().items() if name != "lm_head.weight"}
-    load_weights(model, load_archive(archive_of(state, tmp_path)), "policy.pt")
+    load_weights(model, load_archive(archive_of(state, tmp_path)), "model.archive=policy.pt")
     assert torch.equal(model.lm_head.weight, state["transformer.wte.weight"])
 
 
@@ -42,7 +42,7 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path):
     state["transformer.surplus"] = torch.zeros(1)
     state["transformer.wpe.weight"] = torch.zeros(3, 3)
     with pytest.raises(UserError) as refusal:
-        load_weights(tiny("gpt2"), load_archive(archive_of(state, tmp_path)), "policy.pt")
+        load_weights(tiny("gpt2"), load_archive(archive_of(state, tmp_path)), "model.archive=policy.pt")
     told = str(refusal.value)
     assert "missing transformer.ln_f.bias" in told and "unexpected transformer.surplus" in told
     assert "transformer.wpe.weight has shape (3, 3), the model's is (256, 32)" in told
@@ -73,6 +73,6 @@ def test_an_archive_that_is_none_is_refused_and_executes_nothing(content, tmp_pa
 
 def test_latest_leads_to_the_newest_checkpoint(tmp_path):
     for step in (4, 8):
-        save_checkpoint(tmp_path, step, {"policy": {"w": torch.tensor(float(step))}}, {})
+        save_checkpoint(tmp_path, step, dict.fromkeys(PARTS, {}) | {"policy": {"w": torch.tensor(float(step))}}, {})
     assert torch.load(tmp_path / "LATEST" / "policy.pt")["state"]["w"] == 8
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-4", "step-8"]

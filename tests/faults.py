@@ -1,0 +1,304 @@
+"""Runs the command line in forked children, which start at once, and what can go wrong in them."""
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import runpy
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import GOLDENS, ROOT, TINY, Run
+
+import checkpoints
+import trainers
+
+Fault = Callable[[], None]
+
+# A run of 6 updates with everything in it: evaluations, samples, checkpoints by both clocks, and removal of old ones.
+BUSY = (
+    *TINY,
+    "max_length=48",
+    "max_prompt_length=24",
+    "n_examples=48",
+    "n_eval_examples=8",
+    "eval_batch_size=4",
+    "eval_every=16",
+    "save_every=8",
+    "sample_during_eval=true",
+    "n_eval_model_samples=2",
+    "lr=1e-3",
+    "warmup_steps=2",
+    "wandb.enabled=false",
+)
+
+
+def command_line(folder: Path, arguments: tuple[str, ...], *faults: Fault, timeout: float = 120) -> Run:
+    """Run `python train.py ARGUMENTS` in a child in which the faults were put; folder is its run directory."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        pid = os.fork()
+        if pid == 0:
+            be_the_command_line(arguments, faults, out.fileno(), err.fileno())
+        code = wait(pid, timeout)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read())
+    return Run(code, *texts, folder)
+
+
+def be_the_command_line(arguments: tuple[str, ...], faults: tuple[Fault, ...], out: int, err: int) -> None:
+    """Become the command line; never returns."""
+    code = 70
+    try:
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        os.chdir(ROOT)
+        sys.argv = ["train.py", *arguments]
+        for fault in faults:
+            fault()
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(pid: int, timeout: float) -> int:
+    """Return a child's exit code, negative for the signal that killed it."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    raise TimeoutError(f"the command line still ran after {timeout} s")
+
+
+def fresh(folder: Path, *overrides: str) -> tuple[str, ...]:
+    """Return the arguments of a new run."""
+    return (f"local_run_dir='{folder}'", *overrides)
+
+
+def again(folder: Path, *overrides: str) -> tuple[str, ...]:
+    """Return the arguments that resume a run."""
+    return (f"resume='{folder}'", *overrides)
+
+
+# What two runs have in common
+
+
+def state_of(folder: Path) -> str:
+    """Return a SHA-256 of weights, optimizer, scheduler, counters and random states in a run's newest checkpoint."""
+    newest = checkpoints.checkpoints(folder)[0]
+    states = checkpoints.read_checkpoint(newest)
+    assert isinstance(states, dict), states
+    run = states["run"]
+    states["run"] = {name: run[name] for name in ("counters", "truncated", "random")}
+    return digest(states)
+
+
+def digest(value: Any) -> str:
+    """Return a SHA-256 of nested dicts and lists of numbers and tensors."""
+    sha = hashlib.sha256()
+    if isinstance(value, torch.Tensor):
+        sha.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        sha.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, dict):
+        sha.update("".join(f"{key!r}{digest(value[key])}" for key in sorted(value, key=repr)).encode())
+    elif isinstance(value, (list, tuple)):
+        sha.update("".join(map(digest, value)).encode())
+    else:
+        sha.update(repr(value).encode())
+    return sha.hexdigest()
+
+
+def logs_of(folder: Path) -> tuple[list[dict[str, Any]], str]:
+    """Return a run's metrics without what a clock measured, and its samples."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = [{k: v for k, v in record.items() if not k.endswith("_per_second")} for record in records]
+    return records, (folder / "samples.jsonl").read_text()
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    """Assert that two runs ended alike, to the last bit."""
+    assert logs_of(folder)[0] == logs_of(other)[0]
+    assert logs_of(folder)[1] == logs_of(other)[1]
+    assert state_of(folder) == state_of(other)
+
+
+# Faults
+
+
+def dropout() -> None:
+    """Switch dropout on once the model is built: without it an update draws no random number."""
+    make = trainers.BasicTrainer.__init__
+
+    def with_dropout(self: Any, policy: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        make(self, policy, *args, **kwargs)
+        for module in policy.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+
+    trainers.BasicTrainer.__init__ = with_dropout
+
+
+def forget_random_states() -> None:
+    """Resume without the random states."""
+    trainers.set_random_states = lambda states: None
+
+
+def forget_position() -> None:
+    """Resume without the iterator's position."""
+    restore = trainers.BasicTrainer.restore
+
+    def without_position(self: Any, states: Any) -> None:
+        restore(self, states)
+        self.train_batches.position = {"epoch": 0, "batch": 0}
+
+    trainers.BasicTrainer.restore = without_position
+
+
+def limit_files(method: str, size: int, examples: int) -> Fault:
+    """Let no file grow beyond a size in bytes, from the call of a trainer's method after so many examples on."""
+    original = getattr(trainers.BasicTrainer, method)
+
+    def limited(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.examples == examples:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        return original(self, *args, **kwargs)
+
+    return lambda: setattr(trainers.BasicTrainer, method, limited)
+
+
+PHASES = ("train_step", "evaluate", "sample", "save")
+
+
+def at_event(number: int, act: Callable[[], None], delay: float = 0.0, log: Path | None = None) -> Fault:
+    """Act some seconds after a phase of the training has begun for the number-th time; log the phase."""
+
+    def install() -> None:
+        count = iter(range(10**9))
+
+        def watch(phase: str) -> None:
+            method = getattr(trainers.BasicTrainer, phase)
+
+            def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+                if next(count) == number:
+                    if log is not None:
+                        log.write_text(phase)
+                    threading.Timer(delay, act).start() if delay else act()
+                return method(self, *args, **kwargs)
+
+            setattr(trainers.BasicTrainer, phase, watched)
+
+        for phase in PHASES:
+            watch(phase)
+
+    return install
+
+
+def send(number: int) -> Callable[[], None]:
+    """Return what sends this process a signal."""
+    return lambda: os.kill(os.getpid(), number)
+
+
+kill = send(signal.SIGKILL)
+
+
+def kill_in_save(point: str, nth: int) -> Fault:
+    """Kill at a named point of the nth save."""
+    saves = iter(range(1, 10**9))
+    write, manifest, latest, place = torch.save, checkpoints.write_manifest, checkpoints.point_latest, checkpoints.place
+    now = [False]
+
+    def placed(final: Path, fill: Callable[[Path], None]) -> None:
+        now[0] = next(saves) >= nth
+        place(final, fill)
+
+    def half(value: Any, path: Path) -> None:
+        write(value, path)
+        if now[0] and point == f"half of {path.name}":
+            os.truncate(path, path.stat().st_size // 2)
+            kill()
+
+    def around_manifest(folder: Path) -> None:
+        if now[0] and point == "before the manifest":
+            kill()
+        manifest(folder)
+        if now[0] and point == "before the rename":
+            kill()
+
+    def before_latest(run_dir: Path, name: str) -> None:
+        if now[0] and point == "before LATEST":
+            kill()
+        latest(run_dir, name)
+
+    def half_removed(folder: Path) -> None:
+        doomed = folder.with_name(f".doomed-{folder.name}")
+        folder.rename(doomed)
+        if now[0] and point == "while an old one is removed":
+            (doomed / "policy.pt").unlink()
+            kill()
+        shutil.rmtree(doomed)
+
+    def install() -> None:
+        torch.save, checkpoints.write_manifest, checkpoints.point_latest = half, around_manifest, before_latest
+        checkpoints.place, checkpoints.remove = placed, half_removed
+
+    return install
+
+
+SAVE_POINTS = (
+    *(f"half of {name}.pt" for name in checkpoints.PARTS),
+    "before the manifest",
+    "before the rename",
+    "before LATEST",
+    "while an old one is removed",
+)
+
+
+def copy_until(folder: Path, target: Path, step: int) -> Path:
+    """Copy a run as it was when it had written step-N and was killed a little later."""
+    shutil.copytree(folder, target, symlinks=True)
+    for checkpoint in checkpoints.checkpoints(target):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    with contextlib.suppress(FileNotFoundError):
+        (target / "LATEST").unlink()
+    (target / "LATEST").symlink_to(f"step-{step}")
+    shutil.rmtree(target / f"step-{step}" / "hf", ignore_errors=True)
+    return target
+
+
+def few_rows(folder: Path, n_train: int, n_test: int) -> Path:
+    """Write a small part of the goldens' data set."""
+    folder.mkdir()
+    for split, n in (("train", n_train), ("test", n_test)):
+        lines = (GOLDENS / "data" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        (folder / f"{split}.jsonl").write_text("\n".join(lines[:n]) + "\n", encoding="utf-8")
+    return folder
+
+
+def rng(seed: int) -> np.random.RandomState:
+    """Return a generator for a test's own draws."""
+    return np.random.RandomState(seed)

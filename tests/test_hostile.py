@@ -1,0 +1,353 @@
+"""Broken data, mistyped command lines and forged files: each is refused in one line, and none runs anything."""
+
+import difflib
+import gzip
+import hashlib
+import json
+import pickle
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import GOLDENS, TINY
+from faults import BUSY, again, command_line, fresh, rng
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import checkpoints
+import train
+from preference_datasets import get_dataset
+from utils import UserError
+
+# Fuzzed data files
+
+
+def good_row(i: int) -> dict[str, str]:
+    return {"prompt": f"\n\nHuman: Say {i}.\n\nAssistant:", "chosen": f" {i}.", "rejected": f" not {i}."}
+
+
+def spoil_value(row, draw):
+    field = ("prompt", "chosen", "rejected")[draw.randint(3)]
+    values = (None, 3, -1.5, True, [], ["a"], {}, {"text": "a"}, "", "  \n")
+    return json.dumps(row | {field: values[draw.randint(len(values))]}).encode()
+
+
+def spoil_fields(row, draw):
+    row = dict(row)
+    del row[("prompt", "chosen", "rejected")[draw.randint(3)]]
+    return json.dumps(row).encode()
+
+
+def spoil_form(row, draw):
+    return (b"[]", b"3", b'"text"', b"null", b"true", b"", b"   ", json.dumps([row]).encode())[draw.randint(8)]
+
+
+def spoil_json(row, draw):
+    line = json.dumps(row).encode()
+    at = draw.randint(1, len(line))
+    deep = b'{"chosen": ' + b"[" * 100_000
+    return (line[:at], line.replace(b'"', b"'"), line + b",", deep, b'{"chosen": 1' + b"0" * 5000 + b"}")[
+        draw.randint(5)
+    ]
+
+
+def spoil_bytes(row, draw):
+    line = json.dumps(row).encode()
+    at = draw.randint(12, len(line) - 3)
+    return line[:at] + (b"\xff", b"\xc3\x28", b"\xed\xa0\x80", b"\x00", b"\xe2\x82")[draw.randint(5)] + line[at:]
+
+
+def spoil_text(row, draw):
+    texts = ("\ud800", "a\udfffb", "x" * 3_000_000, "\x00" * 50, row["rejected"], "<|endoftext|>")
+    return json.dumps(row | {"chosen": texts[draw.randint(len(texts))]}).encode()
+
+
+SPOILERS = (spoil_value, spoil_fields, spoil_form, spoil_json, spoil_bytes, spoil_text)
+
+
+def fuzzed_folder(folder: Path, i: int) -> tuple[Path, int]:
+    """Write a folder of 6 rows, one of which is spoilt, or whose file as a whole is; return that row's number."""
+    draw = rng(i)
+    rows = [json.dumps(good_row(k)).encode() for k in range(6)]
+    at = int(draw.randint(6))
+    folder.mkdir()
+    if i % 8 < len(SPOILERS):
+        rows[at] = SPOILERS[i % 8](good_row(at), draw)
+        (folder / "train.jsonl").write_bytes(b"\n".join(rows) + b"\n")
+    elif i % 8 == 6:
+        packed = gzip.compress(b"\n".join(rows) + b"\n")
+        broken = bytearray(packed)
+        broken[draw.randint(12, len(packed))] ^= 1 << draw.randint(8)
+        content = (packed[: draw.randint(len(packed))], bytes(broken), b"\x1f\x8b", b"plain text")[draw.randint(4)]
+        (folder / "train.jsonl.gz").write_bytes(content)
+    else:
+        (folder / "train.jsonl").write_bytes(
+            (b"", b"\n\n\n", b"\xef\xbb\xbf" + rows[0], b"\x80" * 100)[draw.randint(4)]
+        )
+    shutil.copy(GOLDENS / "data" / "test.jsonl", folder / "test.jsonl")
+    return folder, at + 1
+
+
+def test_no_fuzzed_data_file_gives_a_traceback_or_is_accepted_in_silence(tmp_path, report):
+    tokenizer = AutoTokenizer.from_pretrained(GOLDENS / "tiny-gpt2")
+    outcomes = {"refused": 0, "counted": 0, "usable": 0}
+    for i in range(200):
+        folder, row = fuzzed_folder(tmp_path / f"data{i}", i)
+        try:
+            data = get_dataset(str(folder), "train", silent=True)
+            groups = train.make_groups(data, "data", False, tokenizer.eos_token)
+            items = [item for group in groups for item in group]
+            train.Tokenization(tokenizer, 160, 96)(items)
+        except UserError as error:
+            outcomes["refused"] += 1
+            assert "train.jsonl" in str(error) and len(str(error).splitlines()) == 1, error
+            assert re.search(r"row \d+", str(error)), error
+            if i % 8 < len(SPOILERS):
+                assert f"row {row}" in str(error), (i, str(error))
+            continue
+        remarks = sum(n for what, n in data.counts.items() if what not in ("read", "kept"))
+        dropped = sum(n for what, n in data.counts.items() if what.startswith("dropped"))
+        assert data.counts["read"] == data.counts["kept"] + dropped
+        assert len(items) == data.counts["kept"]
+        outcomes["counted" if remarks or not items else "usable"] += 1
+        if not remarks and items:  # an unusual text, such as a very long one, is a text
+            assert i % 8 in (5, 6) and len(items) == 6, i
+    report(f"200 fuzzed data files: {outcomes}; no traceback")
+
+
+# Mutated command lines
+
+KEYS = [
+    key for key in train.RULES if "." not in key and key not in ("resume", "local_run_dir", "datasets", "local_dirs")
+]
+
+
+def mutated(i: int) -> tuple[str, str]:
+    """Return a wrong argument, and what its refusal must begin with or name."""
+    draw = rng(1000 + i)
+    key = KEYS[draw.randint(len(KEYS))]
+    kind = i % 5
+    if kind == 0:  # a typo: a letter is dropped, doubled or swapped
+        at = int(draw.randint(1, len(key) - 1))
+        typo = (
+            key[:at] + key[at + 1 :],
+            key[:at] + key[at] + key[at:],
+            key[:at] + key[at + 1] + key[at] + key[at + 2 :],
+        )
+        wrong = typo[draw.randint(3)]
+        if wrong in train.RULES:
+            return f"{wrong}x=1", f"{wrong}x"
+        near = difflib.get_close_matches(wrong, ["model", "loss", *train.RULES], n=1, cutoff=0.5)[0]
+        return f"{wrong}=1", f"{wrong}: there is no such setting; did you mean {near}?"
+    if kind == 1:  # a wrong type
+        return f"{key}=[1,2]", f"{key}="
+    if kind == 2:  # out of range
+        return OUT_OF_RANGE[draw.randint(len(OUT_OF_RANGE))]
+    if kind == 3:  # values that do not go together
+        return TOGETHER[draw.randint(len(TOGETHER))]
+    return UNREADABLE[draw.randint(len(UNREADABLE))]
+
+
+OUT_OF_RANGE = [
+    ("lr=-1", "lr=-1"),
+    ("batch_size=0", "batch_size=0"),
+    ("max_length=1", "max_length=1"),
+    ("sample_top_p=1.5", "sample_top_p=1.5"),
+    ("loss.label_smoothing=0.7", "loss.label_smoothing=0.7"),
+    ("seed=99999999999", "seed=99999999999"),
+    ("keep_checkpoints=0", "keep_checkpoints=0"),
+    ("max_tokens_per_pass=0", "max_tokens_per_pass=0"),
+    ("max_length=100000", "max_length=100000"),
+    ("lr=.inf", "lr=inf"),
+    ("optimizer=Adm", "optimizer=Adm"),
+    ("exp_name=../x", "exp_name=../x"),
+]
+TOGETHER = [
+    ("gradient_accumulation_steps=3", "batch_size=8 gradient_accumulation_steps=3"),
+    ("max_prompt_length=200", "max_prompt_length=200 max_length=160"),
+    ("n_epochs=null", "n_epochs=null n_examples=null"),
+    ("keep_policies=true", "keep_policies=True keep_checkpoints=null"),
+    ("model.policy_dtype=bfloat16", "precision=float32 model.policy_dtype=bfloat16"),
+    ("model.archive=nowhere.pt", "model.archive=nowhere.pt"),
+    ("fsdp_port=1", "fsdp_port=1 trainer=BasicTrainer"),
+    ("resume=nowhere", "resume=nowhere"),
+]
+UNREADABLE = [
+    ("loss=dpp", "loss=dpp: there is no such file"),
+    ("model=gtp2", "model=gtp2: there is no such file"),
+    ("batch_size", "batch_size"),
+    ("=3", ""),
+    ("lr=[1", ""),
+    ("+loss.gamma=3", "loss.gamma: there is no such setting"),
+    ("~lr", "lr: is missing"),
+    ("lr={a:1}", "lr"),
+    ("datasets=[nowhere]", "datasets=[nowhere]"),
+    ("model.name_or_path=/nowhere", "model.name_or_path=/nowhere"),
+    ("lr=${nowhere}", "lr"),
+]
+
+
+def test_a_mutated_command_line_is_refused_in_one_line_before_weights_load(tmp_path, counts, report):
+    def loading_ends_the_test() -> None:
+        AutoModelForCausalLM.from_pretrained = lambda *args, **kwargs: (_ for _ in ()).throw(SystemExit(99))
+
+    slowest = 0.0
+    for i in range(counts(small=25, full=100)):
+        argument, told = mutated(i)
+        folder = tmp_path / f"run{i}"
+        start = time.monotonic()
+        result = command_line(folder, fresh(folder, *TINY, "loss=dpo", argument), loading_ends_the_test)
+        slowest = max(slowest, time.monotonic() - start)
+        lines = result.stderr.splitlines()
+        assert result.returncode == 2, (argument, result)
+        assert len(lines) == 1 and lines[0].startswith("error: "), (argument, lines)
+        assert lines[0].removeprefix("error: ").startswith(told), (argument, lines)
+        assert not folder.exists(), argument
+    assert slowest < 10
+    report(f"mutated command lines: {counts(25, 100)}, each one line and exit code 2, slowest {slowest:.1f} s")
+
+
+# Forged files
+
+
+class Bomb:
+    """Its unpickling would create a file."""
+
+    def __init__(self, canary: Path):
+        self.canary = canary
+
+    def __reduce__(self):
+        return open, (str(self.canary), "w")
+
+
+def forged(folder: Path, canary: Path, name: str, how: str) -> None:
+    """Put a payload into one file of a checkpoint, whose manifest is made to agree."""
+    path = folder / f"{name}.pt"
+    value = {"step_idx": 8, "state": Bomb(canary), "metrics": {}}
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(value))
+    elif how == "zip":
+        torch.save(value, path)
+    else:
+        part = torch.load(path, weights_only=True)
+        part["state"] = part["state"] | {"x": Bomb(canary)}
+        torch.save(part, path)
+    (folder / "MANIFEST").unlink()
+    checkpoints.write_manifest(folder)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run with one checkpoint, to be resumed."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    result = command_line(folder, fresh(folder, *BUSY, "loss=sft", "n_examples=8"))
+    assert result.returncode == 0, result.stderr
+    shutil.rmtree(folder / "step-8" / "hf")
+    return folder
+
+
+@pytest.mark.parametrize("how", ["pickle", "zip", "among weights"])
+@pytest.mark.parametrize("name", checkpoints.PARTS)
+def test_a_payload_in_a_checkpoint_is_not_executed(name, how, stopped, tmp_path):
+    folder, canary = tmp_path / "run", tmp_path / "canary"
+    shutil.copytree(stopped, folder, symlinks=True)
+    forged(folder / "step-8", canary, name, how)
+    result = command_line(folder, again(folder))
+    assert result.returncode == 3 and "Traceback" not in result.stderr, result.stderr
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("how", ["pickle", "zip", "among weights"])
+def test_a_payload_in_an_archive_is_not_executed(how, stopped, tmp_path):
+    folder, canary = tmp_path / "copy", tmp_path / "canary"
+    shutil.copytree(stopped / "step-8", folder)
+    forged(folder, canary, "policy", how)
+    result = command_line(tmp_path, fresh(tmp_path / "run", *BUSY, "loss=sft", f"model.archive='{folder}/policy.pt'"))
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and not canary.exists()
+
+
+@pytest.mark.parametrize("how", ["pickle", "zip"])
+def test_a_payload_in_the_weights_of_a_model_is_not_executed(how, tmp_path):
+    model, canary = tmp_path / "model", tmp_path / "canary"
+    shutil.copytree(GOLDENS / "tiny-gpt2", model)
+    (model / "model.safetensors").unlink()
+    value = {"transformer.wte.weight": Bomb(canary)}
+    path = model / "pytorch_model.bin"
+    path.write_bytes(pickle.dumps(value)) if how == "pickle" else torch.save(value, path)
+    arguments = fresh(tmp_path / "run", *BUSY, "loss=sft", f"model.name_or_path='{model}'")
+    result = command_line(tmp_path / "run", arguments)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1 and not canary.exists(), result.stderr
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("kind", ["known model", "unknown model"])
+def test_code_that_comes_with_a_model_is_not_executed(file, kind, tmp_path):
+    model, canary = tmp_path / "model", tmp_path / "canary"
+    shutil.copytree(GOLDENS / "tiny-gpt2", model)
+    settings = json.loads((model / file).read_text()) if (model / file).exists() else {}
+    names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+    settings["auto_map"] = {name: ["evil.Evil", "evil.Evil"] if "Tok" in name else "evil.Evil" for name in names}
+    if kind == "unknown model":
+        settings |= {"model_type": "evil", "tokenizer_class": "Evil"}
+    (model / file).write_text(json.dumps(settings))
+    (model / "evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
+    arguments = fresh(tmp_path / "run", *BUSY, "loss=sft", "n_examples=8", f"model.name_or_path='{model}'")
+    result = command_line(tmp_path / "run", arguments)
+    assert not canary.exists() and result.returncode in (0, 2) and "Traceback" not in result.stderr, result.stderr
+
+
+HOSTILE_SETTINGS = [
+    "_target_: os.system\ncommand: touch {canary}\n",
+    "model:\n  _target_: pathlib.Path.touch\n  self: {canary}\n",
+    "seed: !!python/object/apply:os.system ['touch {canary}']\n",
+    "seed: !!python/object/apply:builtins.open ['{canary}', 'w']\n",
+    "exp_name: ${{oc.create:{canary}}}\n",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE_SETTINGS)
+def test_settings_of_a_run_directory_execute_nothing(text, stopped, tmp_path):
+    folder, canary = tmp_path / "run", tmp_path / "canary"
+    shutil.copytree(stopped, folder, symlinks=True)
+    with open(folder / "config.yaml", "a") as file:
+        file.write(text.format(canary=canary))
+    result = command_line(folder, again(folder))
+    assert not canary.exists() and result.returncode == 2 and "Traceback" not in result.stderr, result
+
+
+@pytest.mark.parametrize("path", ["../outside", "/tmp/outside", "a/../../outside", "a/b", "..", "", "\x00"])
+def test_a_name_cannot_leave_its_directory(path):
+    assert not train.RULES["exp_name"][0](path)
+
+
+@pytest.mark.parametrize("what", ["step", "file", "LATEST", "manifest"])
+def test_links_and_paths_of_a_run_directory_lead_nowhere_else(what, stopped, tmp_path):
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    shutil.copytree(stopped, folder, symlinks=True)
+    shutil.copytree(folder / "step-8", outside)
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in outside.iterdir())
+    if what == "step":
+        shutil.rmtree(folder / "step-8")
+        (folder / "step-8").symlink_to(outside)
+    elif what == "file":
+        (folder / "step-8" / "run.pt").unlink()
+        (folder / "step-8" / "run.pt").symlink_to(outside / "run.pt")
+    elif what == "LATEST":
+        shutil.rmtree(folder / "step-8")
+        (folder / "LATEST").unlink()
+        (folder / "LATEST").symlink_to(outside)
+    else:
+        manifest = (folder / "step-8" / "MANIFEST").read_text().partition("# ")[0]
+        lines = manifest.replace("  run.pt", "  ../../outside/run.pt")
+        own = hashlib.sha256(lines.encode()).hexdigest()
+        (folder / "step-8" / "MANIFEST").write_text(f"{lines}# {own}\n")
+    result = command_line(folder, again(folder))
+    assert result.returncode == 3 and "Traceback" not in result.stderr, result.stderr
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in outside.iterdir()) == before
+
+
+def test_the_settings_that_a_run_keeps_are_plain_yaml(stopped):
+    assert yaml.safe_load((stopped / "config.yaml").read_text())["loss"]["name"] == "sft"

@@ -1,0 +1,490 @@
+"""A run that was killed, stopped, or met a full disk goes on and ends as if nothing had happened, to the last bit."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from faults import (
+    BUSY,
+    PHASES,
+    SAVE_POINTS,
+    again,
+    assert_same,
+    at_event,
+    command_line,
+    copy_until,
+    dropout,
+    few_rows,
+    forget_position,
+    forget_random_states,
+    fresh,
+    kill,
+    kill_in_save,
+    limit_files,
+    logs_of,
+    rng,
+    send,
+    state_of,
+)
+
+import checkpoints
+import references
+import trainers
+import utils
+
+DPO = (*BUSY, "loss=dpo", "keep_checkpoints=2")
+SFT = (*BUSY, "loss=sft", "keep_checkpoints=2")
+N_EVENTS = 6 + 4 + 4 + 6 + 1  # updates, evaluations, samplings, saves of the busy run, the last of which exports too
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Return a function that gives the folder of an uninterrupted run with dropout."""
+    done = {}
+
+    def run(settings: tuple[str, ...]) -> Path:
+        if settings not in done:
+            done[settings] = tmp_path_factory.mktemp("whole") / "run"
+            result = command_line(done[settings], fresh(done[settings], *settings), dropout)
+            assert result.returncode == 0, result.stderr
+        return done[settings]
+
+    return run
+
+
+def resumed(folder: Path, *faults, overrides: tuple[str, ...] = ()):
+    """Resume a run, with dropout as it was begun, and require that it ends well."""
+    result = command_line(folder, again(folder, *overrides), dropout, *faults)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result
+
+
+# Killed
+
+
+@pytest.mark.parametrize("settings", [SFT, DPO], ids=["sft", "dpo"])
+def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(settings, whole, tmp_path, counts, report):
+    draw, hit = rng(0), dict.fromkeys(PHASES, 0)
+    for i in range(counts(small=5, full=50)):
+        folder, log = tmp_path / f"run{i}", tmp_path / "phase"
+        moment = at_event(int(draw.randint(N_EVENTS - 1)), kill, delay=float(draw.uniform(1e-4, 0.05)), log=log)
+        killed = command_line(folder, fresh(folder, *settings), dropout, moment)
+        assert killed.returncode in (-signal.SIGKILL, 0)  # 0: the run was over before its end came
+        hit[log.read_text()] += killed.returncode != 0
+        resumed(folder)
+        assert_same(folder, whole(settings))
+    report(f"kill -9, {settings[-2]}: {sum(hit.values())} kills, {hit}; all resumed runs identical")
+
+
+@pytest.mark.parametrize("point", SAVE_POINTS)
+def test_a_run_that_is_killed_in_a_save_ends_as_if_it_had_not_been(point, whole, tmp_path, counts):
+    for nth in counts(small=(4,), full=(1, 2, 3, 4, 5, 6)):
+        folder = tmp_path / f"run{nth}"
+        killed = command_line(folder, fresh(folder, *DPO), dropout, kill_in_save(point, nth))
+        if point == "while an old one is removed":
+            assert killed.returncode == -signal.SIGKILL
+        assert killed.returncode == -signal.SIGKILL
+        latest = folder / "LATEST"
+        assert not latest.is_symlink() or checkpoints.damage(latest.resolve()) is None
+        resumed(folder)
+        assert_same(folder, whole(DPO))
+        assert not [path for path in folder.iterdir() if path.name.startswith((".staging", ".doomed"))]
+
+
+@pytest.mark.parametrize("forget", [forget_random_states, forget_position])
+def test_a_resume_that_forgets_something_is_caught_by_the_same_comparison(forget, whole, tmp_path):
+    everything = (*DPO, "keep_checkpoints=null")
+    for folder, faults in ((tmp_path / "whole", ()), (tmp_path / "forgetful", (forget,))):
+        resumed(copy_until(whole(everything), folder, 24), *faults)
+    assert_same(tmp_path / "whole", whole(everything))
+    with pytest.raises(AssertionError):
+        assert_same(tmp_path / "forgetful", whole(everything))
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
+@pytest.mark.parametrize("cached", [False, True], ids=["live", "cached"])
+def test_a_run_resumes_from_every_step_over_three_epochs(layout, cached, whole, tmp_path, counts, report):
+    data = few_rows(tmp_path / "data", 26, 6)
+    settings = (*BUSY, "loss=dpo", f"datasets=['{data}']", "n_examples=null", "n_epochs=3", f"layout={layout}")
+    settings += (f"loss.precompute_reference={str(cached).lower()}", f"local_dirs=['{tmp_path}']")
+    original = whole(settings)
+    steps = [int(path.name.removeprefix("step-")) for path in checkpoints.checkpoints(original)]
+    assert len(steps) == 9
+    for step in counts(small=(steps[1], steps[5]), full=steps):
+        folder = copy_until(original, tmp_path / f"from{step}", step)
+        resumed(folder)
+        assert_same(folder, original)
+    report(f"resume from each step, {layout}, {'cached' if cached else 'live'} reference: identical")
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(whole, tmp_path):
+    folder = tmp_path / "run"
+    assert command_line(folder, fresh(folder, *DPO), dropout, at_event(2, kill)).returncode == -signal.SIGKILL
+    assert "holds no checkpoint yet, so the run begins again" in resumed(folder).stdout
+    assert_same(folder, whole(DPO))
+
+
+def test_a_resumed_run_can_be_killed_again(whole, tmp_path):
+    folder = tmp_path / "run"
+    assert command_line(folder, fresh(folder, *DPO), dropout, at_event(9, kill)).returncode == -signal.SIGKILL
+    assert command_line(folder, again(folder), dropout, at_event(5, kill)).returncode == -signal.SIGKILL
+    resumed(folder)
+    assert_same(folder, whole(DPO))
+
+
+# Stopped by a signal
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_stops_after_the_update_and_nothing_is_lost(name, code, whole, tmp_path, counts, report):
+    draw, stopped = rng(1), 0
+    for i in range(counts(small=3, full=50)):
+        folder = tmp_path / f"run{i}"
+        ask = send(getattr(signal, name))
+        moment = at_event(int(draw.randint(N_EVENTS)), ask, delay=float(draw.uniform(1e-4, 0.05)))
+        result = command_line(folder, fresh(folder, *DPO), dropout, moment)
+        assert result.returncode in (code, 0), result.stderr
+        if result.returncode:
+            stopped += 1
+            updates = max(record["updates"] for record in logs_of(folder)[0]) if logs_of(folder)[0] else 0
+            found = checkpoints.newest_checkpoint(folder)
+            assert (found[1]["run"]["counters"]["updates"] if found else 0) == updates
+            assert f"To go on: python train.py resume={folder}" in result.stdout
+        resumed(folder)
+        assert_same(folder, whole(DPO))
+    assert stopped
+    report(f"{name}: {stopped} stops with exit code {code}, no completed update lost; all resumed runs identical")
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path):
+    def twice() -> None:
+        send(signal.SIGINT)()
+        send(signal.SIGINT)()
+
+    folder = tmp_path / "run"
+    result = command_line(folder, fresh(folder, *DPO), at_event(6, twice))
+    steps = [record["updates"] for record in logs_of(folder)[0]]
+    assert result.returncode == 130 and "Traceback" not in result.stderr
+    assert not checkpoints.checkpoints(folder) or max(steps) < 6
+
+
+def test_sigusr1_saves_and_goes_on(whole, tmp_path):
+    settings = (*DPO, "save_every=null", "eval_every=1000")
+    folder = tmp_path / "run"
+    result = command_line(folder, fresh(folder, *settings), dropout, at_event(4, send(signal.SIGUSR1)))
+    assert result.returncode == 0
+    assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-48", "step-24"]
+    assert_same(folder, whole(settings))
+
+
+def test_a_stop_before_training_begins_needs_no_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    stop = lambda: setattr(trainers.BasicTrainer, "train", lambda self, checkpoint: send(signal.SIGTERM)())  # noqa: E731
+    assert command_line(folder, fresh(folder, *DPO), stop).returncode == 143
+
+
+# The newest checkpoint is damaged, or the disk full
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(whole, tmp_path):
+    everything = (*DPO, "keep_checkpoints=null")
+    folder = copy_until(whole(everything), tmp_path / "run", 32)
+    with open(folder / "step-32" / "optimizer.pt", "r+b") as file:
+        file.seek(1000)
+        file.write(b"\x00\xff")
+    result = resumed(folder)
+    assert f"{folder / 'step-32'} is not used: optimizer.pt is damaged." in result.stdout
+    assert (folder / "damaged-step-32").is_dir()
+    assert_same(folder, whole(everything))
+
+
+def test_with_no_valid_checkpoint_left_the_run_does_not_start_afresh(whole, tmp_path):
+    folder = copy_until(whole((*DPO, "keep_checkpoints=null")), tmp_path / "run", 8)
+    before = (folder / "metrics.jsonl").read_bytes()
+    os.truncate(folder / "step-8" / "policy.pt", 100)
+    result = command_line(folder, again(folder))
+    assert result.returncode == 3 and result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+    shutil.rmtree(folder / "step-8")
+    assert command_line(folder, again(folder)).returncode == 3
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_no_flipped_bit_and_no_truncation_of_a_checkpoint_is_accepted(whole, tmp_path, report):
+    folder = copy_until(whole((*DPO, "keep_checkpoints=null")), tmp_path / "run", 8) / "step-8"
+    assert checkpoints.damage(folder) is None
+    files, draw = sorted(folder.iterdir()), rng(2)
+    for i in range(1000):
+        path = files[i % len(files)]
+        content = path.read_bytes()
+        at = int(draw.randint(len(content)))
+        flipped = content[:at] + bytes([content[at] ^ (1 << draw.randint(8))]) + content[at + 1 :]
+        path.write_bytes(flipped if draw.rand() < 0.7 else content[:at])
+        assert checkpoints.damage(folder) is not None, (path.name, at)
+        path.write_bytes(content)
+    assert checkpoints.damage(folder) is None
+    report("bit flips and truncations: 1,000, none accepted")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so_in_one_line(whole, tmp_path, counts, report):
+    largest = (whole(DPO) / "step-48" / "policy.pt").stat().st_size
+    shares = [0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95]
+    for share in counts(small=(0.02, 0.4, 0.95), full=shares):
+        folder = tmp_path / f"run{share}"
+        full = limit_files("save", int(share * largest), 24)
+        result = command_line(folder, fresh(folder, *DPO), dropout, full)
+        told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        assert result.returncode == 4 and len(told) == 1 and "Traceback" not in result.stderr, result.stderr
+        assert not list(folder.glob(".staging*")) and checkpoints.checkpoints(folder)[0].name == "step-16"
+        assert checkpoints.damage((folder / "LATEST").resolve()) is None
+        resumed(folder)
+        assert_same(folder, whole(DPO))
+    report("disk full at 10 sizes of a save: exit code 4, one line, the checkpoint before loads, resume identical")
+
+
+def test_a_log_that_cannot_be_written_stops_the_run_in_one_line(tmp_path):
+    folder = tmp_path / "run"
+    result = command_line(folder, fresh(folder, *DPO), limit_files("train_step", 100, 8))
+    assert result.returncode == 4 and "error: the disk is full" in result.stderr and "Traceback" not in result.stderr
+
+
+# What a resumed run takes over, and what it refuses
+
+
+def test_an_override_that_would_change_the_result_is_refused_by_name(whole, tmp_path):
+    folder = copy_until(whole((*DPO, "keep_checkpoints=null")), tmp_path / "run", 8)
+    wrong = (
+        "lr=1e-3",
+        "lr=2e-3",
+        "loss=sft",
+        "model=gpt2",
+        "batch_size=4",
+        "n_examples=40",
+        "sede=1",
+        "seed=3",
+        "+a=1",
+    )
+    result = command_line(folder, again(folder, *wrong))
+    told = [line.removeprefix("error: ") for line in result.stderr.splitlines()]
+    assert result.returncode == 2
+    assert [line.split(":")[0] for line in told] == [
+        "lr=0.002", "loss=sft", "model=gpt2", "batch_size=4", "n_examples=40", "sede", "seed=3", "a",
+    ]  # fmt: skip
+    assert "did you mean seed?" in told[5] and "has lr=0.001" in told[0]
+
+
+def test_a_harmless_override_is_taken_and_recorded(whole, tmp_path):
+    folder = copy_until(whole((*DPO, "keep_checkpoints=null")), tmp_path / "run", 24)
+    resumed(folder, overrides=("keep_checkpoints=1", "n_examples=64", "sample_during_eval=false"))
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (settings["keep_checkpoints"], settings["n_examples"], settings["sample_during_eval"]) == (1, 64, False)
+    (line,) = map(json.loads, (folder / "resumed.jsonl").read_text().splitlines())
+    assert line["from"] == "step-24"
+    assert line["overrides"] == {"keep_checkpoints": 1, "n_examples": 64, "sample_during_eval": False}
+    assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-64"]
+    assert logs_of(folder)[0][-1]["updates"] == 8
+    longer = whole((*DPO, "n_examples=64"))
+    assert state_of(folder) == state_of(longer)
+
+
+def test_a_complete_run_is_left_as_it_is(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole(DPO), folder, symlinks=True)
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert "the run is complete" in resumed(folder).stdout
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_data_or_another_reference_is_refused(tmp_path):
+    data = few_rows(tmp_path / "data", 60, 8)
+    settings = (*BUSY, "loss=dpo", f"datasets=['{data}']")
+    folder = tmp_path / "run"
+    assert command_line(folder, fresh(folder, *settings), at_event(9, kill)).returncode < 0
+    lines = (data / "train.jsonl").read_text().splitlines()
+    (data / "train.jsonl").write_text("\n".join([lines[0].replace("a", "e"), *lines[1:]]) + "\n")
+    result = command_line(folder, again(folder))
+    assert result.returncode == 2 and "the training data are not those that the run began with" in result.stderr
+
+
+def test_other_weights_of_the_reference_are_refused(tmp_path, whole):
+    archive = tmp_path / "policy.pt"
+    steps = checkpoints.checkpoints(whole((*DPO, "keep_checkpoints=null")))
+    shutil.copy(steps[0] / "policy.pt", archive)
+    folder = tmp_path / "run"
+    settings = (*DPO, f"model.archive='{archive}'")
+    assert command_line(folder, fresh(folder, *settings), at_event(9, kill)).returncode < 0
+    shutil.copy(steps[2] / "policy.pt", archive)
+    result = command_line(folder, again(folder))
+    assert result.returncode == 2 and "the reference's weights are not those that the run began with" in result.stderr
+
+
+def test_another_number_of_threads_is_said(whole, tmp_path):
+    folder = copy_until(whole((*DPO, "keep_checkpoints=null")), tmp_path / "run", 40)
+    result = resumed(folder, lambda: torch.set_num_threads(2))
+    assert "Not bit for bit" in result.stdout and "the number of threads was 1, is 2" in result.stdout
+
+
+def test_a_folder_that_holds_no_run_is_refused(tmp_path):
+    result = command_line(tmp_path, again(tmp_path))
+    assert result.returncode == 2 and "is not a run directory" in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_second_writer_is_refused(whole, tmp_path):
+    folder = copy_until(whole((*DPO, "keep_checkpoints=null")), tmp_path / "run", 8)
+    with utils.only_writer(folder):
+        result = command_line(folder, again(folder))
+    assert result.returncode == 2 and "another process writes to this run" in result.stderr
+
+
+# What is kept
+
+
+def test_only_the_newest_checkpoints_and_the_policies_of_evaluations_are_kept(tmp_path):
+    folder = tmp_path / "run"
+    result = command_line(folder, fresh(folder, *BUSY, "loss=sft", "keep_checkpoints=1", "keep_policies=true"))
+    assert result.returncode == 0
+    assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-48"]
+    kept = sorted(path.name for path in (folder / "policies").iterdir())
+    assert kept == ["step-16.pt", "step-32.pt", "step-48.pt"]  # evaluations, not the saves at 8, 24 and 40
+    assert checkpoints.load_archive(str(folder / "policies" / "step-16.pt"))
+
+
+def test_a_checkpoint_can_be_checked_with_sha256sum(whole):
+    folder = whole(DPO) / "step-48"
+    lines = [line for line in (folder / "MANIFEST").read_text().splitlines() if not line.startswith("#")]
+    assert {line.split("  ")[1] for line in lines} == {f"{name}.pt" for name in checkpoints.PARTS}
+    assert os.system(f"cd '{folder}' && sha256sum --check --quiet MANIFEST 2>/dev/null") == 0
+    assert os.system(f"cd '{folder}/hf' && sha256sum --check --quiet MANIFEST 2>/dev/null") == 0
+
+
+# Numbers that are not finite, and a lack of memory
+
+
+@pytest.mark.parametrize("position", range(4))
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_stops_before_the_update(position, where, make_trainer):
+    trainer = make_trainer("loss=dpo", "gradient_accumulation_steps=4")
+    before = {name: value.clone() for name, value in trainer.policy.state_dict().items()}
+    losses, calls = trainer.losses, iter(range(100))
+
+    def broken(layout, metrics):
+        values = losses(layout, metrics)
+        if next(calls) != position:
+            return values
+        if where == "loss":
+            metrics.values["loss"][-1] = metrics.values["loss"][-1] * torch.nan
+            return values * torch.nan
+        values.register_hook(lambda gradient: gradient * torch.inf)
+        return values
+
+    trainer.losses = broken
+    batch = next(iter(trainer.train_batches))
+    with pytest.raises(utils.RunError, match="update 1 is not finite") as stop:
+        trainer.train_step(batch)
+    assert stop.value.exit_code == 5
+    assert all(torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items())
+    assert trainer.updates == 0 and not trainer.optimizer.state and not checkpoints.checkpoints(trainer.run_dir)
+    rows = [json.loads(line) for line in (trainer.run_dir / "not-finite-update-1.jsonl").read_text().splitlines()]
+    assert {row["row"] for row in rows} == {example.item.row for example in batch.examples}
+    assert all(row["prompt"] and len(row["responses"]) == 2 and "logps/chosen" in row for row in rows)
+    assert sum(row["loss"] == "nan" for row in rows) == (2 if where == "loss" else 0)
+
+
+def test_a_run_that_meets_a_number_that_is_not_finite_ends_with_exit_code_5(tmp_path):
+    folder = tmp_path / "run"
+    result = command_line(
+        folder, fresh(folder, *DPO, "lr=1e38", "warmup_steps=0", "optimizer=SGD", "max_grad_norm=1e30")
+    )
+    assert result.returncode == 5 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert (folder / "not-finite-update-2.jsonl").exists() and "nan" not in (folder / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("n, key", [(8, "max_tokens_per_pass (it is 1024)"), (1, "max_length")])
+def test_a_lack_of_memory_is_one_line_that_names_the_key_to_lower(n, key, tmp_path):
+    def greedy(self, layout, metrics):
+        torch.empty(10**16)
+
+    folder = tmp_path / "run"
+    fault = lambda: setattr(trainers.BasicTrainer, "losses", greedy)  # noqa: E731
+    result = command_line(folder, fresh(folder, *DPO, f"batch_size={n}", f"eval_batch_size={n}"), fault)
+    assert result.returncode == 6 and "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert f"{n} examples, the longest of" in line and f"lower {key}" in line and "tokens" in line
+
+
+def test_a_failure_that_is_not_of_memory_is_no_message_about_memory(tmp_path):
+    def broken(self, layout, metrics):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    folder = tmp_path / "run"
+    fault = lambda: setattr(trainers.BasicTrainer, "losses", broken)  # noqa: E731
+    result = command_line(folder, fresh(folder, *DPO), fault)
+    assert result.returncode == 70 and "illegal memory access" in result.stderr
+
+
+# A table of the reference
+
+
+def test_a_damaged_table_of_the_reference_is_computed_anew(tmp_path):
+    table = references.ReferenceTable(["a", "b"], 2)
+    table.values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    path = tmp_path / "reference.pt"
+    table.save(path, "key")
+    other = references.ReferenceTable(["a", "b"], 2)
+    assert not other.load(path, "another key") and other.load(path, "key")
+    assert torch.equal(other.values, table.values)
+    content, number = path.read_bytes(), table.values.numpy().tobytes()
+    at = content.index(number)
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    assert not references.ReferenceTable(["a", "b"], 2).load(path, "key")
+
+
+# Wandb
+
+
+def test_a_resumed_run_keeps_its_wandb_id(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    first = utils.WandbTracker(tmp_path, {"project": "p"})
+    first.log({"loss": 1.0}, 1)
+    first.finish()
+    time.sleep(1.1)  # wandb names its folders by the second
+    second = utils.WandbTracker(tmp_path, {"project": "p"})
+    told = utils.wandb_folders(tmp_path)
+    second.finish()
+    assert len(told) == 2 and len({folder.name.rsplit("-", 1)[1] for folder in told}) == 1
+
+
+def test_wandb_that_fails_in_the_middle_changes_nothing(whole, tmp_path):
+    def fail() -> None:
+        import wandb
+
+        run = type("Run", (), {"log": lambda *a, **k: 1 / 0, "finish": lambda *a: 1 / 0})()
+        run.settings = type("Settings", (), {"sync_dir": str(tmp_path)})()
+        wandb.init = lambda **settings: run
+
+    folder = tmp_path / "run"
+    settings = tuple(setting for setting in DPO if not setting.startswith("wandb"))
+    result = command_line(folder, fresh(folder, *settings, "wandb.enabled=true"), dropout, fail)
+    assert result.returncode == 0 and "wandb: switched off after ZeroDivisionError" in result.stdout
+    assert_same(folder, whole(DPO))
+
+
+# Secrets
+
+
+def test_an_environment_interpolation_stays_unresolved_where_it_is_shown_or_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", "hunter2")
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    folder = tmp_path / "run"
+    result = command_line(folder, fresh(folder, *DPO, "wandb.entity=${oc.env:SECRET}"))
+    assert result.returncode == 0
+    kept = "".join(path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file())
+    for text in (result.stdout, result.stderr, kept):
+        assert "hunter2" not in text and "k" * 40 not in text
+    assert "${oc.env:SECRET}" in (folder / "config.yaml").read_text()
