@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 # .venv is made anew whenever the requirements change; the stamp is written last, so a broken install is not kept.
 .venv/train: requirements.txt
@@ -18,6 +18,9 @@ demo: .venv/train
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2
+
+soak: .venv/dev
+	$(BIN)/python -m pytest -n 2 --soak tests/test_resume.py tests/test_hostile.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -397,7 +397,7 @@ def run(config: DictConfig, resumed: Path | None = None, overrides: dict[str, An
             checkpoint = newest_checkpoint(resumed)
             if checkpoint is None:
                 say(f"{resumed} holds no checkpoint yet, so the run begins again.")
-        signals = ProcessSignals()
+        signals = stack.enter_context(ProcessSignals().installed())
         if not sys.stderr.isatty():
             from transformers.utils import logging  # slow to import, as are the trainers
 

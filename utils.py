@@ -171,8 +171,17 @@ class ProcessSignals(Signals):
 
     def __init__(self):
         self.waiting = self.save = False
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self.handle)
+
+    @contextmanager
+    def installed(self) -> Iterator["ProcessSignals"]:
+        """Handle the process's signals for a while."""
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        before = [signal.signal(number, self.handle) for number in numbers]
+        try:
+            yield self
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
 
     def handle(self, number: int, frame: Any) -> None:
         """Note a signal; before training begins and at a second Ctrl-C, stop at once."""

@@ -182,7 +182,7 @@ def test_metrics_have_the_originals_names_and_no_gradient(name):
     assert not any(value.requires_grad for value in values.values())
     assert all(value.shape == (2,) for value in values.values())
     metrics = trainers.Metrics()
-    metrics.add(values)
+    metrics.add((), values)
     assert set(metrics.means("train")) == ({"logps_train/chosen", "loss/train"} if name == "sft" else TRAIN_METRICS)
     assert set(metrics.means("eval")) == {key.replace("train", "eval") for key in metrics.means("train")}
 
@@ -198,6 +198,6 @@ def test_an_update_logs_everything_that_the_original_does(make_trainer):
 def test_metrics_are_means_over_examples_not_over_passes():
     """One pass of three examples and one of a single one: (1 + 2 + 3 + 10) / 4 = 4; the mean of means would be 6."""
     metrics = trainers.Metrics()
-    metrics.add({"loss": tensor(1.0, 2.0, 3.0)})
-    metrics.add({"loss": tensor(10.0)})
+    metrics.add((), {"loss": tensor(1.0, 2.0, 3.0)})
+    metrics.add((), {"loss": tensor(10.0)})
     assert metrics.means("train") == {"loss/train": 4.0}

@@ -40,7 +40,7 @@ import utils
 
 DPO = (*BUSY, "loss=dpo", "keep_checkpoints=2")
 SFT = (*BUSY, "loss=sft", "keep_checkpoints=2")
-N_EVENTS = 6 + 4 + 4 + 6 + 1  # updates, evaluations, samplings, saves of the busy run, the last of which exports too
+N_EVENTS = 6 + 4 + 4 + 10  # updates, evaluations, samplings, and calls of save in the busy run
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(settings,
     draw, hit = rng(0), dict.fromkeys(PHASES, 0)
     for i in range(counts(small=5, full=50)):
         folder, log = tmp_path / f"run{i}", tmp_path / "phase"
-        moment = at_event(int(draw.randint(N_EVENTS - 1)), kill, delay=float(draw.uniform(1e-4, 0.05)), log=log)
+        moment = at_event(int(draw.randint(N_EVENTS)), kill, delay=float(draw.uniform(1e-4, 0.05)), log=log)
         killed = command_line(folder, fresh(folder, *settings), dropout, moment)
         assert killed.returncode in (-signal.SIGKILL, 0)  # 0: the run was over before its end came
         hit[log.read_text()] += killed.returncode != 0
@@ -179,7 +179,7 @@ def test_sigusr1_saves_and_goes_on(whole, tmp_path):
     folder = tmp_path / "run"
     result = command_line(folder, fresh(folder, *settings), dropout, at_event(4, send(signal.SIGUSR1)))
     assert result.returncode == 0
-    assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-48", "step-24"]
+    assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-48", "step-16"]
     assert_same(folder, whole(settings))
 
 
@@ -306,7 +306,7 @@ def test_other_data_or_another_reference_is_refused(tmp_path):
     folder = tmp_path / "run"
     assert command_line(folder, fresh(folder, *settings), at_event(9, kill)).returncode < 0
     lines = (data / "train.jsonl").read_text().splitlines()
-    (data / "train.jsonl").write_text("\n".join([lines[0].replace("a", "e"), *lines[1:]]) + "\n")
+    (data / "train.jsonl").write_text("\n".join([lines[0].replace(" the ", " that "), *lines[1:]]) + "\n")
     result = command_line(folder, again(folder))
     assert result.returncode == 2 and "the training data are not those that the run began with" in result.stderr
 
@@ -425,7 +425,7 @@ def test_a_failure_that_is_not_of_memory_is_no_message_about_memory(tmp_path):
     folder = tmp_path / "run"
     fault = lambda: setattr(trainers.BasicTrainer, "losses", broken)  # noqa: E731
     result = command_line(folder, fresh(folder, *DPO), fault)
-    assert result.returncode == 70 and "illegal memory access" in result.stderr
+    assert result.returncode == 1 and "illegal memory access" in result.stderr
 
 
 # A table of the reference
