@@ -208,10 +208,10 @@ def sft_run(tmp_path_factory):
 def test_a_run_directory_holds_what_the_readme_says(sft_run):
     folder, _ = sft_run
     there = {path.name for path in folder.iterdir()}
-    assert there == {"config.yaml", "metrics.jsonl", "samples.jsonl", "step-16", "step-24", "LATEST", "wandb"}
+    assert there == {"config.yaml", "metrics.jsonl", "samples.jsonl", "step-16", "step-24", "LATEST", "wandb", ".lock"}
     assert (folder / "LATEST").resolve().name == "step-24"
     for step in (16, 24):
-        for name in ("policy", "optimizer", "scheduler"):
+        for name in ("policy", "optimizer", "scheduler", "run"):
             part = torch.load(folder / f"step-{step}" / f"{name}.pt", weights_only=True)
             assert set(part) == {"step_idx", "state", "metrics"} and part["step_idx"] == step
             assert part["metrics"]["loss/eval"] > 0
@@ -274,7 +274,7 @@ def test_latest_of_sft_serves_as_the_archive_of_dpo(sft_run, run_cli):
 def test_debug_writes_neither_checkpoints_nor_wandb(run_cli):
     run = run_cli("loss=sft", *SHORT, "debug=true", "wandb.enabled=true")
     assert run.returncode == 0, run.stderr
-    assert {path.name for path in run.folder.iterdir()} == {"config.yaml", "metrics.jsonl", "samples.jsonl"}
+    assert {path.name for path in run.folder.iterdir()} == {"config.yaml", "metrics.jsonl", "samples.jsonl", ".lock"}
 
 
 def test_a_run_directory_that_holds_a_run_is_refused(run_cli):
