@@ -12,6 +12,7 @@ import torch
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from packing import Layout, compile_body, find_head, sequence_logps
+from utils import say
 
 
 class LiveReference:
@@ -64,10 +65,14 @@ class ReferenceTable:
 
     def save(self, path: Path, key: str) -> None:
         """Write the table, whole or not at all, under the fingerprint of what its numbers depend on."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{path.name}.{os.getpid()}")
-        torch.save({"values": self.values, "key": key, "sha256": self.checksum(self.values)}, staging)
-        os.replace(staging, path)
+        staging = path.with_name(f".staging-{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"values": self.values, "key": key, "sha256": self.checksum(self.values)}, staging)
+            os.replace(staging, path)
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            staging.unlink(missing_ok=True)
+            say(f"{path}: cannot be written ({(str(error).splitlines() or [''])[0]}), so it may be computed again.")
 
     def load(self, path: Path, key: str) -> bool:
         """Take over a table written under this key; False if there is none that is whole and fits."""

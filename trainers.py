@@ -325,8 +325,10 @@ class BasicTrainer:
         return self.examples >= self.next_eval
 
     def save_is_due(self) -> bool:
-        """Tell whether save_every was passed, or a signal asks for a checkpoint."""
-        return self.signals.take_save() or self.signals.stop is not None or self.examples >= self.next_save
+        """Tell whether a signal asks for a checkpoint, or save_every was passed and no evaluation is about to save."""
+        evaluates = self.eval_is_due() or self.updates == len(self.train_batches)
+        asked = self.signals.take_save() or self.signals.stop is not None
+        return asked or (self.examples >= self.next_save and not evaluates)
 
     def evaluate_and_save(self, final: bool = False) -> None:
         """Evaluate, sample, and, unless this is the first evaluation or debug is set, write a checkpoint."""
@@ -465,14 +467,23 @@ class BasicTrainer:
         }
 
     def restore(self, states: dict[str, Any]) -> None:
-        """Take over the states of a checkpoint; UserError if it is of other data, or of another reference."""
-        run = states["run"]
+        """Take over the states of a checkpoint; UserError if they are of other data or of another reference."""
+        try:
+            self.take_over(**states)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            told = f"{self.run_dir}: the checkpoint does not fit this run ({type(error).__name__}: {error})"
+            raise RunError(told.splitlines()[0], "no checkpoint") from None
+
+    def take_over(self, policy: Any, optimizer: Any, scheduler: Any, run: Any) -> None:
+        """Load the states of a checkpoint's parts."""
         for what, value in self.identity.items():
             if run["identity"].get(what) != value:
                 raise UserError(f"resume={self.run_dir}: {what} are not those that the run began with; bring them back")
-        load_weights(self.policy, states["policy"], f"resume={self.run_dir}")
-        self.optimizer.load_state_dict(states["optimizer"])
-        self.scheduler.load_state_dict(states["scheduler"])
+        load_weights(self.policy, policy, f"resume={self.run_dir}")
+        self.optimizer.load_state_dict(optimizer)
+        self.scheduler.load_state_dict(scheduler)
         for name in COUNTERS:
             setattr(self, name, run["counters"][name])
         self.train_batches.position = dict(self.position)

@@ -16,7 +16,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +32,8 @@ class UserError(ValueError):
 
 
 # Why a run ended, and the exit code that says so.
-EXIT_CODES = {"refused": 2, "no checkpoint": 3, "disk": 4, "not finite": 5, "memory": 6, "SIGINT": 130, "SIGTERM": 143}
+EXIT_CODES = {"refused": 2, "no checkpoint": 3, "disk": 4, "not finite": 5, "memory": 6}
+EXIT_CODES |= {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
 
 
 class RunError(Exception):
@@ -167,7 +168,10 @@ class Signals:
 
 
 class ProcessSignals(Signals):
-    """Takes SIGTERM and SIGINT as a wish to stop and SIGUSR1 as one for a checkpoint; a second SIGINT stops at once."""
+    """Takes SIGTERM, SIGINT and SIGHUP as a wish to stop and SIGUSR1 as one for a checkpoint.
+
+    A second SIGINT stops at once. A signal that is ignored, as under nohup, stays so.
+    """
 
     def __init__(self):
         self.waiting = self.save = False
@@ -175,7 +179,8 @@ class ProcessSignals(Signals):
     @contextmanager
     def installed(self) -> Iterator["ProcessSignals"]:
         """Handle the process's signals for a while."""
-        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+        numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
         before = [signal.signal(number, self.handle) for number in numbers]
         try:
             yield self
@@ -192,7 +197,8 @@ class ProcessSignals(Signals):
             raise KeyboardInterrupt if name == "SIGINT" else SystemExit(EXIT_CODES[name])
         else:
             self.stop = self.stop or name
-            os.write(2, f"{name}: stopping after this update.\n".encode())  # print is not safe in a handler
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, f"{name}: stopping after this update.\n".encode())  # print is not safe in a handler
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -264,9 +270,10 @@ def prefetch(items: Iterable[T], ahead: int = 2) -> Iterator[T]:
 
 
 def say(message: str) -> None:
-    """Print a message whole, above a progress bar if one is being drawn."""
-    tqdm.write(message, file=sys.stdout)
-    sys.stdout.flush()
+    """Print a message whole, above a progress bar if one is being drawn; a closed terminal does not stop the run."""
+    with suppress(OSError):
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
 
 
 # Metrics
