@@ -246,9 +246,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so_in_one_line(whole,
         assert checkpoints.damage((folder / "LATEST").resolve()) is None
         resumed(folder)
         assert_same(folder, whole(DPO))
-    report(
-        f"disk full at {len(chosen)} sizes of a save: exit code 4, one line, the checkpoint before loads, resume identical"
-    )
+    report(f"disk full at {len(chosen)} sizes of a save: exit code 4, one line, resumed from the checkpoint before")
 
 
 def test_a_log_that_cannot_be_written_stops_the_run_in_one_line(tmp_path):
