@@ -6,6 +6,7 @@ with the SHA-256 of these lines.
 """
 
 import hashlib
+import json
 import os
 import random
 import re
@@ -17,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from transformers import GenerationConfig
 
-from utils import RunError, UserError, say
+from utils import RunError, UserError, lacks_memory, say
 
 MANIFEST = "MANIFEST"
 PARTS = ("policy", "optimizer", "scheduler", "run")
@@ -31,23 +33,38 @@ RENAMED = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's output head, unti
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, states: dict[str, Any], metrics: dict[str, float], keep: int | None = None
+    run_dir: Path,
+    step: int,
+    states: dict[str, Any],
+    metrics: dict[str, float],
+    keep: int | None = None,
+    keep_policies: bool = False,
 ) -> Path:
     """Write RUN/step-N/NAME.pt for each of PARTS, as a dict of step_idx, state and metrics, and point LATEST at it.
 
-    A step that is there already, from which a stopped run went on, is the same and stays. All but the newest `keep`
-    are removed; None keeps all. RunError, with earlier checkpoints intact, if the disk does not take it.
+    An evaluation's metrics are in metrics.json too. A step that is there already, from which a stopped run went on, is
+    the same and stays. All but the newest `keep` are removed (None: none), perhaps but for the weights of evaluations.
+    RunError, with earlier checkpoints intact, if the disk does not take it.
     """
     final = run_dir / f"step-{step}"
 
     def write(folder: Path) -> None:
         for name in PARTS:
             torch.save({"step_idx": step, "state": states[name], "metrics": metrics}, folder / f"{name}.pt")
+        if metrics:
+            write_metrics(folder)
+
+    def write_metrics(folder: Path) -> None:
+        (folder / "metrics.json").write_text(json.dumps(metrics) + "\n", encoding="utf-8")
 
     if not final.exists():
         place(final, write)
+    elif metrics:
+        write_metrics(final)
     point_latest(run_dir, final.name)
     for folder in checkpoints(run_dir)[keep:] if keep else []:
+        if keep_policies and (folder / "metrics.json").exists():
+            keep_policy(folder)
         remove(folder)
     return final
 
@@ -64,6 +81,8 @@ def place(final: Path, write: Callable[[Path], None]) -> None:
         flush(final.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as RuntimeError
         shutil.rmtree(staging, ignore_errors=True)
+        if lacks_memory(error):
+            raise
         reason = (str(error).splitlines() or [""])[0]
         raise RunError(f"{final}: cannot be written ({reason}); earlier checkpoints are intact", "disk") from None
 
@@ -80,18 +99,23 @@ def write_manifest(folder: Path) -> None:
 
 def point_latest(run_dir: Path, name: str) -> None:
     """Make LATEST lead to a checkpoint, at no moment to none."""
-    link = run_dir / ".staging-LATEST"
+    link, latest = run_dir / ".staging-LATEST", run_dir / "LATEST"
+    if latest.is_dir() and not latest.is_symlink():  # the run was copied by a tool that follows links
+        latest.rename(free_name(run_dir / "LATEST-copied"))
     link.unlink(missing_ok=True)
     link.symlink_to(name)
-    os.replace(link, run_dir / "LATEST")
+    os.replace(link, latest)
     flush(run_dir)
 
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint, renamed first, so that a half-removed one is never taken for one."""
     doomed = folder.with_name(f".doomed-{folder.name}")
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    try:
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:  # no reason to stop a training; what is left goes when the run is resumed
+        say(f"{folder}: cannot be removed ({error.strerror})")
 
 
 def keep_policy(folder: Path) -> None:
@@ -104,6 +128,7 @@ def keep_policy(folder: Path) -> None:
         os.link(folder / "policy.pt", staging)
     except OSError:
         shutil.copyfile(folder / "policy.pt", staging)
+        flush(staging)
     os.replace(staging, kept)
 
 
@@ -126,7 +151,11 @@ def export_model(folder: Path, model: Any, tokenizer: Any) -> None:
     """Write the model and its tokenizer so that from_pretrained opens them; RunError if the disk does not take them."""
 
     def write(staging: Path) -> None:
-        model.save_pretrained(staging)
+        try:
+            model.save_pretrained(staging)
+        except ValueError:  # settings of generation that came with the model, which transformers refuses to write
+            model.generation_config = GenerationConfig.from_model_config(model.config)
+            model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
 
     if not folder.exists():
@@ -143,7 +172,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
 
 
 def damage(folder: Path) -> str | None:
-    """Return None if a checkpoint holds exactly what its manifest lists, else what is wrong with it."""
+    """Return None if a checkpoint holds what its manifest lists, all of PARTS among it, else what is wrong with it."""
     try:
         text = (folder / MANIFEST).read_bytes().decode("ascii")
     except (OSError, UnicodeDecodeError) as error:
@@ -152,14 +181,18 @@ def damage(folder: Path) -> str | None:
     if own != hashlib.sha256(lines.encode()).hexdigest() + "\n":
         return f"{MANIFEST} is damaged"
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())}
-    if set(listed) != {f"{name}.pt" for name in PARTS}:
+    missing = {f"{name}.pt" for name in PARTS} - set(listed)
+    if missing or any(Path(name).name != name for name in listed):
         return f"{MANIFEST} lists {', '.join(sorted(listed)) or 'nothing'}"
     for name, digest in listed.items():
         path = folder / name
         if path.is_symlink() or not path.is_file():
             return f"{name} is missing"
-        if sha256(path) != digest:
-            return f"{name} is damaged"
+        try:
+            if sha256(path) != digest:
+                return f"{name} is damaged"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     return None
 
 
@@ -172,6 +205,8 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | str:
         read = {name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True) for name in PARTS}
         return {name: part["state"] for name, part in read.items()}
     except Exception as error:  # a forged file, which torch refuses in many ways
+        if lacks_memory(error):
+            raise
         return f"it cannot be read ({(str(error).splitlines() or [''])[0]})"
 
 
@@ -184,9 +219,9 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     for folder in checkpoints(run_dir):
         states = read_checkpoint(folder)
         if not isinstance(states, str):
+            point_latest(run_dir, folder.name)
             for other in damaged:  # so that the run can write this step again
                 other.rename(free_name(other.with_name(f"damaged-{other.name}")))
-            point_latest(run_dir, folder.name)
             return folder, states
         say(f"{folder} is not used: {states}.")
         damaged.append(folder)
@@ -205,7 +240,10 @@ def clear_leftovers(run_dir: Path) -> None:
     """Remove what a killed process left half-written or half-removed."""
     for pattern in (".staging-*", ".doomed-*", "step-*/.staging-*", "policies/.staging-*"):
         for path in run_dir.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 # What a checkpoint holds beside weights
@@ -230,7 +268,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def weights_checksum(model: Any) -> str:
-    """Return a SHA-256 of each tensor's name, shape and sum of bits, which any changed weight changes."""
+    """Return a SHA-256 of each tensor's name, shape and sum of bits, which other weights would hardly share."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         bits = (
@@ -256,7 +294,14 @@ def load_archive(path: str) -> dict[str, torch.Tensor]:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"model.archive={path}: cannot be read ({reason}); {remedy}") from None
     state = archive.get("state") if isinstance(archive, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    dense = isinstance(state, dict) and all(
+        isinstance(name, str)
+        and isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and not value.is_meta
+        for name, value in state.items()
+    )
+    if not dense:
         raise UserError(f"model.archive={path}: holds no weights under 'state'; {remedy}")
     return state
 
@@ -273,6 +318,11 @@ def load_weights(model: Any, state: dict[str, torch.Tensor], setting: str) -> No
         f"{k} has shape {tuple(v.shape)}, the model's is {tuple(own[k].shape)}"
         for k, v in state.items()
         if k in own and own[k].shape != v.shape
+    ]
+    wrong += [
+        f"{k} is {v.dtype}, the model's is {own[k].dtype}"
+        for k, v in state.items()
+        if k in own and own[k].is_floating_point() != v.is_floating_point()
     ]
     if wrong:
         listed = "; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")

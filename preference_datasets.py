@@ -447,8 +447,8 @@ class BatchIterator:
     position: dict[str, int] = field(default_factory=START.copy)
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 of the items in their order and of what decides which of their tokens lie in which batch."""
-        digest = hashlib.sha256(repr((self.settings()[:-2], self.n_items)).encode())
+        """Return a SHA-256 of the items in their order and of the tokenizer's rules."""
+        digest = hashlib.sha256(repr((self.settings()[:2], self.n_items)).encode())
         for group in self.groups:
             digest.update(repr([item[:3] for item in group]).encode("utf-8", "backslashreplace"))
         return digest.hexdigest()

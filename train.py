@@ -2,12 +2,13 @@
 
 import copy
 import difflib
-import errno
+import hashlib
 import json
 import math
 import os
 import random
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -40,6 +41,7 @@ from utils import (
     WandbTracker,
     answers,
     compute_dtype,
+    lacks_memory,
     local_run_dir,
     make_run_dir,
     only_writer,
@@ -275,6 +277,8 @@ def fetch(what: str, name: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except Exception as error:  # a damaged or foreign folder makes transformers raise nearly anything
+        if lacks_memory(error):
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         advice = "give the path of a local folder, or try `make demo`, which needs no download"
         raise UserError(f"{what}={name}: cannot be loaded ({reason}); {advice}") from None
@@ -410,22 +414,29 @@ def run(config: DictConfig, resumed: Path | None = None, overrides: dict[str, An
         run_dir = resumed or make_run_dir(config.local_run_dir)
         if resumed is None:
             stack.enter_context(only_writer(run_dir))
-        record(config, run_dir, checkpoint and checkpoint[0], overrides)
+            record(config, run_dir)
         say(f"\n{OmegaConf.to_yaml(config)}\nRun directory: {run_dir}")
         dtype = compute_dtype(config.precision, policy.dtype, device)
         say(f"Device: {device}. Computing in {dtype}, parameters and optimizer in {config.model.policy_dtype}.")
         logger = MetricLogger(run_dir, make_tracker(config, run_dir), config.minimum_log_interval_secs)
         stack.callback(logger.close)
-        if checkpoint is None:
-            logger.cut([0, 0])
         from trainers import BasicTrainer
 
         parts = {"tokenizer": tokenizer, "train_batches": batches[0], "eval_batches": batches[1], "logger": logger}
-        trainer = BasicTrainer(policy, config, config.seed, run_dir, reference, signals=signals, **parts)
+        parts |= {"signals": signals, "identity": {"the settings": settings_fingerprint(config)}}
+        trainer = BasicTrainer(policy, config, config.seed, run_dir, reference, **parts)
+        if checkpoint is not None:
+            folder, states = checkpoint
+            trainer.restore(states)
+            checkpoint = states = None  # its tensors, which may be as large as the model, are needed no more
+            record(config, run_dir, {"from": folder.name, "overrides": overrides})
+        elif resumed is not None:
+            logger.cut([0, 0])
+            record(config, run_dir, {"from": None, "overrides": overrides})
         try:
-            trainer.train(checkpoint and checkpoint[1])
+            trainer.train()
         except (Stopped, KeyboardInterrupt):
-            say(f"To go on: python train.py resume={run_dir}")
+            say(f"To go on: python train.py resume={shlex.quote(str(run_dir))}")
             raise
     say(f"Done: {trainer.examples:,} examples in {trainer.updates:,} updates. Everything is in {run_dir}")
 
@@ -482,35 +493,31 @@ def prepare(config: DictConfig) -> tuple[DictConfig, torch.device, Any, Any, tup
 
 # Resuming
 
-# What may change in a resumed run: it touches no number that is trained or logged but for rounding (the last two).
+# What may change in a resumed run: it touches no number that is trained, but for the rounding of the last two.
 MAY_CHANGE = (
     *("wandb.enabled", "wandb.entity", "wandb.project", "minimum_log_interval_secs"),
     *("sample_during_eval", "n_eval_model_samples", "sample_temperature", "sample_top_k", "sample_top_p"),
-    *("save_every", "keep_checkpoints", "keep_policies", "max_tokens_per_pass", "activation_checkpointing"),
+    *("save_every", "keep_checkpoints", "keep_policies", "eval_batch_size"),
+    *("max_tokens_per_pass", "activation_checkpointing"),
 )
 MAY_GROW = ("n_epochs", "n_examples")
 
 
 def resume(arguments: list[str]) -> None:
     """Go on with the run that resume=RUN_DIR names, with its own settings; UserError for any other that matters."""
+    paths = [a.removeprefix("resume=") for a in arguments if a.startswith("resume=")]
+    run_dir = Path(re.sub(r"""^(['"])(.*)\1$""", r"\2", paths[-1]))
+    config = load_run_config(run_dir)
+    settings = flat_settings(config)
     try:
-        given = [(o.key_or_group, o.value(), o) for o in OverridesParser.create().parse_overrides(arguments)]
+        others = OverridesParser.create().parse_overrides([a for a in arguments if not a.startswith("resume=")])
+        given = [(override, override.key_or_group, override.value()) for override in others]
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain(error)) from None
-    run_dir = Path(str([value for key, value, _ in given if key == "resume"][-1]))
-    try:
-        config = OmegaConf.load(run_dir / "config.yaml")
-        settings = flat_settings(config)
-    except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException, AttributeError, TypeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(
-            f"resume={run_dir}: is not a run directory: its config.yaml cannot be read ({reason})"
-        ) from None
     problems, taken = [], {}
-    for key, value, override in given:
-        if key == "resume" or (key in settings and settings[key] == value):
+    for override, key, value in given:
+        if value == settings.get(key, settings.get(f"{key}.name", override)):  # loss=dpo, as the run has it
             continue
-        words = f"{key}={'null' if value is None else value}"
         if key not in settings and key not in ("model", "loss"):
             problems.append(unknown(key))
         elif override.type != OverrideType.CHANGE or override.is_sweep_override():
@@ -519,11 +526,35 @@ def resume(arguments: list[str]) -> None:
             OmegaConf.update(config, key, value)
             taken[key] = value
         else:
-            kept = f", which has {key}={settings[key]}" if key in settings else ""
-            problems.append(f"{words}: would change the result of this run{kept}; leave it out, or start a new run")
+            own = f"{key}={settings[key]}" if key in settings else f"its own {key}"
+            words = f"{key}={'null' if value is None else value}"
+            problems.append(f"{words}: a resumed run keeps {own}; leave this out, or start a new run")
     refuse(problems)
     config.local_run_dir = str(run_dir)
     run(config, run_dir, taken)
+
+
+def load_run_config(run_dir: Path) -> DictConfig:
+    """Load a run's settings; UserError if the folder is none that a run makes."""
+    try:
+        links = [path.name for path in run_dir.iterdir() if path.is_symlink() and path.name != "LATEST"]
+        if links:
+            told = f"holds links ({', '.join(sorted(links))}), which no run makes; remove them"
+            raise UserError(f"resume={run_dir}: {told}")
+        config = OmegaConf.load(run_dir / "config.yaml")
+        flat_settings(config)
+        return config
+    except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException, AttributeError, TypeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"resume={run_dir}: is no run directory: its config.yaml cannot be read ({reason})") from None
+
+
+def settings_fingerprint(config: DictConfig) -> str:
+    """Return a SHA-256 of the settings that may not change; what lies behind a path is compared by its content."""
+    free = ("exp_name", "local_dirs", "local_run_dir", "datasets", "model.archive", "model.name_or_path")
+    free += ("model.tokenizer_name_or_path", *MAY_CHANGE, *MAY_GROW)
+    kept = {key: value for key, value in flat_settings(config).items() if key not in free}
+    return hashlib.sha256(repr(sorted(kept.items())).encode()).hexdigest()
 
 
 def grows(old: int | None, new: Any) -> bool:
@@ -533,18 +564,21 @@ def grows(old: int | None, new: Any) -> bool:
 
 def is_complete(folder: Path, states: dict[str, Any], n_updates: int) -> bool:
     """Tell whether a checkpoint ends a run: no update is left, and the export was written, which comes last."""
-    return states["run"]["counters"]["updates"] >= n_updates and (folder / "hf").is_dir()
+    try:
+        return states["run"]["counters"]["updates"] >= n_updates and (folder / "hf").is_dir()
+    except (KeyError, TypeError):  # a forged one, which is told when its states are taken over
+        return False
 
 
-def record(config: DictConfig, run_dir: Path, checkpoint: Path | None, overrides: dict[str, Any] | None) -> None:
+def record(config: DictConfig, run_dir: Path, resumed: dict[str, Any] | None = None) -> None:
     """Write the settings to the run's directory, and a line for each time that it was resumed."""
     staging = run_dir / ".staging-config.yaml"
     OmegaConf.save(config, staging)
     os.replace(staging, run_dir / "config.yaml")
-    if overrides is not None:
-        line = {"time": f"{datetime.now():%Y-%m-%d %H:%M:%S}", "from": checkpoint and checkpoint.name}
+    if resumed is not None:
+        line = {"time": f"{datetime.now():%Y-%m-%d %H:%M:%S}"} | resumed
         with open(run_dir / "resumed.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line | {"overrides": overrides}) + "\n")
+            file.write(json.dumps(line) + "\n")
 
 
 # The run's surroundings
@@ -609,9 +643,14 @@ def guarded(work: Callable[[], None]) -> None:
     except RunError as error:
         sys.exit(tell(error, error.exit_code))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        sys.exit(
+            tell(f"a file cannot be read or written ({error}); earlier checkpoints are intact", EXIT_CODES["disk"])
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
             raise
-        sys.exit(tell(f"the disk is full ({error}); earlier checkpoints are intact", EXIT_CODES["disk"]))
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        sys.exit(tell(f"out of memory before training began ({reason})", EXIT_CODES["memory"]))
     except Stopped as error:
         say(f"Stopped by {error}.")
         sys.exit(error.exit_code)

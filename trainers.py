@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,6 @@ from transformers import GenerationConfig
 
 from checkpoints import (
     export_model,
-    keep_policy,
     load_weights,
     random_states,
     save_checkpoint,
@@ -48,6 +46,8 @@ from utils import (
     Stopped,
     UserError,
     compute_dtype,
+    device_name,
+    lacks_memory,
     local_dir,
     prefetch,
     progress,
@@ -74,6 +74,7 @@ class BasicTrainer:
         eval_batches: BatchIterator,
         logger: MetricLogger,
         signals: Signals | None = None,
+        identity: dict[str, str] | None = None,
     ):
         self.policy, self.tokenizer = policy, tokenizer
         self.config, self.seed, self.run_dir, self.logger = config, seed, Path(run_dir), logger
@@ -106,10 +107,12 @@ class BasicTrainer:
         self.next_save = self.following(config.save_every)
         self.truncated: Counter[str] = Counter()
         self.reference_samples: list[str] | None = None
-        self.identity = {"the training data": train_batches.fingerprint()}  # what a resumed run must find again
+        # What a resumed run must find again, as fingerprints.
+        data = {"the training data": train_batches.fingerprint(), "the evaluation data": eval_batches.fingerprint()}
+        self.identity = {**(identity or {}), **data}
         if self.loss.needs_reference:
             self.identity["the reference's weights"] = weights_checksum(policy)
-        self.current_pass: Layout | None = None
+        self.doing: Layout | str = "before the first pass; a smaller model, or model.policy_dtype=bfloat16, needs less"
 
     def live_reference(self, model: torch.nn.Module) -> LiveReference:
         """Return the reference as a second model, which computes in its own dtype where autocast is off."""
@@ -140,13 +143,11 @@ class BasicTrainer:
 
     # Training
 
-    def train(self, checkpoint: dict[str, Any] | None = None) -> None:
-        """Walk the batches to the end, from a checkpoint on if given, evaluating and saving whenever due."""
+    def train(self) -> None:
+        """Walk the batches to the end, evaluating and saving whenever due."""
         with self.memory_errors_told():
-            if self.wants_table:
+            if self.wants_table and self.reference is None:
                 self.reference = self.precompute_reference()
-            if checkpoint is not None:
-                self.restore(checkpoint)
             with self.signals.deferred():
                 self.walk()
                 self.evaluate_and_save(final=True)
@@ -202,7 +203,7 @@ class BasicTrainer:
         size = -(-len(examples) // n_microbatches)
         for start in range(0, len(examples), size):
             for layout in make_passes(examples[start : start + size], self.layout, self.max_tokens):
-                self.current_pass = layout
+                self.doing = layout
                 yield layout.to(self.device)
 
     def losses(self, layout: Layout, metrics: "Metrics") -> torch.Tensor:
@@ -236,20 +237,20 @@ class BasicTrainer:
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            reason = (str(error).splitlines() or ["out of memory"])[0]
-            known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-            if not known and not re.search("out of memory|not enough memory|can't allocate memory", str(error)):
+            if not lacks_memory(error):
                 raise
-            raise RunError(f"Out of memory {self.what_was_computed()} ({reason})", "memory") from None
+            reason = (str(error).splitlines() or ["no more is there"])[0]
+            raise RunError(f"out of memory {self.what_was_done()} ({reason})", "memory") from None
 
-    def what_was_computed(self) -> str:
-        """Describe the current pass, and what makes it smaller."""
-        if self.current_pass is None:
-            return f"while sampling {self.config.eval_batch_size} prompts at a time; lower eval_batch_size"
-        n, longest = len(self.current_pass.examples), max(map(len, self.current_pass.examples))
-        key = f"max_tokens_per_pass (it is {self.max_tokens})" if n > 1 else "max_length"
-        tokens = self.current_pass.inputs["input_ids"].numel()
-        return f"in a pass of {tokens:,} tokens, {n} examples, the longest of {longest:,} tokens; lower {key}"
+    def what_was_done(self) -> str:
+        """Describe the current pass, and the settings that make it smaller, also as the run is resumed."""
+        if isinstance(self.doing, str):
+            return self.doing
+        n, longest = len(self.doing.examples), max(map(len, self.doing.examples))
+        smaller = f"max_tokens_per_pass, which is {self.max_tokens}" if n > 1 else "max_length in a new run"
+        tokens = self.doing.inputs["input_ids"].numel()
+        size = f"in a pass of {tokens:,} tokens, {n} examples, the longest of {longest:,} tokens"
+        return f"{size}; lower {smaller}, or set activation_checkpointing=true"
 
     @torch.no_grad()
     def precompute_reference(self) -> ReferenceTable:
@@ -335,6 +336,9 @@ class BasicTrainer:
         before = self.logger.sizes()
         try:
             metrics = self.evaluate()
+            if not math.isfinite(metrics["loss/eval"]):
+                told = f"the evaluation after {self.examples:,} examples gave a loss of {metrics['loss/eval']}"
+                raise RunError(f"{told}; nothing was saved since the last checkpoint", "not finite")
             self.log(metrics)
             if self.config.sample_during_eval:
                 self.sample()
@@ -344,8 +348,12 @@ class BasicTrainer:
         if self.truncated:
             cut = ", ".join(f"{what} {n:,}" for what, n in sorted(self.truncated.items()))
             say(f"Truncated so far, of {self.examples:,} training examples: {cut}")
-        self.next_eval = self.following(self.config.eval_every)
-        self.save(metrics, final)
+        if final:  # a longer run would not know this evaluation, and one that was killed before the export repeats it
+            self.save(metrics, logs=before)
+            self.export()
+        else:
+            self.next_eval = self.following(self.config.eval_every)
+            self.save(metrics)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -398,7 +406,7 @@ class BasicTrainer:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), self.autocast(model), plain_generation(model), torch_attention(model):
             torch.manual_seed(self.seed)
-            self.current_pass = None
+            self.doing = f"while sampling for {min(size, len(prompts))} prompts at a time; lower eval_batch_size"
             for batch in progress(batches, title):
                 self.signals.check()
                 width = max(map(len, batch))
@@ -428,8 +436,8 @@ class BasicTrainer:
             eos_token_id=self.tokenizer.eos_token_id,
         )
 
-    def save(self, metrics: dict[str, float] | None = None, final: bool = False, logs: list[int] | None = None) -> None:
-        """Write a checkpoint, of an evaluation if metrics are given; the last one also gets hf/ for from_pretrained.
+    def save(self, metrics: dict[str, float] | None = None, logs: list[int] | None = None) -> None:
+        """Write a checkpoint, of an evaluation if metrics are given.
 
         logs are the sizes of the log files to which a resumed run cuts them back, by default the present ones.
         """
@@ -438,12 +446,13 @@ class BasicTrainer:
         self.next_save = self.following(self.config.save_every)
         states = {name: getattr(self, name).state_dict() for name in ("policy", "optimizer", "scheduler")}
         states["run"] = self.run_state(self.logger.sizes() if logs is None else logs)
-        folder = save_checkpoint(self.run_dir, self.examples, states, metrics or {}, self.config.keep_checkpoints)
-        if metrics is not None and self.config.keep_policies:
-            keep_policy(folder)
-        if final:
-            export_model(folder / "hf", self.policy, self.tokenizer)
-        say(f"Wrote {folder}")
+        keep = (self.config.keep_checkpoints, self.config.keep_policies)
+        say(f"Wrote {save_checkpoint(self.run_dir, self.examples, states, metrics or {}, *keep)}")
+
+    def export(self) -> None:
+        """Write the model for from_pretrained into the newest checkpoint, as LATEST/hf."""
+        if not self.config.debug:
+            export_model((self.run_dir / "LATEST").resolve() / "hf", self.policy, self.tokenizer)
 
     def run_state(self, logs: list[int]) -> dict[str, Any]:
         """Return all that a resumed run needs beside the policy, the optimizer and the scheduler."""
@@ -452,7 +461,8 @@ class BasicTrainer:
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
             "the number of threads": torch.get_num_threads(),
-            "the device": self.device.type,
+            "the device": device_name(self.device),
+            "the layout": f"{self.layout}, {self.policy.config._attn_implementation} attention",
             "the dtype of the computation": str(self.dtype),
             "max_tokens_per_pass": self.max_tokens,
             "activation_checkpointing": self.config.activation_checkpointing,
@@ -467,11 +477,18 @@ class BasicTrainer:
         }
 
     def restore(self, states: dict[str, Any]) -> None:
-        """Take over the states of a checkpoint; UserError if they are of other data or of another reference."""
+        """Take over the states of a checkpoint, before training; UserError if settings, data or reference changed."""
+        with self.memory_errors_told():
+            if self.wants_table:
+                self.reference = self.precompute_reference()
+            self.take_over_or_refuse(states)
+
+    def take_over_or_refuse(self, states: dict[str, Any]) -> None:
+        """Load the states of a checkpoint; RunError if they have another form than a trainer writes."""
         try:
             self.take_over(**states)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, UserError):
+            if isinstance(error, UserError) or lacks_memory(error):
                 raise
             told = f"{self.run_dir}: the checkpoint does not fit this run ({type(error).__name__}: {error})"
             raise RunError(told.splitlines()[0], "no checkpoint") from None
@@ -480,7 +497,7 @@ class BasicTrainer:
         """Load the states of a checkpoint's parts."""
         for what, value in self.identity.items():
             if run["identity"].get(what) != value:
-                raise UserError(f"resume={self.run_dir}: {what} are not those that the run began with; bring them back")
+                raise UserError(f"resume={self.run_dir}: {what} are not those that the run began with")
         load_weights(self.policy, policy, f"resume={self.run_dir}")
         self.optimizer.load_state_dict(optimizer)
         self.scheduler.load_state_dict(scheduler)

@@ -31,6 +31,12 @@ class UserError(ValueError):
     """Something a user can mend; its message is shown without a traceback."""
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Tell whether an error means that a device's memory, or the machine's, did not suffice."""
+    told = "out of memory|not enough memory|can't allocate memory"
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(re.search(told, str(error)))
+
+
 # Why a run ended, and the exit code that says so.
 EXIT_CODES = {"refused": 2, "no checkpoint": 3, "disk": 4, "not finite": 5, "memory": 6}
 EXIT_CODES |= {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
@@ -55,6 +61,13 @@ def pick_device(name: str) -> torch.device:
     if not available.get(name, False):
         raise UserError(f"device={name}: not available here; use device=auto or device=cpu")
     return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """Name what decides how numbers are rounded on a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def computes_bfloat16_natively(device: torch.device) -> bool:
@@ -123,7 +136,7 @@ def make_run_dir(path: str | Path) -> Path:
 def only_writer(run_dir: Path) -> Iterator[None]:
     """Hold the run's directory for this process; UserError if another one does."""
     try:
-        file = open(run_dir / ".lock", "w")
+        file = open(run_dir / ".lock", "a")
     except OSError as error:
         raise UserError(f"{run_dir}: cannot be written ({error.strerror})") from None
     with file:
@@ -175,6 +188,7 @@ class ProcessSignals(Signals):
 
     def __init__(self):
         self.waiting = self.save = False
+        self.interrupts = 0
 
     @contextmanager
     def installed(self) -> Iterator["ProcessSignals"]:
@@ -191,9 +205,10 @@ class ProcessSignals(Signals):
     def handle(self, number: int, frame: Any) -> None:
         """Note a signal; before training begins and at a second Ctrl-C, stop at once."""
         name = signal.Signals(number).name
+        self.interrupts += name == "SIGINT"
         if name == "SIGUSR1":
             self.save = True
-        elif not self.waiting or (name == "SIGINT" and self.stop == name):
+        elif not self.waiting or self.interrupts > 1:
             raise KeyboardInterrupt if name == "SIGINT" else SystemExit(EXIT_CODES[name])
         else:
             self.stop = self.stop or name
@@ -230,7 +245,7 @@ def progress(items: Iterable[T], title: str, total: int | None = None, silent: b
         now = time.monotonic()
         if now - said >= 10:
             said = now
-            print(f"{title}: {done}/{total or '?'}, {done / (now - start):.1f} a second", flush=True)
+            say(f"{title}: {done}/{total or '?'}, {done / (now - start):.1f} a second")
         yield item
 
 

@@ -119,7 +119,7 @@ def make_trainer(monkeypatch, tmp_path):
     made = []
 
     def make(*overrides: str) -> trainers.BasicTrainer:
-        monkeypatch.setattr(trainers.BasicTrainer, "train", lambda self, checkpoint: made.append(self))
+        monkeypatch.setattr(trainers.BasicTrainer, "train", lambda self: made.append(self))
         train.run(compose(*TINY, f"local_run_dir='{tmp_path / f'run{len(made)}'}'", *overrides))
         return made[-1]
 

@@ -190,6 +190,40 @@ def limit_files(method: str, size: int, examples: int) -> Fault:
     return lambda: setattr(trainers.BasicTrainer, method, limited)
 
 
+def limit_file(name: str, size: int, examples: int) -> Fault:
+    """Let one file of a save (or, of the export, any) grow no further than a size, after so many examples."""
+    write, manifest, save = torch.save, checkpoints.write_manifest, trainers.BasicTrainer.save
+    export, now = trainers.BasicTrainer.export, [False]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def saved(self: Any, *args: Any, **kwargs: Any) -> None:
+        now[0] = self.examples == examples
+        save(self, *args, **kwargs)
+
+    def written(value: Any, path: Path) -> None:
+        if now[0] and path.name == name:
+            limit()
+        write(value, path)
+
+    def manifested(folder: Path) -> None:
+        if now[0] and name == "MANIFEST":
+            limit()
+        manifest(folder)
+
+    def exported(self: Any) -> None:
+        if name == "hf":
+            limit()
+        export(self)
+
+    def install() -> None:
+        torch.save, checkpoints.write_manifest = written, manifested
+        trainers.BasicTrainer.save, trainers.BasicTrainer.export = saved, exported
+
+    return install
+
+
 PHASES = ("train_step", "evaluate", "sample", "save")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import time
@@ -26,12 +27,14 @@ from faults import (
     fresh,
     kill,
     kill_in_save,
+    limit_file,
     limit_files,
     logs_of,
     rng,
     send,
     state_of,
 )
+from transformers import PreTrainedModel
 
 import checkpoints
 import references
@@ -79,6 +82,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(settings,
         hit[log.read_text()] += killed.returncode != 0
         resumed(folder)
         assert_same(folder, whole(settings))
+    assert sum(hit.values())
     report(f"kill -9, {settings[-2]}: {sum(hit.values())} kills, {hit}; all resumed runs identical")
 
 
@@ -131,6 +135,37 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(whole, tmp_path):
     assert_same(folder, whole(DPO))
 
 
+def test_a_run_killed_before_its_export_gives_the_export_and_no_record_twice(whole, tmp_path):
+    def killed_export(self):
+        kill()
+
+    folder = tmp_path / "run"
+    fault = lambda: setattr(trainers.BasicTrainer, "export", killed_export)  # noqa: E731
+    assert command_line(folder, fresh(folder, *DPO), dropout, fault).returncode == -signal.SIGKILL
+    assert (folder / "step-48").is_dir() and not (folder / "step-48" / "hf").exists()
+    resumed(folder)
+    assert_same(folder, whole(DPO))
+    assert (folder / "LATEST" / "hf" / "model.safetensors").exists()
+
+
+def test_a_run_copied_by_a_tool_that_follows_links_resumes(whole, tmp_path):
+    everything = (*DPO, "keep_checkpoints=null")
+    folder = copy_until(whole(everything), tmp_path / "run", 24)
+    (folder / "LATEST").unlink()
+    shutil.copytree(folder / "step-24", folder / "LATEST")
+    resumed(folder)
+    assert_same(folder, whole(everything))
+
+
+def test_a_run_directory_of_any_name_resumes_by_the_line_that_was_printed(tmp_path):
+    folder = tmp_path / "lr=1 (höher), neu"
+    stopped = command_line(folder, fresh(folder, *DPO), at_event(9, send(signal.SIGTERM)))
+    (line,) = [line for line in stopped.stdout.splitlines() if line.startswith("To go on: python train.py ")]
+    arguments = tuple(shlex.split(line.removeprefix("To go on: python train.py ")))
+    assert arguments == (f"resume={folder}",)
+    assert command_line(folder, arguments).returncode == 0
+
+
 def test_a_resumed_run_can_be_killed_again(whole, tmp_path):
     folder = tmp_path / "run"
     assert command_line(folder, fresh(folder, *DPO), dropout, at_event(9, kill)).returncode == -signal.SIGKILL
@@ -169,10 +204,19 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
         send(signal.SIGINT)()
 
     folder = tmp_path / "run"
-    result = command_line(folder, fresh(folder, *DPO), at_event(6, twice))
-    steps = [record["updates"] for record in logs_of(folder)[0]]
+    result = command_line(folder, fresh(folder, *DPO), at_event(6, twice))  # as the evaluation after 16 examples begins
     assert result.returncode == 130 and "Traceback" not in result.stderr
-    assert not checkpoints.checkpoints(folder) or max(steps) < 6
+    assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-8"]  # step-16 would come of a patient stop
+
+
+def test_an_interrupt_after_another_signal_still_waits_and_a_second_one_does_not(tmp_path):
+    def many() -> None:
+        for name in ("SIGTERM", "SIGINT", "SIGINT"):
+            send(getattr(signal, name))()
+
+    folder = tmp_path / "run"
+    assert command_line(folder, fresh(folder, *DPO), at_event(6, many)).returncode == 130
+    assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-8"]
 
 
 def test_sigusr1_saves_and_goes_on(whole, tmp_path):
@@ -186,7 +230,7 @@ def test_sigusr1_saves_and_goes_on(whole, tmp_path):
 
 def test_a_stop_before_training_begins_needs_no_checkpoint(tmp_path):
     folder = tmp_path / "run"
-    stop = lambda: setattr(trainers.BasicTrainer, "train", lambda self, checkpoint: send(signal.SIGTERM)())  # noqa: E731
+    stop = lambda: setattr(trainers.BasicTrainer, "train", lambda self: send(signal.SIGTERM)())  # noqa: E731
     assert command_line(folder, fresh(folder, *DPO), stop).returncode == 143
 
 
@@ -232,27 +276,35 @@ def test_no_flipped_bit_and_no_truncation_of_a_checkpoint_is_accepted(whole, tmp
     report("bit flips and truncations: 1,000, none accepted")
 
 
+FULL = [("policy.pt", share) for share in (0.02, 0.3, 0.6, 0.95)]
+FULL += [("optimizer.pt", 0.1), ("optimizer.pt", 0.9), ("scheduler.pt", 0.5), ("run.pt", 0.5), ("MANIFEST", 0.5)]
+FULL += [("hf", 0.5)]
+
+
 def test_a_full_disk_leaves_the_checkpoint_before_and_says_so_in_one_line(whole, tmp_path, counts, report):
-    largest = (whole(DPO) / "step-48" / "policy.pt").stat().st_size
-    shares = [0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.95]
-    chosen = counts(small=(0.02, 0.4, 0.95), full=shares)
-    for share in chosen:
-        folder = tmp_path / f"run{share}"
-        full = limit_files("save", int(share * largest), 24)
-        result = command_line(folder, fresh(folder, *DPO), dropout, full)
+    chosen = counts(small=FULL[1::4], full=FULL)
+    for name, share in chosen:
+        folder, at = tmp_path / f"{name}{share}", 48 if name == "hf" else 24
+        size = (whole(DPO) / "step-48" / ("hf/model.safetensors" if name == "hf" else name)).stat().st_size
+        result = command_line(folder, fresh(folder, *DPO), dropout, limit_file(name, int(size * share), at))
         told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert result.returncode == 4 and len(told) == 1 and "Traceback" not in result.stderr, result.stderr
-        assert not list(folder.glob(".staging*")) and checkpoints.checkpoints(folder)[0].name == "step-16"
+        assert not list(folder.rglob(".staging*"))
+        assert checkpoints.checkpoints(folder)[0].name == ("step-48" if name == "hf" else "step-16")
         assert checkpoints.damage((folder / "LATEST").resolve()) is None
         resumed(folder)
         assert_same(folder, whole(DPO))
-    report(f"disk full at {len(chosen)} sizes of a save: exit code 4, one line, resumed from the checkpoint before")
+    report(f"disk full at {len(chosen)} points of a save: exit code 4, one line, resumed from the checkpoint before")
 
 
 def test_a_log_that_cannot_be_written_stops_the_run_in_one_line(tmp_path):
     folder = tmp_path / "run"
     result = command_line(folder, fresh(folder, *DPO), limit_files("train_step", 100, 8))
-    assert result.returncode == 4 and "error: the disk is full" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 4
+        and "error: a file cannot be read or written" in result.stderr
+        and "Traceback" not in result.stderr
+    )
 
 
 # What a resumed run takes over, and what it refuses
@@ -260,8 +312,10 @@ def test_a_log_that_cannot_be_written_stops_the_run_in_one_line(tmp_path):
 
 def test_an_override_that_would_change_the_result_is_refused_by_name(whole, tmp_path):
     folder = copy_until(whole((*DPO, "keep_checkpoints=null")), tmp_path / "run", 8)
+    before = (folder / "config.yaml").read_bytes()
     wrong = (
         "lr=1e-3",
+        "loss=dpo",
         "lr=2e-3",
         "loss=sft",
         "model=gpt2",
@@ -277,7 +331,8 @@ def test_an_override_that_would_change_the_result_is_refused_by_name(whole, tmp_
     assert [line.split(":")[0] for line in told] == [
         "lr=0.002", "loss=sft", "model=gpt2", "batch_size=4", "n_examples=40", "sede", "seed=3", "a",
     ]  # fmt: skip
-    assert "did you mean seed?" in told[5] and "has lr=0.001" in told[0]
+    assert "did you mean seed?" in told[5] and "a resumed run keeps lr=0.001" in told[0]
+    assert (folder / "config.yaml").read_bytes() == before
 
 
 def test_a_harmless_override_is_taken_and_recorded(whole, tmp_path):
@@ -302,15 +357,23 @@ def test_a_complete_run_is_left_as_it_is(whole, tmp_path):
     assert (folder / "metrics.jsonl").read_bytes() == before
 
 
-def test_other_data_or_another_reference_is_refused(tmp_path):
+@pytest.mark.parametrize("what", ["train", "test", "settings"])
+def test_other_data_or_settings_are_refused_and_change_nothing(what, tmp_path):
     data = few_rows(tmp_path / "data", 60, 8)
-    settings = (*BUSY, "loss=dpo", f"datasets=['{data}']")
     folder = tmp_path / "run"
-    assert command_line(folder, fresh(folder, *settings), at_event(9, kill)).returncode < 0
-    lines = (data / "train.jsonl").read_text().splitlines()
-    (data / "train.jsonl").write_text("\n".join([lines[0].replace(" the ", " that "), *lines[1:]]) + "\n")
-    result = command_line(folder, again(folder))
-    assert result.returncode == 2 and "the training data are not those that the run began with" in result.stderr
+    killed = command_line(folder, fresh(folder, *BUSY, "loss=dpo", f"datasets=['{data}']"), at_event(9, kill))
+    assert killed.returncode < 0
+    if what == "settings":
+        (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace("seed: 0", "seed: 1"))
+    else:
+        lines = (data / f"{what}.jsonl").read_text().splitlines()
+        (data / f"{what}.jsonl").write_text("\n".join([lines[0].replace(" the ", " that "), *lines[1:]]) + "\n")
+    before = {name: (folder / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")}
+    result = command_line(folder, again(folder, "n_examples=64"))
+    named = {"train": "the training data", "test": "the evaluation data", "settings": "the settings"}[what]
+    assert result.returncode == 2 and f"{named} are not those that the run began with" in result.stderr
+    assert before == {name: (folder / name).read_bytes() for name in before}
+    assert not (folder / "resumed.jsonl").exists()
 
 
 def test_other_weights_of_the_reference_are_refused(tmp_path, whole):
@@ -333,7 +396,7 @@ def test_another_number_of_threads_is_said(whole, tmp_path):
 
 def test_a_folder_that_holds_no_run_is_refused(tmp_path):
     result = command_line(tmp_path, again(tmp_path))
-    assert result.returncode == 2 and "is not a run directory" in result.stderr
+    assert result.returncode == 2 and "is no run directory" in result.stderr
     assert len(result.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
@@ -353,14 +416,15 @@ def test_only_the_newest_checkpoints_and_the_policies_of_evaluations_are_kept(tm
     assert result.returncode == 0
     assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-48"]
     kept = sorted(path.name for path in (folder / "policies").iterdir())
-    assert kept == ["step-16.pt", "step-32.pt", "step-48.pt"]  # evaluations, not the saves at 8, 24 and 40
+    assert kept == ["step-16.pt", "step-32.pt"]  # evaluations, not the saves at 8, 24 and 40
+    assert torch.load(folder / "policies" / "step-16.pt")["metrics"]["loss/eval"] > 0
     assert checkpoints.load_archive(str(folder / "policies" / "step-16.pt"))
 
 
 def test_a_checkpoint_can_be_checked_with_sha256sum(whole):
     folder = whole(DPO) / "step-48"
     lines = [line for line in (folder / "MANIFEST").read_text().splitlines() if not line.startswith("#")]
-    assert {line.split("  ")[1] for line in lines} == {f"{name}.pt" for name in checkpoints.PARTS}
+    assert {line.split("  ")[1] for line in lines} == {*(f"{name}.pt" for name in checkpoints.PARTS), "metrics.json"}
     assert os.system(f"cd '{folder}' && sha256sum --check --quiet MANIFEST 2>/dev/null") == 0
     assert os.system(f"cd '{folder}/hf' && sha256sum --check --quiet MANIFEST 2>/dev/null") == 0
 
@@ -407,7 +471,20 @@ def test_a_run_that_meets_a_number_that_is_not_finite_ends_with_exit_code_5(tmp_
     assert (folder / "not-finite-update-2.jsonl").exists() and "nan" not in (folder / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("n, key", [(8, "max_tokens_per_pass (it is 1024)"), (1, "max_length")])
+def test_an_evaluation_that_is_not_finite_saves_nothing(tmp_path):
+    def spoilt(self):
+        if self.examples == 32:
+            next(self.policy.parameters()).data.fill_(torch.nan)
+        return evaluate(self)
+
+    evaluate, folder = trainers.BasicTrainer.evaluate, tmp_path / "run"
+    result = command_line(folder, fresh(folder, *DPO), lambda: setattr(trainers.BasicTrainer, "evaluate", spoilt))
+    assert result.returncode == 5 and len(result.stderr.splitlines()) == 1
+    assert "the evaluation after 32 examples gave a loss of nan" in result.stderr
+    assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-24", "step-16"]
+
+
+@pytest.mark.parametrize("n, key", [(8, "max_tokens_per_pass, which is 1024"), (1, "max_length in a new run")])
 def test_a_lack_of_memory_is_one_line_that_names_the_key_to_lower(n, key, tmp_path):
     def greedy(self, layout, metrics):
         torch.empty(10**16)
@@ -418,6 +495,12 @@ def test_a_lack_of_memory_is_one_line_that_names_the_key_to_lower(n, key, tmp_pa
     assert result.returncode == 6 and "Traceback" not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert f"{n} examples, the longest of" in line and f"lower {key}" in line and "tokens" in line
+
+
+def test_a_lack_of_memory_while_the_model_loads_is_one_line(tmp_path):
+    fault = lambda: setattr(PreTrainedModel, "to", lambda self, device: torch.empty(10**16))  # noqa: E731
+    result = command_line(tmp_path / "run", fresh(tmp_path / "run", *DPO), fault)
+    assert result.returncode == 6 and len(result.stderr.splitlines()) == 1, result.stderr
 
 
 def test_a_failure_that_is_not_of_memory_is_no_message_about_memory(tmp_path):
