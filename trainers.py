@@ -40,6 +40,7 @@ from packing import (
 from preference_datasets import START, Batch, BatchIterator, Example
 from references import LiveReference, ReferenceTable, fingerprint
 from utils import (
+    PASSES_A_TRIM,
     MetricLogger,
     RunError,
     Signals,
@@ -47,6 +48,7 @@ from utils import (
     UserError,
     compute_dtype,
     device_name,
+    give_back_memory,
     lacks_memory,
     local_dir,
     prefetch,
@@ -201,10 +203,13 @@ class BasicTrainer:
     def passes(self, examples: Sequence[Example], n_microbatches: int = 1) -> Iterator[Layout]:
         """Yield the forward passes of a batch, on the device."""
         size = -(-len(examples) // n_microbatches)
-        for start in range(0, len(examples), size):
-            for layout in make_passes(examples[start : start + size], self.layout, self.max_tokens):
-                self.doing = layout
-                yield layout.to(self.device)
+        parts = (examples[start : start + size] for start in range(0, len(examples), size))
+        layouts = (layout for part in parts for layout in make_passes(part, self.layout, self.max_tokens))
+        for number, layout in enumerate(layouts, start=1):
+            self.doing = layout
+            yield layout.to(self.device)
+            if number % PASSES_A_TRIM == 0:
+                give_back_memory(self.device)
 
     def losses(self, layout: Layout, metrics: "Metrics") -> torch.Tensor:
         """Return the losses of a pass, (examples,), and add its metrics, one value an example."""

@@ -1,5 +1,6 @@
 """Devices, the run's directory, progress on the console, and the metric logger."""
 
+import ctypes
 import fcntl
 import getpass
 import json
@@ -87,7 +88,18 @@ def compute_dtype(precision: str, policy_dtype: torch.dtype, device: torch.devic
     return torch.bfloat16 if native else torch.float32
 
 
+PASSES_A_TRIM = 4  # forward passes between two calls of give_back_memory: it costs a fiftieth of their time
 TOKENS_PER_PASS = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # for the CPU measured (benchmarks/README.md), else guessed
+
+
+def give_back_memory(device: torch.device) -> None:
+    """Give memory that malloc keeps in pieces too small to use again back to the system, where malloc can do that.
+
+    On a CPU each pass leaves such pieces, since its tensors have sizes of their own; a GPU has torch's allocator.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if device.type == "cpu" else None
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
 def tokens_per_pass(setting: int | str, device: torch.device) -> int:

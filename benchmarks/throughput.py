@@ -12,7 +12,6 @@ logits and their float32 log-softmax for every position, in microbatches. Writes
 
 import argparse
 import copy
-import ctypes
 import json
 import random
 import statistics
@@ -45,7 +44,7 @@ from packing import (
 )
 from preference_datasets import Item, Tokenization
 from references import LiveReference, ReferenceTable
-from utils import pick_device, tokens_per_pass
+from utils import PASSES_A_TRIM, give_back_memory, pick_device, tokens_per_pass
 
 HERE = Path(__file__).resolve().parent
 SHAPES: dict[str, Callable[[], Any]] = {
@@ -151,12 +150,14 @@ def update(bench: Bench, way: Way, batch: list[Any]) -> list[float]:
     head = Float32Head(bench.head) if way.cached and way.dtype != torch.float32 else bench.head
     result: dict[Any, list[float]] = {}
     with bench.autocast(way.dtype):
-        for layout in make_passes(batch, way.layout, way.max_tokens):
+        for number, layout in enumerate(make_passes(batch, way.layout, way.max_tokens), start=1):
             layout = layout.to(bench.device)
             reference_logps = reference.logps(layout)
             logps = sequence_logps(bench.policy, layout, head, bench.body if way.compile else None)
             backward(logps, reference_logps, len(batch))
             result |= {e.item: row for e, row in zip(layout.examples, logps.detach().cpu().tolist(), strict=True)}
+            if number % PASSES_A_TRIM == 0:
+                give_back_memory(bench.device)
     bench.finish()
     return [number for example in batch for number in result[example.item]]
 
@@ -197,7 +198,7 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        give_back_memory(device)
         Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -1,8 +1,10 @@
 """The console, prefetching, the run directory, and what a failing wandb may do."""
 
+import ctypes
 import getpass
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,3 +96,16 @@ def test_importing_a_module_does_nothing_else():
     code = "import sys, train, trainers; print(sorted({'wandb', 'datasets', 'bs4'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", heavy
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_memory_that_malloc_keeps_in_pieces_goes_back_to_the_system():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    tensors = [torch.ones(2**14) for _ in range(4000)]  # 64 KiB each, which malloc takes from its heap
+    last = tensors[-1]  # holds the heap's end, below which malloc gives nothing back by itself
+    del tensors
+    before = resident()
+    utils.give_back_memory(torch.device("cpu"))
+    assert resident() < before - 200 * 2**20 and last[0] == 1
