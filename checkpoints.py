@@ -1,8 +1,8 @@
 """Writing, verifying and finding checkpoints; archives of weights; the export for other tools.
 
-A checkpoint is a folder step-N. It is written under another name, flushed to disk, and renamed when it is whole, and
-never written again. Its manifest lists the SHA-256 of every file, as `sha256sum --check MANIFEST` reads it, and ends
-with the SHA-256 of these lines.
+A checkpoint is a folder step-N. It is written under another name, flushed to disk, and renamed when it is whole; none
+of its files is ever written again. Its manifest lists the SHA-256 of each, as `sha256sum --check MANIFEST` reads it,
+and ends with the SHA-256 of these lines. metrics.json and hf/ may be added later; no resume reads them.
 """
 
 import hashlib
@@ -52,21 +52,27 @@ def save_checkpoint(
         for name in PARTS:
             torch.save({"step_idx": step, "state": states[name], "metrics": metrics}, folder / f"{name}.pt")
         if metrics:
-            write_metrics(folder)
-
-    def write_metrics(folder: Path) -> None:
-        (folder / "metrics.json").write_text(json.dumps(metrics) + "\n", encoding="utf-8")
+            write_metrics(folder, metrics)
 
     if not final.exists():
         place(final, write)
-    elif metrics:
-        write_metrics(final)
+    elif metrics and not (final / "metrics.json").exists():  # a signal asked for this one before its evaluation
+        write_metrics(final, metrics)
     point_latest(run_dir, final.name)
     for folder in checkpoints(run_dir)[keep:] if keep else []:
-        if keep_policies and (folder / "metrics.json").exists():
+        if keep_policies and (folder / "metrics.json").is_file():
             keep_policy(folder)
         remove(folder)
     return final
+
+
+def write_metrics(folder: Path, metrics: dict[str, float]) -> None:
+    """Write an evaluation's metrics into a checkpoint, whole or not at all."""
+    staging = folder / ".staging-metrics.json"
+    staging.unlink(missing_ok=True)
+    staging.write_text(json.dumps(metrics) + "\n", encoding="utf-8")
+    flush(staging)
+    os.replace(staging, folder / "metrics.json")
 
 
 def place(final: Path, write: Callable[[Path], None]) -> None:
@@ -119,17 +125,18 @@ def remove(folder: Path) -> None:
 
 
 def keep_policy(folder: Path) -> None:
-    """Keep a checkpoint's weights as RUN/policies/step-N.pt, without a second copy where the disk allows that."""
-    kept = folder.parent / "policies" / f"{folder.name}.pt"
-    staging = kept.with_name(f".staging-{kept.name}")
-    kept.parent.mkdir(exist_ok=True)
-    staging.unlink(missing_ok=True)
-    try:
-        os.link(folder / "policy.pt", staging)
-    except OSError:
-        shutil.copyfile(folder / "policy.pt", staging)
-        flush(staging)
-    os.replace(staging, kept)
+    """Keep a checkpoint's weights and metrics as RUN/policies/step-N.pt and .json, where the disk allows as links."""
+    kept = folder.parent / "policies"
+    kept.mkdir(exist_ok=True)
+    for name, ending in (("metrics.json", "json"), ("policy.pt", "pt")):
+        staging = kept / f".staging-{folder.name}.{ending}"
+        staging.unlink(missing_ok=True)
+        try:
+            os.link(folder / name, staging)
+        except OSError:
+            shutil.copyfile(folder / name, staging)
+            flush(staging)
+        os.replace(staging, kept / f"{folder.name}.{ending}")
 
 
 def flush(path: Path) -> None:
@@ -198,7 +205,7 @@ def damage(folder: Path) -> str | None:
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | str:
     """Return the state of each of PARTS, plain numbers and tensors alone, or what is wrong with the checkpoint."""
-    problem = "it is a link" if folder.is_symlink() else damage(folder)
+    problem = damage(folder)
     if problem:
         return problem
     try:

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from checkpoints import DROPPABLE, clear_leftovers, load_archive, load_weights, newest_checkpoint
+from checkpoints import DROPPABLE, clear_leftovers, flush, load_archive, load_weights, newest_checkpoint
 from losses import LOSSES
 from packing import LAYOUTS
 from preference_datasets import DATASETS, BatchIterator, PreferenceData, Tokenization, get_dataset, make_groups
@@ -458,8 +458,11 @@ def load_models(config: DictConfig, model_config: Any, device: torch.device) -> 
 def prepare(config: DictConfig) -> tuple[DictConfig, torch.device, Any, Any, tuple[BatchIterator, BatchIterator]]:
     """Check the config against itself, the model and the data, all problems in one UserError; return what it loaded."""
     settings = flat_settings(config)
-    missing = [key for key in RULES if key not in settings and not key.startswith("loss.")]
-    refuse([f"{key}: is missing; a file in config/model/ begins with `defaults: [blank_model]`" for key in missing])
+    missing = [key for key in RULES if key not in settings and (not key.startswith("loss.") or key == "loss.name")]
+    remedy = (
+        "a file in config/model/ begins with `defaults: [blank_model]`, and a run's config.yaml holds every setting"
+    )
+    refuse([f"{key}: is missing; {remedy}" for key in missing])
     problems = setting_problems(settings) + combination_problems(settings)
     device = model_config = tokenizer = None
     if RULES["device"][0](settings["device"]):
@@ -493,7 +496,7 @@ def prepare(config: DictConfig) -> tuple[DictConfig, torch.device, Any, Any, tup
 
 # Resuming
 
-# What may change in a resumed run: it touches no number that is trained, but for the rounding of the last two.
+# What may change in a resumed run: it touches no trained number, but for the rounding of the last two settings.
 MAY_CHANGE = (
     *("wandb.enabled", "wandb.entity", "wandb.project", "minimum_log_interval_secs"),
     *("sample_during_eval", "n_eval_model_samples", "sample_temperature", "sample_top_k", "sample_top_p"),
@@ -537,16 +540,16 @@ def resume(arguments: list[str]) -> None:
 def load_run_config(run_dir: Path) -> DictConfig:
     """Load a run's settings; UserError if the folder is none that a run makes."""
     try:
-        links = [path.name for path in run_dir.iterdir() if path.is_symlink() and path.name != "LATEST"]
-        if links:
-            told = f"holds links ({', '.join(sorted(links))}), which no run makes; remove them"
-            raise UserError(f"resume={run_dir}: {told}")
+        own = ("LATEST", ".staging-LATEST")
+        links = [path.name for path in run_dir.iterdir() if path.is_symlink() and path.name not in own]
         config = OmegaConf.load(run_dir / "config.yaml")
         flat_settings(config)
-        return config
-    except (OSError, YAMLError, UnicodeDecodeError, OmegaConfBaseException, AttributeError, TypeError) as error:
+    except (OSError, YAMLError, OmegaConfBaseException, AttributeError, TypeError, ValueError, RecursionError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"resume={run_dir}: is no run directory: its config.yaml cannot be read ({reason})") from None
+    if links:
+        raise UserError(f"resume={run_dir}: holds links ({', '.join(sorted(links))}), which no run makes; remove them")
+    return config
 
 
 def settings_fingerprint(config: DictConfig) -> str:
@@ -559,13 +562,14 @@ def settings_fingerprint(config: DictConfig) -> str:
 
 def grows(old: int | None, new: Any) -> bool:
     """Tell whether a limit is raised, or lifted."""
-    return old is not None and (new is None or (is_number(new) and new > old))
+    return is_number(old) and (new is None or (is_number(new) and new > old))
 
 
 def is_complete(folder: Path, states: dict[str, Any], n_updates: int) -> bool:
     """Tell whether a checkpoint ends a run: no update is left, and the export was written, which comes last."""
     try:
-        return states["run"]["counters"]["updates"] >= n_updates and (folder / "hf").is_dir()
+        whole = (folder / "hf").is_dir() and not (folder / "hf").is_symlink()
+        return whole and states["run"]["counters"]["updates"] >= n_updates
     except (KeyError, TypeError):  # a forged one, which is told when its states are taken over
         return False
 
@@ -574,6 +578,7 @@ def record(config: DictConfig, run_dir: Path, resumed: dict[str, Any] | None = N
     """Write the settings to the run's directory, and a line for each time that it was resumed."""
     staging = run_dir / ".staging-config.yaml"
     OmegaConf.save(config, staging)
+    flush(staging)
     os.replace(staging, run_dir / "config.yaml")
     if resumed is not None:
         line = {"time": f"{datetime.now():%Y-%m-%d %H:%M:%S}"} | resumed
@@ -642,15 +647,16 @@ def guarded(work: Callable[[], None]) -> None:
         sys.exit(tell(error, EXIT_CODES["refused"]))
     except RunError as error:
         sys.exit(tell(error, error.exit_code))
-    except OSError as error:
-        sys.exit(
-            tell(f"a file cannot be read or written ({error}); earlier checkpoints are intact", EXIT_CODES["disk"])
-        )
-    except (RuntimeError, MemoryError) as error:
-        if not lacks_memory(error):
-            raise
+    except (OSError, RuntimeError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        sys.exit(tell(f"out of memory before training began ({reason})", EXIT_CODES["memory"]))
+        if lacks_memory(error):
+            remedy = "a smaller model, or model.policy_dtype=bfloat16, needs less"
+            sys.exit(tell(f"out of memory before the first pass ({reason}); {remedy}", EXIT_CODES["memory"]))
+        if not isinstance(error, OSError):
+            raise
+        sys.exit(
+            tell(f"a file cannot be read or written ({reason}); earlier checkpoints are intact", EXIT_CODES["disk"])
+        )
     except Stopped as error:
         say(f"Stopped by {error}.")
         sys.exit(error.exit_code)

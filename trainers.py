@@ -103,7 +103,7 @@ class BasicTrainer:
             raise UserError("activation_checkpointing=true: this kind of model does not support it; set it to false")
         if config.activation_checkpointing:
             recompute_activations(policy)
-        self.examples = self.updates = 0
+        self.examples = self.updates = self.n_passes = 0
         self.position = dict(START)  # of train_batches, after the last update
         self.next_eval = 0 if config.do_first_eval else config.eval_every
         self.next_save = self.following(config.save_every)
@@ -205,10 +205,11 @@ class BasicTrainer:
         size = -(-len(examples) // n_microbatches)
         parts = (examples[start : start + size] for start in range(0, len(examples), size))
         layouts = (layout for part in parts for layout in make_passes(part, self.layout, self.max_tokens))
-        for number, layout in enumerate(layouts, start=1):
+        for layout in layouts:
             self.doing = layout
             yield layout.to(self.device)
-            if number % PASSES_A_TRIM == 0:
+            self.n_passes += 1
+            if self.n_passes % PASSES_A_TRIM == 0:
                 give_back_memory(self.device)
 
     def losses(self, layout: Layout, metrics: "Metrics") -> torch.Tensor:
@@ -241,7 +242,7 @@ class BasicTrainer:
         """Turn a lack of memory into one line that says what was computed and which setting to lower."""
         try:
             yield
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, OSError) as error:
             if not lacks_memory(error):
                 raise
             reason = (str(error).splitlines() or ["no more is there"])[0]
@@ -449,6 +450,7 @@ class BasicTrainer:
         if self.config.debug or not self.examples:
             return
         self.next_save = self.following(self.config.save_every)
+        self.doing = "while saving a checkpoint, which gathers all weights and the optimizer's state"
         states = {name: getattr(self, name).state_dict() for name in ("policy", "optimizer", "scheduler")}
         states["run"] = self.run_state(self.logger.sizes() if logs is None else logs)
         keep = (self.config.keep_checkpoints, self.config.keep_policies)
@@ -482,15 +484,18 @@ class BasicTrainer:
         }
 
     def restore(self, states: dict[str, Any]) -> None:
-        """Take over the states of a checkpoint, before training; UserError if settings, data or reference changed."""
-        with self.memory_errors_told():
-            if self.wants_table:
-                self.reference = self.precompute_reference()
-            self.take_over_or_refuse(states)
+        """Take over the states of a checkpoint, before training.
 
-    def take_over_or_refuse(self, states: dict[str, Any]) -> None:
-        """Load the states of a checkpoint; RunError if they have another form than a trainer writes."""
+        UserError if the settings, the data or the reference are others, RunError if the states have another form than
+        a trainer writes.
+        """
         try:
+            for what, value in self.identity.items():
+                if states["run"]["identity"][what] != value:
+                    raise UserError(f"resume={self.run_dir}: {what} are not those that the run began with")
+            with self.memory_errors_told():
+                if self.wants_table:
+                    self.reference = self.precompute_reference()
             self.take_over(**states)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, UserError) or lacks_memory(error):
@@ -500,9 +505,6 @@ class BasicTrainer:
 
     def take_over(self, policy: Any, optimizer: Any, scheduler: Any, run: Any) -> None:
         """Load the states of a checkpoint's parts."""
-        for what, value in self.identity.items():
-            if run["identity"].get(what) != value:
-                raise UserError(f"resume={self.run_dir}: {what} are not those that the run began with")
         load_weights(self.policy, policy, f"resume={self.run_dir}")
         self.optimizer.load_state_dict(optimizer)
         self.scheduler.load_state_dict(scheduler)

@@ -1,6 +1,7 @@
 """Devices, the run's directory, progress on the console, and the metric logger."""
 
 import ctypes
+import errno
 import fcntl
 import getpass
 import json
@@ -34,8 +35,10 @@ class UserError(ValueError):
 
 def lacks_memory(error: BaseException) -> bool:
     """Tell whether an error means that a device's memory, or the machine's, did not suffice."""
-    told = "out of memory|not enough memory|can't allocate memory"
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(re.search(told, str(error)))
+    told = isinstance(error, RuntimeError) and re.search(
+        "out of memory|not enough memory|can't allocate memory", str(error)
+    )
+    return bool(told) or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
 # Why a run ended, and the exit code that says so.

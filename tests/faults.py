@@ -285,6 +285,9 @@ def kill_in_save(point: str, nth: int) -> Fault:
     def before_latest(run_dir: Path, name: str) -> None:
         if now[0] and point == "before LATEST":
             kill()
+        if now[0] and point == "in the change of LATEST":
+            (run_dir / ".staging-LATEST").symlink_to(name)
+            kill()
         latest(run_dir, name)
 
     def half_removed(folder: Path) -> None:
@@ -307,6 +310,7 @@ SAVE_POINTS = (
     "before the manifest",
     "before the rename",
     "before LATEST",
+    "in the change of LATEST",
     "while an old one is removed",
 )
 

@@ -304,6 +304,9 @@ HOSTILE_SETTINGS = [
     ("seed: 0", "seed: !!python/object/apply:os.system ['touch {canary}']"),
     ("seed: 0", "seed: !!python/object/apply:builtins.open ['{canary}', 'w']"),
     ("seed: 0", "seed: ${{oc.create:{canary}}}"),
+    ("seed: 0", "seed: 0b_"),
+    ("seed: 0", "seed: " + "[" * 2000),
+    ("  name: sft", "  nome: sft"),
     ("seed: 0", "seed: ${{eval:open('{canary}','w')}}"),
 ]
 
@@ -324,7 +327,9 @@ def test_a_name_cannot_leave_its_directory(path):
     assert not train.RULES["exp_name"][0](path)
 
 
-@pytest.mark.parametrize("what", ["step", "file", "LATEST", "manifest", ".lock", "metrics.jsonl", "policies"])
+@pytest.mark.parametrize(
+    "what", ["step", "file", "LATEST", "manifest", ".lock", "metrics.jsonl", "policies", "metrics.json"]
+)
 def test_links_and_paths_of_a_run_directory_lead_nowhere_else(what, stopped, tmp_path):
     folder, outside = tmp_path / "run", tmp_path / "outside"
     shutil.copytree(stopped, folder, symlinks=True)
@@ -343,6 +348,13 @@ def test_links_and_paths_of_a_run_directory_lead_nowhere_else(what, stopped, tmp
     elif what == ".lock" or what == "metrics.jsonl":
         (folder / what).unlink()
         (folder / what).symlink_to(outside / "policy.pt")
+    elif what == "metrics.json":  # of a checkpoint that a signal wrote before the evaluation
+        (folder / "step-8" / what).unlink()
+        part = (folder / "step-8" / "MANIFEST").read_text().partition("# ")[0]
+        lines = "".join(line for line in part.splitlines(keepends=True) if what not in line)
+        own = hashlib.sha256(lines.encode()).hexdigest()
+        (folder / "step-8" / "MANIFEST").write_text(f"{lines}# {own}\n")
+        (folder / "step-8" / what).symlink_to(outside / "policy.pt")
     elif what == "policies":
         (folder / what).symlink_to(outside)
         (outside / ".staging-x").write_text("of another run")
@@ -353,7 +365,8 @@ def test_links_and_paths_of_a_run_directory_lead_nowhere_else(what, stopped, tmp
         own = hashlib.sha256(lines.encode()).hexdigest()
         (folder / "step-8" / "MANIFEST").write_text(f"{lines}# {own}\n")
     result = command_line(folder, again(folder))
-    assert result.returncode in (2, 3) and len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.returncode in (0 if what == "metrics.json" else 2, 3), result.stderr
+    assert len(result.stderr.splitlines()) == (what != "metrics.json"), result.stderr
     assert sorted((path.name, path.stat().st_mtime_ns) for path in outside.iterdir()) == before
 
 

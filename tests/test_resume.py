@@ -74,7 +74,7 @@ def resumed(folder: Path, *faults, overrides: tuple[str, ...] = ()):
 @pytest.mark.parametrize("settings", [SFT, DPO], ids=["sft", "dpo"])
 def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(settings, whole, tmp_path, counts, report):
     draw, hit = rng(0), dict.fromkeys(PHASES, 0)
-    for i in range(counts(small=5, full=50)):
+    for i in range(counts(small=5, full=55)):
         folder, log = tmp_path / f"run{i}", tmp_path / "phase"
         moment = at_event(int(draw.randint(N_EVENTS)), kill, delay=float(draw.uniform(1e-4, 0.05)), log=log)
         killed = command_line(folder, fresh(folder, *settings), dropout, moment)
@@ -91,8 +91,6 @@ def test_a_run_that_is_killed_in_a_save_ends_as_if_it_had_not_been(point, whole,
     for nth in counts(small=(4,), full=(1, 2, 3, 4, 5, 6)):
         folder = tmp_path / f"run{nth}"
         killed = command_line(folder, fresh(folder, *DPO), dropout, kill_in_save(point, nth))
-        if point == "while an old one is removed":
-            assert killed.returncode == -signal.SIGKILL
         assert killed.returncode == -signal.SIGKILL
         latest = folder / "LATEST"
         assert not latest.is_symlink() or checkpoints.damage(latest.resolve()) is None
@@ -148,6 +146,47 @@ def test_a_run_killed_before_its_export_gives_the_export_and_no_record_twice(who
     assert (folder / "LATEST" / "hf" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("end", ["killed", "jittered"])
+def test_an_evaluation_that_is_made_again_never_spoils_its_checkpoint(end, whole, tmp_path):
+    def jittered(self):
+        return {name: value + 1e-8 for name, value in evaluate(self).items()}
+
+    evaluate, folder = trainers.BasicTrainer.evaluate, tmp_path / "run"
+    settings = (*DPO, "keep_checkpoints=1")
+    no_export = lambda: setattr(trainers.BasicTrainer, "export", lambda self: kill())  # noqa: E731
+    assert command_line(folder, fresh(folder, *settings), dropout, no_export).returncode == -signal.SIGKILL
+    if end == "killed":
+        faults = (lambda: setattr(checkpoints, "point_latest", count_to_kill(2)),)
+    else:
+        faults = (lambda: setattr(trainers.BasicTrainer, "evaluate", jittered), no_export)
+    assert command_line(folder, again(folder), dropout, *faults).returncode == -signal.SIGKILL
+    resumed(folder)
+    assert_same(folder, whole(DPO))
+
+
+def count_to_kill(n: int):
+    """Return what point_latest becomes to be killed in its nth call."""
+    point, left = checkpoints.point_latest, iter(range(n - 1, -1, -1))
+    return lambda *args: point(*args) if next(left) else kill()
+
+
+def test_the_metrics_of_an_evaluation_after_a_stop_are_added_whole(whole, tmp_path):
+    folder = tmp_path / "run"
+    assert command_line(folder, fresh(folder, *DPO), dropout, at_event(6, send(signal.SIGTERM))).returncode == 143
+    assert not (folder / "step-16" / "metrics.json").exists()
+
+    def full(folder, metrics):
+        raise OSError(28, "No space left on device")
+
+    fault = lambda: setattr(checkpoints, "write_metrics", full)  # noqa: E731
+    assert command_line(folder, again(folder), dropout, fault).returncode == 4
+    assert checkpoints.damage(folder / "step-16") is None
+    assert command_line(folder, again(folder), dropout, at_event(4, kill)).returncode == -signal.SIGKILL
+    assert json.loads((folder / "step-16" / "metrics.json").read_text())["loss/eval"] > 0
+    resumed(folder)
+    assert_same(folder, whole(DPO))
+
+
 def test_a_run_copied_by_a_tool_that_follows_links_resumes(whole, tmp_path):
     everything = (*DPO, "keep_checkpoints=null")
     folder = copy_until(whole(everything), tmp_path / "run", 24)
@@ -180,7 +219,7 @@ def test_a_resumed_run_can_be_killed_again(whole, tmp_path):
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_a_signal_stops_after_the_update_and_nothing_is_lost(name, code, whole, tmp_path, counts, report):
     draw, stopped = rng(1), 0
-    for i in range(counts(small=2, full=50 if name == "SIGTERM" else 10)):
+    for i in range(counts(small=2, full=55 if name == "SIGTERM" else 10)):
         folder = tmp_path / f"run{i}"
         ask = send(getattr(signal, name))
         moment = at_event(int(draw.randint(N_EVENTS)), ask, delay=float(draw.uniform(1e-4, 0.05)))
@@ -361,14 +400,15 @@ def test_a_complete_run_is_left_as_it_is(whole, tmp_path):
 def test_other_data_or_settings_are_refused_and_change_nothing(what, tmp_path):
     data = few_rows(tmp_path / "data", 60, 8)
     folder = tmp_path / "run"
-    killed = command_line(folder, fresh(folder, *BUSY, "loss=dpo", f"datasets=['{data}']"), at_event(9, kill))
+    settings = ("loss=dpo", "loss.precompute_reference=true", f"datasets=['{data}']", f"local_dirs=['{tmp_path}']")
+    killed = command_line(folder, fresh(folder, *BUSY, *settings), at_event(9, kill))
     assert killed.returncode < 0
     if what == "settings":
         (folder / "config.yaml").write_text((folder / "config.yaml").read_text().replace("seed: 0", "seed: 1"))
     else:
         lines = (data / f"{what}.jsonl").read_text().splitlines()
         (data / f"{what}.jsonl").write_text("\n".join([lines[0].replace(" the ", " that "), *lines[1:]]) + "\n")
-    before = {name: (folder / name).read_bytes() for name in ("config.yaml", "metrics.jsonl")}
+    before = {name: (folder / name).read_bytes() for name in ("config.yaml", "metrics.jsonl", "reference.pt")}
     result = command_line(folder, again(folder, "n_examples=64"))
     named = {"train": "the training data", "test": "the evaluation data", "settings": "the settings"}[what]
     assert result.returncode == 2 and f"{named} are not those that the run began with" in result.stderr
@@ -416,7 +456,12 @@ def test_only_the_newest_checkpoints_and_the_policies_of_evaluations_are_kept(tm
     assert result.returncode == 0
     assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-48"]
     kept = sorted(path.name for path in (folder / "policies").iterdir())
-    assert kept == ["step-16.pt", "step-32.pt"]  # evaluations, not the saves at 8, 24 and 40
+    assert kept == [
+        "step-16.json",
+        "step-16.pt",
+        "step-32.json",
+        "step-32.pt",
+    ]  # evaluations, not the saves at 8, 24 and 40
     assert torch.load(folder / "policies" / "step-16.pt")["metrics"]["loss/eval"] > 0
     assert checkpoints.load_archive(str(folder / "policies" / "step-16.pt"))
 
