@@ -251,7 +251,8 @@ def packed_attention(
 
 # Log-probabilities
 
-CHUNK_BYTES = 2**27  # float32 logits that are held at a time, beyond which they are recomputed in the backward pass
+CHUNK_BYTES = 2**25  # float32 logits that are held at a time, beyond which they are recomputed in the backward pass
+CHUNK_TOKENS = 128  # at least so many tokens a time, or a large vocabulary's products become slow
 
 
 def token_logps(model: Any, layout: Layout, head: Head | None, body: Body | None = None) -> torch.Tensor:
@@ -266,7 +267,8 @@ def token_logps(model: Any, layout: Layout, head: Head | None, body: Body | None
         body = model.base_model if body is None else body
         hidden = body(**model_inputs(model, layout))[0]
         hidden = hidden.reshape(-1, hidden.shape[-1])[layout.sources]
-        logps = chunked_logps(hidden, layout.targets, head, CHUNK_BYTES // (4 * head.weight.shape[0]))
+        size = max(CHUNK_TOKENS, CHUNK_BYTES // (4 * head.weight.shape[0]))
+        logps = chunked_logps(hidden, layout.targets, head, size)
     return logps
 
 

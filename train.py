@@ -394,13 +394,7 @@ def refuse(problems: list[str]) -> None:
 def run(config: DictConfig, resumed: Path | None = None, overrides: dict[str, Any] | None = None) -> None:
     """Check everything, make the run directory or go on in the one resumed, load the models, and train."""
     with ExitStack() as stack:
-        checkpoint = None
-        if resumed is not None:
-            stack.enter_context(only_writer(resumed))
-            clear_leftovers(resumed)
-            checkpoint = newest_checkpoint(resumed)
-            if checkpoint is None:
-                say(f"{resumed} holds no checkpoint yet, so the run begins again.")
+        checkpoint = None if resumed is None else reopen(resumed, stack)
         signals = stack.enter_context(ProcessSignals().installed())
         if not sys.stderr.isatty():
             from transformers.utils import logging  # slow to import, as are the trainers
@@ -439,6 +433,16 @@ def run(config: DictConfig, resumed: Path | None = None, overrides: dict[str, An
             say(f"To go on: python train.py resume={shlex.quote(str(run_dir))}")
             raise
     say(f"Done: {trainer.examples:,} examples in {trainer.updates:,} updates. Everything is in {run_dir}")
+
+
+def reopen(run_dir: Path, stack: ExitStack) -> tuple[Path, dict[str, Any]] | None:
+    """Hold a run's directory, clear what a killed process left there, and return its newest checkpoint and states."""
+    stack.enter_context(only_writer(run_dir))
+    clear_leftovers(run_dir)
+    checkpoint = newest_checkpoint(run_dir)
+    if checkpoint is None:
+        say(f"{run_dir} holds no checkpoint yet, so the run begins again.")
+    return checkpoint
 
 
 def load_models(config: DictConfig, model_config: Any, device: torch.device) -> tuple[Any, Any]:

@@ -91,7 +91,7 @@ def compute_dtype(precision: str, policy_dtype: torch.dtype, device: torch.devic
     return torch.bfloat16 if native else torch.float32
 
 
-PASSES_A_TRIM = 4  # forward passes between two calls of give_back_memory: it costs a fiftieth of their time
+PASSES_A_TRIM = 2  # forward passes between two calls of give_back_memory, which cost about a thirtieth of their time
 TOKENS_PER_PASS = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # for the CPU measured (benchmarks/README.md), else guessed
 
 

@@ -70,7 +70,8 @@ def family(tiny_folder):
 def head(request, family, monkeypatch):
     """Give logits by the model itself, and by its output embeddings, also for 5 tokens at a time."""
     if request.param == "head in chunks":
-        monkeypatch.setattr(packing, "CHUNK_BYTES", 5 * 4 * family.model.config.vocab_size)
+        monkeypatch.setattr(packing, "CHUNK_BYTES", 0)
+        monkeypatch.setattr(packing, "CHUNK_TOKENS", 5)
     return None if request.param == "model" else packing.find_head(family.model)
 
 
@@ -274,12 +275,13 @@ def test_accumulation_and_token_budget_change_nothing_in_the_gradient(layout, lo
         assert (actual - expected).norm() < 1e-5 * expected.norm(), accumulation
 
 
-@pytest.mark.parametrize("setting", ["CHUNK_BYTES", "activation_checkpointing"])
+@pytest.mark.parametrize("setting", ["CHUNK_TOKENS", "activation_checkpointing"])
 def test_recomputing_changes_nothing_in_the_gradient(setting, make_trainer, monkeypatch):
     """Of logits, 7 tokens at a time, or of activations."""
     trainer = make_trainer("loss=dpo", f"activation_checkpointing={setting == 'activation_checkpointing'}", "lr=1e-30")
-    if setting == "CHUNK_BYTES":
-        monkeypatch.setattr(packing, "CHUNK_BYTES", 7 * 4 * trainer.policy.config.vocab_size)
+    if setting == "CHUNK_TOKENS":
+        monkeypatch.setattr(packing, "CHUNK_BYTES", 0)
+        monkeypatch.setattr(packing, "CHUNK_TOKENS", 7)
     perturb(trainer.policy)
     batch = next(iter(trainer.train_batches))
     expected = oracle_gradient(trainer, batch.examples)
