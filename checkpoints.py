@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import GenerationConfig
 
-from utils import RunError, UserError, lacks_memory, say
+from utils import RunError, UserError, first_line, lacks_memory, say
 
 MANIFEST = "MANIFEST"
 PARTS = ("policy", "optimizer", "scheduler", "run")
@@ -89,7 +89,7 @@ def place(final: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         if lacks_memory(error):
             raise
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise RunError(f"{final}: cannot be written ({reason}); earlier checkpoints are intact", "disk") from None
 
 
@@ -214,7 +214,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | str:
     except Exception as error:  # a forged file, which torch refuses in many ways
         if lacks_memory(error):
             raise
-        return f"it cannot be read ({(str(error).splitlines() or [''])[0]})"
+        return f"it cannot be read ({first_line(error)})"
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -274,15 +274,14 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
+WHOLE_NUMBERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by their size in bytes
+
+
 def weights_checksum(model: Any) -> str:
     """Return a SHA-256 of each tensor's name, shape and sum of bits, which other weights would hardly share."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
-        bits = (
-            value.detach()
-            .flatten()
-            .view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[value.element_size()])
-        )
+        bits = value.detach().flatten().view(WHOLE_NUMBERS[value.element_size()])
         digest.update(f"{name} {value.dtype} {tuple(value.shape)} {bits.sum(dtype=torch.int64)}".encode())
     return digest.hexdigest()
 
@@ -298,7 +297,7 @@ def load_archive(path: str) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise UserError(f"model.archive={path}: there is no such file; {remedy}") from None
     except Exception as error:  # torch raises many kinds for a file that is damaged or holds more than weights
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise UserError(f"model.archive={path}: cannot be read ({reason}); {remedy}") from None
     state = archive.get("state") if isinstance(archive, dict) else None
     dense = isinstance(state, dict) and all(

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from utils import lacks_memory, say
+from utils import first_line, lacks_memory, say
 
 Head = torch.nn.Module  # turns hidden states into logits
 Body = Callable[..., Any]  # turns model inputs into hidden states
@@ -371,7 +371,7 @@ def check_layout(model: Any, examples: Sequence[Any], layout: str, max_length: i
     except Exception as error:  # a model that takes no such mask or no position ids says so in many ways
         if lacks_memory(error):
             raise
-        return f"the model fails with it ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+        return f"the model fails with it ({type(error).__name__}: {first_line(error)})"
     finally:
         for parameter, data in kept:
             parameter.data = data

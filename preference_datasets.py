@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils import UserError, progress
+from utils import UserError, first_line, progress
 
 ASSISTANT = "\n\nAssistant:"
 
@@ -88,7 +88,7 @@ def load_hub_split(path: str, split: str, cache_dir: str | None) -> Any:
     try:
         return datasets.load_dataset(path, split=split, cache_dir=cache_dir)
     except Exception as error:  # the hub client raises many kinds: no network, no such data set, no disk
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         advice = "pass a local folder, datasets=[PATH] with train.jsonl, or try `make demo`"
         raise UserError(f"data set {path}: cannot be fetched ({reason}); {advice}") from None
 

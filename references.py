@@ -12,7 +12,7 @@ import torch
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from packing import Layout, compile_body, find_head, sequence_logps
-from utils import say
+from utils import first_line, say
 
 
 class LiveReference:
@@ -72,7 +72,7 @@ class ReferenceTable:
             os.replace(staging, path)
         except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             staging.unlink(missing_ok=True)
-            say(f"{path}: cannot be written ({(str(error).splitlines() or [''])[0]}), so it may be computed again.")
+            say(f"{path}: cannot be written ({first_line(error)}), so it may be computed again.")
 
     def load(self, path: Path, key: str) -> bool:
         """Take over a table written under this key; False if there is none that is whole and fits."""

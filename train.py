@@ -41,6 +41,7 @@ from utils import (
     WandbTracker,
     answers,
     compute_dtype,
+    first_line,
     lacks_memory,
     local_run_dir,
     make_run_dir,
@@ -279,7 +280,7 @@ def fetch(what: str, name: str, load: Callable[[], Any]) -> Any:
     except Exception as error:  # a damaged or foreign folder makes transformers raise nearly anything
         if lacks_memory(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         advice = "give the path of a local folder, or try `make demo`, which needs no download"
         raise UserError(f"{what}={name}: cannot be loaded ({reason}); {advice}") from None
 
@@ -410,8 +411,6 @@ def run(config: DictConfig, resumed: Path | None = None, overrides: dict[str, An
             stack.enter_context(only_writer(run_dir))
             record(config, run_dir)
         say(f"\n{OmegaConf.to_yaml(config)}\nRun directory: {run_dir}")
-        dtype = compute_dtype(config.precision, policy.dtype, device)
-        say(f"Device: {device}. Computing in {dtype}, parameters and optimizer in {config.model.policy_dtype}.")
         logger = MetricLogger(run_dir, make_tracker(config, run_dir), config.minimum_log_interval_secs)
         stack.callback(logger.close)
         from trainers import BasicTrainer
@@ -448,6 +447,7 @@ def reopen(run_dir: Path, stack: ExitStack) -> tuple[Path, dict[str, Any]] | Non
 def load_models(config: DictConfig, model_config: Any, device: torch.device) -> tuple[Any, Any]:
     """Load the policy and, where the loss needs a second model, its copy; seed all random generators."""
     dtype = compute_dtype(config.precision, getattr(torch, config.model.policy_dtype), device)
+    say(f"Device: {device}. Computing in {dtype}, parameters and optimizer in {config.model.policy_dtype}.")
     if device.type == "cuda" and dtype == torch.float32:
         torch.set_float32_matmul_precision("high")  # TF32
     random.seed(config.seed)
@@ -549,7 +549,7 @@ def load_run_config(run_dir: Path) -> DictConfig:
         config = OmegaConf.load(run_dir / "config.yaml")
         flat_settings(config)
     except (OSError, YAMLError, OmegaConfBaseException, AttributeError, TypeError, ValueError, RecursionError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = first_line(error)
         raise UserError(f"resume={run_dir}: is no run directory: its config.yaml cannot be read ({reason})") from None
     if links:
         raise UserError(f"resume={run_dir}: holds links ({', '.join(sorted(links))}), which no run makes; remove them")
@@ -652,15 +652,14 @@ def guarded(work: Callable[[], None]) -> None:
     except RunError as error:
         sys.exit(tell(error, error.exit_code))
     except (OSError, RuntimeError, MemoryError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if lacks_memory(error):
             remedy = "a smaller model, or model.policy_dtype=bfloat16, needs less"
             sys.exit(tell(f"out of memory before the first pass ({reason}); {remedy}", EXIT_CODES["memory"]))
         if not isinstance(error, OSError):
             raise
-        sys.exit(
-            tell(f"a file cannot be read or written ({reason}); earlier checkpoints are intact", EXIT_CODES["disk"])
-        )
+        told = f"a file cannot be read or written ({reason}); earlier checkpoints are intact"
+        sys.exit(tell(told, EXIT_CODES["disk"]))
     except Stopped as error:
         say(f"Stopped by {error}.")
         sys.exit(error.exit_code)

@@ -48,6 +48,7 @@ from utils import (
     UserError,
     compute_dtype,
     device_name,
+    first_line,
     give_back_memory,
     lacks_memory,
     local_dir,
@@ -132,7 +133,7 @@ class BasicTrainer:
                 for model in models:
                     use_attention(model, kind)
             except (ValueError, ImportError) as error:  # this kind of model has no such attention
-                say(f"Attention is not {kind}: {str(error).splitlines()[0]}")
+                say(f"Attention is not {kind}: {first_line(error)}")
                 continue
             problem = check_layout(self.policy, batch.examples[:3], layout, config.max_length, self.dtype)
             if problem is None:
@@ -245,7 +246,7 @@ class BasicTrainer:
         except (RuntimeError, MemoryError, OSError) as error:
             if not lacks_memory(error):
                 raise
-            reason = (str(error).splitlines() or ["no more is there"])[0]
+            reason = first_line(error)
             raise RunError(f"out of memory {self.what_was_done()} ({reason})", "memory") from None
 
     def what_was_done(self) -> str:
@@ -338,7 +339,7 @@ class BasicTrainer:
         return asked or (self.examples >= self.next_save and not evaluates)
 
     def evaluate_and_save(self, final: bool = False) -> None:
-        """Evaluate, sample, and, unless this is the first evaluation or debug is set, write a checkpoint."""
+        """Evaluate and sample, and write a checkpoint if an update was made and debug is not set."""
         before = self.logger.sizes()
         try:
             metrics = self.evaluate()
