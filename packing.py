@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from utils import first_line, lacks_memory, say
 
 Head = torch.nn.Module  # turns hidden states into logits
-Body = Callable[..., Any]  # turns model inputs into hidden states
 
 
 @dataclass(frozen=True)
@@ -152,18 +152,19 @@ def make_passes(examples: Sequence[Any], layout: str, max_tokens: int) -> Iterat
 # Attention
 
 
-def attention_kinds(device: torch.device, compiled: bool = False) -> list[str]:
-    """Return the kinds of attention to try for rows that hold several examples, the fastest first.
+def attention_kinds(device: torch.device) -> list[str]:
+    """Return the kinds of attention to try for rows that hold several examples, the fastest first."""
+    return ["flex_attention", "packed"] if device.type == "cuda" else ["packed"]
 
-    A compiled model cannot loop over examples without compiling anew for every row, so it adds the whole mask instead.
+
+def compile_layers(model: Any) -> None:
+    """Let a model's layers be compiled, one for all of them and for rows of all lengths, when they first compute.
+
+    Parameters and their names stay as they are.
     """
-    general = "sdpa" if compiled else "packed"
-    return ["flex_attention", general] if device.type == "cuda" else [general]
-
-
-def compile_body(model: Any) -> Body:
-    """Compile a model's body once for rows of all lengths; its parameters and their names stay as they are."""
-    return torch.compile(model.base_model, dynamic=True)
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # what every layer of transformers' models is
+            module.compile(dynamic=True)
 
 
 def recompute_activations(model: Any, on: bool = True) -> None:
@@ -184,11 +185,12 @@ def use_attention(model: Any, kind: str) -> None:
 
 @contextmanager
 def torch_attention(model: Any) -> Iterator[None]:
-    """Use torch's own attention for a while: flex_attention would compile anew for every shape of other inputs."""
+    """Use torch's own attention, and nothing that is compiled, which would compile anew for other kinds of inputs."""
     kind = model.config._attn_implementation
     use_attention(model, "sdpa")
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         use_attention(model, kind)
 
@@ -225,6 +227,7 @@ def flex_inputs(inputs: dict[str, torch.Tensor], segments: torch.Tensor) -> dict
     return {name: F.pad(value, (0, missing)) for name, value in inputs.items()} | {"attention_mask": mask}
 
 
+@torch.compiler.disable  # compiled, it would be another function for every number of examples
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -240,41 +243,62 @@ def packed_attention(
     bounds = getattr(attention_mask, "bounds", None)
     if bounds is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    attend = cpu_attention if query.device.type == "cpu" else sdpa_attention_forward
     lengths = [end - start for start, end in bounds]
     examples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), bounds, strict=True)
     parts = [
-        sdpa_attention_forward(module, *states, attention_mask[:, :, start:end, start:end], **kwargs)[0]
+        attend(module, *states, attention_mask[:, :, start:end, start:end], **kwargs)[0]
         for *states, (start, end) in examples
     ]
     return torch.cat(parts, dim=1), None
 
 
+def cpu_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend in at least float32, with as many key heads as there are; the result is of the values' dtype.
+
+    For sequences of some hundred tokens torch's kernel is slower in bfloat16, and repeated keys would only be stored.
+    """
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    query, key, mask = (tensor.to(dtype) for tensor in (query, key, attention_mask))
+    with torch.autocast("cpu", enabled=False):
+        how = {"attn_mask": mask, "dropout_p": dropout, "scale": scaling, "enable_gqa": True}
+        out = F.scaled_dot_product_attention(query, key, value.to(dtype), **how)
+    return out.transpose(1, 2).to(value.dtype), None
+
+
 # Log-probabilities
 
-CHUNK_BYTES = 2**25  # float32 logits that are held at a time, beyond which they are recomputed in the backward pass
+CHUNK_BYTES = 2**27  # float32 logits that are held at a time, beyond which they are recomputed in the backward pass
 CHUNK_TOKENS = 128  # at least so many tokens a time, or a large vocabulary's products become slow
 
 
-def token_logps(model: Any, layout: Layout, head: Head | None, body: Body | None = None) -> torch.Tensor:
+def token_logps(model: Any, layout: Layout, head: Head | None) -> torch.Tensor:
     """Return the log-probability of each response token, (n,), in at least float32.
 
-    head turns the hidden states that body (by default model.base_model) gives into logits; without one (see find_head),
-    the model itself does.
+    head turns the hidden states of model.base_model into logits; without one (see find_head), the model itself does.
     """
     if head is None:
         logps = target_logps(response_logits(model, layout), layout.targets)
     else:
-        body = model.base_model if body is None else body
-        hidden = body(**model_inputs(model, layout))[0]
+        hidden = model.base_model(**model_inputs(model, layout))[0]
         hidden = hidden.reshape(-1, hidden.shape[-1])[layout.sources]
         size = max(CHUNK_TOKENS, CHUNK_BYTES // (4 * head.weight.shape[0]))
         logps = chunked_logps(hidden, layout.targets, head, size)
     return logps
 
 
-def sequence_logps(model: Any, layout: Layout, head: Head | None, body: Body | None = None) -> torch.Tensor:
+def sequence_logps(model: Any, layout: Layout, head: Head | None) -> torch.Tensor:
     """Return log pi(response | prompt), summed over tokens, of shape (examples, n_responses), in at least float32."""
-    logps = token_logps(model, layout, head, body)
+    logps = token_logps(model, layout, head)
     return torch.segment_reduce(logps, "sum", lengths=layout.lengths.flatten()).view(layout.lengths.shape)
 
 
@@ -309,10 +333,12 @@ def chunked_logps(hidden: torch.Tensor, targets: torch.Tensor, head: Head, size:
 
 
 def target_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return logit minus logsumexp of each target, (n,), from logits (n, vocabulary), in at least float32."""
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+    """Return logit minus logsumexp of each target, (n,), from logits (n, vocabulary), in at least float32.
+
+    log_softmax is one kernel in each direction, and takes half the time of the two terms by themselves.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.log_softmax(1, dtype=dtype).gather(1, targets[:, None])[:, 0]
 
 
 class Float32Head(torch.nn.Module):

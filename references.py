@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
-from packing import Layout, compile_body, find_head, sequence_logps
+from packing import Layout, compile_layers, find_head, sequence_logps
 from utils import first_line, say
 
 
@@ -20,16 +20,17 @@ class LiveReference:
 
     def __init__(self, model: Any, dtype: torch.dtype, compiled: bool = False):
         self.model, self.head = model, find_head(model)
-        self.body = compile_body(model) if compiled else None
         if model.dtype == torch.float32 and dtype != torch.float32:
             store_linear_weights(model, dtype)
+        if compiled:
+            compile_layers(model)
 
     @torch.no_grad()
     def logps(self, layout: Layout) -> torch.Tensor:
         """Return the log-probabilities of the responses, (examples, n_responses)."""
         in_float32 = self.model.dtype == torch.float32  # autocast expects such parameters; others compute as they are
         with nullcontext() if in_float32 else torch.autocast(layout.targets.device.type, enabled=False):
-            return sequence_logps(self.model, layout, self.head, self.body)
+            return sequence_logps(self.model, layout, self.head)
 
 
 def store_linear_weights(model: Any, dtype: torch.dtype) -> None:

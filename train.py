@@ -42,6 +42,7 @@ from utils import (
     answers,
     compute_dtype,
     first_line,
+    keep_few_kernels,
     lacks_memory,
     local_run_dir,
     make_run_dir,
@@ -405,6 +406,7 @@ def run(config: DictConfig, resumed: Path | None = None, overrides: dict[str, An
         if checkpoint is not None and is_complete(*checkpoint, len(batches[0])):
             say(f"{resumed}: the run is complete; set n_epochs or n_examples higher to go on.")
             return
+        keep_few_kernels()
         policy, reference = load_models(config, model_config, device)
         run_dir = resumed or make_run_dir(config.local_run_dir)
         if resumed is None:

@@ -29,7 +29,7 @@ from packing import (
     Layout,
     attention_kinds,
     check_layout,
-    compile_body,
+    compile_layers,
     find_head,
     make_passes,
     recompute_activations,
@@ -40,7 +40,6 @@ from packing import (
 from preference_datasets import START, Batch, BatchIterator, Example
 from references import LiveReference, ReferenceTable, fingerprint
 from utils import (
-    PASSES_A_TRIM,
     MetricLogger,
     RunError,
     Signals,
@@ -49,7 +48,6 @@ from utils import (
     compute_dtype,
     device_name,
     first_line,
-    give_back_memory,
     lacks_memory,
     local_dir,
     prefetch,
@@ -88,11 +86,8 @@ class BasicTrainer:
         self.layout = self.checked_layout(reference_model)
         self.max_tokens = tokens_per_pass(config.max_tokens_per_pass, self.device)
         self.head = find_head(policy)
-        if config.compile and self.head is None:
-            raise UserError(
-                "compile=true: this model's logits are more than its output embeddings give; set it to false"
-            )
-        self.body = compile_body(policy) if config.compile else None
+        if config.compile:
+            compile_layers(policy)
         self.reference = None if reference_model is None else self.live_reference(reference_model)
         self.wants_table = self.loss.needs_reference and reference_model is None
         if self.wants_table and self.head is not None and self.dtype != torch.float32:
@@ -104,7 +99,7 @@ class BasicTrainer:
             raise UserError("activation_checkpointing=true: this kind of model does not support it; set it to false")
         if config.activation_checkpointing:
             recompute_activations(policy)
-        self.examples = self.updates = self.n_passes = 0
+        self.examples = self.updates = 0
         self.position = dict(START)  # of train_batches, after the last update
         self.next_eval = 0 if config.do_first_eval else config.eval_every
         self.next_save = self.following(config.save_every)
@@ -128,7 +123,7 @@ class BasicTrainer:
             return layout
         batch = next(iter(replace(self.eval_batches, position=dict(START))))
         models = [model for model in (self.policy, reference_model) if model is not None]
-        for kind in attention_kinds(self.device, config.compile):
+        for kind in attention_kinds(self.device):
             try:
                 for model in models:
                     use_attention(model, kind)
@@ -209,14 +204,11 @@ class BasicTrainer:
         for layout in layouts:
             self.doing = layout
             yield layout.to(self.device)
-            self.n_passes += 1
-            if self.n_passes % PASSES_A_TRIM == 0:
-                give_back_memory(self.device)
 
     def losses(self, layout: Layout, metrics: "Metrics") -> torch.Tensor:
         """Return the losses of a pass, (examples,), and add its metrics, one value an example."""
         reference_logps = None if self.reference is None else self.reference.logps(layout)
-        logps = sequence_logps(self.policy, layout, self.head, self.body)
+        logps = sequence_logps(self.policy, layout, self.head)
         losses, values = self.loss.compute(logps, reference_logps, layout.lengths)
         sides = ("chosen", "rejected")
         values |= {
@@ -303,7 +295,7 @@ class BasicTrainer:
         examples = next(iter(replace(train, position=dict(START)))).examples[:8]
         with self.autocast():
             layouts = [layout.to(self.device) for layout in make_passes(examples, self.layout, 1)]
-            alone = [sequence_logps(self.policy, layout, self.head, self.body) for layout in layouts]
+            alone = [sequence_logps(self.policy, layout, self.head) for layout in layouts]
             apart = torch.cat([(a - table.logps(b)).abs().flatten() for a, b in zip(alone, layouts, strict=True)])
         say(f"Reference: other passes move a log-probability by {apart.mean():.2g} nats, at most {apart.max():.2g}.")
 
@@ -311,7 +303,7 @@ class BasicTrainer:
         """Compute the examples' log-probabilities in the passes of a batch, and put them into the table."""
         with self.autocast():
             for layout in self.passes(examples, n_microbatches):
-                table.fill(layout, sequence_logps(self.policy, layout, self.head, self.body))
+                table.fill(layout, sequence_logps(self.policy, layout, self.head))
 
     def clip_gradient(self) -> torch.Tensor:
         """Clip the gradient to max_grad_norm and return its norm before that."""

@@ -1,6 +1,5 @@
 """Devices, the run's directory, progress on the console, and the metric logger."""
 
-import ctypes
 import errno
 import fcntl
 import getpass
@@ -98,18 +97,17 @@ def compute_dtype(precision: str, policy_dtype: torch.dtype, device: torch.devic
     return torch.bfloat16 if native else torch.float32
 
 
-PASSES_A_TRIM = 2  # forward passes between two calls of give_back_memory; after every pass it cost 7% of the time
 TOKENS_PER_PASS = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # for the CPU measured (benchmarks/README.md), else guessed
 
 
-def give_back_memory(device: torch.device) -> None:
-    """Give memory that malloc keeps in pieces too small to use again back to the system, where malloc can do that.
+def keep_few_kernels() -> None:
+    """Let oneDNN keep the kernels of few shapes, unless the environment says otherwise; call it before any product.
 
-    On a CPU each pass leaves such pieces, since its tensors have sizes of their own; a GPU has torch's allocator.
+    Each pass has lengths of its own, and oneDNN makes a kernel for each shape of a bfloat16 product and keeps 1,024 of
+    them, twice (LRU_CACHE_CAPACITY is that of torch's bridge to it): 0.6 GB, in pieces that split malloc's free memory.
     """
-    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if device.type == "cpu" else None
-    if malloc_trim is not None:
-        malloc_trim(0)
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")  # a pass uses about 30 shapes
 
 
 def tokens_per_pass(setting: int | str, device: torch.device) -> int:

@@ -35,7 +35,7 @@ from packing import (
     LAYOUTS,
     Float32Head,
     attention_kinds,
-    compile_body,
+    compile_layers,
     find_head,
     make_passes,
     recompute_activations,
@@ -44,7 +44,7 @@ from packing import (
 )
 from preference_datasets import Item, Tokenization
 from references import LiveReference, ReferenceTable
-from utils import PASSES_A_TRIM, give_back_memory, pick_device, tokens_per_pass
+from utils import keep_few_kernels, pick_device, tokens_per_pass
 
 HERE = Path(__file__).resolve().parent
 SHAPES: dict[str, Callable[[], Any]] = {
@@ -99,9 +99,9 @@ class Bench:
         self.vocabulary = config.vocab_size
         self.policy.train()
         self.optimizer = torch.optim.RMSprop(self.policy.parameters(), lr=0.0)  # so that every update is the same
-        self.references: dict[tuple[torch.dtype, bool], Any] = {}
-        self.body = compile_body(self.policy)
+        self.references: dict[torch.dtype, LiveReference] = {}
         self.head = find_head(self.policy)
+        compile_layers(self.policy)  # used by the compiled row alone
         self.batches = self.make_batches()
 
     def make_batches(self) -> list[list[Any]]:
@@ -118,14 +118,14 @@ class Bench:
             batches.append([cut(item, p, (c, r)) for item, (p, c, r) in zip(items, tokens, strict=True)])
         return batches
 
-    def reference(self, dtype: torch.dtype, compiled: bool = False) -> LiveReference:
+    def reference(self, dtype: torch.dtype) -> LiveReference:
         """Return the live reference as training holds it for a dtype; only one at a time is kept."""
-        key = (dtype, compiled)
-        if key not in self.references:
+        if dtype not in self.references:
             self.references.clear()
-            self.references[key] = LiveReference(copy.deepcopy(self.policy).requires_grad_(False), dtype, compiled)
-        use_attention(self.references[key].model, self.policy.config._attn_implementation)
-        return self.references[key]
+            model = copy.deepcopy(self.policy).requires_grad_(False)
+            self.references[dtype] = LiveReference(model, dtype, compiled=True)
+        use_attention(self.references[dtype].model, self.policy.config._attn_implementation)
+        return self.references[dtype]
 
     def autocast(self, dtype: torch.dtype) -> Any:
         """Return the context of a computation in dtype."""
@@ -146,18 +146,16 @@ def backward(policy: torch.Tensor, reference: torch.Tensor, n: int) -> None:
 
 def update(bench: Bench, way: Way, batch: list[Any]) -> list[float]:
     """Do one update as trainers.py does it; return the policy's log-probabilities in the order of the batch."""
-    reference = bench.table if way.cached else bench.reference(way.dtype, way.compile)
+    reference = bench.table if way.cached else bench.reference(way.dtype)
     head = Float32Head(bench.head) if way.cached and way.dtype != torch.float32 else bench.head
     result: dict[Any, list[float]] = {}
     with bench.autocast(way.dtype):
-        for number, layout in enumerate(make_passes(batch, way.layout, way.max_tokens), start=1):
+        for layout in make_passes(batch, way.layout, way.max_tokens):
             layout = layout.to(bench.device)
             reference_logps = reference.logps(layout)
-            logps = sequence_logps(bench.policy, layout, head, bench.body if way.compile else None)
+            logps = sequence_logps(bench.policy, layout, head)
             backward(logps, reference_logps, len(batch))
             result |= {e.item: row for e, row in zip(layout.examples, logps.detach().cpu().tolist(), strict=True)}
-            if number % PASSES_A_TRIM == 0:
-                give_back_memory(bench.device)
     bench.finish()
     return [number for example in batch for number in result[example.item]]
 
@@ -165,7 +163,7 @@ def update(bench: Bench, way: Way, batch: list[Any]) -> list[float]:
 def original_update(bench: Bench, way: Way, batch: list[Any]) -> list[float]:
     """Do one update in the original's way: padded, with logits and log-softmax in float32 for every position."""
     size, numbers = bench.args.microbatch, []
-    reference = bench.reference(way.dtype, way.compile).model
+    reference = bench.reference(way.dtype).model
     for start in range(0, len(batch), size):
         part = batch[start : start + size]
         layout = LAYOUTS["padded"].lay_out(part).to(bench.device)
@@ -198,7 +196,6 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
-        give_back_memory(device)
         Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -260,15 +257,16 @@ def ways(args: argparse.Namespace, device: torch.device) -> list[Way]:
 
 def run_once(bench: Bench, way: Way, batch: list[Any]) -> tuple[list[float], float, float]:
     """Do one update; return its log-probabilities, seconds and peak memory in GB."""
-    use_attention(bench.policy, attention_kinds(bench.device, way.compile)[0])
+    use_attention(bench.policy, attention_kinds(bench.device)[0])
     recompute_activations(bench.policy, way.checkpointing)
     if way.cached:
         bench.references.clear()
     else:
-        bench.reference(way.dtype, way.compile)
+        bench.reference(way.dtype)
     reset_peak(bench.device)
     start = clock(bench.device)
-    numbers = way.update(bench, way, batch)
+    with torch.compiler.set_stance("default" if way.compile else "force_eager"):
+        numbers = way.update(bench, way, batch)
     seconds = clock(bench.device) - start
     return numbers, seconds, peak_gb(bench.device)
 
@@ -291,6 +289,7 @@ def main() -> None:
     args = parser.parse_args()
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
+    keep_few_kernels()
     bench, rows = Bench(args, device), ways(args, device)
     bench.table = ReferenceTable([e.item for batch in bench.batches for e in batch], 2)
     bench.table.values.zero_()

@@ -12,6 +12,7 @@ import torch
 from conftest import GOLDENS, ROOT, TINY, compose
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import packing
 import train
 import utils
 from packing import sequence_logps
@@ -316,16 +317,41 @@ def test_activation_checkpointing_changes_no_gradient(make_trainer):
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
 
 
-def test_a_compiled_run_gives_the_same_numbers_and_does_not_compile_for_every_length(make_trainer):
-    losses = []
+def test_a_compiled_run_gives_the_same_numbers_and_does_not_compile_for_every_length(make_trainer, monkeypatch):
+    attended = []
+    attend = packing.cpu_attention
+    monkeypatch.setattr(packing, "cpu_attention", lambda *args, **how: attended.append(1) or attend(*args, **how))
+    losses, graphs = [], []
     for setting in ("false", "true"):
         trainer = make_trainer("loss=dpo", f"compile={setting}", "lr=1e-4")
         batches = [batch for batch, _ in zip(trainer.train_batches, range(4), strict=False)]
+        attended.clear()
         losses.append([trainer.train_step(batch)["loss/train"] for batch in batches[:2]])
         compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         losses[-1] += [trainer.train_step(batch)["loss/train"] for batch in batches[2:]]
+        graphs.append((compiled, torch._dynamo.utils.counters["stats"]["unique_graphs"], len(attended)))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert 0 < compiled == torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs[0][0] == graphs[0][1] == 0 < graphs[1][0] == graphs[1][1]
+    assert graphs[0][2] == graphs[1][2] > 0, "compiled or not, each example is attended to by itself"
+
+
+def test_a_compiled_model_with_activation_checkpointing_has_the_same_gradient(make_trainer):
+    norms = []
+    for setting in ("false", "true"):
+        trainer = make_trainer("loss=dpo", f"compile={setting}", f"activation_checkpointing={setting}")
+        norms.append(trainer.train_step(next(iter(trainer.train_batches)))["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_samples_of_a_compiled_run_are_those_of_another(make_trainer):
+    """And generating compiles nothing, since each of its steps would be a shape of its own."""
+    samples = []
+    for setting in ("false", "true"):
+        trainer = make_trainer("loss=sft", f"compile={setting}")
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        samples.append(trainer.generate(trainer.policy, trainer.sample_prompts(), "sampling"))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+    assert samples[0] == samples[1]
 
 
 def test_bfloat16_keeps_parameters_optimizer_and_log_probabilities_in_float32(make_trainer):

@@ -3,8 +3,10 @@
 import ctypes
 import getpass
 import json
+import os
+import subprocess
+import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -98,14 +100,37 @@ def test_importing_a_module_does_nothing_else():
     assert done.stdout.strip() == "[]", heavy
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
-def test_memory_that_malloc_keeps_in_pieces_goes_back_to_the_system():
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc")
+@pytest.mark.skipif(not utils.computes_bfloat16_natively(torch.device("cpu")), reason="needs bfloat16 in hardware")
+def test_products_of_many_shapes_leave_no_kernels_behind():
+    code = """
+import ctypes, sys, torch, utils
+if sys.argv[1] == "few":
+    utils.keep_few_kernels()
+fields = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+Info = type("Info", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in fields]})
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Info
+weight = torch.ones(64, 64, dtype=torch.bfloat16)
+def multiply(lengths):
+    for n in lengths:
+        torch.ones(n, 64, dtype=torch.bfloat16) @ weight
+multiply(range(100, 110))
+before = mallinfo().uordblks
+multiply(range(110, 310))
+print(mallinfo().uordblks - before)
+"""
+    ours = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"}
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    commands = [[sys.executable, "-c", code, which] for which in ("all", "few")]
+    kept, few = (int(subprocess.check_output(command, cwd=ROOT, env=env)) for command in commands)
+    assert few < kept / 2, (few, kept)
 
-    tensors = [torch.ones(2**14) for _ in range(4000)]  # 64 KiB each, which malloc takes from its heap
-    last = tensors[-1]  # holds the heap's end, below which malloc gives nothing back by itself
-    del tensors
-    before = resident()
-    utils.give_back_memory(torch.device("cpu"))
-    assert resident() < before - 200 * 2**20 and last[0] == 1
+
+def test_the_environment_decides_how_many_kernels_are_kept(monkeypatch):
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    utils.keep_few_kernels()
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7"
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
