@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch._dynamo.exc import TorchDynamoException
 from tqdm import tqdm
 from transformers import GenerationConfig
 
@@ -143,7 +144,7 @@ class BasicTrainer:
 
     def train(self) -> None:
         """Walk the batches to the end, evaluating and saving whenever due."""
-        with self.memory_errors_told():
+        with self.failures_told():
             if self.wants_table and self.reference is None:
                 self.reference = self.precompute_reference()
             with self.signals.deferred():
@@ -231,10 +232,13 @@ class BasicTrainer:
         )
 
     @contextmanager
-    def memory_errors_told(self) -> Iterator[None]:
-        """Turn a lack of memory into one line that says what was computed and which setting to lower."""
+    def failures_told(self) -> Iterator[None]:
+        """Turn a lack of memory, or a failure to compile, into one line that says which setting to change."""
         try:
             yield
+        except TorchDynamoException as error:
+            told = f"compile=true: the model cannot be compiled here ({first_line(error)})"
+            raise UserError(f"{told}; set it to false") from None
         except (RuntimeError, MemoryError, OSError) as error:
             if not lacks_memory(error):
                 raise
@@ -486,7 +490,7 @@ class BasicTrainer:
             for what, value in self.identity.items():
                 if states["run"]["identity"][what] != value:
                     raise UserError(f"resume={self.run_dir}: {what} are not those that the run began with")
-            with self.memory_errors_told():
+            with self.failures_told():
                 if self.wants_table:
                     self.reference = self.precompute_reference()
             self.take_over(**states)

@@ -192,6 +192,16 @@ def test_a_model_that_cannot_be_fetched_is_one_line_with_advice():
     assert line.startswith("error: model.name_or_path=nobody/nothing: cannot be loaded") and "make demo" in line
 
 
+def test_a_machine_that_cannot_compile_is_told_in_one_line(run_cli, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    run = run_cli("loss=sft", *SHORT, "compile=true")
+    assert run.returncode == 2
+    line = run.stderr.splitlines()[-1]
+    assert line.startswith("error: compile=true: the model cannot be compiled here (") and "set it to false" in line
+    assert "Traceback" not in run.stderr
+
+
 # What a run leaves behind
 
 
