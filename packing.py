@@ -14,7 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from utils import first_line, lacks_memory, say
+from utils import UserError, first_line, lacks_memory, say
 
 Head = torch.nn.Module  # turns hidden states into logits
 
@@ -160,11 +160,13 @@ def attention_kinds(device: torch.device) -> list[str]:
 def compile_layers(model: Any) -> None:
     """Let a model's layers be compiled, one for all of them and for rows of all lengths, when they first compute.
 
-    Parameters and their names stay as they are.
+    Parameters and their names stay as they are. UserError if the model is not made of transformers' layers.
     """
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):  # what every layer of transformers' models is
-            module.compile(dynamic=True)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError("compile=true: this kind of model has no layers that are known to compile; set it to false")
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def recompute_activations(model: Any, on: bool = True) -> None:

@@ -193,6 +193,11 @@ def combination_problems(settings: dict[str, Any]) -> list[str]:
             problems.append(f"{values}: {words}")
 
     check(
+        "compile activation_checkpointing",
+        lambda compiled, recomputed: compiled and recomputed,
+        "layers that are recomputed in the backward pass cannot be compiled; set one of the two to false",
+    )
+    check(
         "batch_size gradient_accumulation_steps",
         lambda size, parts: size % parts,
         "batch_size must be divisible by gradient_accumulation_steps",

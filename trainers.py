@@ -57,6 +57,7 @@ from utils import (
     tokens_per_pass,
 )
 
+NUMBERS = 2  # in the key of a table of log-probabilities; raise it where the code begins to give others
 COUNTERS = ("examples", "updates", "position", "next_eval")  # of a trainer, kept in its checkpoints
 
 
@@ -268,7 +269,8 @@ class BasicTrainer:
         table = ReferenceTable(
             [*train_items, *(item for group in test.groups for item in group)], self.loss.n_responses
         )
-        how = (parts, self.layout, self.max_tokens, self.dtype, self.device.type, self.config.compile, type(self.head))
+        kind = (self.dtype, self.device.type, self.config.compile, type(self.head))
+        how = (NUMBERS, parts, self.layout, self.max_tokens, *kind)
         settings = (train.settings(), test.settings(), how, torch.__version__, transformers.__version__)
         key = fingerprint(self.policy, table.row, settings)
         cached = Path(local_dir(self.config.local_dirs)) / "reference_cache" / f"{key}.pt"

@@ -104,7 +104,7 @@ def keep_few_kernels() -> None:
     """Let oneDNN keep the kernels of few shapes, unless the environment says otherwise; call it before any product.
 
     Each pass has lengths of its own, and oneDNN makes a kernel for each shape of a bfloat16 product and keeps 1,024 of
-    them, twice (LRU_CACHE_CAPACITY is that of torch's bridge to it): 0.6 GB, in pieces that split malloc's free memory.
+    them, twice (LRU_CACHE_CAPACITY is that of torch's bridge to it): 0.7 GB, in pieces that split malloc's free memory.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")  # a pass uses about 30 shapes

@@ -102,6 +102,7 @@ def test_a_mistyped_key_or_group_is_one_line(overrides, told):
         (["model.add_bos=2"], "model.add_bos=2: must be true or false"),
         (["seed=-1"], "seed=-1: must be a whole number from 0 to 4294967295"),
         (["batch_size=true"], "batch_size=True: must be a whole number"),
+        (["compile=true", "activation_checkpointing=true"], "cannot be compiled; set one of the two to false"),
     ],
 )
 def test_a_setting_is_honoured_or_refused(overrides, told):
@@ -332,6 +333,8 @@ def test_a_compiled_run_gives_the_same_numbers_and_does_not_compile_for_every_le
     attend = packing.cpu_attention
     monkeypatch.setattr(packing, "cpu_attention", lambda *args, **how: attended.append(1) or attend(*args, **how))
     losses, graphs = [], []
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     for setting in ("false", "true"):
         trainer = make_trainer("loss=dpo", f"compile={setting}", "lr=1e-4")
         batches = [batch for batch, _ in zip(trainer.train_batches, range(4), strict=False)]
@@ -345,12 +348,24 @@ def test_a_compiled_run_gives_the_same_numbers_and_does_not_compile_for_every_le
     assert graphs[0][2] == graphs[1][2] > 0, "compiled or not, each example is attended to by itself"
 
 
-def test_a_compiled_model_with_activation_checkpointing_has_the_same_gradient(make_trainer):
-    norms = []
-    for setting in ("false", "true"):
-        trainer = make_trainer("loss=dpo", f"compile={setting}", f"activation_checkpointing={setting}")
-        norms.append(trainer.train_step(next(iter(trainer.train_batches)))["grad_norm"])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+def test_attention_on_a_cpu_is_computed_in_float32_also_in_a_bfloat16_run(make_trainer, monkeypatch):
+    seen = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*states, **how):
+        seen.extend(tensor.dtype for tensor in (*states, how["attn_mask"]))
+        assert not torch.is_autocast_enabled("cpu")
+        return attend(*states, **how)
+
+    trainer = make_trainer("loss=sft", "precision=bfloat16")
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    trainer.train_step(next(iter(trainer.train_batches)))
+    assert set(seen) == {torch.float32}
+
+
+def test_a_model_without_known_layers_is_not_compiled():
+    with pytest.raises(utils.UserError, match="compile=true"):
+        packing.compile_layers(torch.nn.Linear(2, 2))
 
 
 def test_samples_of_a_compiled_run_are_those_of_another(make_trainer):
