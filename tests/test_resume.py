@@ -456,12 +456,8 @@ def test_only_the_newest_checkpoints_and_the_policies_of_evaluations_are_kept(tm
     assert result.returncode == 0
     assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-48"]
     kept = sorted(path.name for path in (folder / "policies").iterdir())
-    assert kept == [
-        "step-16.json",
-        "step-16.pt",
-        "step-32.json",
-        "step-32.pt",
-    ]  # evaluations, not the saves at 8, 24 and 40
+    # Evaluations, not the saves at 8, 24 and 40.
+    assert kept == ["step-16.json", "step-16.pt", "step-32.json", "step-32.pt"]
     assert torch.load(folder / "policies" / "step-16.pt")["metrics"]["loss/eval"] > 0
     assert checkpoints.load_archive(str(folder / "policies" / "step-16.pt"))
 
