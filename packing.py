@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -279,8 +280,9 @@ def cpu_attention(
 
 # Log-probabilities
 
-CHUNK_BYTES = 2**27  # float32 logits that are held at a time, beyond which they are recomputed in the backward pass
+CHUNK_BYTES = 2**28  # logits, were they float32, that are kept for the backward pass; of more, all are recomputed there
 CHUNK_TOKENS = 128  # at least so many tokens a time, or a large vocabulary's products become slow
+FLOAT32_BYTES = 2**25  # logits, or gradients of logits, that are held in float32 at a time
 
 
 def token_logps(model: Any, layout: Layout, head: Head | None) -> torch.Tensor:
@@ -335,12 +337,35 @@ def chunked_logps(hidden: torch.Tensor, targets: torch.Tensor, head: Head, size:
 
 
 def target_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return logit minus logsumexp of each target, (n,), from logits (n, vocabulary), in at least float32.
+    """Return logit minus logsumexp of each target, (n,), from logits (n, vocabulary), in at least float32."""
+    return TargetLogps.apply(logits, targets)
 
-    log_softmax is one kernel in each direction, and takes half the time of the two terms by themselves.
+
+class TargetLogps(torch.autograd.Function):
+    """The gradient of target_logps is g (1 - softmax) at the target and -g softmax elsewhere.
+
+    Autograd would keep the log-softmax of all tokens in float32, and hold two gradients of that size.
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return logits.log_softmax(1, dtype=dtype).gather(1, targets[:, None])[:, 0]
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Keep the logits, in their own dtype."""
+        ctx.save_for_backward(logits, targets)
+        ctx.dtype = torch.promote_types(logits.dtype, torch.float32)
+        ctx.size = max(1, FLOAT32_BYTES // (4 * logits.shape[1]))
+        parts = zip(logits.split(ctx.size), targets.split(ctx.size), strict=True)
+        return torch.cat([part.log_softmax(1, dtype=ctx.dtype).gather(1, t[:, None])[:, 0] for part, t in parts])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Return the gradient of the logits, in their dtype."""
+        logits, targets = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        columns = (logits, targets[:, None], grad[:, None], result)
+        for part, t, g, out in zip(*(column.split(ctx.size) for column in columns), strict=True):
+            out.copy_(part.softmax(1, dtype=ctx.dtype).mul_(-g).scatter_add_(1, t, g))
+        return result, None
 
 
 class Float32Head(torch.nn.Module):

@@ -97,7 +97,7 @@ def compute_dtype(precision: str, policy_dtype: torch.dtype, device: torch.devic
     return torch.bfloat16 if native else torch.float32
 
 
-TOKENS_PER_PASS = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # for the CPU measured (benchmarks/README.md), else guessed
+TOKENS_PER_PASS = {"cpu": 768, "mps": 2048, "cuda": 8192}  # for the CPU measured (benchmarks/README.md), else guessed
 
 
 def keep_few_kernels() -> None:

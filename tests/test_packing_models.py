@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from packing import check_layout, find_head, make_passes, sequence_logps
+from packing import check_layout, find_head, make_passes, sequence_logps, target_logps
 from preference_datasets import Example, Item
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -102,6 +102,30 @@ def test_every_example_lies_in_exactly_one_pass_within_the_budget(layout):
     assert sorted(e.item.row for p in passes for e in p.examples) == list(range(len(examples)))
     assert all(p.inputs["input_ids"].numel() <= 100 or len(p.examples) == 1 for p in passes)
     assert 1 < len(passes) < len(examples)
+
+
+@pytest.mark.parametrize("tokens_at_a_time", [1, 3, 100])
+def test_the_gradient_of_a_log_probability_is_that_of_log_softmax(monkeypatch, tokens_at_a_time):
+    monkeypatch.setattr("packing.FLOAT32_BYTES", tokens_at_a_time * 4 * 11)
+    torch.manual_seed(0)
+    logits, targets, weights = torch.randn(7, 11).double(), torch.randint(11, (7,)), torch.randn(7).double()
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    logps, expected = target_logps(ours, targets), theirs.log_softmax(1)[range(7), targets]
+    (logps @ weights).backward()
+    (expected @ weights).backward()
+    assert torch.allclose(logps, expected, rtol=1e-12)
+    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-12)
+
+
+def test_no_float32_logits_are_kept_for_the_backward_pass_of_bfloat16():
+    kept = []
+    logits = torch.randn(7, 11, dtype=torch.bfloat16).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        logps = target_logps(logits, torch.arange(7))
+    logps.sum().backward()
+    assert logps.dtype == torch.float32 and logits.grad.dtype == torch.bfloat16
+    assert [t.dtype for t in kept if t.shape == logits.shape] == [torch.bfloat16]
+    assert torch.allclose(logits.grad.float().sum(1), torch.zeros(7), atol=0.02)  # rounding of 11 bfloat16 numbers
 
 
 def test_chunked_logits_give_the_same_numbers_and_gradients(monkeypatch):

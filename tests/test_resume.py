@@ -525,7 +525,7 @@ def test_an_evaluation_that_is_not_finite_saves_nothing(tmp_path):
     assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-24", "step-16"]
 
 
-@pytest.mark.parametrize("n, key", [(8, "max_tokens_per_pass, which is 1024"), (1, "max_length in a new run")])
+@pytest.mark.parametrize("n, key", [(8, "max_tokens_per_pass, which is 768"), (1, "max_length in a new run")])
 def test_a_lack_of_memory_is_one_line_that_names_the_key_to_lower(n, key, tmp_path):
     def greedy(self, layout, metrics):
         torch.empty(10**16)
