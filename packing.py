@@ -280,9 +280,9 @@ def cpu_attention(
 
 # Log-probabilities
 
-CHUNK_BYTES = 2**28  # logits, were they float32, that are kept for the backward pass; of more, all are recomputed there
+CHUNK_BYTES = 2**28  # logits, were they float32, kept for the backward pass; more are recomputed there, so many a time
 CHUNK_TOKENS = 128  # at least so many tokens a time, or a large vocabulary's products become slow
-FLOAT32_BYTES = 2**25  # logits, or gradients of logits, that are held in float32 at a time
+FLOAT32_BYTES = {"cpu": 2**22, "mps": 2**25, "cuda": 2**25}  # softmax a time: in a CPU's cache, else for few launches
 
 
 def token_logps(model: Any, layout: Layout, head: Head | None) -> torch.Tensor:
@@ -344,15 +344,16 @@ def target_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 class TargetLogps(torch.autograd.Function):
     """The gradient of target_logps is g (1 - softmax) at the target and -g softmax elsewhere.
 
-    Autograd would keep the log-softmax of all tokens in float32, and hold two gradients of that size.
+    Autograd would keep the log-softmax of all tokens in float32, and hold two gradients of that size; this computes in
+    float32 a few tokens at a time.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Keep the logits, in their own dtype."""
+        """Return the log-probabilities, and keep the logits in their own dtype."""
         ctx.save_for_backward(logits, targets)
         ctx.dtype = torch.promote_types(logits.dtype, torch.float32)
-        ctx.size = max(1, FLOAT32_BYTES // (4 * logits.shape[1]))
+        ctx.size = max(1, FLOAT32_BYTES[logits.device.type] // (4 * logits.shape[1]))
         parts = zip(logits.split(ctx.size), targets.split(ctx.size), strict=True)
         return torch.cat([part.log_softmax(1, dtype=ctx.dtype).gather(1, t[:, None])[:, 0] for part, t in parts])
 
