@@ -280,9 +280,9 @@ def cpu_attention(
 
 # Log-probabilities
 
-CHUNK_BYTES = 2**28  # logits, were they float32, kept for the backward pass; more are recomputed there, so many a time
+CHUNK_BYTES = 2**28  # logits, were they float32, kept for the backward pass; if more, all recomputed, so many a time
 CHUNK_TOKENS = 128  # at least so many tokens a time, or a large vocabulary's products become slow
-FLOAT32_BYTES = {"cpu": 2**22, "mps": 2**25, "cuda": 2**25}  # softmax a time: in a CPU's cache, else for few launches
+FLOAT32_BYTES = {"cpu": 2**22, "mps": 2**25, "cuda": 2**25}  # softmax: a CPU's cache holds it; else few launches
 
 
 def token_logps(model: Any, layout: Layout, head: Head | None) -> torch.Tensor:

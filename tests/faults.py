@@ -67,6 +67,9 @@ def be_the_command_line(arguments: tuple[str, ...], faults: tuple[Fault, ...], o
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         os.chdir(ROOT)
         sys.argv = ["train.py", *arguments]
+        for number in (signal.SIGHUP, signal.SIGTERM):  # as a shell leaves them, whatever runs the tests ignores
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for fault in faults:
             fault()
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

@@ -143,12 +143,13 @@ class Largest(TorchDispatchMode):
 
 def test_float32_logits_of_bfloat16_ones_exist_a_few_tokens_at_a_time(monkeypatch):
     monkeypatch.setitem(FLOAT32_BYTES, "cpu", 3 * 4 * 11)
-    logits = torch.randn(7, 11, dtype=torch.bfloat16).requires_grad_()
-    with Largest() as forward:
+    logits, kept = torch.randn(7, 11, dtype=torch.bfloat16).requires_grad_(), []
+    with Largest() as forward, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         logps = target_logps(logits, torch.arange(7))
     with Largest() as backward:
         logps.sum().backward()
     assert (forward.rows, backward.rows) == (3, 3)
+    assert [t.dtype for t in kept if t.is_floating_point()] == [torch.bfloat16]
 
 
 def test_the_gradient_of_a_log_probability_has_no_gradient_of_its_own():
