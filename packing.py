@@ -280,9 +280,11 @@ def cpu_attention(
 
 # Log-probabilities
 
-CHUNK_BYTES = 2**28  # logits, were they float32, kept for the backward pass; if more, all recomputed, so many a time
-CHUNK_TOKENS = 128  # at least so many tokens a time, or a large vocabulary's products become slow
-FLOAT32_BYTES = {"cpu": 2**22, "mps": 2**25, "cuda": 2**25}  # softmax: a CPU's cache holds it; else few launches
+# So many bytes of logits, counted as float32, are kept for the backward pass; of more, all are recomputed there, in
+# chunks of this size, but of at least CHUNK_TOKENS tokens, or a large vocabulary's products become slow.
+CHUNK_BYTES, CHUNK_TOKENS = 2**28, 128
+# Bytes of float32 softmax at a time: what a CPU's cache holds; elsewhere more, so that there are few launches.
+FLOAT32_BYTES = {"cpu": 2**22, "mps": 2**25, "cuda": 2**25}
 
 
 def token_logps(model: Any, layout: Layout, head: Head | None) -> torch.Tensor:
@@ -352,10 +354,10 @@ class TargetLogps(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the log-probabilities, and keep the logits in their own dtype."""
         ctx.save_for_backward(logits, targets)
-        ctx.dtype = torch.promote_types(logits.dtype, torch.float32)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
         ctx.size = max(1, FLOAT32_BYTES[logits.device.type] // (4 * logits.shape[1]))
         parts = zip(logits.split(ctx.size), targets.split(ctx.size), strict=True)
-        return torch.cat([part.log_softmax(1, dtype=ctx.dtype).gather(1, t[:, None])[:, 0] for part, t in parts])
+        return torch.cat([part.log_softmax(1, dtype=dtype).gather(1, t[:, None])[:, 0] for part, t in parts])
 
     @staticmethod
     @once_differentiable
@@ -365,7 +367,7 @@ class TargetLogps(torch.autograd.Function):
         result = torch.empty_like(logits)
         columns = (logits, targets[:, None], grad[:, None], result)
         for part, t, g, out in zip(*(column.split(ctx.size) for column in columns), strict=True):
-            out.copy_(part.softmax(1, dtype=ctx.dtype).mul_(-g).scatter_add_(1, t, g))
+            out.copy_(part.softmax(1, dtype=grad.dtype).mul_(-g).scatter_add_(1, t, g))
         return result, None
 
 

@@ -67,7 +67,7 @@ def be_the_command_line(arguments: tuple[str, ...], faults: tuple[Fault, ...], o
         sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
         os.chdir(ROOT)
         sys.argv = ["train.py", *arguments]
-        for number in (signal.SIGHUP, signal.SIGTERM):  # as a shell leaves them, whatever runs the tests ignores
+        for number in (signal.SIGHUP, signal.SIGTERM):  # what runs the tests may ignore them, as nohup does
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         for fault in faults:

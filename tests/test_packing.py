@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import GOLDENS
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import losses
@@ -203,6 +204,57 @@ def test_log_probabilities_of_half_precision_logits_are_summed_in_float32(dtype)
     logps = packing.sequence_logps(model, part, None)
     assert logps.dtype == torch.float32
     assert logps.item() == pytest.approx(-1000 * math.log(2), rel=1e-4)
+
+
+@pytest.mark.parametrize("tokens_at_a_time", [1, 3, 100])
+@pytest.mark.parametrize(
+    "dtype, computed, error, rounding",
+    [(torch.float64, torch.float64, 1e-12, 1e-12), (torch.bfloat16, torch.float32, 1e-6, 2**-7)],
+)
+def test_the_gradient_of_a_log_probability_is_that_of_log_softmax(
+    dtype, computed, error, rounding, tokens_at_a_time, monkeypatch
+):
+    monkeypatch.setitem(packing.FLOAT32_BYTES, "cpu", tokens_at_a_time * 4 * 11)
+    torch.manual_seed(0)
+    logits, targets, weights = torch.randn(7, 11).to(dtype), torch.randint(11, (7,)), torch.randn(7).to(computed)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    logps = packing.target_logps(ours, targets)
+    expected = theirs.log_softmax(1, dtype=computed)[range(7), targets]
+    (logps @ weights).backward()
+    (expected @ weights).backward()
+    assert torch.allclose(logps, expected, rtol=error, atol=0)
+    assert torch.allclose(ours.grad, theirs.grad, rtol=rounding, atol=error / 1000)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most rows of any float32 tensor as wide as a vocabulary of 11."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32 and result.shape[1:] == (11,):
+            self.rows = max(self.rows, len(result))
+        return result
+
+
+def test_float32_logits_of_bfloat16_ones_exist_a_few_tokens_at_a_time(monkeypatch):
+    monkeypatch.setitem(packing.FLOAT32_BYTES, "cpu", 3 * 4 * 11)
+    logits, kept = torch.randn(7, 11, dtype=torch.bfloat16).requires_grad_(), []
+    with Largest() as forward, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        logps = packing.target_logps(logits, torch.arange(7))
+    with Largest() as backward:
+        logps.sum().backward()
+    assert (forward.rows, backward.rows) == (3, 3)
+    assert [t.dtype for t in kept if t.is_floating_point()] == [torch.bfloat16]
+
+
+def test_the_gradient_of_a_log_probability_has_no_gradient_of_its_own():
+    logits = torch.randn(7, 11).requires_grad_()
+    logps = packing.target_logps(logits, torch.arange(7))
+    (gradient,) = torch.autograd.grad((logps**2).sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 # Whole trainers

@@ -3,9 +3,8 @@
 import pytest
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from packing import FLOAT32_BYTES, check_layout, find_head, make_passes, sequence_logps, target_logps
+from packing import check_layout, find_head, make_passes, sequence_logps
 from preference_datasets import Example, Item
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -103,60 +102,6 @@ def test_every_example_lies_in_exactly_one_pass_within_the_budget(layout):
     assert sorted(e.item.row for p in passes for e in p.examples) == list(range(len(examples)))
     assert all(p.inputs["input_ids"].numel() <= 100 or len(p.examples) == 1 for p in passes)
     assert 1 < len(passes) < len(examples)
-
-
-@pytest.mark.parametrize("tokens_at_a_time", [1, 3, 100])
-def test_the_gradient_of_a_log_probability_is_that_of_log_softmax(monkeypatch, tokens_at_a_time):
-    monkeypatch.setitem(FLOAT32_BYTES, "cpu", tokens_at_a_time * 4 * 11)
-    torch.manual_seed(0)
-    logits, targets, weights = torch.randn(7, 11).double(), torch.randint(11, (7,)), torch.randn(7).double()
-    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    logps, expected = target_logps(ours, targets), theirs.log_softmax(1)[range(7), targets]
-    (logps @ weights).backward()
-    (expected @ weights).backward()
-    assert torch.allclose(logps, expected, rtol=1e-12, atol=0)
-    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-12, atol=1e-15)
-
-
-def test_logits_in_bfloat16_get_float32_log_probabilities_and_autograds_gradient():
-    torch.manual_seed(0)
-    logits, targets, weights = torch.randn(7, 11).bfloat16(), torch.randint(11, (7,)), torch.randn(7)
-    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    logps, expected = target_logps(ours, targets), theirs.float().log_softmax(1)[range(7), targets]
-    (logps @ weights).backward()
-    (expected @ weights).backward()
-    assert torch.allclose(logps, expected, rtol=1e-6)
-    assert torch.allclose(ours.grad, theirs.grad, rtol=2**-7, atol=1e-6)  # a rounding of bfloat16
-
-
-class Largest(TorchDispatchMode):
-    """Notes the most rows of any float32 tensor as wide as the vocabulary."""
-
-    rows = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.dtype == torch.float32 and result.shape[1:] == (11,):
-            self.rows = max(self.rows, len(result))
-        return result
-
-
-def test_float32_logits_of_bfloat16_ones_exist_a_few_tokens_at_a_time(monkeypatch):
-    monkeypatch.setitem(FLOAT32_BYTES, "cpu", 3 * 4 * 11)
-    logits, kept = torch.randn(7, 11, dtype=torch.bfloat16).requires_grad_(), []
-    with Largest() as forward, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        logps = target_logps(logits, torch.arange(7))
-    with Largest() as backward:
-        logps.sum().backward()
-    assert (forward.rows, backward.rows) == (3, 3)
-    assert [t.dtype for t in kept if t.is_floating_point()] == [torch.bfloat16]
-
-
-def test_the_gradient_of_a_log_probability_has_no_gradient_of_its_own():
-    logits = torch.randn(7, 11).requires_grad_()
-    (gradient,) = torch.autograd.grad((target_logps(logits, torch.arange(7)) ** 2).sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
 
 
 def test_chunked_logits_give_the_same_numbers_and_gradients(monkeypatch):

@@ -239,8 +239,8 @@ def test_a_signal_stops_after_the_update_and_nothing_is_lost(name, code, whole, 
 
 def test_a_signal_that_was_ignored_from_the_start_stays_ignored(tmp_path):
     folder = tmp_path / "run"
-    ignored = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731  # as nohup does
-    assert command_line(folder, fresh(folder, *DPO), ignored, at_event(6, send(signal.SIGHUP))).returncode == 0
+    faults = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN), at_event(6, send(signal.SIGHUP)))  # as under nohup
+    assert command_line(folder, fresh(folder, *DPO), *faults).returncode == 0
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path):
