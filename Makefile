@@ -20,11 +20,12 @@ test: .venv/dev
 	$(BIN)/python -m pytest -n 2
 
 soak: .venv/dev
-	$(BIN)/python -m pytest -n 2 --soak tests/test_resume.py tests/test_hostile.py
+	$(BIN)/python -m pytest -n 2 --soak tests/test_resume.py tests/test_hostile.py tests/test_demo.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv .cache

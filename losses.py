@@ -1,103 +1,174 @@
-"""Losses on log-probabilities: pure functions of tensors, one number an example."""
+"""Every loss: a class whose fields are its settings in config/loss/, and whose docstring has its equation and paper.
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+torch is imported where it is called: settings are checked against these classes, and importing it takes seconds.
 
-import torch
-import torch.nn.functional as F
+To add one: a class here, its name in LOSSES, config/loss/NAME.yaml, and a test with numbers derived by hand.
+CONTRIBUTING.md shows the whole of it for `hinge`.
+"""
 
-Metrics = dict[str, torch.Tensor]
+from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
 
-def preference_loss(
-    policy_chosen_logps: torch.Tensor,
-    policy_rejected_logps: torch.Tensor,
-    reference_chosen_logps: torch.Tensor,
-    reference_rejected_logps: torch.Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
-    ipo: bool = False,
-    reference_free: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the losses and the detached chosen and rejected rewards of a batch of pairs, each of shape (batch,).
+from pydantic import BaseModel, ConfigDict
 
-    With h = log(pi(y_w) / pi(y_l)) - log(ref(y_w) / ref(y_l)), where y_w is the chosen and y_l the rejected response:
-    DPO      -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)
-             (arXiv 2305.18290, eq. 7; eps > 0 is conservative DPO, eq. 3 of https://ericmitchell.ai/cdpo.pdf)
-    IPO      (h - 1 / (2 beta))^2   (arXiv 2310.12036, eq. 17, where beta is called tau)
-    rewards  beta log(pi(y) / ref(y))
-    """
-    h = policy_chosen_logps - policy_rejected_logps
-    if not reference_free:
-        h = h - (reference_chosen_logps - reference_rejected_logps)
-    if ipo:
-        losses = (h - 1 / (2 * beta)) ** 2
-    else:
-        losses = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
-    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps).detach()
-    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps).detach()
-    return losses, chosen_rewards, rejected_rewards
+from dpo.settings import Flag, Positive, Smoothing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dpo.logps import Logps
+
+    Metrics = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A loss as a trainer sees it.
+def logsigmoid(x: Tensor) -> Tensor:
+    """Return log sigmoid(x) elementwise, without the underflow of sigmoid."""
+    from torch.nn.functional import logsigmoid
 
-    compute takes the policy's and the reference's log-probabilities, each (batch, n_responses), the reference's None
-    where none is needed, and the number of tokens of each response, same shape; it returns losses (batch,) and metrics.
-    """
-
-    n_responses: int
-    needs_reference: bool
-    compute: Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], tuple[torch.Tensor, Metrics]]
+    return logsigmoid(x)
 
 
-def make_sft(config: Any) -> Loss:
-    """Make the loss of supervised fine-tuning, -log pi(y) summed over the tokens of the one response."""
+class Loss(BaseModel, ABC):
+    """A loss as a trainer sees it: called with log-probabilities, it returns one loss and some metrics per example."""
 
-    def compute(logps, reference_logps, lengths):
-        losses = -logps[:, 0]
-        return losses, {"logps/chosen": logps[:, 0].detach(), "loss": losses.detach()}
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    n_responses: ClassVar[int]  # per example: 2 for a pair (chosen first), 1 for the target of SFT
 
-    return Loss(n_responses=1, needs_reference=False, compute=compute)
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference's log-probabilities are computed."""
+        return False
+
+    @property
+    def cached_reference(self) -> bool:
+        """Whether the reference's log-probabilities are computed once, before training, and no second model is held."""
+        return False
+
+    @abstractmethod
+    def __call__(self, policy: Logps, reference: Logps | None) -> tuple[Tensor, Metrics]:
+        """Return the losses, (batch,), and detached metrics of the same shape; reference is None where not needed."""
 
 
-def make_dpo(config: Any) -> Loss:
-    """Make DPO from config.beta, label_smoothing and reference_free."""
-    settings = {"label_smoothing": config.label_smoothing, "reference_free": config.reference_free}
-    return make_preference(config, settings)
+class SFT(Loss):
+    """Supervised fine-tuning: -log pi(y), summed over the tokens of the one response."""
+
+    n_responses: ClassVar[int] = 1
+
+    def __call__(self, policy: Logps, reference: Logps | None) -> tuple[Tensor, Metrics]:
+        losses = -policy.sums[:, 0]
+        return losses, {"logps/chosen": policy.sums[:, 0].detach(), "loss": losses.detach()}
 
 
-def make_ipo(config: Any) -> Loss:
-    """Make IPO from config.beta, reference_free and average_log_prob (a mean over tokens in place of the sum)."""
-    return make_preference(config, {"ipo": True, "reference_free": config.reference_free}, config.average_log_prob)
+class PairLoss(Loss):
+    """A loss of h = log(pi(y_w) / pi(y_l)) - log(ref(y_w) / ref(y_l)); y_w is the chosen, y_l the rejected response.
 
-
-def make_preference(config: Any, settings: dict[str, Any], average: bool = False) -> Loss:
-    """Make the loss of pairs (chosen first) that preference_loss computes with these settings.
-
-    A reference that is not needed counts as log-probability 0, so the rewards are then beta log pi(y).
+    Rewards, which are metrics alone, are beta log(pi(y) / ref(y)). Without a reference ref(y) counts as 1.
     """
 
-    def compute(logps, reference_logps, lengths):
-        if reference_logps is None:
-            reference_logps = torch.zeros_like(logps)
-        if average:
-            logps, reference_logps = logps / lengths, reference_logps / lengths
-        columns = (*logps.unbind(1), *reference_logps.unbind(1))
-        losses, chosen_rewards, rejected_rewards = preference_loss(*columns, beta=config.beta, **settings)
+    n_responses: ClassVar[int] = 2
+    beta: Positive
+    reference_free: Flag
+    precompute_reference: Flag
+
+    @property
+    def needs_reference(self) -> bool:
+        return not self.reference_free
+
+    @property
+    def cached_reference(self) -> bool:
+        return self.precompute_reference
+
+    @abstractmethod
+    def pair_losses(self, h: Tensor) -> Tensor:
+        """Return the losses, (batch,), of h, (batch,)."""
+
+    def response_logps(self, logps: Logps) -> Tensor:
+        """Return what counts as log pi(y), (batch, 2): the sum over the response's tokens."""
+        return logps.sums
+
+    def __call__(self, policy: Logps, reference: Logps | None) -> tuple[Tensor, Metrics]:
+        logps = self.response_logps(policy)
+        reference_logps = logps.new_zeros(logps.shape) if reference is None else self.response_logps(reference)
+        chosen, rejected = logps.unbind(1)
+        reference_chosen, reference_rejected = reference_logps.unbind(1)
+        losses = self.pair_losses((chosen - rejected) - (reference_chosen - reference_rejected))
+        chosen_rewards = self.beta * (chosen - reference_chosen).detach()
+        rejected_rewards = self.beta * (rejected - reference_rejected).detach()
         return losses, {
             "rewards/chosen": chosen_rewards,
             "rewards/rejected": rejected_rewards,
             "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
             "rewards/margins": chosen_rewards - rejected_rewards,
-            "logps/chosen": logps[:, 0].detach(),
-            "logps/rejected": logps[:, 1].detach(),
+            "logps/chosen": chosen.detach(),
+            "logps/rejected": rejected.detach(),
             "loss": losses.detach(),
         }
 
-    return Loss(n_responses=2, needs_reference=not config.reference_free, compute=compute)
+
+class DPO(PairLoss):
+    """Direct preference optimization: -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h).
+
+    arXiv 2305.18290, eq. 7. eps is label_smoothing: above 0 it is conservative DPO, eq. 3 of
+    https://ericmitchell.ai/cdpo.pdf, for labels of which a share eps is wrong.
+    """
+
+    label_smoothing: Smoothing
+
+    def pair_losses(self, h: Tensor) -> Tensor:
+        eps, logits = self.label_smoothing, self.beta * h
+        return -(1 - eps) * logsigmoid(logits) - eps * logsigmoid(-logits)
 
 
-LOSSES: dict[str, Callable[[Any], Loss]] = {"sft": make_sft, "dpo": make_dpo, "ipo": make_ipo}
+class IPO(PairLoss):
+    """Identity preference optimization: (h - 1 / (2 beta))^2; arXiv 2310.12036, eq. 17, where beta is called tau.
+
+    The equation's log pi(y) is the sum over tokens; its authors' code averages, which average_log_prob chooses.
+    """
+
+    average_log_prob: Flag
+
+    def response_logps(self, logps: Logps) -> Tensor:
+        return logps.means if self.average_log_prob else logps.sums
+
+    def pair_losses(self, h: Tensor) -> Tensor:
+        return (h - 1 / (2 * self.beta)) ** 2
+
+
+class Hinge(PairLoss):
+    """Hinge loss: max(0, 1 - beta h), which arXiv 2309.06657 calls hinge-norm; after SLiC, arXiv 2305.10425."""
+
+    def pair_losses(self, h: Tensor) -> Tensor:
+        return (1 - self.beta * h).relu()
+
+
+LOSSES: dict[str, type[Loss]] = {"sft": SFT, "dpo": DPO, "ipo": IPO, "hinge": Hinge}
+
+
+def preference_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    beta: float,
+    label_smoothing: float = 0.0,
+    ipo: bool = False,
+    reference_free: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return losses, detached chosen rewards and detached rejected rewards, each (batch,): the original's function.
+
+    reference_free leaves the reference out of the loss but, as in the original, not out of the rewards.
+    """
+    h = policy_chosen_logps - policy_rejected_logps
+    if not reference_free:
+        h = h - (reference_chosen_logps - reference_rejected_logps)
+    beta, eps, free = float(beta), float(label_smoothing), reference_free
+    loss: PairLoss
+    if ipo:
+        loss = IPO(beta=beta, reference_free=free, precompute_reference=False, average_log_prob=False)
+    else:
+        loss = DPO(beta=beta, reference_free=free, precompute_reference=False, label_smoothing=eps)
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps).detach()
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps).detach()
+    return loss.pair_losses(h), chosen_rewards, rejected_rewards

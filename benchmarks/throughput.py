@@ -19,53 +19,35 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from dpo.attention import attention_kinds, use_attention
+from dpo.devices import autocast, limit_onednn_cache, pick_device, tokens_per_pass
+from dpo.examples import TextExample, Tokenization, TokenizedExample
+from dpo.logps import ResponseLogps, response_logps
+from dpo.models import compile_layers, recompute_activations
+from dpo.packing import LAYOUTS, PackedBatch, make_microbatches
+from dpo.references import CachedReference, ModelReference, Reference
 from losses import preference_loss
-from packing import (
-    LAYOUTS,
-    Float32Head,
-    attention_kinds,
-    compile_layers,
-    find_head,
-    make_passes,
-    recompute_activations,
-    sequence_logps,
-    use_attention,
-)
-from preference_datasets import Item, Tokenization
-from references import LiveReference, ReferenceTable
-from utils import keep_few_kernels, pick_device, tokens_per_pass
 
-HERE = Path(__file__).resolve().parent
-SHAPES: dict[str, Callable[[], Any]] = {
-    "smollm2-135m": lambda: LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    ),
-    "pythia-2.8b": lambda: GPTNeoXConfig(
-        vocab_size=50304,
-        hidden_size=2560,
-        intermediate_size=10240,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        max_position_embeddings=2048,
-    ),
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def make(kind: type[PretrainedConfig], *sizes: int, **others: int) -> PretrainedConfig:
+    """Return a config with SIZES, others, and 2,048 positions."""
+    return kind.from_dict(dict(zip(SIZES, sizes, strict=True), max_position_embeddings=2048, **others))
+
+
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    "smollm2-135m": lambda: make(LlamaConfig, 49152, 576, 1536, 30, 9, num_key_value_heads=3, tie_word_embeddings=True),
+    "pythia-2.8b": lambda: make(GPTNeoXConfig, 50304, 2560, 10240, 32, 32),
 }
 
 
@@ -74,10 +56,10 @@ class Way:
     """One row of the table; dtype is that of the computation, parameters are in float32."""
 
     name: str
-    update: Callable[["Bench", "Way", list[Any]], list[float]]
+    update: Callable[["Bench", "Way", list[TokenizedExample]], list[float]]
     layout: str = "padded"
     dtype: torch.dtype = torch.float32
-    max_tokens: int | None = None
+    max_tokens: int = 0  # the original's way counts pairs instead
     cached: bool = False
     checkpointing: bool = False
     compile: bool = False
@@ -91,7 +73,7 @@ class Bench:
         torch.manual_seed(0)
         if args.model:
             config = AutoConfig.from_pretrained(args.model)
-            self.policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)
+            self.policy = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device)  # type: ignore[arg-type]  # a wrapper hides self
         else:
             config = SHAPES[args.shape]()
             with device:
@@ -99,50 +81,48 @@ class Bench:
         self.vocabulary = config.vocab_size
         self.policy.train()
         self.optimizer = torch.optim.RMSprop(self.policy.parameters(), lr=0.0)  # so that every update is the same
-        self.references: dict[torch.dtype, LiveReference] = {}
-        self.head = find_head(self.policy)
+        self.references: dict[torch.dtype, ModelReference] = {}
+        self.response_logps = ResponseLogps.wrap(self.policy)
         self.compile(self.policy)
         self.batches = self.make_batches()
+        self.cached_reference = CachedReference([e.text for batch in self.batches for e in batch], 2)
+        self.cached_reference.sums.zero_()
 
-    def make_batches(self) -> list[list[Any]]:
+    def make_batches(self) -> list[list[TokenizedExample]]:
         """Draw batches of examples with real lengths and random tokens."""
         rng = random.Random(0)
-        lengths = json.loads((HERE / "hh_lengths.json").read_text())
+        lengths = json.loads(Path(__file__).with_name("hh_lengths.json").read_text())
         rng.shuffle(lengths)
-        cut = Tokenization(None, self.args.max_length, self.args.max_prompt_length).truncate
+        cut = Tokenization(None, self.args.max_length, self.args.max_prompt_length).truncate  # type: ignore[arg-type]
         batches = []
         for b in range(self.args.repeats):
             chosen = lengths[b * self.args.pairs : (b + 1) * self.args.pairs]
             tokens = [[[rng.randrange(self.vocabulary) for _ in range(n)] for n in triple] for triple in chosen]
-            items = [Item(f"{b} {i}", ("", ""), "keep_end", i, "") for i in range(len(chosen))]
+            items = [TextExample(f"{b} {i}", ("", ""), "keep_end", i, "") for i in range(len(chosen))]
             batches.append([cut(item, p, (c, r)) for item, (p, c, r) in zip(items, tokens, strict=True)])
         return batches
 
-    def reference(self, dtype: torch.dtype) -> LiveReference:
+    def reference(self, dtype: torch.dtype) -> ModelReference:
         """Return the live reference as training holds it for a dtype; only one at a time is kept."""
         if dtype not in self.references:
             self.references.clear()
             model = copy.deepcopy(self.policy).requires_grad_(False)
-            self.references[dtype] = LiveReference(model, dtype)
+            self.references[dtype] = ModelReference(ResponseLogps.wrap(model), dtype)
             self.compile(model)
-        use_attention(self.references[dtype].model, self.policy.config._attn_implementation)
+        use_attention(self.references[dtype].module.model, self.policy.config._attn_implementation)
         return self.references[dtype]
 
-    def compile(self, model: Any) -> None:
+    def compile(self, model: PreTrainedModel) -> None:
         """Compile a model's layers, but let only the compiled row use what comes of it (see use_compiled)."""
         compile_layers(model)
         for module in model.modules():
-            module.compiled_call = module._compiled_call_impl
+            module.compiled_call = module._compiled_call_impl  # type: ignore[assignment]
 
     def use_compiled(self, on: bool) -> None:
         """Compute with the compiled layers, or as a run with compile=false does."""
-        for model in (self.policy, *(reference.model for reference in self.references.values())):
+        for model in (self.policy, *(reference.module.model for reference in self.references.values())):
             for module in model.modules():
                 module._compiled_call_impl = module.compiled_call if on else None
-
-    def autocast(self, dtype: torch.dtype) -> Any:
-        """Return the context of a computation in dtype."""
-        return torch.autocast(self.device.type, dtype) if dtype != torch.float32 else nullcontext()
 
     def finish(self) -> None:
         """Clip, step, and clear the gradient, as training does."""
@@ -153,34 +133,36 @@ class Bench:
 
 def backward(policy: torch.Tensor, reference: torch.Tensor, n: int) -> None:
     """Run the backward pass of DPO for log-probabilities of shape (examples, 2), as a part of n examples."""
-    losses, _, _ = preference_loss(*policy.unbind(1), *reference.unbind(1), beta=0.1)
+    chosen, rejected = policy.unbind(1)
+    reference_chosen, reference_rejected = reference.unbind(1)
+    losses, _, _ = preference_loss(chosen, rejected, reference_chosen, reference_rejected, beta=0.1)
     (losses.sum() / n).backward()
 
 
-def update(bench: Bench, way: Way, batch: list[Any]) -> list[float]:
+def update(bench: Bench, way: Way, batch: list[TokenizedExample]) -> list[float]:
     """Do one update as trainers.py does it; return the policy's log-probabilities in the order of the batch."""
-    reference = bench.table if way.cached else bench.reference(way.dtype)
-    head = Float32Head(bench.head) if way.cached and way.dtype != torch.float32 else bench.head
-    result: dict[Any, list[float]] = {}
-    with bench.autocast(way.dtype):
-        for layout in make_passes(batch, way.layout, way.max_tokens):
+    reference: Reference = bench.cached_reference if way.cached else bench.reference(way.dtype)
+    bench.response_logps.float32_head = way.cached and way.dtype != torch.float32
+    result: dict[TextExample, list[float]] = {}
+    with autocast(torch.float32, way.dtype, bench.device):
+        for layout in make_microbatches(batch, way.layout, way.max_tokens):
             layout = layout.to(bench.device)
-            reference_logps = reference.logps(layout)
-            logps = sequence_logps(bench.policy, layout, head)
+            reference_logps = reference.logps(layout).sums
+            logps = response_logps(bench.response_logps, layout).sums
             backward(logps, reference_logps, len(batch))
-            result |= {e.item: row for e, row in zip(layout.examples, logps.detach().cpu().tolist(), strict=True)}
+            result |= {e.text: row for e, row in zip(layout.examples, logps.detach().cpu().tolist(), strict=True)}
     bench.finish()
-    return [number for example in batch for number in result[example.item]]
+    return [number for example in batch for number in result[example.text]]
 
 
-def original_update(bench: Bench, way: Way, batch: list[Any]) -> list[float]:
+def original_update(bench: Bench, way: Way, batch: list[TokenizedExample]) -> list[float]:
     """Do one update in the original's way: padded, with logits and log-softmax in float32 for every position."""
     size, numbers = bench.args.microbatch, []
-    reference = bench.reference(way.dtype).model
+    reference = bench.reference(way.dtype).module.model
     for start in range(0, len(batch), size):
         part = batch[start : start + size]
-        layout = LAYOUTS["padded"].lay_out(part).to(bench.device)
-        with bench.autocast(way.dtype):
+        layout = LAYOUTS["padded"].pack(part).to(bench.device)
+        with autocast(torch.float32, way.dtype, bench.device):
             with torch.no_grad():
                 reference_logps = full_logps(reference, layout, len(part))
             logps = full_logps(bench.policy, layout, len(part))
@@ -190,7 +172,7 @@ def original_update(bench: Bench, way: Way, batch: list[Any]) -> list[float]:
     return numbers
 
 
-def full_logps(model: Any, layout: Any, n: int) -> torch.Tensor:
+def full_logps(model: PreTrainedModel, layout: PackedBatch, n: int) -> torch.Tensor:
     """Return summed log-probabilities, (n, 2), through the log-softmax of all positions."""
     ids = layout.inputs["input_ids"]
     logits = model(**layout.inputs, use_cache=False).logits.to(torch.float32)
@@ -251,24 +233,25 @@ def peak_alone(number: int) -> float:
 def ways(args: argparse.Namespace, device: torch.device) -> list[Way]:
     """Return the rows of the table."""
     budget = tokens_per_pass("auto", device) if args.max_tokens is None else args.max_tokens
-    bf16 = {"dtype": torch.bfloat16, "max_tokens": budget}
-    packed = {"layout": "shared_prefix", "max_tokens": budget}
+    padded = Way("padded, float32", update, max_tokens=budget)
+    packed = replace(padded, name="shared_prefix, float32", layout="shared_prefix")
+    bf16 = replace(packed, name="shared_prefix, bfloat16", dtype=torch.bfloat16)
     rows = [
         Way("original's way, float32", original_update),
         Way("original's way, bfloat16", original_update, dtype=torch.bfloat16),
-        Way("padded, float32", update, max_tokens=budget),
-        Way("padded, bfloat16", update, **bf16),
-        Way("shared_prefix, float32", update, **packed),
-        Way("shared_prefix, bfloat16", update, **(packed | bf16)),
-        Way("shared_prefix, bfloat16, cached reference", update, **(packed | bf16), cached=True),
-        Way("shared_prefix, bfloat16, activation checkpointing", update, **(packed | bf16), checkpointing=True),
+        padded,
+        replace(padded, name="padded, bfloat16", dtype=torch.bfloat16),
+        packed,
+        bf16,
+        replace(bf16, name="shared_prefix, bfloat16, cached reference", cached=True),
+        replace(bf16, name="shared_prefix, bfloat16, activation checkpointing", checkpointing=True),
     ]
     if args.compile:
-        rows.append(Way("shared_prefix, bfloat16, compiled", update, **(packed | bf16), compile=True))
+        rows.append(replace(bf16, name="shared_prefix, bfloat16, compiled", compile=True))
     return [row for row in rows if not args.only or any(part in row.name for part in args.only)]
 
 
-def run_once(bench: Bench, way: Way, batch: list[Any]) -> tuple[list[float], float, float]:
+def run_once(bench: Bench, way: Way, batch: list[TokenizedExample]) -> tuple[list[float], float, float]:
     """Do one update; return its log-probabilities, seconds and peak memory in GB."""
     use_attention(bench.policy, attention_kinds(bench.device)[0])
     recompute_activations(bench.policy, way.checkpointing)
@@ -302,41 +285,48 @@ def main() -> None:
     args = parser.parse_args()
     device = pick_device(args.device)
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
-    keep_few_kernels()
+    limit_onednn_cache()
     bench, rows = Bench(args, device), ways(args, device)
-    bench.table = ReferenceTable([e.item for batch in bench.batches for e in batch], 2)
-    bench.table.values.zero_()
     if args.peak_of is None:
         print_table(bench, rows, measure(bench, rows))
     else:
         print(max(run_once(bench, rows[args.peak_of], bench.batches[0])[2] for _ in range(2)))
 
 
-def measure(bench: Bench, rows: list[Way]) -> dict[str, dict[str, Any]]:
+@dataclass
+class Measured:
+    """What was measured of one row: per update, but for flops, those of the first one."""
+
+    seconds: list[float] = field(default_factory=list)
+    gb: list[float] = field(default_factory=list)
+    logps: list[list[float]] = field(default_factory=list)
+    flops: int = 0
+
+
+def measure(bench: Bench, rows: list[Way]) -> dict[str, Measured]:
     """Run every way once on each batch, interleaved, after one warm-up of the optimizer's state."""
     bench.finish()
-    measured: dict[str, dict[str, Any]] = {row.name: {"seconds": [], "gb": [], "logps": []} for row in rows}
+    measured = {row.name: Measured() for row in rows}
     for row in rows:
         if row.compile:  # the first update compiles
             run_once(bench, row, bench.batches[0])
     for number, batch in enumerate(bench.batches):
         for row in rows:
-            logps, seconds, gb = run_once(bench, row, batch)
-            for key, value in (("seconds", seconds), ("gb", gb), ("logps", logps)):
-                measured[row.name][key].append(value)
+            m, (logps, seconds, gb) = measured[row.name], run_once(bench, row, batch)
+            m.seconds, m.gb, m.logps = [*m.seconds, seconds], [*m.gb, gb], [*m.logps, logps]
             print(f"update {number + 1}, {row.name}: {seconds:.1f} s, {gb:.1f} GB", file=sys.stderr, flush=True)
     for row in rows:  # counted apart, since counting holds up a GPU and does not see into compiled code
         with FlopCounterMode(display=False) as counter:
             run_once(bench, replace(row, compile=False), bench.batches[0])
-        measured[row.name]["flops"] = counter.get_total_flops()
+        measured[row.name].flops = counter.get_total_flops()
     if bench.device.type == "cpu":
         bench.references.clear()
         for number, row in enumerate(rows):
-            measured[row.name]["gb"] = [peak_alone(number)]
+            measured[row.name].gb = [peak_alone(number)]
     return measured
 
 
-def print_table(bench: Bench, rows: list[Way], measured: dict[str, dict[str, Any]]) -> None:
+def print_table(bench: Bench, rows: list[Way], measured: dict[str, Measured]) -> None:
     """Print the table, its ratios against the first row."""
     rates = {dtype: matrix_rate(bench.device, dtype) for dtype in {row.dtype for row in rows}}
     useful = statistics.mean(sum(map(len, batch)) for batch in bench.batches)
@@ -346,13 +336,13 @@ def print_table(bench: Bench, rows: list[Way], measured: dict[str, dict[str, Any
     print(f"\n| {columns.replace(', ', ' | ')} |\n" + "|---" * 9 + "|")
     for row in rows:
         m = measured[row.name]
-        seconds = statistics.median(m["seconds"])
-        speed = statistics.median(a / b for a, b in zip(first["seconds"], m["seconds"], strict=True))
-        tflops = m["flops"] / m["seconds"][0] / 1e12
-        apart = (torch.tensor(m["logps"]) - torch.tensor(first["logps"])).abs().max().item()
+        seconds = statistics.median(m.seconds)
+        speed = statistics.median(a / b for a, b in zip(first.seconds, m.seconds, strict=True))
+        tflops = m.flops / m.seconds[0] / 1e12
+        apart = (torch.tensor(m.logps) - torch.tensor(first.logps)).abs().max().item()
         cells = [row.name, f"{bench.args.pairs / seconds:.2f}", f"{useful / seconds:,.0f}", f"{tflops:.3g}"]
-        cells += [f"{tflops / rates[row.dtype]:.0%}", f"{max(m['gb']):.1f}", f"{speed:.2f}"]
-        cells += [f"{max(m['gb']) / max(first['gb']):.2f}", f"{apart:.1g}"]
+        cells += [f"{tflops / rates[row.dtype]:.0%}", f"{max(m.gb):.1f}", f"{speed:.2f}"]
+        cells += [f"{max(m.gb) / max(first.gb):.2f}", f"{apart:.1g}"]
         print("| " + " | ".join(cells) + " |")
 
 

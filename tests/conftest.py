@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +27,13 @@ from transformers import (
     Qwen2Config,
 )
 
-import train
-import trainers
+from build import Inputs, build_trainer, load_inputs
+from dpo.jsonl import read_jsonl
+from dpo.runs import RunDir
+from dpo.settings import Settings, default_values, flatten, validate
+from losses import LOSSES, Loss
+from trainers import BasicTrainer
+from utils import register_resolvers
 
 torch.set_num_threads(1)
 
@@ -43,6 +49,11 @@ TINY = (
     "device=cpu",
     "sample_during_eval=false",
 )
+
+
+def golden_rows(split: str) -> list[dict[str, str]]:
+    """Return the dialogues of the goldens' data, split train or test."""
+    return [row for _, row in read_jsonl(GOLDENS / "data" / f"{split}.jsonl")]
 
 
 # Small counts in `make test`, full ones in `make soak`
@@ -108,27 +119,41 @@ def run_cli(tmp_path):
 
 def compose(*overrides: str) -> DictConfig:
     """Compose the config as the command line does."""
-    train.register_resolvers()
+    register_resolvers()
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base=None):
         return hydra.compose("config", overrides=["wandb.enabled=false", *overrides])
 
 
+def validated(*overrides: str) -> tuple[Settings, Loss]:
+    """Return the settings and the loss of a command line; UserError as the command line."""
+    config = compose(*overrides)
+    return validate(flatten(config), default_values(ROOT / "config", config.loss.name), LOSSES)
+
+
+def inputs_of(*overrides: str) -> Inputs:
+    """Return what a command line's settings are checked against before weights load; UserError as the command line."""
+    return load_inputs(*validated(*overrides))
+
+
 @pytest.fixture
-def make_trainer(monkeypatch, tmp_path):
-    """Return a function that makes the trainer a command line would make, stopped just before it trains."""
-    made = []
+def make_trainer(tmp_path):
+    """Return a function that builds the trainer that a command line would build."""
+    with ExitStack() as stack:
+        made = []
 
-    def make(*overrides: str) -> trainers.BasicTrainer:
-        monkeypatch.setattr(trainers.BasicTrainer, "train", lambda self: made.append(self))
-        train.run(compose(*TINY, f"local_run_dir='{tmp_path / f'run{len(made)}'}'", *overrides))
-        return made[-1]
+        def make(*overrides: str) -> BasicTrainer:
+            overrides = (*TINY, f"local_run_dir='{tmp_path / f'run{len(made)}'}'", *overrides)
+            settings, loss = validated(*overrides)
+            run = stack.enter_context(RunDir(Path(settings.local_run_dir), compose(*overrides)))
+            made.append(build_trainer(settings, loss, load_inputs(settings, loss), run))
+            return made[-1]
 
-    return make
+        yield make
 
 
 # Tokenizers and models
 
-WORDS = [json.loads(line)["chosen"] for line in open(GOLDENS / "data" / "train.jsonl", encoding="utf-8")]
+WORDS = [row["chosen"] for row in golden_rows("train")]
 
 
 def train_bpe(tokenizer: Tokenizer, special_tokens: list[str], alphabet: list[str]) -> Tokenizer:

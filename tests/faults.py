@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.abc
 import json
 import os
 import resource
@@ -21,8 +22,8 @@ import numpy as np
 import torch
 from conftest import GOLDENS, ROOT, TINY, Run
 
-import checkpoints
 import trainers
+from dpo import checkpoints
 
 Fault = Callable[[], None]
 
@@ -79,8 +80,9 @@ def be_the_command_line(arguments: tuple[str, ...], faults: tuple[Fault, ...], o
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a fault may have limited the files that they are
+                stream.flush()
         os._exit(code)
 
 
@@ -172,13 +174,13 @@ def forget_random_states() -> None:
 
 def forget_position() -> None:
     """Resume without the iterator's position."""
-    restore = trainers.BasicTrainer.restore
+    load = trainers.BasicTrainer.load_state_dict
 
     def without_position(self: Any, states: Any) -> None:
-        restore(self, states)
+        load(self, states)
         self.train_batches.position = {"epoch": 0, "batch": 0}
 
-    trainers.BasicTrainer.restore = without_position
+    trainers.BasicTrainer.load_state_dict = without_position
 
 
 def limit_files(method: str, size: int, examples: int) -> Fault:
@@ -262,10 +264,31 @@ def send(number: int) -> Callable[[], None]:
 kill = send(signal.SIGKILL)
 
 
+def during_import(name: str, act: Callable[[], None]) -> Fault:
+    """Act when a module is about to be imported for the first time."""
+
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+            if fullname == name:
+                sys.meta_path.remove(self)
+                act()
+
+    def install() -> None:
+        sys.modules.pop(name, None)
+        sys.meta_path.insert(0, Finder())
+
+    return install
+
+
 def kill_in_save(point: str, nth: int) -> Fault:
     """Kill at a named point of the nth save."""
     saves = iter(range(1, 10**9))
-    write, manifest, latest, place = torch.save, checkpoints.write_manifest, checkpoints.point_latest, checkpoints.place
+    write, manifest, latest, place = (
+        torch.save,
+        checkpoints.write_manifest,
+        checkpoints.point_latest,
+        checkpoints.atomic_dir,
+    )
     now = [False]
 
     def placed(final: Path, fill: Callable[[Path], None]) -> None:
@@ -303,7 +326,7 @@ def kill_in_save(point: str, nth: int) -> Fault:
 
     def install() -> None:
         torch.save, checkpoints.write_manifest, checkpoints.point_latest = half, around_manifest, before_latest
-        checkpoints.place, checkpoints.remove = placed, half_removed
+        checkpoints.atomic_dir, checkpoints.remove_checkpoint = placed, half_removed
 
     return install
 

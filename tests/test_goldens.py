@@ -10,17 +10,16 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDENS
+from conftest import GOLDENS, golden_rows
 from transformers import AutoTokenizer
 
 import losses
-import packing
 import preference_datasets
-import trainers
+from dpo.examples import BatchIterator, TextExample, TokenizedExample
+from dpo.logps import ResponseLogps, response_logps
+from dpo.metrics import BatchMetrics
+from dpo.packing import LAYOUTS, make_microbatches
 from preference_datasets import (
-    BatchIterator,
-    Example,
-    Item,
     get_dataset,
     make_groups,
     strip_html,
@@ -109,20 +108,21 @@ def test_losses_rewards_and_gradients_are_the_originals(case):
     assert logps[2].grad is None or not case["reference_free"]
 
 
-class Recorded:
+class Recorded(torch.nn.Module):
     """A model that gives the same logits, (1, seq, vocabulary), whatever its input."""
 
     dtype = torch.float64
     config = SimpleNamespace(_attn_implementation="eager")
 
     def __init__(self, logits):
+        super().__init__()
         self.logits = logits
 
-    def __call__(self, input_ids, logits_to_keep, **_):
+    def forward(self, input_ids, logits_to_keep, **_):
         return SimpleNamespace(logits=self.logits[:, : input_ids.shape[1]][:, logits_to_keep])
 
 
-@pytest.mark.parametrize("layout", packing.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_sums_and_means_of_log_probabilities_are_the_originals(layout):
     """logits[t] predicts labels[t + 1]; labels of -100 are a prompt before, and padding after the response."""
     golden = read("losses")["batch_logps"]
@@ -131,11 +131,11 @@ def test_sums_and_means_of_log_probabilities_are_the_originals(layout):
         response = [label for label in labels if label != -100]
         assert labels[start : start + len(response)] == response
         logits = torch.tensor([logits], dtype=torch.float64)
-        example = Example(Item("", ("",), "keep_end", 1, ""), [0] * start, (response,))
-        (part,) = packing.make_passes([example], layout, 1000)
-        logp = packing.sequence_logps(Recorded(logits), part, None)
-        compare("losses.json", logp.flatten(), summed, 1e-12)
-        compare("losses.json", (logp / part.lengths).flatten(), averaged, 1e-12)
+        example = TokenizedExample(TextExample("", ("",), "keep_end", 1, ""), [0] * start, (response,))
+        (part,) = make_microbatches([example], layout, 1000)
+        logps = response_logps(ResponseLogps(Recorded(logits)), part)
+        compare("losses.json", logps.sums.flatten(), summed, 1e-12)
+        compare("losses.json", logps.means.flatten(), averaged, 1e-12)
 
 
 # tokens.json
@@ -144,7 +144,7 @@ def test_sums_and_means_of_log_probabilities_are_the_originals(layout):
 @pytest.mark.parametrize("truncation", ["keep_end", "keep_start"])
 def test_every_field_of_every_tokenized_pair_is_the_originals(truncation):
     tokenizer = AutoTokenizer.from_pretrained(GOLDENS / "tiny-gpt2")
-    dialogues = [json.loads(line) for line in open(GOLDENS / "data" / "test.jsonl", encoding="utf-8")]
+    dialogues = golden_rows("test")
     expected = read("tokens")[truncation]
     assert [golden["row"] for golden in expected] == list(range(len(dialogues)))
     for golden, dialogue in zip(expected, dialogues, strict=True):
@@ -186,7 +186,7 @@ def test_pairs_come_in_the_originals_order(key, split, limits):
 
 def test_sft_targets_come_in_the_originals_order():
     """A prompt's target is the chosen text of its last row; the golden lists all rows with that text."""
-    dialogues = [json.loads(line)["chosen"] for line in open(GOLDENS / "data" / "train.jsonl", encoding="utf-8")]
+    dialogues = [row["chosen"] for row in golden_rows("train")]
     batches = batches_of_rows(get_dataset(str(GOLDENS / "data"), "train"), True, 8, n_epochs=3)
     rows = [[[i for i, text in enumerate(dialogues) if text == chosen] for _, chosen in batch] for batch in batches]
     compare_exactly("order.json", rows, read("order")["train_sft_3_epochs_batch_8"])
@@ -284,7 +284,7 @@ def test_a_run_from_the_command_line_is_the_originals_run(name, run_cli):
 
 
 @pytest.mark.parametrize("accumulation, max_tokens", [(1, 100_000), (4, 100_000), (1, 300)])
-@pytest.mark.parametrize("layout", packing.LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_accumulation_and_token_budget_gives_the_originals_updates(
     layout, accumulation, max_tokens, make_trainer, monkeypatch
 ):
@@ -292,7 +292,7 @@ def test_every_layout_accumulation_and_token_budget_gives_the_originals_updates(
     monkeypatch.chdir(GOLDENS.parent.parent)
     own = {"layout": layout, "gradient_accumulation_steps": accumulation, "max_tokens_per_pass": max_tokens}
     trainer = make_trainer(*overrides_of(trace), *(f"{key}={value}" for key, value in own.items()))
-    assert trainer.layout == layout
+    assert trainer.packer.layout == layout
     name = f"trace_dpo, 10 updates, {layout}, accumulation {accumulation}, up to {max_tokens:,} tokens a pass"
     for batch, golden in zip(islice(trainer.train_batches, 10), trace["steps"][:10], strict=True):
         for key, values in values_by_example(trainer, batch.examples).items():
@@ -302,9 +302,9 @@ def test_every_layout_accumulation_and_token_budget_gives_the_originals_updates(
 
 def values_by_example(trainer, examples):
     """Return the metrics that an update on these examples would average, in the order of the batch."""
-    metrics, order = trainers.Metrics(), []
+    metrics, order = BatchMetrics(), []
     with torch.no_grad():
-        for layout in trainer.passes(examples):
+        for layout in trainer.packer(examples):
             trainer.losses(layout, metrics)
             order += [examples.index(example) for example in layout.examples]
     names = {

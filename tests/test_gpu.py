@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_packing_models import EXACT, EXAMPLES, NOT_EXACT, tiny
+from tiny_models import EXACT, EXAMPLES, NOT_EXACT, tiny
 
+from dpo.attention import use_attention
+from dpo.logps import LayoutCheck, ResponseLogps, response_logps
+from dpo.packing import make_microbatches
+from dpo.references import ModelReference
 from losses import preference_loss
-from packing import check_layout, find_head, make_passes, sequence_logps, use_attention
-from references import LiveReference
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda")
@@ -22,14 +24,14 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def test_the_shared_prefix_is_exact_on_a_gpu(name, kind):
     model = tiny(name).to(CUDA)
     use_attention(model, kind)
-    assert check_layout(model, EXAMPLES, "shared_prefix", 64, torch.bfloat16) is None
+    assert LayoutCheck(ResponseLogps.wrap(model), EXAMPLES, "shared_prefix", 64).problem(torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("name", NOT_EXACT)
 def test_models_that_cannot_take_the_shared_prefix_fall_back_on_a_gpu(name):
     model = tiny(name).to(CUDA)
     use_attention(model, "packed")
-    assert check_layout(model, EXAMPLES, "shared_prefix", 64, torch.bfloat16) is not None
+    assert LayoutCheck(ResponseLogps.wrap(model), EXAMPLES, "shared_prefix", 64).problem(torch.bfloat16) is not None
 
 
 @pytest.mark.parametrize("kind", ["flex_attention", "packed"])
@@ -38,8 +40,8 @@ def test_gradients_on_a_gpu_are_those_of_the_cpu(kind):
     for device, attention, layout in ((torch.device("cpu"), "sdpa", "padded"), (CUDA, kind, "shared_prefix")):
         model = tiny("Llama").to(device)
         use_attention(model, attention)
-        for laid_out in make_passes(EXAMPLES, layout, 1000):
-            sequence_logps(model, laid_out.to(device), find_head(model)).sum().backward()
+        for laid_out in make_microbatches(EXAMPLES, layout, 1000):
+            ResponseLogps.wrap(model)(laid_out.to(device)).sum().backward()
         gradients.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters()]))
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-3)
 
@@ -49,11 +51,11 @@ def test_the_first_margin_is_exactly_0_in_bfloat16_on_a_gpu():
     use_attention(policy, "flex_attention")
     reference = tiny("Llama").to(CUDA).requires_grad_(False)
     use_attention(reference, "flex_attention")
-    live = LiveReference(reference, torch.bfloat16)
+    live = ModelReference(ResponseLogps.wrap(reference), torch.bfloat16)
     with torch.autocast("cuda", torch.bfloat16):
-        (layout,) = (laid_out.to(CUDA) for laid_out in make_passes(EXAMPLES, "shared_prefix", 1000))
-        logps = sequence_logps(policy, layout, find_head(policy))
-        _, chosen, rejected = preference_loss(*logps.unbind(1), *live.logps(layout).unbind(1), beta=0.1)
+        (layout,) = (laid_out.to(CUDA) for laid_out in make_microbatches(EXAMPLES, "shared_prefix", 1000))
+        logps = response_logps(ResponseLogps.wrap(policy), layout).sums
+        _, chosen, rejected = preference_loss(*logps.unbind(1), *live.logps(layout).sums.unbind(1), beta=0.1)
     assert (chosen == 0).all() and (rejected == 0).all()
 
 

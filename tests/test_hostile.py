@@ -1,26 +1,30 @@
 """Broken data, mistyped command lines and forged files: each is refused in one line, and none runs anything."""
 
-import difflib
 import gzip
 import hashlib
 import json
+import os
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import GOLDENS, TINY
+from conftest import GOLDENS, ROOT, TINY, validated
 from faults import BUSY, again, command_line, fresh, rng
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoints
-import train
-from preference_datasets import get_dataset
-from utils import UserError
+from dpo import checkpoints
+from dpo.errors import UserError
+from dpo.examples import Tokenization
+from dpo.settings import Settings, known_keys
+from losses import LOSSES
+from preference_datasets import get_dataset, make_groups
 
 # Fuzzed data files
 
@@ -98,10 +102,10 @@ def test_no_fuzzed_data_file_gives_a_traceback_or_is_accepted_in_silence(tmp_pat
         folder, row = fuzzed_folder(tmp_path / f"data{i}", i)
         try:
             data = get_dataset(str(folder), "train", silent=True)
-            groups = train.make_groups(data, "data", False, tokenizer.eos_token)
+            groups = make_groups(data, "data", False, tokenizer.eos_token)
             items = [item for group in groups for item in group]
             if items:
-                assert len(train.Tokenization(tokenizer, 160, 96)(items)) == len(items)
+                assert len(Tokenization(tokenizer, 160, 96)(items)) == len(items)
         except UserError as error:
             outcomes["refused"] += 1
             assert "train.jsonl" in str(error) and len(str(error).splitlines()) == 1, error
@@ -114,15 +118,15 @@ def test_no_fuzzed_data_file_gives_a_traceback_or_is_accepted_in_silence(tmp_pat
         assert data.counts["read"] == data.counts["kept"] + dropped
         assert len(items) == data.counts["kept"]
         outcomes["counted" if remarks or not items else "usable"] += 1
-        if not remarks and items:  # an unusual text, such as a very long one, is a text
-            assert i % 8 in (5, 6) and len(items) == 6, i
+        if not remarks and items:  # an unusual text, such as a very long one, is a text; a BOM or a blank line is none
+            assert (i % 8, len(items)) in ((2, 5), (5, 6), (6, 6), (7, 1)), i
     report(f"200 fuzzed data files: {outcomes}; no traceback")
 
 
 # Mutated command lines
 
 OWN_WAYS = ("resume", "local_run_dir", "datasets", "local_dirs", "lr")  # which take lists, or are too short for a typo
-KEYS = [key for key in train.RULES if "." not in key and key not in OWN_WAYS]
+KEYS = [key for key in Settings.model_fields if key not in ("wandb", "model", "loss") and key not in OWN_WAYS]
 
 
 def mutated(i: int) -> tuple[str, str]:
@@ -138,10 +142,9 @@ def mutated(i: int) -> tuple[str, str]:
             key[:at] + key[at + 1] + key[at] + key[at + 2 :],
         )
         wrong = typo[draw.randint(3)]
-        if wrong in train.RULES:
+        if wrong in known_keys(LOSSES):
             return f"{wrong}x=1", f"{wrong}x"
-        near = difflib.get_close_matches(wrong, ["model", "loss", *train.RULES], n=1, cutoff=0.5)[0]
-        return f"{wrong}=1", f"{wrong}: there is no such setting; did you mean {near}?"
+        return f"{wrong}=1", f"{wrong}: there is no such setting; did you mean {key}?"
     if kind == 1:  # a wrong type
         return f"{key}=[1,2]", f"{key}="
     if kind == 2:  # out of range
@@ -172,7 +175,6 @@ TOGETHER = [
     ("keep_policies=true", "keep_policies=True keep_checkpoints=null"),
     ("model.policy_dtype=bfloat16", "precision=float32 model.policy_dtype=bfloat16"),
     ("model.archive=nowhere.pt", "model.archive=nowhere.pt"),
-    ("fsdp_port=1", "fsdp_port=1 trainer=BasicTrainer"),
     ("resume=nowhere", "resume=nowhere"),
 ]
 UNREADABLE = [
@@ -325,7 +327,8 @@ def test_settings_of_a_run_directory_execute_nothing(old, new, stopped, tmp_path
 
 @pytest.mark.parametrize("path", ["../outside", "/tmp/outside", "a/../../outside", "a/b", "..", "", "\x00"])
 def test_a_name_cannot_leave_its_directory(path):
-    assert not train.RULES["exp_name"][0](path)
+    with pytest.raises(UserError, match="exp_name="):
+        validated("loss=sft", *TINY, f"exp_name='{path}'" if path != "\x00" else 'exp_name="\x00"')
 
 
 @pytest.mark.parametrize(
@@ -373,3 +376,45 @@ def test_links_and_paths_of_a_run_directory_lead_nowhere_else(what, stopped, tmp
 
 def test_the_settings_that_a_run_keeps_are_plain_yaml(stopped):
     assert yaml.safe_load((stopped / "config.yaml").read_text())["loss"]["name"] == "sft"
+
+
+# Texts that would write to the terminal, and terminals that take no text
+
+
+def forged_data(folder: Path) -> tuple[Path, str]:
+    """Write a data set with one prompt, which clears the screen and forges an error, and return it and the prompt."""
+    prompt = "\n\nHuman: caf\u00e9 \u2615 \x1b[2J\rerror: forged\nerror: again\n\nAssistant:"
+    folder.mkdir()
+    for split in ("train", "test"):
+        rows = [{"chosen": f"{prompt} yes {i}", "rejected": f"{prompt} no {i}"} for i in range(16)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder, prompt
+
+
+def test_texts_cannot_write_to_the_terminal_and_no_encoding_stops_a_run(run_cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    data, prompt = forged_data(tmp_path / "data")
+    settings = (*BUSY, "loss=dpo", "eval_every=8", "n_examples=8", f"datasets=['{data}']")
+    result = run_cli(*(setting for setting in settings if not setting.startswith(("wandb", "local_run_dir"))))
+    assert result.returncode == 0, result.stderr
+    assert "error: forged" in result.stdout and "\\x1b[2J" in result.stdout and "\\u2615" in result.stdout
+    assert not [line for line in result.stdout.splitlines() if line.startswith("error")]
+    assert "\x1b" not in result.stdout and "\r" not in result.stdout
+    samples = (result.folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(samples[0])["prompt"] == prompt
+
+
+def test_a_run_whose_streams_are_closed_goes_to_its_end(tmp_path):
+    folder = tmp_path / "run"
+    settings = (*BUSY, "loss=sft", "n_examples=16", f"local_run_dir='{folder}'")
+    command = ["bash", "-c", 'exec "$0" train.py "$@" <&- >&- 2>&-', sys.executable, *settings]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    assert subprocess.run(command, cwd=ROOT, env=environment, timeout=300).returncode == 0
+    assert (folder / "LATEST" / "hf").is_dir()
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert records[-1]["examples"] == 16
+
+
+def test_an_error_text_cannot_write_to_the_terminal(run_cli):
+    result = run_cli(*TINY, "loss=dpo", "model.archive='a\x1b[2J b'")
+    assert result.returncode == 2 and "model.archive=a\\x1b[2J b" in result.stderr and "\x1b" not in result.stderr

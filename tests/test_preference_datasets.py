@@ -1,114 +1,23 @@
-"""Data sets, tokens and truncation, the accounting of rows, and the iterator."""
+"""Data sets and the accounting of rows."""
 
 import gzip
 import inspect
 import json
 import random
-from collections import Counter
-from types import SimpleNamespace
 
 import datasets
 import pytest
-from conftest import GOLDENS, TINY, compose
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import GOLDENS, TINY, compose, golden_rows, inputs_of
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 import preference_datasets
 import train
-from preference_datasets import BatchIterator, Item, PreferenceData, Tokenization, get_dataset, make_groups
-from utils import UserError
+from dpo.errors import UserError
+from dpo.signals import Signals
+from preference_datasets import PreferenceData, distinct_datasets, get_dataset, make_groups
 
 PROMPT = "\n\nHuman: hi\n\nAssistant:"
-EOS = 0
-
-
-# Truncation
-
-
-class Letters:
-    """A tokenizer for which each letter is a token, and eos is 0."""
-
-    eos_token_id, bos_token_id = EOS, 1
-
-    def __call__(self, texts, **_):
-        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
-
-
-def originals_rule(prompt, responses, keep, max_length, max_prompt_length):
-    """Cut lists of tokens as the original does, by the words of original.md."""
-    longest = max(map(len, responses))
-    if len(prompt) + longest > max_length:
-        prompt = prompt[:max_prompt_length] if keep == "keep_start" else prompt[-max_prompt_length:]
-        if len(prompt) + longest > max_length:
-            responses = [response[: max_length - max_prompt_length] for response in responses]
-    return prompt, responses
-
-
-LETTERS = st.text("ab", max_size=12)  # two letters, so that sides often become equal
-PAIRS = {
-    "prompt": st.text("pqr", min_size=1, max_size=14),
-    "responses": st.tuples(LETTERS, LETTERS) | st.tuples(LETTERS),
-    "keep": st.sampled_from(["keep_start", "keep_end"]),
-    "lengths": st.integers(2, 24).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1))),
-}
-many = settings(max_examples=300, deadline=None, derandomize=True, database=None)
-
-
-@many
-@given(**PAIRS)
-def test_truncation_is_the_originals_rule(prompt, responses, keep, lengths):
-    example = Tokenization(Letters(), *lengths)([Item(prompt, responses, keep, 1, "")])[0]
-    tokens = [[ord(letter) for letter in response] + [EOS] for response in responses]
-    expected = originals_rule([ord(letter) for letter in prompt], tokens, keep, *lengths)
-    assert (example.prompt, list(example.responses)) == expected
-
-
-@many
-@given(**PAIRS, add_bos=st.booleans())
-def test_truncation_leaves_what_fits_and_a_token_a_side_and_tells_what_it_cut(
-    prompt, responses, keep, lengths, add_bos
-):
-    max_length, max_prompt_length = lengths
-    example = Tokenization(Letters(), max_length, max_prompt_length, add_bos)([Item(prompt, responses, keep, 1, "")])[0]
-    whole_prompt = [1] * add_bos + [ord(letter) for letter in prompt]
-    whole = tuple([ord(letter) for letter in response] + [EOS] for response in responses)
-    assert len(example.prompt) + max(map(len, example.responses)) <= max_length
-    assert all(example.responses)
-    assert not add_bos or example.prompt[0] == 1
-    if len(whole_prompt) + max(map(len, whole)) <= max_length:
-        assert (example.prompt, example.responses) == (whole_prompt, whole)
-    cut = {
-        "prompt": len(example.prompt) < len(whole_prompt),
-        "response": example.responses != whole,
-        "sides made equal": whole[0] != whole[-1] and example.responses[0] == example.responses[-1],
-    }
-    assert example.cut == tuple(what for what, there in cut.items() if there)
-
-
-def test_one_over_long_response_cuts_the_other_though_it_fits():
-    """Prompt 4 + longest 9 > 10; the prompt cut to 3 leaves 12 > 10; so both are cut to 10 - 3 = 7: 7 and 7 of 8."""
-    item = Item("pqrs", ("abababab", "bbbbbbb"), "keep_end", 1, "")
-    example = Tokenization(Letters(), 10, 3)([item])[0]
-    assert example.prompt == [ord(letter) for letter in "qrs"]
-    assert example.responses == ([ord(letter) for letter in "abababa"], [ord(letter) for letter in "bbbbbbb"])
-
-
-def test_sides_made_equal_by_truncation_are_counted_and_reported(tmp_path, capsys):
-    """The responses differ only after 200 letters; at most 160 - 96 tokens of each are kept."""
-    rows = [{"prompt": f"{i}" * 150, "chosen": "ab" * 100 + "x", "rejected": "ab" * 100 + "y"} for i in range(8)]
-    rows = [row | {"chosen": f"{i}"} if i < 3 else row for i, row in enumerate(rows)]  # three that stay different
-    folder = write(tmp_path / "data", rows, rows[:3])
-    run = tmp_path / "run"
-    overrides = ["loss=dpo", f"datasets=['{folder}']", f"local_run_dir='{run}'", "debug=true", "eval_batch_size=8"]
-    train.run(compose(*TINY, *overrides))
-    assert "of 8 training examples: prompt 8, response 8, sides made equal 5" in capsys.readouterr().out
-
-
-def test_an_unknown_truncation_mode_is_refused():
-    with pytest.raises(ValueError, match="truncation_mode=keep_middle"):
-        preference_datasets.tokenize_batch_element("a", "b", "c", "keep_middle", Letters(), 9, 3)
-
 
 # Folders: what is dropped is counted, what cannot be read stops the run
 
@@ -133,6 +42,11 @@ def write(folder, train_rows, test_rows=None):
     return folder
 
 
+def numbered(n):
+    """Make n rows with prompts of their own."""
+    return [pair(f"prompt {i}", f" {i}") for i in range(n)]
+
+
 def counts(data):
     """Return the counts that are not 0."""
     return {what: n for what, n in data.counts.items() if n}
@@ -141,6 +55,17 @@ def counts(data):
 def own(tmp_path, *rows):
     """Read rows as the training split of one's own data."""
     return get_dataset(str(write(tmp_path / "data", rows, [pair()])), "train")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Return a function that puts rows in the place of what the hub would send."""
+
+    def serve(*rows):
+        table = datasets.Dataset.from_list(list(rows))
+        monkeypatch.setattr(preference_datasets, "load_hub_split", lambda path, split, cache_dir: table)
+
+    return serve
 
 
 @pytest.mark.parametrize(
@@ -181,14 +106,15 @@ def test_repeated_rows_and_differing_prompts_are_kept_and_counted(tmp_path):
     assert data[PROMPT]["pairs"] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 
 
-@pytest.mark.parametrize("sft, kept", [(False, [" yes", " later"]), (True, [" later"])])
-def test_rows_with_eos_inside_the_text_are_dropped_and_counted(sft, kept, tmp_path):
-    """SFT sees a prompt's last chosen response alone, so it never meets the eos of a rejected one."""
+@pytest.mark.parametrize("sft, dropped", [(False, 3), (True, 2)])
+def test_rows_with_eos_inside_the_text_are_dropped_and_counted(sft, dropped, tmp_path):
+    """SFT sees chosen responses alone, so it never meets the eos of a rejected one: that row repeats the first."""
     rows = [pair(), pair(chosen="a<eos>"), pair("p<eos>"), pair(rejected="<eos>"), pair(chosen=" later")]
     data = own(tmp_path, *rows)
     groups = make_groups(data, "own", sft, "<eos>")
-    assert [item.responses[0] for group in groups for item in group] == kept
-    assert data.counts["dropped: the text holds <eos>"] == (1 if sft else 3)
+    assert [text.responses[0] for group in groups for text in group] == [" yes", " later"]
+    left_out = {"left out: an earlier row has the same prompt and chosen response": 1} if sft else {}
+    assert counts(data) == {"read": 5, "kept": 2, "dropped: the text holds <eos>": dropped} | left_out
 
 
 def test_several_pairs_of_a_prompt_are_kept_in_the_order_of_the_file(tmp_path):
@@ -203,20 +129,17 @@ def test_several_pairs_of_a_prompt_are_kept_in_the_order_of_the_file(tmp_path):
         [(("1", " no"), 1), (("2", " no"), 3), (("3", " no"), 4)],
         [((" yes", " no"), 2)],
     ]
-    assert [[(item.responses, item.row) for item in group] for group in make_groups(data, "own", True, "<eos>")] == [
-        [(("3",), 4)],
-        [((" yes",), 2)],
-    ]
 
 
-@pytest.mark.parametrize("drop_unusable", [False, True])
-def test_a_prompt_without_a_pair_takes_part_in_the_shuffle_as_in_the_original(drop_unusable):
+@pytest.mark.parametrize(
+    "drop_unusable, sft, sizes", [(False, False, [0, 1]), (True, False, [1]), (False, True, [1, 1])]
+)
+def test_a_prompt_without_a_pair_takes_part_in_the_shuffle_as_in_the_original(drop_unusable, sft, sizes):
     """It comes from se, as a question with one answer; in one's own data it would be a prompt whose rows all drop."""
     data = PreferenceData("keep_start", drop_unusable)
     data.add("alone", ["a"], [], "a")
     data.add("pair", ["a", "b"], [(0, 1)], "a")
-    assert [len(group) for group in make_groups(data, "se", False, "<eos>")] == ([1] if drop_unusable else [0, 1])
-    assert [len(group) for group in make_groups(data, "se", True, "<eos>")] == [1, 1]
+    assert [len(group) for group in make_groups(data, "se", sft, "<eos>")] == sizes
 
 
 GOOD = json.dumps(pair()).encode()
@@ -226,12 +149,11 @@ UNREADABLE = {
     "a number": (json.dumps(pair(rejected=5)).encode(), "rejected must be a text, not int"),
     "a list": (json.dumps(pair(prompt=["hi"])).encode(), "prompt must be a text, not list"),
     "a missing field": (b'{"chosen": "\\n\\nAssistant: yes"}', "rejected must be a text, not missing"),
-    "no object": (b'["chosen", "rejected"]', "is no object"),
-    "null": (b"null", "is no object"),
+    "no object": (b'["chosen", "rejected"]', "is not an object"),
+    "null": (b"null", "is not an object"),
     "invalid JSON": (b'{"chosen": "a", ', "is not JSON"),
     "a number of 5,000 digits": (b'{"chosen": ' + b"1" * 5000 + b"}", "is not JSON"),
     "JSON 100,000 deep": (b"[" * 100_000, "is not JSON"),
-    "a blank line": (b"", "is not JSON"),
     "bytes that are no UTF-8": (GOOD.replace(b"yes", b"y\xe9s"), "is not UTF-8"),
     "half of a surrogate pair": (GOOD.replace(b"yes", b"\\ud83d"), "holds half of a surrogate pair"),
 }
@@ -301,24 +223,95 @@ def test_a_folder_without_test_file_holds_out_at_most_a_tenth_of_its_prompts(n, 
     assert set(train_data) | set(test_data) == {f"prompt {i}" for i in range(n)}
     assert [list(data.items()) for data in first] == [list(data.items()) for data in again]
     for data, other in (first, first[::-1]):
-        left = [n for what, n in data.counts.items() if what.startswith("left to the other split")]
-        assert sum(left) == 2 * len(other)
+        reason = f"left out: no test file, so {n // 10} of {n} prompts are held out as the test split"
+        assert counts(data) == {"read": 2 * n, "kept": 2 * len(data), reason: 2 * len(other)} or n < 10
     if n == 20:  # the same in every run, on every machine
         assert list(test_data) == ["prompt 12", "prompt 13"]
 
 
+@pytest.mark.parametrize("name", ["pairs.jsonl", "train.jsonl", "pairs.jsonl.gz"])
+def test_a_single_file_is_a_whole_data_set_of_which_a_tenth_of_the_prompts_is_held_out(name, tmp_path):
+    """A test.jsonl beside it belongs to the folder, not to the file."""
+    folder = write(tmp_path / "data", numbered(20), [pair()])
+    content = (folder / "train.jsonl").read_bytes()
+    (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    train_data, test_data = (get_dataset(str(folder / name), split) for split in ("train", "test"))
+    reason = "left out: no test file, so 2 of 20 prompts are held out as the test split"
+    assert counts(train_data) == {"read": 20, "kept": 18, reason: 2}
+    assert counts(test_data) == {"read": 20, "kept": 2, reason: 18}
+    assert set(train_data) | set(test_data) == {f"prompt {i}" for i in range(20)}
+    assert train_data.notes == test_data.notes == []
+
+
+@pytest.mark.parametrize("name", ["pairs.json", "pairs.csv", "pairs"])
+def test_a_file_of_another_kind_is_refused(name, tmp_path):
+    (tmp_path / name).write_bytes(GOOD)
+    with pytest.raises(
+        UserError, match=r"neither a known data set .* nor .* a file of JSON lines \(.jsonl, .jsonl.gz\)"
+    ):
+        get_dataset(str(tmp_path / name), "train")
+
+
+def test_ignored_files_and_columns_are_noted_once(tmp_path):
+    rows = [pair(f"{i}") | {"id": i} for i in range(20)]
+    folder = write(tmp_path / "data", [*rows, pair() | {"system": "Be brief."}], [pair() | {"id": 1}])
+    (folder / "validation.jsonl").write_bytes(GOOD)
+    words = "prompt, chosen, rejected are read"
+    note = f"{folder / 'train.jsonl'}: columns ignored: id (in 20 rows), system (in 1 rows); {words}"
+    files = f"{folder}: files ignored: validation.jsonl; train.jsonl and test.jsonl (or .jsonl.gz) are read"
+    assert get_dataset(str(folder), "train").notes == [note, files]
+    assert get_dataset(str(folder), "test").notes == [
+        f"{folder / 'test.jsonl'}: columns ignored: id (in 1 rows); {words}"
+    ]
+    (folder / "test.jsonl").unlink()  # so that both splits are read from one file
+    assert get_dataset(str(folder), "train").notes == [note, files]
+    assert get_dataset(str(folder), "test").notes == []
+
+
+def test_rows_are_numbered_by_their_lines(tmp_path):
+    folder = write(tmp_path / "data", [], [pair()])
+    lines = [b"\xef\xbb\xbf" + GOOD, b"", b"  ", json.dumps(pair("b")).encode(), b""]
+    (folder / "train.jsonl").write_bytes(b"\r\n".join(lines))
+    data = get_dataset(str(folder), "train")
+    assert data.rows == {PROMPT: [1], "b": [4]}
+    assert counts(data) == {"read": 2, "kept": 2}
+
+
+def test_spellings_of_one_path_are_one_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("d/mix", "other", "hh"):
+        write(tmp_path / folder, [pair()], [pair()])
+    (tmp_path / "link").symlink_to("d/mix")
+    names = ["d/mix", "hh", "d/mix/", "other", "./d/mix", "link", "hh", str(tmp_path / "other"), "./hh", "d/../other"]
+    assert distinct_datasets(names) == ["d/mix", "hh", "other", "./hh"]
+
+
+def test_sft_on_ones_own_rows_with_a_prompt_trains_on_every_distinct_row(tmp_path):
+    """Rows 1 and 4 are equal, 3 differs in the rejected response alone."""
+    rows = [pair("p", "1"), pair("p", "2"), pair("p", "1", "x"), pair("p", "1"), pair("q", "1")]
+    data = own(tmp_path, *rows)
+    groups = make_groups(data, "own", True, "<eos>")
+    assert [[(text.responses, text.row) for text in group] for group in groups] == [
+        [(("1",), 1), (("2",), 2)],
+        [(("1",), 5)],
+    ]
+    repeated = "left out: an earlier row has the same prompt and chosen response"
+    assert counts(data) == {"read": 5, "kept": 3, repeated: 2}
+
+
+ONE_TARGET = "left out: SFT trains on one target per prompt, and a later row has the same prompt"
+
+
+def test_sft_on_dialogues_trains_on_the_last_target_of_a_prompt_and_reports_it(tmp_path, hub):
+    rows = [dialogue(PROMPT + " 1"), dialogue(PROMPT + " 2"), dialogue(PROMPT + " 3")]
+    hub(*rows)
+    for data in (own(tmp_path, *rows), get_dataset("hh", "train")):
+        ((text,),) = make_groups(data, "own", True, "<eos>")
+        assert (text.responses, text.row) == ((" 3",), 3)
+        assert counts(data) == {"read": 3, "kept": 1, ONE_TARGET: 2}
+
+
 # hh, shp and se keep what the original keeps
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """Return a function that puts rows in the place of what the hub would send."""
-
-    def serve(*rows):
-        table = datasets.Dataset.from_list(list(rows))
-        monkeypatch.setattr(preference_datasets, "load_hub_split", lambda path, split, cache_dir: table)
-
-    return serve
 
 
 def test_hh_keeps_what_the_original_keeps_and_counts_it(hub):
@@ -366,7 +359,7 @@ def test_a_dialogue_of_hh_without_an_assistant_is_named(hub):
 
 def test_hh_and_a_folder_of_the_same_rows_are_the_same_data(hub):
     for split in ("train", "test"):
-        hub(*(json.loads(line) for line in open(GOLDENS / "data" / f"{split}.jsonl", encoding="utf-8")))
+        hub(*golden_rows(split))
         assert get_dataset("hh", split) == get_dataset(str(GOLDENS / "data"), split)
 
 
@@ -405,10 +398,10 @@ def test_se_keeps_what_the_original_keeps_and_counts_it(hub):
     data = get_dataset("se", "train")
     assert counts(data) == {
         "read": 4,
-        "kept": 4,
+        "kept": 3,
         "kept although it has one answer and so no pair": 1,
         "kept although it repeats an earlier row": 1,
-        "replaced by a later row with the same question": 1,
+        "left out: a later row has the same question": 1,
     }
     assert data[PROMPT] == {
         "responses": [" 2, 0", " 5, 1", " 2, 2"],
@@ -418,6 +411,17 @@ def test_se_keeps_what_the_original_keeps_and_counts_it(hub):
     assert data["\n\nHuman: alone\n\nAssistant:"]["pairs"] == []
     assert data["\n\nHuman: twice\n\nAssistant:"]["pairs"] == [(1, 0)]
     assert data.truncation == "keep_start"
+
+
+@pytest.mark.parametrize("sft", [False, True])
+def test_a_question_of_se_that_comes_again_and_again_is_kept_once(sft, hub):
+    answers = [{"text": "<p>a</p>", "pm_score": 1}, {"text": "<p>b</p>", "pm_score": 2}]
+    hub(*({"question": "<p>hi</p>", "answers": answers} for _ in range(3)))
+    data = get_dataset("se", "train")
+    ((text,),) = make_groups(data, "se", sft, "<eos>")
+    assert text.row == 3
+    remark = {} if sft else {"kept although it repeats an earlier row": 2}
+    assert counts(data) == {"read": 3, "kept": 1, "left out: a later row has the same question": 2} | remark
 
 
 def test_public_names_keep_their_original_signatures():
@@ -435,12 +439,24 @@ def test_public_names_keep_their_original_signatures():
 
 def prepare(folder, *overrides):
     """Check a config and load its data as the command line does; return the iterators."""
-    return train.prepare(compose(*TINY, "loss=dpo", f"datasets=['{folder}']", *overrides))[-1]
+    inputs = inputs_of(*TINY, "loss=dpo", f"datasets=['{folder}']", *overrides)
+    return inputs.train_batches, inputs.eval_batches
 
 
-def numbered(n):
-    """Make n rows with prompts of their own."""
-    return [pair(f"prompt {i}", f" {i}") for i in range(n)]
+def rows_of(batches):
+    """Return the rows of each batch."""
+    return [[example.text.row for example in batch.examples] for batch in batches]
+
+
+def test_sides_made_equal_by_truncation_are_counted_and_reported(tmp_path, capsys):
+    """The responses differ only after 200 letters; at most 160 - 96 tokens of each are kept."""
+    rows = [{"prompt": f"{i}" * 150, "chosen": "ab" * 100 + "x", "rejected": "ab" * 100 + "y"} for i in range(8)]
+    rows = [row | {"chosen": f"{i}"} if i < 3 else row for i, row in enumerate(rows)]  # three that stay different
+    folder = write(tmp_path / "data", rows, rows[:3])
+    run = tmp_path / "run"
+    overrides = ["loss=dpo", f"datasets=['{folder}']", f"local_run_dir='{run}'", "debug=true", "eval_batch_size=8"]
+    train.run(compose(*TINY, *overrides), Signals())
+    assert "of 8 training examples: prompt 8, response 8, sides made equal 5" in capsys.readouterr().out
 
 
 def test_too_little_data_is_told_in_one_line(tmp_path, run_cli):
@@ -476,7 +492,7 @@ def test_everything_read_kept_and_dropped_is_printed(tmp_path, capsys):
     train_batches, eval_batches = prepare(folder)
     out = capsys.readouterr().out.splitlines()
     line = next(line for line in out if line.startswith(f"Data {folder} train"))
-    assert "train: 12 rows read" in line
+    assert "train: 12 rows read, 10 kept, 2 not, 8 prompts" in line
     assert set(line.split("; ")[1:]) == {
         "1 dropped: the prompt is empty",
         "1 dropped: the text holds <|endoftext|>",
@@ -485,6 +501,55 @@ def test_everything_read_kept_and_dropped_is_printed(tmp_path, capsys):
     assert "The last 2 of an epoch's 10 examples fill no batch and are left out." in out
     assert (train_batches.n_items, len(train_batches)) == (10, 1)
     assert (eval_batches.n_items, len(eval_batches)) == (2, 1)
+
+
+def test_a_plain_dict_of_a_data_set_function_trains(tmp_path, monkeypatch, capsys):
+    """The original's functions return prompt -> {"responses", "pairs", "sft_target"}."""
+    entry = {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a"}
+    plain = {f"prompt {i}": entry for i in range(8)}
+    monkeypatch.setitem(preference_datasets.DATASETS, "mine", lambda split, silent, cache_dir: plain)
+    train_batches = inputs_of(*TINY, "loss=dpo", "datasets=[mine]").train_batches
+    assert len(train_batches) == 1
+    assert "Data mine train: 8 rows read, 8 kept, 0 not, 8 prompts" in capsys.readouterr().out
+
+
+def test_what_is_ignored_of_ones_own_data_is_printed(tmp_path, capsys):
+    folder = write(tmp_path / "data", [row | {"system": "Be brief."} for row in numbered(8)], numbered(2))
+    (folder / "dev.jsonl").write_bytes(GOOD)
+    prepare(folder)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "ignored:" in line]
+    assert len(lines) == 2 and "system (in 8 rows)" in lines[0] and "dev.jsonl" in lines[1]
+
+
+def test_a_prompt_without_a_token_is_dropped_before_training(tmp_path, monkeypatch, capsys):
+    """The tiny tokenizer has a token for every byte, so one that strips the letter z stands for those that do not."""
+    rows = [*numbered(8), pair("zz"), pair("zz" * 50), pair("zz" * 50 + "a")]
+    folder = write(tmp_path / "data", rows, [pair("z"), *numbered(1)])
+    tokenizer = strip_z(GOLDENS / "tiny-gpt2", tmp_path / "tokenizer")
+    name = f"model.tokenizer_name_or_path='{tokenizer}'"
+    train_batches, eval_batches = prepare(folder, name)
+    out = capsys.readouterr().out
+    assert (
+        "train: 11 rows read, 9 kept, 2 not, 9 prompts; 2 dropped: the tokenizer turns the prompt into no token" in out
+    )
+    assert (train_batches.n_items, eval_batches.n_items) == (9, 1)
+    assert [len(batch.examples) for batch in train_batches] == [8]
+    train_batches, eval_batches = prepare(folder, name, "model.add_bos=true")
+    assert (train_batches.n_items, eval_batches.n_items) == (11, 2)
+
+
+def strip_z(source, target):
+    """Copy a tokenizer, with a normalizer that removes the letter z."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("z", "")
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def test_a_data_set_that_is_named_in_two_spellings_counts_once(tmp_path):
+    folder = write(tmp_path / "data", numbered(8), numbered(2))
+    train_batches, eval_batches = prepare(folder, f"datasets=['{folder}','{folder}/']")
+    assert (train_batches.n_items, eval_batches.n_items) == (8, 2)
 
 
 def test_an_evaluation_set_smaller_than_a_batch_is_one_whole_batch(tmp_path):
@@ -501,111 +566,9 @@ def test_the_seed_changes_the_order_of_training_and_never_that_of_evaluation(tmp
     assert sorted(sum(orders[0][1], [])) == list(range(1, 21))
 
 
-# The iterator
+# Tokens
 
 
-def walk(sizes, batch_size, seed=0, **limits):
-    """Make an iterator over groups of these sizes whose items are numbered from 1, and whose tokenizer does nothing."""
-    numbers = iter(range(1, sum(sizes) + 1))
-    groups = [[Item(f"{i}", ("a", "b"), "keep_end", next(numbers), "") for _ in range(n)] for i, n in enumerate(sizes)]
-    return BatchIterator(
-        groups, lambda items: [SimpleNamespace(item=item) for item in items], batch_size, seed, **limits
-    )
-
-
-def rows_of(batches):
-    """Return the rows of each batch."""
-    return [[example.item.row for example in batch.examples] for batch in batches]
-
-
-UNEVEN = [1, 3, 2, 1, 1, 4, 2, 1, 1, 3, 1, 2]  # 22 items
-
-
-def test_an_iterator_resumes_from_every_position_of_three_epochs():
-    batches = list(walk(UNEVEN, 4, n_epochs=3))
-    assert len(batches) == 15  # 22 // 4 an epoch
-    for i, batch in enumerate(batches):
-        position = json.loads(json.dumps(batch.position))
-        assert rows_of(walk(UNEVEN, 4, n_epochs=3, position=position)) == rows_of(batches[i + 1 :])
-    assert rows_of(walk(UNEVEN, 4, n_epochs=3)) == rows_of(batches)
-
-
-def test_an_iterators_own_position_is_that_of_its_last_batch():
-    batches = walk(UNEVEN, 4, n_epochs=3)
-    for batch in batches:
-        assert batches.position == batch.position
-    assert batches.position == {"epoch": 3, "batch": 0}
-
-
-def test_an_epoch_is_reached_without_walking_those_before_it():
-    tokenized = []
-    iterator = walk(UNEVEN, 4, n_epochs=3, position={"epoch": 2, "batch": 3})
-    iterator.tokenize = lambda items: tokenized.append(len(items)) or items
-    list(iterator)
-    assert tokenized == [4, 4]
-
-
-def test_two_seeds_give_two_orders_and_one_seed_one():
-    orders = [rows_of(walk(UNEVEN, 4, seed, n_epochs=2)) for seed in (0, 1, 0)]
-    assert orders[0] == orders[2] != orders[1]
-
-
-def test_each_epoch_has_an_order_of_its_own():
-    batches = rows_of(walk(UNEVEN, 4, n_epochs=3))
-    assert batches[:5] != batches[5:10] != batches[10:] != batches[:5]
-
-
-def test_what_is_left_of_an_epoch_is_left_out_and_no_item_comes_twice():
-    for rows in (rows_of(walk(UNEVEN, 4, seed, n_epochs=1)) for seed in range(5)):
-        assert [len(batch) for batch in rows] == [4] * 5
-        assert max(Counter(sum(rows, [])).values()) == 1
-
-
-def test_keep_last_yields_the_remainder_too():
-    rows = rows_of(walk(UNEVEN, 4, n_epochs=1, keep_last=True))
-    assert [len(batch) for batch in rows] == [4, 4, 4, 4, 4, 2]
-    assert sorted(sum(rows, [])) == list(range(1, 23))
-
-
-def test_pairs_of_a_prompt_follow_each_other_in_the_order_of_the_file():
-    rows = sum(rows_of(walk(UNEVEN, 4, n_epochs=1, keep_last=True)), [])
-    first = 1
-    for size in UNEVEN:
-        start = rows.index(first)
-        assert rows[start : start + size] == list(range(first, first + size))
-        first += size
-
-
-@pytest.mark.parametrize(
-    "limits, n", [((3, 20), 5), ((3, 21), 6), ((1, 100), 5), ((None, 28), 7), ((2, None), 10), ((None, 1), 1)]
-)
-def test_training_ends_with_the_first_limit_that_is_reached(limits, n):
-    """22 items in batches of 4: 5 batches an epoch; n_examples ends after the batch that reaches it."""
-    iterator = walk(UNEVEN, 4, n_epochs=limits[0], n_examples=limits[1])
-    assert len(iterator) == n
-    assert len(list(iterator)) == n
-
-
-def test_an_iterator_without_a_full_batch_is_empty_and_ends():
-    assert list(walk([1, 1], 4, n_epochs=3)) == []
-    assert list(walk([1, 1], 4, n_epochs=None, n_examples=10)) == []
-    assert list(walk([], 4, n_epochs=1, keep_last=True)) == []
-
-
-# BOS
-
-
-def test_bos_is_added_only_if_asked_for_even_to_a_tokenizer_that_would(tiny_folder):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
-    item = Item("garden river", (" lamp",), "keep_end", 1, "")
-    plain = Tokenization(tokenizer, 64, 32)([item])[0]
-    assert plain.prompt == tokenizer("garden river", add_special_tokens=False)["input_ids"]
-    assert plain.responses[0][-1] == tokenizer.eos_token_id
-    assert plain.responses[0].count(tokenizer.eos_token_id) == 1
-    if tokenizer.bos_token_id is not None:
-        assert tokenizer.bos_token_id not in plain.prompt
-        with_bos = Tokenization(tokenizer, 64, 32, add_bos=True)([item])[0]
-        assert with_bos.prompt == [tokenizer.bos_token_id, *plain.prompt]
-        assert with_bos.responses == plain.responses
-    if tokenizer.bos_token not in (None, tokenizer.eos_token):  # Llama's and Gemma's own habit
-        assert tokenizer("garden river")["input_ids"] == [tokenizer.bos_token_id, *plain.prompt]
+def test_an_unknown_truncation_mode_is_refused():
+    with pytest.raises(ValueError, match="truncation_mode=keep_middle"):
+        preference_datasets.tokenize_batch_element("a", "b", "c", "keep_middle", None, 9, 3)

@@ -36,10 +36,8 @@ from faults import (
 )
 from transformers import PreTrainedModel
 
-import checkpoints
-import references
 import trainers
-import utils
+from dpo import checkpoints, errors, metrics, runs
 
 DPO = (*BUSY, "loss=dpo", "keep_checkpoints=2")
 SFT = (*BUSY, "loss=sft", "keep_checkpoints=2")
@@ -93,7 +91,7 @@ def test_a_run_that_is_killed_in_a_save_ends_as_if_it_had_not_been(point, whole,
         killed = command_line(folder, fresh(folder, *DPO), dropout, kill_in_save(point, nth))
         assert killed.returncode == -signal.SIGKILL
         latest = folder / "LATEST"
-        assert not latest.is_symlink() or checkpoints.damage(latest.resolve()) is None
+        assert not latest.is_symlink() or checkpoints.find_corruption(latest.resolve()) is None
         resumed(folder)
         assert_same(folder, whole(DPO))
         assert not [path for path in folder.iterdir() if path.name.startswith((".staging", ".doomed"))]
@@ -180,7 +178,7 @@ def test_the_metrics_of_an_evaluation_after_a_stop_are_added_whole(whole, tmp_pa
 
     fault = lambda: setattr(checkpoints, "write_metrics", full)  # noqa: E731
     assert command_line(folder, again(folder), dropout, fault).returncode == 4
-    assert checkpoints.damage(folder / "step-16") is None
+    assert checkpoints.find_corruption(folder / "step-16") is None
     assert command_line(folder, again(folder), dropout, at_event(4, kill)).returncode == -signal.SIGKILL
     assert json.loads((folder / "step-16" / "metrics.json").read_text())["loss/eval"] > 0
     resumed(folder)
@@ -199,8 +197,8 @@ def test_a_run_copied_by_a_tool_that_follows_links_resumes(whole, tmp_path):
 def test_a_run_directory_of_any_name_resumes_by_the_line_that_was_printed(tmp_path):
     folder = tmp_path / "lr=1 (höher), neu"
     stopped = command_line(folder, fresh(folder, *DPO), at_event(9, send(signal.SIGTERM)))
-    (line,) = [line for line in stopped.stdout.splitlines() if line.startswith("To go on: python train.py ")]
-    arguments = tuple(shlex.split(line.removeprefix("To go on: python train.py ")))
+    (line,) = [line for line in stopped.stdout.splitlines() if line.startswith("To resume: python train.py ")]
+    arguments = tuple(shlex.split(line.removeprefix("To resume: python train.py ")))
     assert arguments == (f"resume={folder}",)
     assert command_line(folder, arguments).returncode == 0
 
@@ -230,7 +228,7 @@ def test_a_signal_stops_after_the_update_and_nothing_is_lost(name, code, whole, 
             updates = max(record["updates"] for record in logs_of(folder)[0]) if logs_of(folder)[0] else 0
             found = checkpoints.newest_checkpoint(folder)
             assert (found[1]["run"]["counters"]["updates"] if found else 0) == updates
-            assert f"To go on: python train.py resume={folder}" in result.stdout
+            assert f"To resume: python train.py resume={folder}" in result.stdout
         resumed(folder)
         assert_same(folder, whole(DPO))
     assert stopped
@@ -273,6 +271,20 @@ def test_sigusr1_saves_and_goes_on(whole, tmp_path):
     assert_same(folder, whole(settings))
 
 
+def test_sigusr1_before_training_begins_saves_after_the_first_update(tmp_path):
+    settings = (*BUSY, "loss=sft", "save_every=null", "eval_every=1000", "n_examples=16", "do_first_eval=false")
+    folder = tmp_path / "run"
+    make = trainers.BasicTrainer.__init__
+
+    def interrupted(self, *args, **kwargs) -> None:
+        send(signal.SIGUSR1)()
+        make(self, *args, **kwargs)
+
+    fault = lambda: setattr(trainers.BasicTrainer, "__init__", interrupted)  # noqa: E731
+    assert command_line(folder, fresh(folder, *settings), fault).returncode == 0
+    assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-16", "step-8"]
+
+
 def test_a_stop_before_training_begins_needs_no_checkpoint(tmp_path):
     folder = tmp_path / "run"
     stop = lambda: setattr(trainers.BasicTrainer, "train", lambda self: send(signal.SIGTERM)())  # noqa: E731
@@ -307,7 +319,7 @@ def test_with_no_valid_checkpoint_left_the_run_does_not_start_afresh(whole, tmp_
 
 def test_no_flipped_bit_and_no_truncation_of_a_checkpoint_is_accepted(whole, tmp_path, report):
     folder = copy_until(whole((*DPO, "keep_checkpoints=null")), tmp_path / "run", 8) / "step-8"
-    assert checkpoints.damage(folder) is None
+    assert checkpoints.find_corruption(folder) is None
     files, draw = sorted(folder.iterdir()), rng(2)
     for i in range(1000):
         path = files[i % len(files)]
@@ -315,9 +327,9 @@ def test_no_flipped_bit_and_no_truncation_of_a_checkpoint_is_accepted(whole, tmp
         at = int(draw.randint(len(content)))
         flipped = content[:at] + bytes([content[at] ^ (1 << draw.randint(8))]) + content[at + 1 :]
         path.write_bytes(flipped if draw.rand() < 0.7 else content[:at])
-        assert checkpoints.damage(folder) is not None, (path.name, at)
+        assert checkpoints.find_corruption(folder) is not None, (path.name, at)
         path.write_bytes(content)
-    assert checkpoints.damage(folder) is None
+    assert checkpoints.find_corruption(folder) is None
     report("bit flips and truncations: 1,000, none accepted")
 
 
@@ -334,9 +346,10 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so_in_one_line(whole,
         result = command_line(folder, fresh(folder, *DPO), dropout, limit_file(name, int(size * share), at))
         told = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert result.returncode == 4 and len(told) == 1 and "Traceback" not in result.stderr, result.stderr
+        assert f"/{name}" in told[0].split(":")[1], told  # the file, or the export's folder
         assert not list(folder.rglob(".staging*"))
         assert checkpoints.checkpoints(folder)[0].name == ("step-48" if name == "hf" else "step-16")
-        assert checkpoints.damage((folder / "LATEST").resolve()) is None
+        assert checkpoints.find_corruption((folder / "LATEST").resolve()) is None
         resumed(folder)
         assert_same(folder, whole(DPO))
     report(f"disk full at {len(chosen)} points of a save: exit code 4, one line, resumed from the checkpoint before")
@@ -344,10 +357,10 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so_in_one_line(whole,
 
 def test_a_log_that_cannot_be_written_stops_the_run_in_one_line(tmp_path):
     folder = tmp_path / "run"
-    result = command_line(folder, fresh(folder, *DPO), limit_files("train_step", 100, 8))
+    result = command_line(folder, fresh(folder, *DPO), limit_files("train_step", 500, 8))
     assert (
         result.returncode == 4
-        and "error: a file cannot be read or written" in result.stderr
+        and f"error: {folder / 'metrics.jsonl'}: cannot be read or written (File too large)" in result.stderr
         and "Traceback" not in result.stderr
     )
 
@@ -442,13 +455,13 @@ def test_another_number_of_threads_is_said(whole, tmp_path):
 
 def test_a_folder_that_holds_no_run_is_refused(tmp_path):
     result = command_line(tmp_path, again(tmp_path))
-    assert result.returncode == 2 and "is no run directory" in result.stderr
+    assert result.returncode == 2 and "not a run directory" in result.stderr
     assert len(result.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 def test_a_second_writer_is_refused(whole, tmp_path):
     folder = copy_until(whole((*DPO, "keep_checkpoints=null")), tmp_path / "run", 8)
-    with utils.only_writer(folder):
+    with runs.lock_run_dir(folder):
         result = command_line(folder, again(folder))
     assert result.returncode == 2 and "another process writes to this run" in result.stderr
 
@@ -498,13 +511,13 @@ def test_a_number_that_is_not_finite_stops_before_the_update(position, where, ma
 
     trainer.losses = broken
     batch = next(iter(trainer.train_batches))
-    with pytest.raises(utils.RunError, match="update 1 is not finite") as stop:
+    with pytest.raises(errors.RunError, match="update 1 is not finite") as stop:
         trainer.train_step(batch)
     assert stop.value.exit_code == 5
     assert all(torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items())
-    assert trainer.updates == 0 and not trainer.optimizer.state and not checkpoints.checkpoints(trainer.run_dir)
-    rows = [json.loads(line) for line in (trainer.run_dir / "not-finite-update-1.jsonl").read_text().splitlines()]
-    assert {row["row"] for row in rows} == {example.item.row for example in batch.examples}
+    assert trainer.updates == 0 and not trainer.optimizer.state and not checkpoints.checkpoints(trainer.run.path)
+    rows = [json.loads(line) for line in (trainer.run.path / "not-finite-update-1.jsonl").read_text().splitlines()]
+    assert {row["row"] for row in rows} == {example.text.row for example in batch.examples}
     assert all(row["prompt"] and len(row["responses"]) == 2 and "logps/chosen" in row for row in rows)
     assert sum(row["loss"] == "nan" for row in rows) == (2 if where == "loss" else 0)
 
@@ -560,34 +573,17 @@ def test_a_failure_that_is_not_of_memory_is_no_message_about_memory(tmp_path):
     assert result.returncode == 1 and "illegal memory access" in result.stderr
 
 
-# A table of the reference
-
-
-def test_a_damaged_table_of_the_reference_is_computed_anew(tmp_path):
-    table = references.ReferenceTable(["a", "b"], 2)
-    table.values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    path = tmp_path / "reference.pt"
-    table.save(path, "key")
-    other = references.ReferenceTable(["a", "b"], 2)
-    assert not other.load(path, "another key") and other.load(path, "key")
-    assert torch.equal(other.values, table.values)
-    content, number = path.read_bytes(), table.values.numpy().tobytes()
-    at = content.index(number)
-    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-    assert not references.ReferenceTable(["a", "b"], 2).load(path, "key")
-
-
 # Wandb
 
 
 def test_a_resumed_run_keeps_its_wandb_id(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    first = utils.WandbTracker(tmp_path, {"project": "p"})
+    first = metrics.WandbTracker(tmp_path, {"project": "p"})
     first.log({"loss": 1.0}, 1)
     first.finish()
     time.sleep(1.1)  # wandb names its folders by the second
-    second = utils.WandbTracker(tmp_path, {"project": "p"})
-    told = utils.wandb_folders(tmp_path)
+    second = metrics.WandbTracker(tmp_path, {"project": "p"})
+    told = metrics.wandb_folders(tmp_path)
     second.finish()
     assert len(told) == 2 and len({folder.name.rsplit("-", 1)[1] for folder in told}) == 1
 

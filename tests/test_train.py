@@ -2,20 +2,26 @@
 
 import json
 import math
-import re
+import os
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import hydra
 import pytest
 import torch
-from conftest import GOLDENS, ROOT, TINY, compose
+import yaml
+from conftest import GOLDENS, ROOT, TINY, inputs_of
+from faults import command_line, during_import, fresh, send
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import packing
-import train
-import utils
-from packing import sequence_logps
+from dpo import attention
+from dpo.errors import UserError
+from dpo.logps import response_logps
+from dpo.sampling import distinct_prompts
 
 SHORT = (
     *TINY,
@@ -31,6 +37,159 @@ SHORT = (
 def errors(run) -> list[str]:
     """Return the lines in which a run told what is wrong."""
     return [line.removeprefix("error: ") for line in run.stderr.splitlines() if line.startswith("error: ")]
+
+
+# Answers that need no torch
+
+SEVERAL = """
+import contextlib, io, json, sys
+import train
+
+answers = []
+for arguments in json.load(sys.stdin):
+    sys.argv, out, err = ["train.py", *arguments], io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            train.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+    slow = sorted({"torch", "transformers"} & set(sys.modules))
+    answers.append([code, out.getvalue(), err.getvalue(), slow])
+json.dump(answers, sys.stdout)
+"""
+TINY_MODEL = ("loss=dpo", "model=tiny", "max_length=64", "max_prompt_length=32")
+QUICK = [
+    (),
+    ("-h",),
+    ("--help",),
+    ("--help", "lr"),
+    (*TINY_MODEL, "--cfg", "job"),
+    ("-sc", "install=bash"),
+    ("loss=dpoo", "model=tiny", "learning_rate=1", "bacth_size=3"),
+    (*TINY_MODEL, "lr=-1", "batch_size=0"),
+    ("-m", *TINY_MODEL, "lr=-1,-2"),
+    ("-m", "model=tiny", "lr=1,2"),
+    ("resume=nowhere", "-m"),
+]
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """Return what each command line of QUICK answers, in a process that imports torch only if one of them does."""
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL], input=json.dumps(QUICK), cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return dict(zip(QUICK, json.loads(done.stdout), strict=True))
+
+
+def test_no_answer_to_help_or_to_a_wrong_word_or_value_imports_torch(answers):
+    assert {arguments: slow for arguments, (_, _, _, slow) in answers.items() if slow} == {}
+
+
+def test_help_is_one_page_however_it_is_asked_for(answers):
+    page = answers[("--help",)][1]
+    assert "python train.py loss=sft model=gpt2" in page and "learning rate after the warmup" in page
+    for arguments, code in (((), 2), (("-h",), 0), (("--help",), 0)):
+        assert answers[arguments][:3] == [code, page, ""]
+    assert answers[("--help", "lr")][:3] == [
+        0, "lr (Training)\n  learning rate after the warmup\n  default: 5e-7\n", "",
+    ]  # fmt: skip
+
+
+def test_hydra_prints_the_composed_config_and_the_completion_of_a_shell(answers):
+    code, config, refusal, _ = answers[(*TINY_MODEL, "--cfg", "job")]
+    assert (code, refusal) == (0, "") and "max_length: 64\n" in config and "  name: dpo\n" in config
+    code, script, refusal, _ = answers[("-sc", "install=bash")]
+    assert (code, refusal) == (0, "") and "complete -o nospace" in script
+
+
+@pytest.mark.parametrize(
+    "arguments, starts",
+    [
+        (QUICK[6], ["loss=dpoo: there is no such file", "learning_rate: ", "bacth_size: "]),
+        (QUICK[7], ["batch_size=0: must be", "lr=-1: must be"]),
+        (QUICK[8], ["lr=-1: must be"]),
+        (QUICK[9], ["You must specify 'loss'"]),
+        (QUICK[10], ["-m: resume=RUN goes on with one run; leave this flag out"]),
+    ],
+)
+def test_wrong_words_and_values_come_together_one_line_each(arguments, starts, answers):
+    code, printed, refusal, _ = answers[arguments]
+    lines = refusal.splitlines()
+    assert (code, printed) == (2, "") and len(lines) == len(starts), refusal
+    assert all(line.startswith(f"error: {start}") for line, start in zip(lines, starts, strict=True)), refusal
+
+
+# What is noted, and what a sweep leaves
+
+
+def test_several_processes_are_refused_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    run = command_line(tmp_path / "run", fresh(tmp_path / "run", "loss=sft", *SHORT))
+    assert run.returncode == 2 and not run.folder.exists()
+    (line,) = errors(run)
+    assert line.startswith("WORLD_SIZE=2: training on several processes is not supported yet; ")
+
+
+@pytest.mark.parametrize("warmup, note", [(2, None), (3, "ends at 7.5e-05"), (9, "ends at 3e-05")])
+def test_a_warmup_that_the_run_does_not_leave_is_noted_with_the_learning_rate_reached(warmup, note, capsys):
+    """Of 24 examples in batches of 8: 3 updates, the last of which has lr * 3 / (warmup_steps + 1)."""
+    inputs_of("loss=sft", *SHORT, f"warmup_steps={warmup}")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "warmup_steps" in line]
+    assert [line.endswith(f"so the learning rate {note}.") for line in lines] == [True] * (note is not None), lines
+
+
+@pytest.mark.parametrize("eval_every, noted", [(23, False), (24, True)])
+def test_an_eval_every_beyond_the_run_is_noted(eval_every, noted, capsys):
+    inputs_of("loss=sft", *SHORT, f"eval_every={eval_every}")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("eval_every=24: ")]
+    assert len(lines) == noted and ("the run has 24 examples" in "".join(lines)) == noted
+
+
+SWEEP = ("loss=dpo", *SHORT, "n_examples=8", "do_first_eval=false", "debug=true", "wandb.enabled=false")
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["local_dirs", "local_run_dir"])
+def test_a_sweep_names_its_runs_by_what_differs_and_leaves_nothing_else(fixed, tmp_path):
+    where = "local_run_dir=sweep" if fixed else "local_dirs=[runs]"
+    arguments = (where, *SWEEP, "-m", "loss.beta=0.1,0.5")
+    swept = command_line(tmp_path, arguments, lambda: os.chdir(tmp_path))
+    assert swept.returncode == 0, swept.stderr
+    configs = sorted(tmp_path.rglob("config.yaml"))
+    names = ["loss.beta=0.1", "loss.beta=0.5"]
+    values = [yaml.safe_load(path.read_text()) for path in configs]
+    assert [value["exp_name"] for value in values] == [f"dpo_tiny-gpt2_{name}" for name in names]
+    assert [value["loss"]["beta"] for value in values] == [0.1, 0.5]
+    if fixed:
+        assert [path.parent.relative_to(tmp_path) for path in configs] == [Path("sweep", name) for name in names]
+    else:
+        assert all(f"_{name}_" in path.parent.name for path, name in zip(configs, names, strict=True))
+    files = {path.relative_to(path.parents[0]).name for path in tmp_path.rglob("*") if path.is_file()}
+    assert files == {"config.yaml", "metrics.jsonl", "samples.jsonl", ".lock"}
+    assert all(any(folder.iterdir()) for folder in tmp_path.rglob("*") if folder.is_dir())
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep" if fixed else "runs"]
+
+
+# Signals before training begins
+
+
+def interrupt_hydra() -> None:
+    hydra.main = lambda **settings: lambda function: send(signal.SIGINT)
+
+
+@pytest.mark.parametrize("fault", [during_import("build", send(signal.SIGINT)), interrupt_hydra])
+def test_an_interrupt_before_training_prints_one_word(fault, tmp_path):
+    run = command_line(tmp_path / "run", fresh(tmp_path / "run", "loss=sft", *SHORT), fault)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "Interrupted.\n", "") and not run.folder.exists()
+
+
+def test_a_wish_for_a_checkpoint_during_imports_is_granted_after_the_first_update(tmp_path):
+    settings = ("loss=sft", *SHORT, "eval_every=1000", "wandb.enabled=false")
+    fault = during_import("build", send(signal.SIGUSR1))
+    run = command_line(tmp_path / "run", fresh(tmp_path / "run", *settings), fault)
+    assert run.returncode == 0, run.stderr
+    assert {path.name for path in run.folder.glob("step-*")} == {"step-8", "step-24"}
 
 
 # What is refused
@@ -71,9 +230,12 @@ def test_all_problems_of_values_are_reported_together_before_any_model_loads(run
 @pytest.mark.parametrize(
     "overrides, told",
     [
-        ([], "You must specify 'loss', e.g, loss=<OPTION> Available options: dpo ipo sft"),
+        (["model=gpt2"], "You must specify 'loss', e.g, loss=<OPTION> Available options: dpo hinge ipo sft"),
         (["loss=dpo"], "model.name_or_path: is missing; set model.name_or_path=VALUE, "),
-        (["loss=dpoo"], "loss=dpoo: there is no such file in config/loss/; choose one of dpo ipo sft"),
+        (
+            ["loss=dpoo"],
+            "loss=dpoo: there is no such file in config/loss/; choose one of dpo hinge ipo sft; did you mean dpo?",
+        ),
         (["loss=dpo", "model=gpt22"], "model=gpt22: there is no such file in config/model/; choose one of blank_model"),
         (["loss=dpo", "bacth_size=3"], "bacth_size: there is no such setting; did you mean batch_size?"),
         (["loss=sft", "loss.beta=3"], "loss.beta: the chosen loss has no such setting"),
@@ -86,35 +248,14 @@ def test_a_mistyped_key_or_group_is_one_line(overrides, told):
     assert done.stderr.startswith(f"error: {told}") and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "overrides, told",
-    [
-        (["+beta=0.2"], "beta: there is no such setting; did you mean loss.beta?"),
-        (
-            ["batch_size=6", "gradient_accumulation_steps=4"],
-            "batch_size must be divisible by gradient_accumulation_steps",
-        ),
-        (["trainer=FSDPTrainer"], "trainer=FSDPTrainer: is not built yet"),
-        (["fsdp_port=1234"], "fsdp_port needs trainer=FSDPTrainer"),
-        (["precision=float32", "model.policy_dtype=bfloat16"], "computing in float32 needs model.policy_dtype=float32"),
-        (["device=mps"], "device=mps: not available here"),
-        (["model.archive=nowhere/policy.pt"], "model.archive=nowhere/policy.pt: no such file"),
-        (["model.add_bos=2"], "model.add_bos=2: must be true or false"),
-        (["seed=-1"], "seed=-1: must be a whole number from 0 to 4294967295"),
-        (["batch_size=true"], "batch_size=True: must be a whole number"),
-        (["compile=true", "activation_checkpointing=true"], "cannot be compiled; set one of the two to false"),
-    ],
-)
-def test_a_setting_is_honoured_or_refused(overrides, told):
-    config = compose("loss=dpo", *TINY, *overrides)
-    with pytest.raises(train.UserError) as refusal:
-        train.prepare(config)
-    assert told in str(refusal.value)
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(UserError, match="device=mps: not available here"):
+        inputs_of("loss=dpo", *TINY, "device=mps")
 
 
 def test_a_data_set_smaller_than_a_batch_is_refused_with_its_size():
-    with pytest.raises(train.UserError, match="batch_size=161: the training data holds 160 examples"):
-        train.prepare(compose("loss=dpo", *TINY, "batch_size=161"))
+    with pytest.raises(UserError, match="batch_size=161: the training data holds 160 examples"):
+        inputs_of("loss=dpo", *TINY, "batch_size=161")
 
 
 def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path):
@@ -122,10 +263,9 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path):
     tokenizer.add_tokens([f"<extra{i}>" for i in range(3)])
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(train.UserError) as refusal:
-        train.prepare(compose("loss=dpo", *TINY, f"model.tokenizer_name_or_path='{tmp_path}'"))
+    with pytest.raises(UserError) as refusal:
+        inputs_of("loss=dpo", *TINY, f"model.tokenizer_name_or_path='{tmp_path}'")
     told = str(refusal.value).splitlines()
-    assert any("has 515 tokens" in line and "has 512 embeddings" in line for line in told)
     assert any("no eos token" in line for line in told)
 
 
@@ -148,33 +288,15 @@ def test_a_model_whose_weights_do_not_fit_its_config_is_refused_by_name(tmp_path
     assert not run.folder.exists()
 
 
-def test_every_key_in_config_has_a_comment_and_a_rule():
-    keys = set()
-    for path in (ROOT / "config").rglob("*.yaml"):
-        nested = ""
-        body = re.sub(r"(?ms)^(defaults|hydra):.*?(?=^\S)|^hydra:.*", "", path.read_text())
-        for line in body.splitlines():
-            if not (match := re.match(r"( *)(\w+):(.*)", line)):
-                continue
-            indent, key, rest = match.groups()
-            nested = nested if indent else key
-            if not rest.strip():
-                continue  # a group, whose keys follow
-            name = f"{nested}.{key}" if indent else key
-            group = "" if path.name == "config.yaml" else f"{path.parent.name}."
-            keys.add(group + name)
-            derived = path.name not in ("config.yaml", "blank_model.yaml", "dpo.yaml", "ipo.yaml")
-            assert "#" in rest or derived or key == "name", f"{path.name}: {line}"
-    assert keys == set(train.RULES)
-
-
-@pytest.mark.parametrize("group", ["model", "loss"])
-def test_every_config_file_composes_and_validates(group):
-    for path in sorted((ROOT / "config" / group).glob("*.yaml")):
-        chosen = {"model": "gpt2", "loss": "dpo"} | {group: path.stem}
-        config = compose(*(f"{k}={v}" for k, v in chosen.items()))
-        problems = train.setting_problems(train.flat_settings(config))
-        assert [p for p in problems if path.stem != "blank_model"] == []
+def test_tensors_of_parts_that_the_model_does_not_have_are_listed_and_ignored_and_others_refused(tmp_path, run_cli):
+    shutil.copytree(GOLDENS / "tiny-gpt2", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    for extra, code in (("mtp.layers.0.weight", 0), ("transformer.surplus", 2)):
+        save_file(weights | {extra: torch.zeros(2)}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+        run = run_cli("loss=sft", *SHORT, "n_examples=8", "debug=true", f"model.name_or_path='{tmp_path / 'model'}'")
+        assert run.returncode == code, run.stderr
+        assert ("not loaded are ignored: mtp (1)" in run.stdout) == (code == 0)
+        assert ("unexpected ['transformer.surplus']" in run.stderr) == (code == 2)
 
 
 def test_secrets_from_the_environment_are_neither_printed_nor_saved(run_cli, monkeypatch):
@@ -303,9 +425,8 @@ def test_the_last_partial_evaluation_batch_counts_and_the_order_of_evaluation_ig
     assert sum(len(batch.examples) for batch in one.eval_batches) == 10
 
 
-def test_sampling_leaves_the_randomness_of_training_alone(make_trainer, tmp_path):
+def test_sampling_leaves_the_randomness_of_training_alone(make_trainer):
     trainer = make_trainer("loss=sft", "n_eval_model_samples=2")
-    trainer.logger = utils.MetricLogger(tmp_path, utils.Tracker())
     before = torch.get_rng_state()
     trainer.sample()
     assert torch.equal(before, torch.get_rng_state())
@@ -313,11 +434,11 @@ def test_sampling_leaves_the_randomness_of_training_alone(make_trainer, tmp_path
 
 def test_sampling_ignores_the_generation_settings_that_came_with_the_model(make_trainer):
     trainer = make_trainer("loss=sft", "sample_top_k=1")
-    prompts = trainer.sample_prompts()[:2]
-    plain = trainer.generate(trainer.policy, prompts, "plain")
-    trainer.policy.generation_config.repetition_penalty = 50.0
-    assert trainer.generate(trainer.policy, prompts, "penalized") == plain
-    assert trainer.policy.generation_config.repetition_penalty == 50.0
+    prompts = distinct_prompts(trainer.eval_batches, 2)
+    plain = trainer.sampler.generate(trainer.policy.model, prompts, "plain")
+    trainer.policy.model.generation_config.repetition_penalty = 50.0
+    assert trainer.sampler.generate(trainer.policy.model, prompts, "penalized") == plain
+    assert trainer.policy.model.generation_config.repetition_penalty == 50.0
 
 
 def test_activation_checkpointing_changes_no_gradient(make_trainer):
@@ -330,8 +451,8 @@ def test_activation_checkpointing_changes_no_gradient(make_trainer):
 
 def test_a_compiled_run_gives_the_same_numbers_and_does_not_compile_for_every_length(make_trainer, monkeypatch):
     attended = []
-    attend = packing.cpu_attention
-    monkeypatch.setattr(packing, "cpu_attention", lambda *args, **how: attended.append(1) or attend(*args, **how))
+    attend = attention.cpu_attention
+    monkeypatch.setattr(attention, "cpu_attention", lambda *args, **how: attended.append(1) or attend(*args, **how))
     losses, graphs = [], []
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -348,33 +469,19 @@ def test_a_compiled_run_gives_the_same_numbers_and_does_not_compile_for_every_le
     assert graphs[0][2] == graphs[1][2] > 0, "compiled or not, each example is attended to by itself"
 
 
-def test_attention_on_a_cpu_is_computed_in_float32_also_in_a_bfloat16_run(make_trainer, monkeypatch):
-    seen = []
-    attend = torch.nn.functional.scaled_dot_product_attention
-
-    def spy(*states, **how):
-        seen.extend(tensor.dtype for tensor in (*states, how["attn_mask"]))
-        assert not torch.is_autocast_enabled("cpu")
-        return attend(*states, **how)
-
-    trainer = make_trainer("loss=sft", "precision=bfloat16")
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    trainer.train_step(next(iter(trainer.train_batches)))
-    assert set(seen) == {torch.float32}
-
-
-def test_a_model_without_known_layers_is_not_compiled():
-    with pytest.raises(utils.UserError, match="compile=true"):
-        packing.compile_layers(torch.nn.Linear(2, 2))
-
-
 def test_samples_of_a_compiled_run_are_those_of_another(make_trainer):
     """And generating compiles nothing, since each of its steps would be a shape of its own."""
     samples = []
     for setting in ("false", "true"):
         trainer = make_trainer("loss=sft", f"compile={setting}")
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        samples.append(trainer.generate(trainer.policy, trainer.sample_prompts(), "sampling"))
+        samples.append(
+            trainer.sampler.generate(
+                trainer.policy.model,
+                distinct_prompts(trainer.eval_batches, trainer.settings.n_eval_model_samples),
+                "sampling",
+            )
+        )
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
     assert samples[0] == samples[1]
 
@@ -383,7 +490,7 @@ def test_bfloat16_keeps_parameters_optimizer_and_log_probabilities_in_float32(ma
     trainer = make_trainer("loss=dpo", "precision=bfloat16", "model.fsdp_policy_mp=bfloat16")
     batch = next(iter(trainer.train_batches))
     with trainer.autocast():
-        logps = sequence_logps(trainer.policy, next(trainer.passes(batch.examples)), trainer.head)
+        logps = response_logps(trainer.policy, next(trainer.packer(batch.examples))).sums
     assert trainer.dtype == torch.bfloat16 and logps.dtype == torch.float32
     assert trainer.train_step(batch)["rewards_train/margins"] == 0.0
     assert {p.dtype for p in trainer.policy.parameters()} == {torch.float32}

@@ -1,4 +1,4 @@
-"""Writing, verifying and finding checkpoints; archives of weights; the export for other tools.
+"""Writing, verifying and finding checkpoints; archives of weights.
 
 A checkpoint is a folder step-N. It is written under another name, flushed to disk, and renamed when it is whole; none
 of its files is ever written again. Its manifest lists the SHA-256 of each, as `sha256sum --check MANIFEST` reads it,
@@ -12,15 +12,16 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import GenerationConfig
 
-from utils import RunError, UserError, first_line, lacks_memory, say
+from dpo.console import log_message
+from dpo.errors import RunError, UserError, is_out_of_memory, naming_file, summarize_error
 
 MANIFEST = "MANIFEST"
 PARTS = ("policy", "optimizer", "scheduler", "run")
@@ -50,33 +51,52 @@ def save_checkpoint(
 
     def write(folder: Path) -> None:
         for name in PARTS:
-            torch.save({"step_idx": step, "state": states[name], "metrics": metrics}, folder / f"{name}.pt")
+            path = folder / f"{name}.pt"
+            with naming_file(path):
+                torch.save({"step_idx": step, "state": states[name], "metrics": metrics}, path)
         if metrics:
             write_metrics(folder, metrics)
 
     if not final.exists():
-        place(final, write)
+        atomic_dir(final, write)
     elif metrics and not (final / "metrics.json").exists():  # a signal asked for this one before its evaluation
         write_metrics(final, metrics)
     point_latest(run_dir, final.name)
     for folder in checkpoints(run_dir)[keep:] if keep else []:
         if keep_policies and (folder / "metrics.json").is_file():
             keep_policy(folder)
-        remove(folder)
+        remove_checkpoint(folder)
     return final
 
 
 def write_metrics(folder: Path, metrics: dict[str, float]) -> None:
     """Write an evaluation's metrics into a checkpoint, whole or not at all."""
-    staging = folder / ".staging-metrics.json"
+    atomic_write(folder / "metrics.json", (json.dumps(metrics) + "\n").encode())
+
+
+def atomic_write(path: Path, content: Callable[[Path], None] | bytes) -> None:
+    """Write one file, whole and on disk or not at all: bytes, or what a function writes to the path that it is given.
+
+    OSError that names the file if the disk does not take it; an error about memory is raised as it is.
+    """
+    staging = path.with_name(f".staging-{path.name}.{os.getpid()}")  # two processes may write one file of a cache
     staging.unlink(missing_ok=True)
-    staging.write_text(json.dumps(metrics) + "\n", encoding="utf-8")
-    flush(staging)
-    os.replace(staging, folder / "metrics.json")
+    try:
+        with naming_file(path):
+            if isinstance(content, bytes):
+                staging.write_bytes(content)
+            else:
+                content(staging)
+            fsync(staging)
+            os.replace(staging, path)
+            fsync(path.parent)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
 
 
-def place(final: Path, write: Callable[[Path], None]) -> None:
-    """Let write fill a folder, and make it `final`, whole and on disk, or not at all."""
+def atomic_dir(final: Path, write: Callable[[Path], None]) -> None:
+    """Let write fill a folder, and make it `final`, whole and on disk, or not at all; RunError that names the file."""
     staging = final.with_name(f".staging-{final.name}")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -84,23 +104,30 @@ def place(final: Path, write: Callable[[Path], None]) -> None:
         write(staging)
         write_manifest(staging)
         staging.rename(final)
-        flush(final.parent)
+        fsync(final.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as RuntimeError
         shutil.rmtree(staging, ignore_errors=True)
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             raise
-        reason = first_line(error)
-        raise RunError(f"{final}: cannot be written ({reason}); earlier checkpoints are intact", "disk") from None
+        path, reason = final, summarize_error(error)
+        if isinstance(error, OSError) and Path(error.filename or "").parent == staging:
+            path, reason = final / Path(error.filename).name, error.strerror or reason
+        raise RunError(f"{path}: cannot be written ({reason}); earlier checkpoints are intact", "disk") from None
 
 
 def write_manifest(folder: Path) -> None:
-    """List the SHA-256 of every file in a folder, and flush all of it to disk."""
+    """List the SHA-256 of every file in a folder, and flush all of it to disk, readable as the umask says."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     lines = "".join(f"{sha256(path)}  {path.name}\n" for path in files)
     own = hashlib.sha256(lines.encode()).hexdigest()
-    (folder / MANIFEST).write_text(f"{lines}# {own}\n", encoding="utf-8")
-    for path in (*files, folder / MANIFEST, folder):
-        flush(path)
+    manifest = folder / MANIFEST
+    with naming_file(manifest):
+        manifest.write_text(f"{lines}# {own}\n", encoding="utf-8")
+    for path in files:
+        path.chmod(manifest.stat().st_mode)  # safetensors makes files that only their owner may read
+    for path in (*files, manifest, folder):
+        with naming_file(path):
+            fsync(path)
 
 
 def point_latest(run_dir: Path, name: str) -> None:
@@ -111,17 +138,17 @@ def point_latest(run_dir: Path, name: str) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(name)
     os.replace(link, latest)
-    flush(run_dir)
+    fsync(run_dir)
 
 
-def remove(folder: Path) -> None:
+def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint, renamed first, so that a half-removed one is never taken for one."""
     doomed = folder.with_name(f".doomed-{folder.name}")
     try:
         folder.rename(doomed)
         shutil.rmtree(doomed)
     except OSError as error:  # no reason to stop a training; what is left goes when the run is resumed
-        say(f"{folder}: cannot be removed ({error.strerror})")
+        log_message(f"{folder}: cannot be removed ({error.strerror})")
 
 
 def keep_policy(folder: Path) -> None:
@@ -129,17 +156,18 @@ def keep_policy(folder: Path) -> None:
     kept = folder.parent / "policies"
     kept.mkdir(exist_ok=True)
     for name, ending in (("metrics.json", "json"), ("policy.pt", "pt")):
-        staging = kept / f".staging-{folder.name}.{ending}"
-        staging.unlink(missing_ok=True)
-        try:
-            os.link(folder / name, staging)
-        except OSError:
-            shutil.copyfile(folder / name, staging)
-            flush(staging)
-        os.replace(staging, kept / f"{folder.name}.{ending}")
+        atomic_write(kept / f"{folder.name}.{ending}", partial(link_or_copy, folder / name))
 
 
-def flush(path: Path) -> None:
+def link_or_copy(source: Path, path: Path) -> None:
+    """Make path another name of a file, or where the disk has no such links its copy."""
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)
+
+
+def fsync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -154,21 +182,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def export_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write the model and its tokenizer so that from_pretrained opens them; RunError if the disk does not take them."""
-
-    def write(staging: Path) -> None:
-        try:
-            model.save_pretrained(staging)
-        except ValueError:  # settings of generation that came with the model, which transformers refuses to write
-            model.generation_config = GenerationConfig.from_model_config(model.config)
-            model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-
-    if not folder.exists():
-        place(folder, write)
-
-
 # Finding and verifying
 
 
@@ -178,7 +191,7 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name.removeprefix("step-")))
 
 
-def damage(folder: Path) -> str | None:
+def find_corruption(folder: Path) -> str | None:
     """Return None if a checkpoint holds what its manifest lists, all of PARTS among it, else what is wrong with it."""
     try:
         text = (folder / MANIFEST).read_bytes().decode("ascii")
@@ -205,16 +218,16 @@ def damage(folder: Path) -> str | None:
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | str:
     """Return the state of each of PARTS, plain numbers and tensors alone, or what is wrong with the checkpoint."""
-    problem = damage(folder)
+    problem = find_corruption(folder)
     if problem:
         return problem
     try:
         read = {name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True) for name in PARTS}
         return {name: part["state"] for name, part in read.items()}
     except Exception as error:  # a forged file, which torch refuses in many ways
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             raise
-        return f"it cannot be read ({first_line(error)})"
+        return f"it cannot be read ({summarize_error(error)})"
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -222,7 +235,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
 
     A damaged one is named and set aside, and the one before it taken; RunError if all are damaged or gone.
     """
-    damaged = []
+    damaged: list[Path] = []
     for folder in checkpoints(run_dir):
         states = read_checkpoint(folder)
         if not isinstance(states, str):
@@ -230,7 +243,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
             for other in damaged:  # so that the run can write this step again
                 other.rename(free_name(other.with_name(f"damaged-{other.name}")))
             return folder, states
-        say(f"{folder} is not used: {states}.")
+        log_message(f"{folder} is not used: {states}.")
         damaged.append(folder)
     if damaged or (run_dir / "LATEST").is_symlink() or any(run_dir.glob("damaged-step-*")):
         raise RunError(f"{run_dir}: no valid checkpoint is left to resume from; start a new run", "no checkpoint")
@@ -258,7 +271,9 @@ def clear_leftovers(run_dir: Path) -> None:
 
 def random_states() -> dict[str, Any]:
     """Return the states of all random generators as plain numbers and tensors, which weights_only can read."""
-    name, keys, *rest = np.random.get_state()
+    state = np.random.get_state(legacy=True)
+    assert isinstance(state, tuple)
+    name, keys, *rest = state
     states = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()
@@ -277,7 +292,7 @@ def set_random_states(states: dict[str, Any]) -> None:
 WHOLE_NUMBERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by their size in bytes
 
 
-def weights_checksum(model: Any) -> str:
+def weights_checksum(model: torch.nn.Module) -> str:
     """Return a SHA-256 of each tensor's name, shape and sum of bits, which other weights would hardly share."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
@@ -297,22 +312,21 @@ def load_archive(path: str) -> dict[str, torch.Tensor]:
     except FileNotFoundError:
         raise UserError(f"model.archive={path}: there is no such file; {remedy}") from None
     except Exception as error:  # torch raises many kinds for a file that is damaged or holds more than weights
-        reason = first_line(error)
+        reason = summarize_error(error)
         raise UserError(f"model.archive={path}: cannot be read ({reason}); {remedy}") from None
     state = archive.get("state") if isinstance(archive, dict) else None
-    dense = isinstance(state, dict) and all(
+    if not isinstance(state, dict) or not all(
         isinstance(name, str)
         and isinstance(value, torch.Tensor)
         and value.layout == torch.strided
         and not value.is_meta
         for name, value in state.items()
-    )
-    if not dense:
+    ):
         raise UserError(f"model.archive={path}: holds no weights under 'state'; {remedy}")
     return state
 
 
-def load_weights(model: Any, state: dict[str, torch.Tensor], setting: str) -> None:
+def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], setting: str) -> None:
     """Copy weights into a model; UserError that names the setting and any missing, unexpected or mis-shaped tensor."""
     own = model.state_dict()
     state = {k if k in own else RENAMED.get(k, k): v for k, v in state.items()}

@@ -1,0 +1,264 @@
+"""From validated settings to a trainer: data, tokenizer, models, layout, reference.
+
+`load_inputs` reads everything that settings can be checked against before weights load; `build_trainer` does the rest.
+Apart from train.py because it needs torch, whose import takes longer than answering a mistyped command.
+"""
+
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from dpo.attention import attention_kinds
+from dpo.checkpoints import weights_checksum
+from dpo.console import log_message
+from dpo.devices import compute_dtype, limit_onednn_cache, pick_device, platform, tokens_per_pass
+from dpo.errors import actionable_errors, raise_problems
+from dpo.examples import BatchIterator, Tokenization, bos_note
+from dpo.logps import LayoutChoice, ResponseLogps, choose_layout
+from dpo.metrics import MetricLogger, Tracker, WandbTracker
+from dpo.models import (
+    compile_layers,
+    copy_reference,
+    load_model_config,
+    load_policy,
+    model_problems,
+    recompute_activations,
+    skip_unreachable_hub,
+)
+from dpo.optimizers import bfloat16_note
+from dpo.packing import LAYOUTS, Packer
+from dpo.references import CachedReference, ModelReference, Precomputation, Reference
+from dpo.runs import RunDir
+from dpo.sampling import Sampler, distinct_prompts
+from dpo.settings import Settings
+from dpo.signals import Signals
+from losses import Loss
+from preference_datasets import DATASETS, load_groups
+from trainers import TRAINERS, BasicTrainer
+from utils import local_dir
+
+LOADING = "before the first pass; a smaller model needs less"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is checked against before any weights load."""
+
+    device: torch.device
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    train_batches: BatchIterator
+    eval_batches: BatchIterator
+
+
+def load_inputs(settings: Settings, loss: Loss) -> Inputs:
+    """Load the data, the tokenizer and the model's config; UserError with a line for each misfit."""
+    model = settings.model
+    names = {model.name_or_path: True, model.tokenizer_name_or_path or model.name_or_path: True}
+    skip_unreachable_hub(names | {name: name in DATASETS and name != "demo" for name in settings.datasets})
+    device = pick_device(settings.device)
+    model_config, tokenizer = load_model_config(settings.model)
+    raise_problems(model_problems(settings, model_config, tokenizer))
+    lengths, add_bos = (settings.max_length, settings.max_prompt_length), settings.model.add_bos
+    tokenize = Tokenization(tokenizer, *lengths, add_bos, model_config.get_text_config().vocab_size)
+    if note := bos_note(tokenizer, add_bos):
+        log_message(note)
+    sft = loss.n_responses == 1
+    train, test = (load_groups(settings.datasets, split, sft, tokenize) for split in ("train", "test"))
+    limits = (settings.n_epochs, settings.n_examples)
+    train_batches = BatchIterator(train, tokenize, settings.batch_size, settings.seed, *limits)
+    eval_batches = BatchIterator(test, tokenize, settings.eval_batch_size, 0, 1, settings.n_eval_examples, True)
+    raise_problems(data_problems(settings, train_batches, eval_batches))
+    for note in schedule_notes(settings, len(train_batches)):
+        log_message(note)
+    left = train_batches.n_items - train_batches.batches_per_epoch * settings.batch_size
+    if left:
+        n = train_batches.n_items
+        log_message(f"The last {left:,} of an epoch's {n:,} examples fill no batch and are left out.")
+    return Inputs(device, model_config, tokenizer, train_batches, eval_batches)
+
+
+def data_problems(settings: Settings, train_batches: BatchIterator, eval_batches: BatchIterator) -> list[str]:
+    """Return one line for each way in which there is too little data."""
+    problems, n = [], train_batches.n_items
+    if n < settings.batch_size:
+        remedy = f"lower it to {n} or less" if n else "give it some"
+        problems.append(f"batch_size={settings.batch_size}: the training data holds {n} examples; {remedy}")
+    elif len(train_batches) == 0:
+        problems.append("n_epochs, n_examples: no update would be made; raise them")
+    if eval_batches.n_items == 0:
+        problems.append("datasets: there is no example to evaluate on; add a test.jsonl with at least one")
+    return problems
+
+
+def schedule_notes(settings: Settings, n_updates: int) -> list[str]:
+    """Return a line for each part of the schedule that a run of n_updates does not reach."""
+    notes, warmup, n_examples = [], settings.warmup_steps, n_updates * settings.batch_size
+    if warmup >= n_updates:
+        reached = settings.lr * n_updates / (warmup + 1)
+        notes.append(
+            f"warmup_steps={warmup}: the run has {n_updates:,} updates, so the learning rate ends at {reached:.2g}."
+        )
+    if settings.eval_every >= n_examples:
+        run = f"the run has {n_examples:,} examples, so it evaluates at its start (do_first_eval) and end alone"
+        notes.append(f"eval_every={settings.eval_every:,}: {run}")
+    return notes
+
+
+@dataclass(frozen=True)
+class Models:
+    """The policy, the second model where the reference is one, and how both compute."""
+
+    policy: ResponseLogps
+    reference: ResponseLogps | None
+    packer: Packer
+    dtype: torch.dtype
+
+
+def load_models(settings: Settings, loss: Loss, inputs: Inputs, known: LayoutChoice | None) -> Models:
+    """Load the policy, copy the reference, choose the layout by a check on a few examples, and seed all generators."""
+    limit_onednn_cache()
+    device, policy_dtype = inputs.device, settings.model.policy_dtype
+    dtype = compute_dtype(settings.compute_precision, getattr(torch, policy_dtype), device)
+    log_message(f"Device: {device}. Computing in {dtype}, parameters and optimizer in {policy_dtype}.")
+    if device.type == "cuda" and dtype == torch.float32:
+        torch.set_float32_matmul_precision("high")  # TF32
+    random.seed(settings.seed)
+    np.random.seed(settings.seed)
+    models = [load_policy(settings, inputs.model_config, device)]
+    if loss.needs_reference and not loss.cached_reference:
+        models.append(copy_reference(models[0], settings.model.reference_dtype))
+    torch.manual_seed(settings.seed)
+    # A cached reference meets the policy in other passes from the second epoch on, where bfloat16 logits would differ.
+    float32_head = loss.needs_reference and loss.cached_reference and dtype != torch.float32
+    modules = [ResponseLogps.wrap(model, float32_head) for model in models]
+    examples = next(iter(inputs.eval_batches.from_start())).examples
+    choice = choose_layout(modules[0], modules, examples, settings.layout, settings.max_length, dtype, known)
+    for model in models if settings.compile else ():
+        compile_layers(model)
+    packer = Packer(choice.layout, tokens_per_pass(settings.max_tokens_per_pass, device), device)
+    return Models(modules[0], modules[1] if len(modules) > 1 else None, packer, dtype)
+
+
+def build_trainer(
+    settings: Settings, loss: Loss, inputs: Inputs, run: RunDir, signals: Signals | None = None
+) -> BasicTrainer:
+    """Load the models and build the trainer, which stands where the run directory's checkpoint left it, if any."""
+    signals = signals or Signals()
+    with actionable_errors(LOADING):
+        models = load_models(settings, loss, inputs, known_layout(run, inputs.device))
+    if note := bfloat16_note(models.policy.parameters(), settings.lr, settings.optimizer):
+        log_message(note)
+    run.identify(identity(loss, inputs, models))
+    run.create()
+    logger = MetricLogger(run.path, make_tracker(settings, run), settings.minimum_log_interval_secs)
+    run.open_files.callback(logger.close)
+    sampler = Sampler(
+        tokenizer=inputs.tokenizer,
+        device=inputs.device,
+        dtype=models.dtype,
+        max_length=settings.max_length,
+        batch_size=settings.eval_batch_size,
+        temperature=settings.sample_temperature,
+        top_k=settings.sample_top_k,
+        top_p=settings.sample_top_p,
+        seed=settings.seed,
+        before_batch=signals.check,
+    )
+    reference = make_reference(settings, loss, inputs, models, sampler, run)
+    if settings.activation_checkpointing:
+        recompute_activations(models.policy.model)
+    trainer = TRAINERS[settings.trainer](
+        models.policy,
+        loss,
+        reference,
+        settings,
+        train_batches=inputs.train_batches,
+        eval_batches=inputs.eval_batches,
+        packer=models.packer,
+        sampler=sampler,
+        dtype=models.dtype,
+        run=run,
+        logger=logger,
+        signals=signals,
+    )
+    resume_trainer(trainer, run)
+    return trainer
+
+
+def known_layout(run: RunDir, device: torch.device) -> LayoutChoice | None:
+    """Return the layout that the run chose, if it is resumed on the same device with the same versions."""
+    try:
+        stored = {} if run.checkpoint is None else run.checkpoint.states["run"]["surroundings"]
+        layout, attention = stored["the layout"].removesuffix(" attention").split(", ")
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    unchanged = all(stored.get(name) == value for name, value in platform(device).items())
+    is_known = layout in LAYOUTS and attention in (*attention_kinds(device), "sdpa", "eager")
+    return LayoutChoice(layout, attention) if unchanged and is_known else None
+
+
+def identity(loss: Loss, inputs: Inputs, models: Models) -> dict[str, str]:
+    """Return fingerprints of what a resumed run must find again, besides the settings."""
+    found = {"the training data": inputs.train_batches.fingerprint()}
+    found["the evaluation data"] = inputs.eval_batches.fingerprint()
+    if loss.needs_reference:
+        found["the reference's weights"] = weights_checksum(models.policy.model)
+    return found
+
+
+def make_reference(
+    settings: Settings, loss: Loss, inputs: Inputs, models: Models, sampler: Sampler, run: RunDir
+) -> Reference | None:
+    """Return the reference that the loss needs: the second model, or a cache that the policy fills now, or None."""
+    if models.reference is not None:
+        is_mixed = models.policy.model.dtype != models.dtype  # then training computes under autocast, else as it is
+        dtype = models.dtype if is_mixed else models.reference.model.dtype
+        return ModelReference(models.reference, dtype, sampler)
+    if not loss.needs_reference:
+        return None
+    train, test = inputs.train_batches, inputs.eval_batches
+    samples = None
+    if settings.sample_during_eval:
+        prompts = distinct_prompts(test, settings.n_eval_model_samples)
+        samples = sampler.generate(models.policy.model, prompts, "sampling the reference")
+    examples = (example for batches in (train, test) for group in batches.groups for example in group)
+    cache = CachedReference(examples, loss.n_responses, samples)
+    own = None if settings.debug else run.path / "reference.pt"
+    shared = Path(local_dir(settings.local_dirs)) / "reference_cache"
+    precomputation = Precomputation(
+        models.policy,
+        models.packer,
+        models.dtype,
+        train,
+        test,
+        n_microbatches=settings.gradient_accumulation_steps,
+        compiled=settings.compile,
+    )
+    precomputation.run(cache, own, shared)
+    return cache
+
+
+def resume_trainer(trainer: BasicTrainer, run: RunDir) -> None:
+    """Bring a trainer to where the run directory's checkpoint left it, and record the resume."""
+    if run.checkpoint is not None:
+        trainer.load_state_dict(run.checkpoint.states)
+        run.checkpoint = replace(run.checkpoint, states={})  # tensors as large as the model, which are needed no more
+    elif run.resumed:
+        trainer.logger.cut([0, 0])
+    if run.resumed:
+        run.record()
+
+
+def make_tracker(settings: Settings, run: RunDir) -> Tracker:
+    """Start wandb unless it is switched off."""
+    if settings.debug or not settings.wandb.enabled:
+        return Tracker()
+    names = {"entity": settings.wandb.entity, "project": settings.wandb.project, "name": settings.exp_name}
+    config = {"config": OmegaConf.to_container(run.config, resolve=False)}
+    return WandbTracker(run.path, names | config)

@@ -1,0 +1,1 @@
+"""The engine: everything between a preference pair and an updated policy; never imports from the root."""

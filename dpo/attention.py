@@ -1,0 +1,127 @@
+"""Which tokens attend to which in a row that holds several examples, on CPU and GPU."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+Attention = Callable[..., tuple[torch.Tensor, None]]  # as transformers calls it, with a mask that holds examples
+
+
+def attention_kinds(device: torch.device) -> list[str]:
+    """Return the kinds of attention to try on a device for rows that hold several examples, the fastest first."""
+    return ["flex_attention", "packed"] if device.type == "cuda" else ["packed"]
+
+
+def use_attention(model: PreTrainedModel, kind: str) -> None:
+    """Switch a model that uses torch's own attention to another kind; a model with its own keeps it.
+
+    Raises ValueError or ImportError if the model has no attention of this kind.
+    """
+    if kind == "packed":
+        AttentionInterface.register("packed", packed_attention)
+        AttentionMaskInterface.register("packed", sdpa_mask)
+    if model.config._attn_implementation in ("sdpa", "packed", "flex_attention"):
+        model.set_attn_implementation(kind)
+
+
+@contextmanager
+def torch_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Use torch's own attention, and no compiled code, which would be recompiled for other kinds of inputs."""
+    kind = model.config._attn_implementation
+    use_attention(model, "sdpa")
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        use_attention(model, kind)
+
+
+def visible(segments: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Return whether a query attends to a key: in its example, not later, and in the prompt or in its own response.
+
+    segments is that of a PackedBatch; query and key are positions in the row that broadcast together.
+    """
+    examples, branches = segments
+    shared = (branches[key] == 0) | (branches[key] == branches[query])
+    return (examples[key] == examples[query]) & (key <= query) & shared
+
+
+def additive_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the mask (1, 1, seq, seq), 0 where a query attends to a key and hugely negative elsewhere.
+
+    It is not boolean, since models with eager attention add it, and of the queries' dtype, since torch misreads
+    others. It holds no infinities, which some models multiply; all dtypes but float16 hold bfloat16's lowest number.
+    """
+    order = torch.arange(segments.shape[1], device=segments.device)
+    seen = visible(segments, order[:, None], order)
+    return torch.where(seen, 0.0, torch.finfo(torch.bfloat16).min).to(dtype)[None, None]
+
+
+FLEX_ROW = 2048  # tokens: rows are filled up to a multiple of this, so that few lengths are compiled
+
+
+def flex_inputs(inputs: dict[str, torch.Tensor], segments: torch.Tensor) -> dict[str, Any]:
+    """Return the inputs with a block mask, filled up by an example that no other one attends to."""
+    from torch.nn.attention.flex_attention import create_block_mask  # only a GPU needs it
+
+    missing = -segments.shape[1] % FLEX_ROW
+    segments = F.pad(segments, (0, missing), value=-1)
+    n = segments.shape[1]
+    mask = create_block_mask(lambda b, h, q, k: visible(segments, q, k), None, None, n, n, device=segments.device)
+    return {name: F.pad(value, (0, missing)) for name, value in inputs.items()} | {"attention_mask": mask}
+
+
+@torch.compiler.disable  # compiled, it would be another function for every number of examples
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend example by example: cost grows with the sum of the squared lengths, not with the square of their sum.
+
+    query, key, value are (1, heads, seq, d) and the mask (1, 1, seq, seq). Where the mask carries no example_offsets,
+    this is torch's attention.
+    """
+    offsets = getattr(attention_mask, "example_offsets", None)
+    if attention_mask is None or offsets is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    attend: Attention = cpu_attention if query.device.type == "cpu" else sdpa_attention_forward
+    lengths = [end - start for start, end in offsets]
+    examples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), offsets, strict=True)
+    parts = [
+        attend(module, *states, attention_mask[:, :, start:end, start:end], **kwargs)[0]
+        for *states, (start, end) in examples
+    ]
+    return torch.cat(parts, dim=1), None
+
+
+def cpu_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend in at least float32, with as many key heads as there are; the result is of the values' dtype.
+
+    For sequences of some hundred tokens torch's kernel is slower in bfloat16, and repeated keys would only be stored.
+    """
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    query, key, mask = (tensor.to(dtype) for tensor in (query, key, attention_mask))
+    with torch.autocast("cpu", enabled=False):
+        out = F.scaled_dot_product_attention(
+            query, key, value.to(dtype), attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+        )
+    return out.transpose(1, 2).to(value.dtype), None

@@ -1,0 +1,75 @@
+"""Devices, what they compute in, and how much they take at once."""
+
+import os
+from importlib.metadata import version
+from typing import Literal
+
+import torch
+
+from dpo.errors import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called `name` (cuda, mps, cpu), or the best there is for auto; UserError if it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available.get(name, False):
+        raise UserError(f"device={name}: not available here; use device=auto or device=cpu")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of what decides how numbers are rounded on a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def platform(device: torch.device) -> dict[str, str]:
+    """Return what decides how a model computes on a device: versions and device."""
+    return {
+        "torch": str(torch.__version__),
+        "transformers": version("transformers"),
+        "the device": device_name(device),
+    }
+
+
+def computes_bfloat16_natively(device: torch.device) -> bool:
+    """Return whether matrix products in bfloat16 run in hardware; emulation would be slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def compute_dtype(precision: str, policy_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Resolve the precision setting (float32, bfloat16 or auto) to the dtype of forward and backward passes."""
+    if precision != "auto":
+        return getattr(torch, precision)
+    native = policy_dtype == torch.bfloat16 or computes_bfloat16_natively(device)
+    return torch.bfloat16 if native else torch.float32
+
+
+def autocast(parameters: torch.dtype, dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Return a context that computes in dtype where the parameters are in float32, and in their own dtype elsewhere."""
+    return torch.autocast(device.type, dtype, enabled=parameters == torch.float32 and dtype != torch.float32)
+
+
+TOKENS_PER_PASS = {"cpu": 768, "mps": 2048, "cuda": 8192}  # for the CPU measured (benchmarks/README.md), else guessed
+
+
+def limit_onednn_cache() -> None:
+    """Limit oneDNN's cache to the kernels of few shapes unless the environment sets it; call before any product.
+
+    Each pass has lengths of its own, and oneDNN makes a kernel for each shape of a bfloat16 product and keeps 1,024 of
+    them, twice (LRU_CACHE_CAPACITY is that of torch's bridge to it): 0.7 GB, in pieces that split malloc's free memory.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")  # a pass uses about 30 shapes
+
+
+def tokens_per_pass(setting: int | Literal["auto"], device: torch.device) -> int:
+    """Resolve max_tokens_per_pass to a number of tokens."""
+    return TOKENS_PER_PASS[device.type] if setting == "auto" else setting

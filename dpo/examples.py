@@ -1,0 +1,256 @@
+"""From texts to batches of token ids: tokenization, truncation, and the iterator that walks the original's order."""
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from dpo.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Truncation = Literal["keep_start", "keep_end"]  # the end of an over-long prompt that is kept
+EXCERPT = 8  # characters of a prompt that are tokenized to see that it has a token
+CHUNK = 10_000  # strings per call of the tokenizer where only their having a token matters
+
+
+class TextExample(NamedTuple):
+    """A prompt with one response (SFT) or two (chosen, rejected), as text; row is its number in the data set."""
+
+    prompt: str
+    responses: tuple[str, ...]
+    truncation: Truncation
+    row: int
+    source: str
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """A text example as token ids: the prompt's, and each response's with eos; truncated names what was cut."""
+
+    text: TextExample
+    prompt: list[int]
+    responses: tuple[list[int], ...]
+    truncated: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(len(response) for response in self.responses)
+
+
+@dataclass(frozen=True)
+class Tokenization:
+    """How texts become ids, and where they are cut. Lengths are in tokens; vocab_size is the model's, if known."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    max_length: int
+    max_prompt_length: int
+    add_bos: bool = False
+    vocab_size: int | None = None
+
+    def __call__(self, texts: Sequence[TextExample]) -> list[TokenizedExample]:
+        """Tokenize texts in one call: prompt and responses separately, eos after each response.
+
+        UserError that names the row if a prompt has no token, or if a token has no embedding in the model.
+        """
+        strings = [string for text in texts for string in (text.prompt, *text.responses)]
+        ids = iter(self.tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"])
+        examples = []
+        for text in texts:
+            prompt = next(ids)
+            if not prompt and not self.add_bos:  # nothing would predict the first response token
+                raise UserError(f"{text.source}, row {text.row}: the tokenizer turns the prompt into no token at all")
+            responses = tuple(next(ids) + [self.tokenizer.eos_token_id] for _ in text.responses)
+            examples.append(self.truncate(text, prompt, responses))
+            self.check_ids(examples[-1])
+        return examples
+
+    def check_ids(self, example: TokenizedExample) -> None:
+        """Raise UserError if an example holds a token beyond the model's vocabulary."""
+        if self.vocab_size is None:
+            return
+        highest = max(max(ids) for ids in (example.prompt, *example.responses))
+        if highest >= self.vocab_size:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            where = f"{example.text.source}, row {example.text.row}"
+            words = f"the model has embeddings for ids below {self.vocab_size}"
+            raise UserError(f"{where}: the text holds the token {token!r} with id {highest}, but {words}")
+
+    def empty_prompts(self, prompts: Iterable[str]) -> set[str]:
+        """Return the prompts without any token, which cannot be trained on; none if BOS is added.
+
+        To be quick, a prompt is tokenized whole only if its first characters alone have no token.
+        """
+        if self.add_bos:
+            return set()
+        by_excerpt: dict[str, list[str]] = {}
+        for prompt in prompts:
+            by_excerpt.setdefault(prompt[:EXCERPT], []).append(prompt)
+        doubtful = [prompt for excerpt in self.without_tokens(by_excerpt) for prompt in by_excerpt[excerpt]]
+        return set(self.without_tokens(doubtful))
+
+    def without_tokens(self, strings: Iterable[str]) -> list[str]:
+        """Return the strings that the tokenizer turns into no token."""
+        strings, empty = list(strings), []
+        for start in range(0, len(strings), CHUNK):
+            chunk = strings[start : start + CHUNK]
+            ids = self.tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+            empty += [string for string, tokens in zip(chunk, ids, strict=True) if not tokens]
+        return empty
+
+    def truncate(self, text: TextExample, prompt: list[int], responses: tuple[list[int], ...]) -> TokenizedExample:
+        """Cut an example that is longer than max_length: first its prompt, then, if need be, all its responses."""
+        bos = [self.tokenizer.bos_token_id] if self.add_bos else []
+        whole, distinct = (bos + prompt, responses), len(set(map(tuple, responses)))
+        longest = max(len(response) for response in responses)
+        room = self.max_prompt_length - len(bos)
+        if len(whole[0]) + longest > self.max_length and len(prompt) > room:
+            prompt = prompt[:room] if text.truncation == "keep_start" else prompt[len(prompt) - room :]
+        if len(bos + prompt) + longest > self.max_length:
+            responses = tuple(response[: self.max_length - self.max_prompt_length] for response in responses)
+        truncated = {
+            "prompt": len(bos + prompt) < len(whole[0]),
+            "response": responses != whole[1],
+            "sides made equal": len(set(map(tuple, responses))) < distinct,
+        }
+        return TokenizedExample(
+            text, bos + prompt, responses, tuple(what for what, is_cut in truncated.items() if is_cut)
+        )
+
+
+def padding_id(tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None = None) -> int:
+    """Return the id that fills padded positions, which are always masked: pad, or eos if the model has no such id."""
+    pad = tokenizer.pad_token_id
+    fits = pad is not None and (vocab_size is None or pad < vocab_size)
+    return pad if fits else tokenizer.eos_token_id
+
+
+def special_token_problems(tokenizer: "PreTrainedTokenizerBase", vocab_size: int, add_bos: bool) -> list[str]:
+    """Return one line for each special token that training uses and the tokenizer or the model lacks."""
+    problems = []
+    used = {"eos": ("model.tokenizer_name_or_path", "which ends a response")}
+    if add_bos:
+        used["bos"] = ("model.add_bos=true", "set it to false")
+    for name, (key, words) in used.items():
+        token_id = getattr(tokenizer, f"{name}_token_id")
+        if token_id is None:
+            problems.append(f"{key}: the tokenizer has no {name} token, {words}")
+        elif token_id >= vocab_size:
+            token = f"{name} token {getattr(tokenizer, f'{name}_token')} has id {token_id}"
+            remedy = "choose the model's own tokenizer"
+            problems.append(f"{key}: the tokenizer's {token}, but the model has {vocab_size} embeddings; {remedy}")
+    return problems
+
+
+def bos_note(tokenizer: "PreTrainedTokenizerBase", add_bos: bool) -> str | None:
+    """Return a line for the log if the tokenizer by itself adds BOS where training does not, or the other way round."""
+    if tokenizer.bos_token_id is None:
+        return None
+    adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    if adds_bos and not add_bos:
+        habit = f"The tokenizer puts {tokenizer.bos_token} before a text, also in the exported model"
+        return f"{habit}; training does not, as in the original. To train with it, set model.add_bos=true."
+    if add_bos and not adds_bos:
+        habit = f"Training puts {tokenizer.bos_token} before each prompt (model.add_bos=true)"
+        return f"{habit}; the tokenizer does not by itself, so whoever uses the exported model must."
+    return None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokenized examples, and the iterator's position after them."""
+
+    examples: list[TokenizedExample]
+    position: dict[str, int]
+
+
+START = {"epoch": 0, "batch": 0}
+
+
+@dataclass
+class BatchIterator:
+    """Iterates over groups of examples in the original's order, in batches; its position allows a resume anywhere.
+
+    n_epochs and n_examples bound it, whichever ends first. What is left of an epoch after its last full batch is left
+    out, unless keep_last, which also ends exactly at n_examples (for one epoch). The seeds of the epochs are drawn from
+    NumPy's legacy generator, and each epoch shuffles the list of groups as the one before left it.
+    """
+
+    groups: list[list[TextExample]]
+    tokenize: Tokenization
+    batch_size: int
+    seed: int = 0
+    n_epochs: int | None = None
+    n_examples: int | None = None
+    keep_last: bool = False
+    position: dict[str, int] = field(default_factory=START.copy)
+
+    def from_start(self) -> "BatchIterator":
+        """Return an iterator over the same batches that stands at the very start."""
+        return replace(self, position=dict(START))
+
+    @property
+    def walks_beyond_first_epoch(self) -> bool:
+        """Whether examples come again in other batches."""
+        return len(self) > self.batches_per_epoch
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of the examples in their order and of the tokenizer's rules."""
+        digest = hashlib.sha256(repr((self.settings()[:2], self.n_items)).encode())
+        for group in self.groups:
+            digest.update(repr([text[:3] for text in group]).encode("utf-8", "backslashreplace"))
+        return digest.hexdigest()
+
+    def settings(self) -> tuple[object, ...]:
+        """Return what, besides the examples, decides which tokens lie in which batch."""
+        rules = self.tokenize
+        backend = getattr(rules.tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend is not None else sorted(rules.tokenizer.get_vocab().items())
+        lengths = (rules.max_length, rules.max_prompt_length, rules.add_bos)
+        return (vocabulary, lengths, self.batch_size, self.seed, self.n_epochs, self.n_examples)
+
+    @cached_property  # groups never change, and a million of them take 50 ms to count
+    def n_items(self) -> int:
+        """Examples per epoch."""
+        return sum(len(group) for group in self.groups)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches per epoch."""
+        return -(-self.n_items // self.batch_size) if self.keep_last else self.n_items // self.batch_size
+
+    def __len__(self) -> int:
+        """Batches from the very start to the end."""
+        limits = []
+        if self.n_epochs is not None:
+            limits.append(self.n_epochs * self.batches_per_epoch)
+        if self.n_examples is not None:
+            limits.append(-(-self.n_examples // self.batch_size) if self.batches_per_epoch else 0)
+        return min(limits)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield batches from the position on."""
+        per_epoch = self.batches_per_epoch
+        done = self.position["epoch"] * per_epoch + self.position["batch"]
+        order, shuffled = list(self.groups), 0
+        while done < len(self):
+            epoch, start = divmod(done, per_epoch)
+            while shuffled <= epoch:  # later shuffles act on the order that the earlier ones left
+                random.Random(self.epoch_seed(shuffled)).shuffle(order)
+                shuffled += 1
+            texts = [text for group in order for text in group]
+            for index in range(start, min(per_epoch, len(self) - epoch * per_epoch)):
+                done += 1
+                self.position = dict(zip(("epoch", "batch"), divmod(done, per_epoch), strict=True))
+                selected = texts[index * self.batch_size : (index + 1) * self.batch_size]
+                if self.keep_last and self.n_examples is not None:
+                    selected = selected[: self.n_examples - (done - 1) * self.batch_size]
+                yield Batch(self.tokenize(selected), self.position)
+
+    def epoch_seed(self, epoch: int) -> int:
+        """Return the seed of an epoch's shuffle."""
+        import numpy as np  # slow to import, and the names of data sets are needed without it
+
+        return int(np.random.RandomState(self.seed).randint(0, 2**32, size=epoch + 1, dtype=np.int64)[epoch])

@@ -1,0 +1,68 @@
+"""The export: a model and its tokenizer as from_pretrained opens them, in transformers 5 and 4."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo.checkpoints import atomic_dir
+from dpo.errors import naming_file
+
+
+def export_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the model and its tokenizer into a new folder; RunError if the disk does not take them."""
+
+    def write(staging: Path) -> None:
+        try:
+            model.save_pretrained(staging)
+        except ValueError:  # settings of generation that came with the model, which transformers refuses to write
+            model.generation_config = GenerationConfig.from_model_config(model.config)
+            model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        rewrite(staging / "config.json", add_rope_of_transformers_4)
+        rewrite(staging / "tokenizer_config.json", use_tokenizer_keys_of_transformers_4)
+
+    if not folder.exists():
+        atomic_dir(folder, write)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a file of JSON in place by a function of its content."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    with naming_file(path):
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def use_tokenizer_keys_of_transformers_4(config: dict[str, Any]) -> None:
+    """Name the class and the special tokens as transformers 4 does, which 5 reads too.
+
+    What 5 adds about the folder that the tokenizer came from is left out.
+    """
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    for name in ("backend", "is_local", "local_files_only"):
+        config.pop(name, None)
+
+
+def add_rope_of_transformers_4(config: dict[str, Any]) -> None:
+    """Write the settings of rotary embeddings also under the keys of transformers 4, which ignores rope_parameters.
+
+    Without them it would compute with its defaults, and other numbers, without a word.
+    """
+    rope = config.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
+    if "rope_theta" not in rope:  # no rotary embeddings, or some that transformers 4 does not know
+        return
+    in_neox = config["model_type"] == "gpt_neox"
+    config["rotary_emb_base" if in_neox else "rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope:
+        config["rotary_pct" if in_neox else "partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if local := config["rope_parameters"].get("sliding_attention"):
+        config["rope_local_base_freq"] = local["rope_theta"]

@@ -1,0 +1,340 @@
+"""Log-probabilities of responses: the module that computes them, and the check that a layout changes none of them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from dpo.attention import additive_mask, attention_kinds, flex_inputs, torch_attention, use_attention
+from dpo.console import log_message
+from dpo.errors import is_out_of_memory, summarize_error
+from dpo.examples import TokenizedExample
+from dpo.packing import LAYOUTS, PackedBatch
+
+# Up to this many bytes of logits, counted as float32, are kept for the backward pass. Beyond, all are recomputed there,
+# in chunks of this size, but of at least CHUNK_TOKENS tokens: smaller products with a large vocabulary are slow.
+CHUNK_BYTES, CHUNK_TOKENS = 2**28, 128
+# Bytes of float32 softmax at a time: what a CPU's cache holds; elsewhere more, so that there are few kernel launches.
+FLOAT32_BYTES = {"cpu": 2**22, "mps": 2**25, "cuda": 2**25}
+
+
+@dataclass(frozen=True)
+class Logps:
+    """The log-probabilities of a batch's responses, in at least float32.
+
+    sums     (batch, n_responses) log pi(response | prompt)
+    lengths  (batch, n_responses) the number of tokens of each response
+    tokens   (n,) the log-probability of each token, response after response; None where only the sums are known
+    """
+
+    sums: Tensor
+    lengths: Tensor
+    tokens: Tensor | None = None
+
+    @classmethod
+    def from_tokens(cls, tokens: Tensor, lengths: Tensor, sizes: Sequence[int] | None = None) -> "Logps":
+        """Sum the tokens' log-probabilities (n,) over responses of the given lengths (batch, n_responses).
+
+        sizes: the same lengths, flat, as numbers of the host; reading them from a device would wait for it.
+        """
+        parts = tokens.split(lengths.flatten().tolist() if sizes is None else list(sizes))
+        sums = pad_sequence(parts, batch_first=True).sum(1)  # segment_reduce runs on CPU and CUDA alone
+        return cls(sums.view(lengths.shape), lengths, tokens)
+
+    @property
+    def means(self) -> Tensor:
+        """The mean log-probability per token, (batch, n_responses)."""
+        return self.sums / self.lengths
+
+    def detach(self) -> "Logps":
+        """Return the same numbers without their gradient."""
+        return Logps(self.sums.detach(), self.lengths, None if self.tokens is None else self.tokens.detach())
+
+
+class ResponseLogps(torch.nn.Module):
+    """Computes the log-probability of each response token with a causal language model.
+
+    Body and head are called as submodules inside this module's forward, so call the module, never its forward: hooks of
+    a wrapped root (FSDP2, DDP, compile) then always run. The head is looked up at each call and no parameter is kept
+    elsewhere, so parameters may be replaced (fully_shard) and modules wrapped (LoRA) at any time.
+    """
+
+    def __init__(self, model: PreTrainedModel, separate_head: bool = False, float32_head: bool = False):
+        """Wrap a model.
+
+        separate_head: call the head on the hidden states of the response tokens alone, some tokens at a time; right
+        only where the head alone turns the last hidden states into logits (see wrap). float32_head: compute logits in
+        float32 whatever the body's dtype; most of what sharing a pass with other examples moves a bfloat16
+        log-probability by is the logits' own rounding. It needs a separate head and does nothing without one.
+        """
+        super().__init__()
+        self.model = model
+        self.separate_head = separate_head
+        self.float32_head = float32_head
+
+    @classmethod
+    def wrap(cls, model: PreTrainedModel, float32_head: bool = False) -> "ResponseLogps":
+        """Wrap a model, with a separate head where a tiny forward pass shows that this gives the model's logits."""
+        return cls(model, has_separate_head(model), float32_head)
+
+    @property
+    def head(self) -> torch.nn.Module:
+        """The model's output embeddings, which turn hidden states into logits."""
+        return self.model.get_output_embeddings()
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Return the log-probability of each response token, (n,), response after response, in at least float32."""
+        if not self.separate_head:
+            return target_logps(response_logits(self.model, batch), batch.targets)
+        hidden = self.model.base_model(**model_inputs(self.model, batch))[0]
+        hidden = hidden.reshape(-1, hidden.shape[-1])[batch.sources]
+        size = max(CHUNK_TOKENS, CHUNK_BYTES // (4 * self.head.get_parameter("weight").shape[0]))
+        if len(hidden) <= size:
+            return target_logps(self.logits(hidden), batch.targets)
+        parts = [
+            checkpoint(lambda h, t: target_logps(self.logits(h), t), h, t, use_reentrant=False)
+            for h, t in zip(hidden.split(size), batch.targets.split(size), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the head's logits (n, vocabulary) of hidden states (n, d)."""
+        head = self.head
+        if not self.float32_head:
+            return head(hidden)
+        parameters = {name: parameter.float() for name, parameter in head.named_parameters()}
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.func.functional_call(head, parameters, hidden.float())
+
+
+def response_logps(module: ResponseLogps, batch: PackedBatch) -> Logps:
+    """Return the log-probabilities of a batch's responses, with their gradient."""
+    sizes = [len(response) for example in batch.examples for response in example.responses]
+    return Logps.from_tokens(module(batch), batch.lengths, sizes)
+
+
+@torch.no_grad()
+def has_separate_head(model: PreTrainedModel) -> bool:
+    """Return whether a model's output embeddings alone turn its last hidden states into its logits.
+
+    Some models scale or cap their logits; a forward pass over a few tokens shows it.
+    """
+    head = model.get_output_embeddings()
+    if head is None or model.base_model is model:
+        return False
+    ids = torch.arange(8, device=next(model.parameters()).device)[None]
+    logits = model(input_ids=ids, use_cache=False).logits
+    return torch.equal(head(model.base_model(input_ids=ids, use_cache=False)[0]), logits)
+
+
+def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
+    """Return the arguments of a model's forward pass."""
+    inputs: dict[str, Any] = dict(batch.inputs)
+    if batch.segments is not None and model.config._attn_implementation == "flex_attention":
+        inputs = flex_inputs(inputs, batch.segments)
+    elif batch.segments is not None:
+        mask = inputs["attention_mask"] = additive_mask(batch.segments, model.dtype)
+        # for packed_attention; models pass a 4D mask on as it is
+        mask.example_offsets = batch.example_offsets  # type: ignore[attr-defined]
+    if getattr(model.config, "output_router_logits", False):  # only for a loss of their own, which misreads a 4D mask
+        inputs["output_router_logits"] = False
+    return inputs | {"use_cache": False}
+
+
+def response_logits(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """Return the model's logits that predict the response tokens, (n, vocabulary), and compute few others."""
+    width = batch.inputs["input_ids"].shape[1]
+    columns, kept = torch.unique(batch.sources % width, return_inverse=True)
+    logits = model(**model_inputs(model, batch), logits_to_keep=columns).logits
+    return logits[batch.sources // width, kept]
+
+
+def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return logit minus logsumexp of each target, (n,), from logits (n, vocabulary), in at least float32."""
+    return TargetLogps.apply(logits, targets)
+
+
+class TargetLogps(torch.autograd.Function):
+    """The gradient of target_logps is g (1 - softmax) at the target and -g softmax elsewhere.
+
+    Autograd would keep the log-softmax of all tokens in float32, and hold two gradients of that size; this computes in
+    float32 a few tokens at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the log-probabilities, and keep the logits in their own dtype."""
+        ctx.save_for_backward(logits, targets)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        ctx.size = max(1, FLOAT32_BYTES[logits.device.type] // (4 * logits.shape[1]))
+        parts = zip(logits.split(ctx.size), targets.split(ctx.size), strict=True)
+        return torch.cat([part.log_softmax(1, dtype=dtype).gather(1, t[:, None])[:, 0] for part, t in parts])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of the logits, in their dtype."""
+        logits, targets = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        columns = (logits, targets[:, None], grad[:, None], result)
+        for part, t, g, out in zip(*(column.split(ctx.size) for column in columns), strict=True):
+            out.copy_(part.softmax(1, dtype=grad.dtype).mul_(-g).scatter_add_(1, t, g))
+        return result, None
+
+
+# The check that a layout changes nothing
+
+TOLERANCE = 2e-4  # nats per token in float32: rounding stays well below, a key too many or too few lies well above
+
+
+@dataclass(frozen=True)
+class LayoutChoice:
+    """The layout that a run uses, and the attention of its models."""
+
+    layout: str
+    attention: str
+
+
+def choose_layout(
+    policy: ResponseLogps,
+    models: Sequence[ResponseLogps],
+    examples: Sequence[TokenizedExample],
+    layout: str,
+    max_length: int,
+    dtype: torch.dtype,
+    known: LayoutChoice | None = None,
+) -> LayoutChoice:
+    """Return `layout`, or "padded" where the policy computes other log-probabilities with it.
+
+    Tries the device's kinds of attention, the fastest first, and leaves all `models` (the policy and perhaps the
+    reference) with the one that was chosen. The examples lend their tokens to the check; dtype is that of the forward
+    passes of training. known is the result of an earlier check of the same model, layout, max_length, device and
+    versions, which is then not repeated.
+    """
+    if layout == "padded" or known is not None:
+        choice = known or LayoutChoice("padded", policy.model.config._attn_implementation)
+        use_attention_in(models, choice.attention)
+        return choice
+    check = LayoutCheck(policy, examples, layout, max_length)
+    for kind in attention_kinds(check.device):
+        try:
+            use_attention_in(models, kind)
+        except (ValueError, ImportError) as error:  # this kind of model has no such attention
+            log_message(f"Attention is not {kind}: {summarize_error(error)}")
+            continue
+        problem = check.problem(dtype)
+        if problem is None:
+            return LayoutChoice(layout, policy.model.config._attn_implementation)
+        log_message(f"layout={layout} cannot be used with {kind} attention: {problem}.")
+    log_message("Using layout=padded.")
+    use_attention_in(models, "sdpa")
+    return LayoutChoice("padded", policy.model.config._attn_implementation)
+
+
+def use_attention_in(models: Sequence[ResponseLogps], kind: str) -> None:
+    """Switch all models to a kind of attention."""
+    for wrapped in models:
+        use_attention(wrapped.model, kind)
+
+
+class LayoutCheck:
+    """Compares the log-probabilities of a layout with those of the padded one, which it computes once.
+
+    The comparison is done in float32 without TF32, on two short examples and a long one in one pass. The long one has
+    max_length tokens: a sliding window shows only there. Its last response alone is compared, which is as much as the
+    padded layout need compute for it.
+    """
+
+    def __init__(self, policy: ResponseLogps, examples: Sequence[TokenizedExample], layout: str, max_length: int):
+        self.policy, self.layout = policy, layout
+        self.device = next(policy.parameters()).device
+        self.short = [resize(example, 16, max_length) for example in examples[:2]]
+        self.long = resize(examples[0], max_length, max_length)
+        n_tokens = sum(map(len, [*self.short, self.long]))
+        log_message(f"Checking layout={layout} against layout=padded, on {n_tokens:,} tokens ...")
+        last = replace(self.long, responses=self.long.responses[-1:])
+        with float32_parameters(policy.model):
+            self.expected = torch.cat([self.padded(self.short), self.padded([last])])
+
+    def problem(self, dtype: torch.dtype) -> str | None:
+        """Return None if the layout changes nothing, else a short reason why it cannot be used.
+
+        Logs the difference, also that of the short examples with the forward pass computed in dtype.
+        """
+        try:
+            with float32_parameters(self.policy.model):
+                worst = self.difference([*self.short, self.long], self.expected)
+        except Exception as error:  # a model that takes no such mask or no position ids fails in many ways
+            if is_out_of_memory(error):
+                raise
+            return f"the model fails with it ({type(error).__name__}: {summarize_error(error)})"
+        if not worst <= TOLERANCE:
+            return f"log-probabilities differ by up to {worst:.2g} nats per token from those of layout=padded"
+        found = f"layout={self.layout}: within {worst:.1g} nats per token of layout=padded in float32"
+        if dtype != torch.float32:
+            with torch.autocast(self.device.type, dtype, enabled=dtype != self.policy.model.dtype):
+                found += f", {self.difference(self.short, self.padded(self.short)):.1g} in {dtype}"
+        log_message(f"{found}.")
+        return None
+
+    @torch.no_grad()
+    def padded(self, examples: Sequence[TokenizedExample]) -> Tensor:
+        """Return the log-probability of each response token, (n,), in the padded layout and torch's own attention."""
+        with torch_attention(self.policy.model):
+            return self.policy(LAYOUTS["padded"].pack(examples).to(self.device))
+
+    @torch.no_grad()
+    def difference(self, examples: Sequence[TokenizedExample], expected: Tensor) -> float:
+        """Return the largest difference, in nats, of a token's log-probability in the layout from the expected one.
+
+        Of the last example, only as many tokens are compared as are expected.
+        """
+        actual = self.policy(LAYOUTS[self.layout].pack(examples).to(self.device))
+        skipped = len(actual) - len(expected)
+        n_before = len(actual) - sum(map(len, examples[-1].responses))
+        actual = torch.cat([actual[:n_before], actual[n_before + skipped :]])
+        return (actual - expected).abs().max().item()
+
+
+def resize(example: TokenizedExample, n_tokens: int, max_length: int) -> TokenizedExample:
+    """Return the example with responses of 8, 7, ... tokens and a prompt that fills the first of them up to n_tokens.
+
+    Tokens are repeated where there are too few: a response of one token would be predicted by its prompt alone.
+    """
+    most = max(1, max_length // 2)
+    responses = tuple(cycle(response, min(8 - k, most)) for k, response in enumerate(example.responses))
+    n_prompt = max(1, min(n_tokens, max_length) - len(responses[0]))
+    return replace(example, prompt=cycle(example.prompt, n_prompt), responses=responses)
+
+
+def cycle(tokens: list[int], n: int) -> list[int]:
+    """Return n tokens by repeating those given."""
+    return (tokens * (n // len(tokens) + 1))[:n]
+
+
+@contextmanager
+def float32_parameters(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluate a model in float32, without TF32.
+
+    Only parameters are converted: buffers such as rotary frequencies are in float32 already and must stay so.
+    """
+    was_training, precision = model.training, torch.get_float32_matmul_precision()
+    kept = [(parameter, parameter.data) for parameter in model.parameters()]
+    torch.set_float32_matmul_precision("highest")
+    try:
+        model.eval()
+        for parameter, data in kept:
+            parameter.data = data.float()
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+        model.train(was_training)
+        torch.set_float32_matmul_precision(precision)

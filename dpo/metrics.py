@@ -1,0 +1,245 @@
+"""Metrics of a batch; metrics.jsonl, samples.jsonl, the console and wandb."""
+
+import json
+import math
+import netrc
+import os
+import time
+import urllib.parse
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from dpo.console import log_message, on_terminal, printable
+from dpo.errors import naming_file, summarize_error
+from dpo.examples import TokenizedExample
+from dpo.network import is_reachable
+
+
+class BatchMetrics:
+    """Collects one value per example for each metric, on the device, until the means are needed."""
+
+    def __init__(self) -> None:
+        self.examples: list[TokenizedExample] = []
+        self.values: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def add(self, examples: Sequence[TokenizedExample], values: dict[str, torch.Tensor]) -> None:
+        """Add one tensor of shape (examples,) per metric."""
+        self.examples += examples
+        for name, value in values.items():
+            self.values[name].append(value)
+
+    def means(self, split: str) -> dict[str, float]:
+        """Return the means over all examples under the original's names: rewards_train/chosen, loss/train."""
+        means = {}
+        for name, values in self.values.items():
+            kind, slash, side = name.partition("/")
+            name = f"{kind}_{split}/{side}" if slash else f"{kind}/{split}"
+            means[name] = torch.cat(values).cpu().double().mean().item()  # MPS has no float64
+        return means
+
+    def column(self, name: str) -> torch.Tensor:
+        """Return one metric of all examples, (examples,)."""
+        return torch.cat(self.values[name])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return one dict per example, ready for JSON: its source and row, its texts, and its metrics."""
+        values = {name: torch.cat(parts).tolist() for name, parts in self.values.items()}
+        return [
+            {"source": text.source, "row": text.row, "prompt": text.prompt, "responses": text.responses}
+            | {name: column[i] if math.isfinite(column[i]) else str(column[i]) for name, column in values.items()}
+            for i, text in enumerate(example.text for example in self.examples)
+        ]
+
+
+class MetricLogger:
+    """Writes every record to metrics.jsonl as it happens, and thinned ones to the console and to wandb."""
+
+    def __init__(self, run_dir: Path, tracker: "Tracker", minimum_interval_secs: float = 0.0):
+        self.paths = [run_dir / "metrics.jsonl", run_dir / "samples.jsonl"]
+        self.file, self.samples = self.files = [open(path, "a", encoding="utf-8") for path in self.paths]
+        self.tracker = tracker
+        self.minimum_interval_secs = minimum_interval_secs
+        self.last_shown = float("-inf")
+        self.drop_partial_records()
+
+    def log(self, record: dict[str, float], thin: bool = False) -> None:
+        """Log one record, which holds `examples` and `updates`; a thin one is shown at most once per interval.
+
+        OSError that names the file if the disk does not take it.
+        """
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
+        with naming_file(self.paths[0]):
+            self.file.write(json.dumps(finite) + "\n")
+            self.file.flush()
+        now = time.monotonic()
+        if thin and now - self.last_shown < self.minimum_interval_secs:
+            return
+        self.last_shown = now if thin else self.last_shown
+        self.tracker.log({k: v for k, v in record.items() if k not in ("examples", "updates")}, int(record["examples"]))
+        if not (thin and on_terminal()):  # on a terminal the bar shows what an update brought
+            log_message(console_line(record, SHOWN if thin else record))
+
+    def log_samples(self, examples: int, prompts: Sequence[str], samples: Mapping[str, Sequence[str]]) -> None:
+        """Append the texts that each model ("policy", "reference") sampled for some prompts; print the first three.
+
+        They go, verbatim, to samples.jsonl and to a wandb table per model, policy_samples and reference_samples.
+        OSError that names the file if the disk does not take it.
+        """
+        for model, texts in samples.items():
+            with naming_file(self.paths[1]):
+                for prompt, text in zip(prompts, texts, strict=True):
+                    row = {"examples": examples, "model": model, "prompt": prompt, "sample": text}
+                    self.samples.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self.samples.flush()
+            rows: list[list[int | str]] = [
+                [examples, prompt, text] for prompt, text in zip(prompts, texts, strict=True)
+            ]
+            self.tracker.table(f"{model}_samples", examples, ["step", "prompt", "sample"], rows)
+        for i, prompt in enumerate(prompts[:3]):
+            lines = {"prompt": prompt} | {model: texts[i] for model, texts in samples.items()}
+            shown = "".join(f"\n  {name}: {printable(text.strip(), indent='    ')}" for name, text in lines.items())
+            log_message(f"\n--- sample {i + 1}, after {examples:,} examples ---{shown}")
+
+    def sizes(self) -> list[int]:
+        """Return the sizes of the files in bytes, once all of it is on disk."""
+        for path, file in zip(self.paths, self.files, strict=True):
+            with naming_file(path):
+                os.fsync(file.fileno())
+        return [os.fstat(file.fileno()).st_size for file in self.files]
+
+    def cut(self, sizes: list[int]) -> None:
+        """Cut the files back to sizes that they had; what was written after a checkpoint will be written again."""
+        for file, size in zip(self.files, sizes, strict=True):
+            if os.fstat(file.fileno()).st_size < size:
+                log_message(f"{file.name} is shorter than when the checkpoint was written; it lacks records.")
+            else:
+                os.ftruncate(file.fileno(), size)
+        self.drop_partial_records()
+
+    def drop_partial_records(self) -> None:
+        """Cut off a last line that has no end, left by a kill or a full disk, so that no record is glued to it."""
+        for path, file in zip(self.paths, self.files, strict=True):
+            end = end_of_last_line(path)
+            partial = os.fstat(file.fileno()).st_size - end
+            if partial:
+                os.ftruncate(file.fileno(), end)
+                log_message(f"{path}: dropped its last record, {partial:,} bytes that were not written to the end.")
+
+    def close(self) -> None:
+        """Close the files and finish the wandb run."""
+        for file in self.files:
+            with suppress(OSError):  # a record that could not be written, which has been reported
+                file.close()
+        self.tracker.finish()
+
+
+def end_of_last_line(path: Path) -> int:
+    """Return the number of bytes of a file up to its last newline, that included."""
+    with open(path, "rb") as file:
+        start = file.seek(0, os.SEEK_END)
+        while start > 0:
+            stop, start = start, max(0, start - 2**16)
+            file.seek(start)
+            newline = file.read(stop - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+    return 0
+
+
+# What the console shows of an update; of an evaluation it shows everything.
+SHOWN = ("loss/train", "rewards_train/accuracies", "rewards_train/margins", "grad_norm", "lr", "examples_per_second")
+
+
+def console_line(record: dict[str, float], shown: Iterable[str]) -> str:
+    """Format what is shown of a record as a readable line."""
+    head = f"{record['examples']:,} examples, {record['updates']:,} updates:"
+    values = [f"{k} {record[k]:.4g}" for k in shown if k in record and k not in ("examples", "updates")]
+    return f"{head} {', '.join(values)}"
+
+
+class Tracker:
+    """The tracker of a run without wandb: does nothing."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Log metrics at a step, counted in examples."""
+
+    def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
+        """Log a table at a step, counted in examples."""
+
+    def finish(self) -> None:
+        """End the run."""
+
+
+class WandbTracker(Tracker):
+    """Sends metrics to wandb; whatever wandb raises is logged once and never reaches the training."""
+
+    def __init__(self, run_dir: Path, settings: dict[str, Any]):
+        """Start a run with wandb.init's settings: online if there is a key and its server answers, else offline.
+
+        A resumed run goes on under the id that it has in the run directory.
+        """
+        self.run = None
+        with self.guard():
+            import wandb  # slow to import, and not needed by runs that switch it off
+
+            mode = os.environ.get("WANDB_MODE", "online")
+            mode = "offline" if mode == "online" and not can_reach_wandb(wandb) else mode
+            settings = {**settings, "dir": str(run_dir), "settings": wandb.Settings(init_timeout=3, silent=True)}
+            settings["id"] = next((folder.name.rsplit("-", 1)[1] for folder in wandb_folders(run_dir)), None)
+            settings |= {"mode": mode, "resume": "allow" if settings["id"] and mode == "online" else None}
+            try:
+                self.run = wandb.init(**settings)
+            except Exception:  # the server answered once and then not in time, or refused the key
+                mode = "offline"
+                self.run = wandb.init(**settings | {"mode": mode, "resume": None})
+            if mode == "offline":
+                folders = " ".join(map(str, wandb_folders(run_dir)))
+                log_message(f"wandb: no key or no network, so it records offline; to upload it: wandb sync {folders}")
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Turn any failure of wandb into one printed line, after which nothing more is sent."""
+        try:
+            yield
+        except Exception as error:  # whatever it is, a broken monitor must not stop a training
+            self.run = None
+            reason = summarize_error(error)
+            log_message(f"wandb: switched off after {type(error).__name__}: {reason}")
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        if self.run is not None:
+            with self.guard():
+                self.run.log(metrics, step=step)
+
+    def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
+        if self.run is not None:
+            with self.guard():
+                import wandb
+
+                self.run.log({name: wandb.Table(columns=list(columns), data=list(rows))}, step=step)
+
+    def finish(self) -> None:
+        if self.run is not None:
+            with self.guard():
+                self.run.finish()
+
+
+def wandb_folders(run_dir: Path) -> list[Path]:
+    """Return the folders in which wandb recorded a run and its resumes, the first one first."""
+    return sorted((run_dir / "wandb").glob("*run-*_*-*"), key=lambda folder: folder.name.removeprefix("offline-"))
+
+
+def can_reach_wandb(wandb: ModuleType) -> bool:
+    """Return whether wandb has a key and its server answers within 2 seconds; never asks for a key."""
+    url = wandb.setup().settings.base_url
+    try:
+        in_netrc = netrc.netrc().authenticators(urllib.parse.urlparse(url).hostname) is not None
+    except (OSError, netrc.NetrcParseError):
+        in_netrc = False
+    return (in_netrc or bool(os.environ.get("WANDB_API_KEY"))) and is_reachable(url)

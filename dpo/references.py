@@ -1,0 +1,216 @@
+"""Where a preference loss gets the reference's log-probabilities: from a second model, or from a cache."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
+
+from dpo.checkpoints import atomic_write
+from dpo.console import log_message, prefetch, progress
+from dpo.devices import autocast
+from dpo.errors import RunError
+from dpo.examples import BatchIterator, TextExample, TokenizedExample
+from dpo.logps import Logps, ResponseLogps, response_logps
+from dpo.packing import PackedBatch, Packer
+from dpo.sampling import Sampler
+
+CACHE_VERSION = 3  # part of a cache's key; raise it where the code begins to compute other log-probabilities
+
+
+class Reference(Protocol):
+    """The frozen model that a policy is compared with, as a trainer sees it."""
+
+    def logps(self, batch: PackedBatch) -> Logps:
+        """Return the log-probabilities of the batch's responses."""
+
+    def generate(self, prompts: Sequence[TokenizedExample]) -> list[str]:
+        """Return one sampled continuation per prompt, the same at every call."""
+
+
+class ModelReference:
+    """A second model, computed in dtype where its parameters are in float32, else in their own dtype."""
+
+    def __init__(self, module: ResponseLogps, dtype: torch.dtype, sampler: Sampler | None = None):
+        self.module, self.sampler = module, sampler
+        self.in_float32 = module.model.dtype == torch.float32
+        self.samples: list[str] | None = None
+        if self.in_float32 and dtype != torch.float32:
+            store_linear_weights(module.model, dtype)
+
+    @torch.no_grad()
+    def logps(self, batch: PackedBatch) -> Logps:
+        """Return the log-probabilities of the batch's responses."""
+        if self.in_float32:  # under the caller's autocast, as the policy
+            return response_logps(self.module, batch)
+        with torch.autocast(batch.targets.device.type, enabled=False):
+            return response_logps(self.module, batch)
+
+    def generate(self, prompts: Sequence[TokenizedExample]) -> list[str]:
+        """Return one sampled continuation per prompt; the model never changes, so they are sampled once."""
+        assert self.sampler is not None
+        if self.samples is None:
+            self.samples = self.sampler.generate(self.module.model, prompts, "sampling the reference")
+        return self.samples
+
+
+def store_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Store the weights of linear layers in the dtype to which autocast would cast them in each pass: same numbers.
+
+    Weights that an embedding shares keep theirs, since autocast does not cast embeddings.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in embeddings:
+            module.to(dtype)
+
+
+class CachedReference:
+    """Log-probabilities per response, and samples, computed before the first update, when the policy is the reference.
+
+    `sums` has one row per distinct example, (examples, n_responses); NaN where nothing is computed yet.
+    """
+
+    def __init__(self, examples: Iterable[TextExample], n_responses: int, samples: list[str] | None = None):
+        self.row = {example: row for row, example in enumerate(dict.fromkeys(examples))}
+        self.sums = torch.full((len(self.row), n_responses), torch.nan)
+        self.samples = samples
+
+    def logps(self, batch: PackedBatch) -> Logps:
+        """Return the log-probabilities of the batch's responses."""
+        sums = self.sums[self.rows(batch)].to(batch.targets.device, non_blocking=True)
+        return Logps(sums=sums, lengths=batch.lengths)
+
+    def generate(self, prompts: Sequence[TokenizedExample]) -> list[str]:
+        """Return the continuations that were sampled before the first update."""
+        assert self.samples is not None and len(self.samples) == len(prompts)
+        return self.samples
+
+    def rows(self, batch: PackedBatch) -> list[int]:
+        """Return the row of each of a batch's examples."""
+        return [self.row[example.text] for example in batch.examples]
+
+    def missing(self, examples: Iterable[TextExample]) -> list[TextExample]:
+        """Return the examples that have no log-probabilities yet."""
+        return [example for example in examples if self.sums[self.row[example]].isnan().any()]
+
+    def fill(self, batch: PackedBatch, logps: Logps) -> None:
+        """Store the log-probabilities of a batch."""
+        self.sums[self.rows(batch)] = logps.sums.float().cpu()
+
+    def save(self, path: Path, key: str) -> None:
+        """Write the cache, whole or not at all, under the fingerprint of all that its numbers depend on."""
+        content = {"values": self.sums, "key": key, "sha256": checksum(self.sums)}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(path, lambda staging: torch.save(content, staging))
+        except (OSError, RunError) as error:  # no reason to stop: it is computed again where it is missed
+            log_message(f"{path}: cannot be written ({error}), so it may be computed again.")
+
+    def load(self, path: Path, key: str) -> bool:
+        """Take the numbers of a cache written under this key; False if there is none that is whole and fits."""
+        try:
+            stored = torch.load(path, weights_only=True)
+            sums = stored["values"]
+            fits = stored["key"] == key and sums.shape == self.sums.shape and stored["sha256"] == checksum(sums)
+        except Exception:  # missing, corrupt or another file: torch raises many kinds, and each means to compute it
+            return False
+        self.sums = sums if fits else self.sums
+        return fits
+
+
+def checksum(values: torch.Tensor) -> str:
+    """Return the SHA-256 of a tensor's numbers; torch reads a flipped bit without an error."""
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Precomputation:
+    """Computes a CachedReference by the policy, before its first update.
+
+    It walks the very passes of the first epoch and of the evaluation, so that these get the numbers that a second model
+    would give; what the first epoch leaves out and a later one needs is computed in passes of its own.
+    """
+
+    policy: ResponseLogps
+    packer: Packer
+    dtype: torch.dtype
+    train_batches: BatchIterator
+    eval_batches: BatchIterator
+    n_microbatches: int
+    compiled: bool
+
+    @torch.no_grad()
+    def run(self, reference: CachedReference, own: Path | None, shared_dir: Path) -> None:
+        """Fill the cache, from the run's own file or one in the shared folder where they fit, and write both."""
+        key = self.key(reference)
+        shared = shared_dir / f"{key}.pt"
+        paths = [path for path in (own, shared) if path is not None]
+        found = next((path for path in paths if reference.load(path, key)), None)
+        if found is not None:
+            log_message(f"Reference: log-probabilities taken from {found}")
+        else:
+            self.compute(reference)
+            reference.save(shared, key)
+        if self.train_batches.walks_beyond_first_epoch:
+            self.log_rounding(reference)
+        if own is not None and found != own:
+            reference.save(own, key)
+
+    def compute(self, reference: CachedReference) -> None:
+        """Compute the log-probabilities of all examples that the run will meet."""
+        train = self.train_batches
+        epoch = replace(train, n_epochs=1).from_start()
+        for batch in progress(prefetch(epoch), "reference, training data", total=len(epoch)):
+            self.fill(reference, batch.examples, self.n_microbatches)
+        for batch in progress(self.eval_batches.from_start(), "reference, evaluation data"):
+            self.fill(reference, batch.examples)
+        examples = [example for group in train.groups for example in group]
+        left = reference.missing(examples) if train.walks_beyond_first_epoch else []
+        for start in range(0, len(left), train.batch_size):
+            self.fill(reference, train.tokenize(left[start : start + train.batch_size]), self.n_microbatches)
+
+    def fill(self, reference: CachedReference, examples: Sequence[TokenizedExample], n_microbatches: int = 1) -> None:
+        """Compute the examples' log-probabilities in the passes of a batch."""
+        with autocast(self.policy.model.dtype, self.dtype, self.packer.device):
+            for batch in self.packer(examples, n_microbatches):
+                with self.packer.memory_hint(batch):
+                    reference.fill(batch, response_logps(self.policy, batch))
+
+    def log_rounding(self, reference: CachedReference) -> None:
+        """Print how far the numbers of a few examples move when they share no pass, as in later epochs' passes."""
+        examples = next(iter(self.train_batches.from_start())).examples[:8]
+        with autocast(self.policy.model.dtype, self.dtype, self.packer.device):
+            batches = list(replace(self.packer, max_tokens=1)(examples))
+            apart = [(response_logps(self.policy, b).sums - reference.logps(b).sums).abs().flatten() for b in batches]
+        moved = torch.cat(apart)
+        log_message(
+            f"Reference: other passes move a log-probability by {moved.mean():.2g} nats, at most {moved.max():.2g}."
+        )
+
+    def key(self, reference: CachedReference) -> str:
+        """Return the SHA-256 of all that the numbers depend on: weights, texts in their order, settings, versions."""
+        packer, model = self.packer, self.policy.model
+        kind = (self.dtype, packer.device.type, self.compiled, self.policy.float32_head)
+        how = (CACHE_VERSION, self.n_microbatches, packer.layout, packer.max_tokens, *kind)
+        settings = (self.train_batches.settings(), self.eval_batches.settings(), how)
+        versions = (torch.__version__, transformers.__version__)
+        return fingerprint(model, reference.row, (settings, versions))
+
+
+def fingerprint(model: PreTrainedModel, examples: Iterable[TextExample], settings: object) -> str:
+    """Return the SHA-256 of a model's weights and config, of texts in their order, and of settings."""
+    config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    digest = hashlib.sha256(repr((settings, config, model.config._attn_implementation)).encode())
+    for name, value in model.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for example in examples:
+        digest.update(repr(tuple(example)).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()

@@ -1,0 +1,58 @@
+"""What a device computes in, and the kernels that oneDNN keeps."""
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from dpo import devices
+
+
+def test_auto_precision_is_bfloat16_only_where_the_device_computes_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for native, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(devices, "computes_bfloat16_natively", lambda device, native=native: native)
+        assert devices.compute_dtype("auto", torch.float32, cpu) == expected
+        assert devices.compute_dtype("auto", torch.bfloat16, cpu) == torch.bfloat16
+    assert devices.compute_dtype("float32", torch.float32, cpu) == torch.float32
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc")
+@pytest.mark.skipif(not devices.computes_bfloat16_natively(torch.device("cpu")), reason="needs bfloat16 in hardware")
+def test_products_of_many_shapes_leave_no_kernels_behind():
+    code = """
+import ctypes, sys, torch
+from dpo import devices
+if sys.argv[1] == "few":
+    devices.limit_onednn_cache()
+fields = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+Info = type("Info", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in fields]})
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Info
+weight = torch.ones(64, 64, dtype=torch.bfloat16)
+def multiply(lengths):
+    for n in lengths:
+        torch.ones(n, 64, dtype=torch.bfloat16) @ weight
+multiply(range(100, 110))
+before = mallinfo().uordblks
+multiply(range(110, 310))
+print(mallinfo().uordblks - before)
+"""
+    ours = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"}
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    commands = [[sys.executable, "-c", code, which] for which in ("all", "few")]
+    kept, few = (int(subprocess.check_output(command, cwd=ROOT, env=env)) for command in commands)
+    assert few < kept / 2, (few, kept)
+
+
+def test_the_environment_decides_how_many_kernels_are_kept(monkeypatch):
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")  # so that it is taken back, whatever it was
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    devices.limit_onednn_cache()
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7"
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"

@@ -1,0 +1,403 @@
+"""Log-probabilities, against one token at a time, and the check that a layout changes none of them."""
+
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import GOLDENS
+from tiny_models import EXACT, EXAMPLES, NOT_EXACT, make_examples, respond, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo.attention import use_attention
+from dpo.examples import TextExample, Tokenization
+from dpo.logps import FLOAT32_BYTES, ResponseLogps, choose_layout, response_logps, target_logps
+from dpo.packing import LAYOUTS, make_microbatches
+
+PLENTY = 2**30  # tokens a pass
+BUDGETS = (PLENTY, 90)  # tokens a pass: everything in one, and about one long example
+TEXTS = (
+    ("\n\nHuman: Which garden?\n\nAssistant:", " The quiet one by the river.", " None."),
+    ("\n\nHuman: Hi\n\nAssistant:", "", " Hello there! What can I do for you on this bright day, and the next?"),
+    ("A", " list of things: é, 木, 😀", " list"),
+    ("\n\nHuman: one two three four five six seven\n\nAssistant:", " eight", " nine ten"),
+)
+
+
+@torch.no_grad()
+def sums_of_logps(module, examples, layout, max_tokens=PLENTY):
+    """Return the log-probabilities (examples, n_responses) in the order of the batch, by passes of a layout."""
+    rows = {}
+    for part in make_microbatches(examples, layout, max_tokens):
+        sums = response_logps(module, part).sums.double()
+        rows |= {id(example): row for example, row in zip(part.examples, sums, strict=True)}
+    return torch.stack([rows[id(example)] for example in examples])
+
+
+def wrapped(name):
+    """Return a tiny model as training wraps it."""
+    return ResponseLogps.wrap(tiny(name))
+
+
+# The oracle
+
+
+@torch.no_grad()
+def oracle(model, tokenizer, prompt, *responses):
+    """Return log pi(response, eos | prompt) of each response: one token at a time, unpadded, without special tokens."""
+    sums = []
+    for response in responses:
+        ids, logp = tokenizer(prompt, add_special_tokens=False)["input_ids"], 0.0
+        for token in tokenizer(response, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]:
+            logp += model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token].item()
+            ids = [*ids, token]
+        sums.append(logp)
+    return sums
+
+
+@pytest.fixture(scope="module")
+def family(tiny_folder):
+    """Return a family's model in float64, its examples, and what the oracle says of them."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float64).eval()
+    items = [TextExample(prompt, responses, "keep_end", 1, "") for prompt, *responses in TEXTS]
+    expected = torch.tensor([oracle(model, tokenizer, *texts) for texts in TEXTS], dtype=torch.float64)
+    return SimpleNamespace(
+        model=model, tokenizer=tokenizer, examples=Tokenization(tokenizer, 256, 128)(items), expected=expected
+    )
+
+
+@pytest.fixture(params=["model", "head", "head in chunks"])
+def module(request, family, monkeypatch):
+    """Compute logits by the model itself, and by its output embeddings, also for 5 tokens at a time."""
+    if request.param == "head in chunks":
+        monkeypatch.setattr("dpo.logps.CHUNK_BYTES", 0)
+        monkeypatch.setattr("dpo.logps.CHUNK_TOKENS", 5)
+    return ResponseLogps(family.model, separate_head=request.param != "model")
+
+
+@pytest.mark.parametrize("max_tokens", BUDGETS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_log_probabilities_are_those_of_one_token_at_a_time(family, layout, max_tokens, module):
+    actual = sums_of_logps(module, family.examples, layout, max_tokens)
+    torch.testing.assert_close(actual, family.expected, rtol=1e-6, atol=1e-6)
+
+
+def test_these_families_logits_are_made_by_their_output_embeddings(family):
+    """So that `module` tests what training uses; a model that scales its logits must not take this way."""
+    assert ResponseLogps.wrap(family.model).separate_head
+    forward = family.model.forward
+    family.model.forward = lambda **inputs: SimpleNamespace(logits=forward(**inputs).logits * 0.5)
+    assert not ResponseLogps.wrap(family.model).separate_head
+    del family.model.forward
+
+
+def test_the_oracle_depends_on_the_prompt(family):
+    """So that a layout that mixed up prompts would be seen."""
+    prompts = [prompt for prompt, *_ in TEXTS]
+    for (_, *responses), expected, other in zip(TEXTS, family.expected, prompts[1:] + prompts[:1], strict=True):
+        changed = torch.tensor(oracle(family.model, family.tokenizer, other, *responses), dtype=torch.float64)
+        assert (changed - expected).abs().min() > 0.1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_batch_of_one_equals_a_batch_of_many(family, layout):
+    many = sums_of_logps(ResponseLogps(family.model), family.examples, layout)
+    ones = torch.cat([sums_of_logps(ResponseLogps(family.model), [example], layout) for example in family.examples])
+    torch.testing.assert_close(ones, many, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_longer_neighbour_changes_nothing(family, layout):
+    """It makes the others' padding 150 tokens longer, or stands before and after them in their row."""
+    vocabulary = range(family.model.config.vocab_size)
+    long = respond(vocabulary[:60], vocabulary[100:240], vocabulary[50:55])
+    alone = sums_of_logps(ResponseLogps(family.model), family.examples, layout)
+    between = sums_of_logps(ResponseLogps(family.model), [long, *family.examples, long], layout)
+    torch.testing.assert_close(between[1:-1], alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sft_examples_have_the_log_probability_of_their_one_response(family, layout):
+    chosen = [respond(example.prompt, example.responses[0]) for example in family.examples]
+    actual = sums_of_logps(ResponseLogps(family.model), chosen, layout)
+    torch.testing.assert_close(actual, family.expected[:, :1], rtol=1e-6, atol=1e-6)
+
+
+# Hand-derived: a model whose prediction never depends on the context
+
+
+class Constant(torch.nn.Module):
+    """A model that predicts the same logits everywhere."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits, self.dtype = torch.tensor(logits), torch.get_default_dtype()
+        self.config = SimpleNamespace(_attn_implementation="eager")
+
+    def forward(self, input_ids, logits_to_keep=slice(None), **_):
+        kept = input_ids[:, logits_to_keep]
+        return SimpleNamespace(logits=self.logits.expand(*kept.shape, -1))
+
+
+EOS = 4
+PAIRS = [respond([3, 3, 3], [1, EOS], [2, 2, 0, EOS]), respond([0], [EOS], [3, 1, EOS]), respond([1] * 9, [2], [0, 0])]
+
+
+@pytest.mark.parametrize("max_tokens", [PLENTY, 1])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_response_token_and_eos_count_and_prompt_and_padding_never(layout, max_tokens):
+    """Token t has probability p[t]; the prompts' token 3, and padding, whatever its id, would show.
+
+    p = (1, 2, 4, 8, 16) / 31: log2 of 31^n times a response's probability is the sum of its ids.
+    """
+    model = Constant([math.log(2**i / 31) for i in range(5)])
+    sums = sums_of_logps(ResponseLogps(model), PAIRS, layout, max_tokens)
+    powers = (sums + torch.tensor([[2, 4], [1, 3], [1, 2]]) * math.log(31)) / math.log(2)
+    expected = torch.tensor([[1 + 4, 2 + 2 + 0 + 4], [4, 3 + 1 + 4], [2, 0 + 0]], dtype=torch.float64)
+    torch.testing.assert_close(powers, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_log_probabilities_of_half_precision_logits_are_summed_in_float32(dtype):
+    """1,000 tokens of probability 1/2: -1,000 ln 2 = -693.147; a sum in bfloat16 would stop growing by 256."""
+    model = Constant([0.0, 0.0])
+    model.logits = model.logits.to(dtype)
+    (part,) = make_microbatches([respond([0], [1] * 1000)], "padded", PLENTY)
+    logps = response_logps(ResponseLogps(model), part).sums
+    assert logps.dtype == torch.float32
+    assert logps.item() == pytest.approx(-1000 * math.log(2), rel=1e-4)
+
+
+@pytest.mark.parametrize("tokens_at_a_time", [1, 3, 100])
+@pytest.mark.parametrize(
+    "dtype, computed, error, rounding",
+    [(torch.float64, torch.float64, 1e-12, 1e-12), (torch.bfloat16, torch.float32, 1e-6, 2**-7)],
+)
+def test_the_gradient_of_a_log_probability_is_that_of_log_softmax(
+    dtype, computed, error, rounding, tokens_at_a_time, monkeypatch
+):
+    monkeypatch.setitem(FLOAT32_BYTES, "cpu", tokens_at_a_time * 4 * 11)
+    torch.manual_seed(0)
+    logits, targets, weights = torch.randn(7, 11).to(dtype), torch.randint(11, (7,)), torch.randn(7).to(computed)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    logps = target_logps(ours, targets)
+    expected = theirs.log_softmax(1, dtype=computed)[range(7), targets]
+    (logps @ weights).backward()
+    (expected @ weights).backward()
+    assert torch.allclose(logps, expected, rtol=error, atol=0)
+    assert torch.allclose(ours.grad, theirs.grad, rtol=rounding, atol=error / 1000)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most rows of any float32 tensor as wide as a vocabulary of 11."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float32 and result.shape[1:] == (11,):
+            self.rows = max(self.rows, len(result))
+        return result
+
+
+def test_float32_logits_of_bfloat16_ones_exist_a_few_tokens_at_a_time(monkeypatch):
+    monkeypatch.setitem(FLOAT32_BYTES, "cpu", 3 * 4 * 11)
+    logits, kept = torch.randn(7, 11, dtype=torch.bfloat16).requires_grad_(), []
+    with Largest() as forward, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        logps = target_logps(logits, torch.arange(7))
+    with Largest() as backward:
+        logps.sum().backward()
+    assert (forward.rows, backward.rows) == (3, 3)
+    assert [t.dtype for t in kept if t.is_floating_point()] == [torch.bfloat16]
+
+
+def test_the_gradient_of_a_log_probability_has_no_gradient_of_its_own():
+    logits = torch.randn(7, 11).requires_grad_()
+    logps = target_logps(logits, torch.arange(7))
+    (gradient,) = torch.autograd.grad((logps**2).sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_the_goldens_tokenizer_has_no_pad_and_eos_is_token_0():
+    """So that padding with 0 meets responses that hold eos, and masking by id would be seen."""
+    tokenizer = AutoTokenizer.from_pretrained(GOLDENS / "tiny-gpt2")
+    assert tokenizer.pad_token_id is None and tokenizer.eos_token_id == 0
+
+
+def test_chunked_logits_give_the_same_numbers_and_gradients(monkeypatch):
+    results = []
+    monkeypatch.setattr("dpo.logps.CHUNK_BYTES", 0)
+    for tokens in (10_000, 3):  # all at once, and three at a time
+        monkeypatch.setattr("dpo.logps.CHUNK_TOKENS", tokens)
+        model, sizes = tiny("Llama").double(), []
+        (layout,) = make_microbatches(EXAMPLES, "shared_prefix", 1000)
+        module = ResponseLogps.wrap(model)
+        module.head.register_forward_hook(lambda head, inputs, logits, sizes=sizes: sizes.append(len(logits)))
+        logps = module(layout)
+        logps.sum().backward()
+        assert max(sizes) == min(tokens, len(layout.targets))
+        results.append((logps.detach(), model.lm_head.weight.grad, model.model.embed_tokens.weight.grad))
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=1e-6, atol=1e-7)
+
+
+# The check that a layout changes nothing
+
+
+def layout_chosen_for(model, examples=EXAMPLES, max_length=64):
+    """Return the layout that training uses for a model where shared_prefix is asked for."""
+    module = ResponseLogps.wrap(model)
+    return choose_layout(module, [module], examples, "shared_prefix", max_length, torch.float32).layout
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_shared_prefix_is_exact(name):
+    assert layout_chosen_for(tiny(name)) == "shared_prefix"
+
+
+@pytest.mark.parametrize("name", NOT_EXACT)
+def test_a_model_that_cannot_take_the_shared_prefix_falls_back_and_trains(name, capsys):
+    model = tiny(name)
+    assert layout_chosen_for(model) == "padded"
+    assert re.search("differ by|the model fails", capsys.readouterr().out)
+    logps = [ResponseLogps.wrap(model)(layout) for layout in make_microbatches(EXAMPLES, "padded", 1000)]
+    torch.cat(logps).sum().backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients and all(g.isfinite().all() for g in gradients)
+
+
+def test_a_window_that_no_real_example_fills_is_still_found():
+    short = make_examples([(2, 2, 2), (3, 1, 2)])
+    windowed = tiny("Mistral", sliding_window=48)
+    assert layout_chosen_for(windowed, short, max_length=64) == "padded"
+    assert layout_chosen_for(windowed, short, max_length=48) == "shared_prefix"
+
+
+def test_logits_that_a_model_caps_or_scales_are_left_to_the_model():
+    assert not wrapped("Gemma2").separate_head
+    assert wrapped("Llama").separate_head
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
+@pytest.mark.parametrize("budget", [10, 40, 1000])
+def test_a_token_budget_changes_no_log_probability_and_no_gradient(layout, budget):
+    results = []
+    for max_tokens in (10**6, budget):
+        model = tiny("Llama").double()
+        logps = {}
+        for laid_out in make_microbatches(EXAMPLES, layout, max_tokens):
+            part = response_logps(ResponseLogps.wrap(model), laid_out).sums
+            part.sum().backward()
+            logps |= {e.text: row for e, row in zip(laid_out.examples, part.tolist(), strict=True)}
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        results.append((torch.tensor([logps[e.text] for e in EXAMPLES]), gradient))
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("separate_head", [True, False])
+def test_experts_whose_model_has_a_loss_of_its_own_can_share_a_row(separate_head):
+    """Transformers adds a loss over the router's logits, which fails with a mask of four dimensions."""
+    module = ResponseLogps(tiny("Mixtral"), separate_head)
+    assert module.model.config.output_router_logits
+    padded, shared = (sums_of_logps(module, EXAMPLES, layout) for layout in ("padded", "shared_prefix"))
+    torch.testing.assert_close(padded, shared, rtol=1e-5, atol=1e-5)
+
+
+class Shifted(ResponseLogps):
+    """Gives another log-probability of one token, in rows that hold several examples."""
+
+    token, shift = 0, 0.0
+
+    def forward(self, batch):
+        logps = super().forward(batch)
+        if batch.segments is not None:
+            logps[self.token] += self.shift
+        return logps
+
+
+@pytest.mark.parametrize("token", [0, 20, -1])
+def test_one_token_that_differs_by_a_few_thousandths_of_a_nat_is_found_and_rounding_is_not(token):
+    """Tokens 0 and 20 are of short examples, token -1 is one of the long example."""
+    module, chosen = Shifted(tiny("Llama"), True), []
+    module.token = token
+    for module.shift in (1e-6, 2e-3, math.nan):
+        chosen.append(choose_layout(module, [module], EXAMPLES, "shared_prefix", 64, torch.float32).layout)
+    assert chosen == ["shared_prefix", "padded", "padded"]
+
+
+def test_one_example_is_enough_for_the_check():
+    assert layout_chosen_for(tiny("Llama"), EXAMPLES[:1]) == "shared_prefix"
+    assert {layout_chosen_for(tiny(name), EXAMPLES[:1]) for name in NOT_EXACT} == {"padded"}
+
+
+def test_responses_of_one_token_are_enough_for_the_check(monkeypatch):
+    """The only token of a response is predicted by its prompt, so it would not show that responses see each other."""
+    short = make_examples([(3, 1, 1), (2, 1, 1)])
+    assert layout_chosen_for(tiny("Llama"), short) == "shared_prefix"
+    monkeypatch.setattr("dpo.attention.visible", lambda segments, q, k: (segments[0][k] == segments[0][q]) & (k <= q))
+    assert layout_chosen_for(tiny("Llama"), short) == "padded"
+
+
+def test_the_check_computes_little_more_than_twice_the_longest_example():
+    examples, tokens = make_examples([(300, 200, 12)] * 8), []
+    module = ResponseLogps(tiny("Llama", max_position_embeddings=512), True)
+    module.register_forward_pre_hook(lambda module, args: tokens.append(args[0].inputs["input_ids"].numel()))
+    choose_layout(module, [module], examples, "shared_prefix", 512, torch.float32)
+    assert 2 * 512 <= sum(tokens) <= 2 * 512 + 128
+
+
+def test_a_check_that_was_made_before_is_not_repeated():
+    policy, reference = ResponseLogps(tiny("Llama"), True), ResponseLogps(tiny("Llama"), True)
+    models = [policy, reference]
+    known = choose_layout(policy, models, EXAMPLES, "shared_prefix", 64, torch.float32)
+    for module in models:
+        use_attention(module.model, "sdpa")
+        module.register_forward_pre_hook(lambda *_: pytest.fail("computed"))
+    assert choose_layout(policy, models, EXAMPLES, "shared_prefix", 64, torch.float32, known) == known
+    assert [module.model.config._attn_implementation for module in models] == [known.attention] * 2
+
+
+# Adapters and precision
+
+
+def test_an_adapter_is_computed_and_trained_through_the_wrapper_and_without_it_the_base_is_unchanged():
+    from peft import LoraConfig  # slow to import
+
+    module = ResponseLogps.wrap(tiny("Llama"))
+    (batch,) = make_microbatches(EXAMPLES, "shared_prefix", PLENTY)
+    base = module(batch).detach()
+    module.model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj", "lm_head"]))
+    adapter = {name: p for name, p in module.model.named_parameters() if "lora_" in name}
+    for name, parameter in adapter.items():
+        if "lora_B" in name:  # which is 0 at first
+            torch.nn.init.normal_(parameter, std=0.1)
+    on = module(batch)
+    module.model.disable_adapters()
+    off = module(batch)
+    module.model.enable_adapters()
+    assert torch.equal(off, base)
+    assert (on - base).abs().max() > 0.01
+    on.sum().backward()
+    assert len(adapter) == 2 * (2 * 2 + 1)
+    assert {name for name, p in module.model.named_parameters() if p.grad is not None} == set(adapter)
+    assert all(parameter.grad.abs().max() > 0 for parameter in adapter.values())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_float32_head_computes_logits_in_float32_of_the_hidden_states_of_a_bfloat16_body(stored):
+    """The weights are stored in float32, under autocast, or in bfloat16."""
+    (batch,) = make_microbatches(EXAMPLES, "shared_prefix", PLENTY)
+    model, hidden = tiny("Llama").to(stored), []
+    model.base_model.register_forward_hook(lambda body, args, output: hidden.append(output[0]))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=stored == torch.float32):
+        plain, exact = (ResponseLogps(model, True, float32_head)(batch) for float32_head in (False, True))
+    logits = hidden[1].flatten(0, 1)[batch.sources].double() @ model.lm_head.weight.double().T
+    expected = logits.log_softmax(1).gather(1, batch.targets[:, None])[:, 0]
+    assert exact.dtype == torch.float32
+    assert (exact - expected).abs().max() < 1e-5
+    assert (plain - expected).abs().max() > 1e-3

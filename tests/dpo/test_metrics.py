@@ -1,0 +1,92 @@
+"""metrics.jsonl, the console, and what a failing wandb may do."""
+
+import json
+
+import pytest
+
+from dpo.metrics import MetricLogger, Tracker, WandbTracker
+
+
+def test_metrics_are_all_written_although_the_console_is_thinned(tmp_path, capsys):
+    logger = MetricLogger(tmp_path, Tracker(), minimum_interval_secs=1000)
+    for n in (1, 2, 3):
+        logger.log({"examples": n, "updates": n, "loss/train": 0.5}, thin=True)
+    logger.log({"examples": 3, "updates": 3, "loss/eval": 0.25})
+    logger.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["examples"] == 2
+    assert capsys.readouterr().out.splitlines() == [
+        "1 examples, 1 updates: loss/train 0.5",
+        "3 examples, 3 updates: loss/eval 0.25",
+    ]
+
+
+def test_a_wandb_that_fails_in_the_middle_is_said_once_and_touches_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = WandbTracker(tmp_path, {"project": "p"})
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no space left on device")
+
+    tracker.run.finish()
+    tracker.run = type("Broken", (), {"log": broken, "finish": broken})()
+    for step in (1, 2):
+        tracker.log({"loss": 1.0}, step)
+    tracker.table("samples", 1, ["step"], [[1]])
+    tracker.finish()
+    assert capsys.readouterr().out.count("switched off after RuntimeError: no space left on device") == 1
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("partial", ['{"examples": 3, "upd', "x" * 200_000])
+@pytest.mark.parametrize("whole", ["", '{"a": 1}\n', '{"a": 1}\n' * 20_000])
+def test_a_record_that_a_kill_cut_is_dropped_and_the_next_one_has_its_own_line(name, whole, partial, tmp_path, capsys):
+    (tmp_path / name).write_text(whole + partial)
+    logger = MetricLogger(tmp_path, Tracker())
+    assert f"{name}: dropped its last record, {len(partial):,} bytes" in capsys.readouterr().out
+    logger.log({"examples": 8, "updates": 1})
+    logger.log_samples(8, ["p"], {"policy": ["s"]})
+    logger.close()
+    written = (tmp_path / name).read_text()
+    assert written.startswith(whole)
+    (record,) = map(json.loads, written[len(whole) :].splitlines())
+    assert record["examples"] == 8
+
+
+def test_a_log_that_ends_with_its_line_stays(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"examples": 8}\n')
+    MetricLogger(tmp_path, Tracker()).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"examples": 8}\n' and capsys.readouterr().out == ""
+
+
+def test_a_cut_in_the_middle_of_a_record_drops_it(tmp_path, capsys):
+    logger = MetricLogger(tmp_path, Tracker())
+    for n in (8, 16):
+        logger.log({"examples": n, "updates": 1})
+    first = len((tmp_path / "metrics.jsonl").read_text().splitlines()[0]) + 1
+    logger.cut([first + 5, 0])
+    logger.log({"examples": 16, "updates": 2})
+    logger.close()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["updates"] for record in records] == [1, 2]
+    assert "dropped its last record, 5 bytes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_a_full_disk_names_the_log(name, tmp_path):
+    (tmp_path / name).symlink_to("/dev/full")
+    logger = MetricLogger(tmp_path, Tracker())
+    with pytest.raises(OSError, match="No space left on device") as failure:
+        logger.log({"examples": 8, "updates": 1})
+        logger.log_samples(8, ["p"], {"policy": ["s"]})
+    assert failure.value.filename == str(tmp_path / name)
+    logger.close()  # does not raise it again
+
+
+def test_samples_are_kept_verbatim(tmp_path):
+    sample = "\x1b[31mred\r\nerror: forged\u2028 ☕"
+    logger = MetricLogger(tmp_path, Tracker())
+    logger.log_samples(8, ["p"], {"policy": [sample]})
+    logger.close()
+    (line,) = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert json.loads(line)["sample"] == sample

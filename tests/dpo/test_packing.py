@@ -1,0 +1,55 @@
+"""Layouts and microbatches: which token stands where, and which example lies in which pass."""
+
+import pytest
+from tiny_models import make_examples, respond
+
+from dpo.packing import LAYOUTS, make_microbatches
+
+PLENTY = 2**30  # tokens a pass
+EOS = 4
+PAIRS = [respond([3, 3, 3], [1, EOS], [2, 2, 0, EOS]), respond([0], [EOS], [3, 1, EOS]), respond([1] * 9, [2], [0, 0])]
+
+
+@pytest.mark.parametrize("max_tokens", [PLENTY, 12, 1])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_example_is_in_exactly_one_pass_with_its_targets_and_lengths(layout, max_tokens):
+    passes = list(make_microbatches(PAIRS, layout, max_tokens))
+    assert sorted(PAIRS.index(example) for part in passes for example in part.examples) == [0, 1, 2]
+    for part in passes:
+        responses = [response for example in part.examples for response in example.responses]
+        assert part.targets.tolist() == sum(responses, [])
+        assert part.lengths.tolist() == [[len(response) for response in example.responses] for example in part.examples]
+        assert len(part.sources) == len(part.targets)
+    assert len(passes) == {PLENTY: 1, 1: 3}.get(max_tokens, len(passes))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_target_is_predicted_from_the_token_before_it(layout):
+    for part in make_microbatches(PAIRS, layout, PLENTY):
+        before = part.inputs["input_ids"].flatten()[part.sources].tolist()
+        expected = [
+            token
+            for example in part.examples
+            for response in example.responses
+            for token in [example.prompt[-1], *response[:-1]]
+        ]
+        assert before == expected
+
+
+def test_a_shared_prefix_is_computed_once_and_without_padding():
+    (part,) = make_microbatches(PAIRS, "shared_prefix", PLENTY)
+    assert part.inputs["input_ids"].tolist() == [
+        [*[3, 3, 3], *[1, EOS], *[2, 2, 0, EOS], *[0], *[EOS], *[3, 1, EOS], *[1] * 9, *[2], *[0, 0]]
+    ]
+    assert part.inputs["position_ids"].tolist() == [
+        [*[0, 1, 2], *[3, 4], *[3, 4, 5, 6], *[0], *[1], *[1, 2, 3], *range(9), *[9], *[9, 10]]
+    ]
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
+def test_every_example_lies_in_exactly_one_pass_within_the_budget(layout):
+    examples = make_examples([(n, n % 5 + 1, n % 3 + 1) for n in range(1, 60, 3)])
+    passes = list(make_microbatches(examples, layout, 100))
+    assert sorted(e.text.row for p in passes for e in p.examples) == list(range(len(examples)))
+    assert all(p.inputs["input_ids"].numel() <= 100 or len(p.examples) == 1 for p in passes)
+    assert 1 < len(passes) < len(examples)

@@ -1,0 +1,172 @@
+"""Where the reference's log-probabilities come from: when they are taken from a cache, and in which dtype computed."""
+
+import getpass
+
+import pytest
+import torch
+from faults import few_rows
+from tiny_models import EXAMPLES, tiny
+
+import build
+from dpo.checkpoints import load_archive
+from dpo.logps import ResponseLogps, response_logps
+from dpo.models import copy_reference
+from dpo.packing import Packer
+from dpo.references import CachedReference, ModelReference, Precomputation
+
+CACHED = (
+    "loss=dpo",
+    "loss.precompute_reference=true",
+    "max_length=48",
+    "max_prompt_length=24",
+    "batch_size=4",
+    "eval_batch_size=4",
+    "max_tokens_per_pass=300",
+)
+TAKEN = "Reference: log-probabilities taken from"
+
+
+# A cache is used where it holds the same numbers
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Return a folder with a small data set and room for the cache that runs share."""
+    folder = tmp_path_factory.mktemp("home")
+    few_rows(folder / "data", 8, 4)
+    return folder
+
+
+@pytest.fixture
+def precompute(home, make_trainer, capsys, monkeypatch):
+    """Return a function that builds a trainer and returns its cache, and whether it was taken from a file."""
+    monkeypatch.setattr(build, "compile_layers", lambda model: None)  # it takes half a minute
+
+    def run(*overrides: str) -> tuple[CachedReference, bool]:
+        capsys.readouterr()
+        trainer = make_trainer(*CACHED, f"datasets=['{home / 'data'}']", f"local_dirs=['{home}']", *overrides)
+        assert isinstance(trainer.reference, CachedReference)
+        return trainer.reference, TAKEN in capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "layout=padded",
+        "max_tokens_per_pass=100",
+        "precision=bfloat16",
+        "compile=true",
+        "gradient_accumulation_steps=2",
+        "max_length=40",
+        "batch_size=2",
+    ],
+)
+def test_a_setting_that_changes_a_log_probability_has_a_cache_of_its_own(change, precompute):
+    first, _ = precompute()
+    again, taken = precompute()
+    assert taken and torch.equal(first.sums, again.sums)
+    assert not precompute(change)[1]
+
+
+def test_other_weights_have_a_cache_of_their_own(precompute, make_trainer, tmp_path):
+    policy = make_trainer("loss=sft").policy.model
+    path = tmp_path / "policy.pt"
+    torch.save({"step_idx": 0, "state": policy.state_dict(), "metrics": {}}, path)
+    assert load_archive(str(path))
+    first, _ = precompute()
+    _, taken = precompute(f"model.archive='{path}'")
+    assert taken  # the weights that it has anyway
+    with torch.no_grad():
+        policy.transformer.h[0].mlp.c_fc.bias[3] += 1e-3
+    torch.save({"step_idx": 0, "state": policy.state_dict(), "metrics": {}}, path)
+    changed, taken = precompute(f"model.archive='{path}'")
+    assert not taken and not torch.equal(first.sums, changed.sums)
+
+
+@pytest.mark.parametrize("library", ["torch", "transformers"])
+def test_other_versions_have_a_cache_of_their_own(library, precompute, monkeypatch):
+    def key_of_another_version(self, reference: CachedReference) -> str:
+        with monkeypatch.context() as patched:
+            patched.setattr(f"{library}.__version__", "0.1")
+            return key(self, reference)
+
+    key = Precomputation.key
+    precompute()
+    monkeypatch.setattr(Precomputation, "key", key_of_another_version)
+    assert not precompute()[1]
+
+
+def test_a_cache_holds_what_a_second_model_would_give(precompute, make_trainer, home):
+    cached, _ = precompute()
+    data = f"datasets=['{home / 'data'}']"
+    trainer = make_trainer(*CACHED, data, "loss.precompute_reference=false")
+    for batches in (trainer.train_batches, trainer.eval_batches):
+        for batch in batches.from_start():
+            for part in trainer.packer(batch.examples):
+                torch.testing.assert_close(cached.logps(part).sums, trainer.reference.logps(part).sums)
+
+
+def test_a_cache_in_the_shared_folder_is_readable_and_named_by_its_key(precompute, home):
+    precompute()
+    files = list((home / getpass.getuser() / "reference_cache").iterdir())
+    assert files and all(len(path.stem) == 64 and path.suffix == ".pt" for path in files)
+
+
+def test_a_corrupt_cache_is_computed_again(tmp_path):
+    cache = CachedReference(["a", "b"], 2)
+    cache.sums = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    path = tmp_path / "reference.pt"
+    cache.save(path, "key")
+    other = CachedReference(["a", "b"], 2)
+    assert not other.load(path, "another key") and other.load(path, "key")
+    assert torch.equal(other.sums, cache.sums)
+    content, number = path.read_bytes(), cache.sums.numpy().tobytes()
+    at = content.index(number)
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    assert not CachedReference(["a", "b"], 2).load(path, "key")
+
+
+# A second model
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "null"])
+def test_reference_dtype_is_the_dtype_of_the_reference_alone(dtype, make_trainer):
+    trainer = make_trainer("loss=dpo", f"model.reference_dtype={dtype}")
+    expected = torch.float32 if dtype == "null" else getattr(torch, dtype)
+    assert {parameter.dtype for parameter in trainer.reference.module.parameters()} == {expected}
+    assert {parameter.dtype for parameter in trainer.policy.parameters()} == {torch.float32}
+    batch = next(iter(trainer.train_batches)).examples
+    with trainer.autocast():
+        part = next(trainer.packer(batch))
+        apart = (trainer.reference.logps(part).sums - response_logps(trainer.policy, part).sums).abs().max()
+    assert (apart > 0) == (expected != torch.float32)
+    assert apart < 5
+
+
+def test_a_reference_computes_in_the_dtype_of_the_run_or_else_in_its_own():
+    """Of the policy in float32: of a run in bfloat16 as under its autocast, of a reference in bfloat16 without one."""
+    policy = tiny("Llama")
+    part = next(Packer("shared_prefix", 1000, torch.device("cpu"))(EXAMPLES))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = response_logps(ResponseLogps.wrap(policy), part).sums
+        reference = ModelReference(ResponseLogps.wrap(copy_reference(policy, None)), torch.bfloat16)
+        assert torch.equal(reference.logps(part).sums, expected)
+    low = copy_reference(policy, "bfloat16")
+    with torch.no_grad():
+        expected = response_logps(ResponseLogps.wrap(low), part).sums
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(ModelReference(ResponseLogps.wrap(low), torch.bfloat16).logps(part).sums, expected)
+
+
+def test_a_second_model_samples_once():
+    class CountingSampler:
+        calls = 0
+
+        def generate(self, model, prompts, title):
+            self.calls += 1
+            return [f"sample {self.calls}" for _ in prompts]
+
+    reference = ModelReference(ResponseLogps.wrap(tiny("GPT2")), torch.float32, CountingSampler())
+    assert reference.generate(EXAMPLES) == reference.generate(EXAMPLES) == ["sample 1"] * len(EXAMPLES)

@@ -1,0 +1,205 @@
+"""What a config may hold: every value is accepted or refused in one line, and all problems come together."""
+
+import re
+
+import pytest
+import yaml
+from conftest import ROOT, TINY, compose, validated
+
+from dpo.errors import UserError
+from dpo.settings import Settings, allowed, default_values, flatten, known_keys, validate
+from losses import LOSSES
+
+
+def problems(*overrides: str) -> list[str]:
+    """Return the lines in which a command line is refused."""
+    try:
+        validated(*overrides)
+    except UserError as error:
+        return str(error).splitlines()
+    return []
+
+
+VALID = ("loss=dpo", *TINY)
+
+
+def test_every_setting_has_the_type_of_its_yaml_value():
+    settings, loss = validated(*VALID, "lr=1", "max_grad_norm=2")
+    assert (settings.batch_size, settings.lr, settings.max_tokens_per_pass) == (8, 1.0, "auto")
+    assert isinstance(settings.lr, float) and settings.n_examples is None and settings.datasets
+    assert (loss.beta, loss.label_smoothing, loss.needs_reference) == (0.1, 0.0, True)
+
+
+def test_all_problems_come_in_one_message_one_line_each():
+    wrong = ("batch_size=abc", "lr=-1", "loss.beta=0", "exp_name=../x", "n_epochs=null", "optimizer=Sgd")
+    lines = problems(*VALID, *wrong)
+    starts = ["batch_size=abc: ", "lr=-1: ", "loss.beta=0: ", "exp_name=../x: ", "optimizer=Sgd: "]
+    assert [sum(line.startswith(start) for line in lines) for start in starts] == [1] * 5
+    assert "n_epochs=null n_examples=null: set one of them, or training never ends" in lines
+    assert len(lines) == 6
+
+
+def test_a_list_of_losses_is_refused():
+    assert "loss.name=['dpo', 'ipo']: must be one of sft, dpo, ipo, hinge" in problems(*VALID, "loss.name=[dpo,ipo]")
+
+
+@pytest.mark.parametrize(
+    "override, line",
+    [
+        ("seed=-1", "seed=-1: must be a whole number from 0 to 4294967295"),
+        ("seed=1.0", "seed=1.0: must be a whole number from 0 to 4294967295"),
+        ("batch_size=true", "batch_size=True: must be a whole number of examples, 1 or more"),
+        ("batch_size=0", "batch_size=0: must be a whole number of examples, 1 or more"),
+        ("n_examples=0", "n_examples=0: must be a whole number of examples, 1 or more, or null"),
+        ("lr=inf", "lr=inf: must be a number above 0"),
+        ("lr=nan", "lr=nan: must be a number above 0"),
+        ("lr=true", "lr=True: must be a number above 0"),
+        ("lr='1e-3'", "lr=1e-3: must be a number above 0"),
+        ("sample_top_p=1.5", "sample_top_p=1.5: must be a number above 0, at most 1"),
+        ("debug=1", "debug=1: must be true or false"),
+        ("debug=yes", "debug=yes: must be true or false"),
+        ("max_tokens_per_pass=0", "max_tokens_per_pass=0: must be auto, or a whole number of tokens"),
+        ("max_tokens_per_pass=true", "max_tokens_per_pass=True: must be auto, or a whole number of tokens"),
+        ("precision=float16", "precision=float16: must be one of auto, float32, bfloat16"),
+        ("datasets=hh", "datasets=hh: must be a list, as in [hh] or [hh,shp]"),
+        ("datasets=[]", "datasets=[]: must be a list, as in [hh] or [hh,shp]"),
+        ("wandb.project=null", "wandb.project=null: must be a name"),
+        ("wandb.entity=' '", "wandb.entity= : must be a name, or null"),
+        ("model.policy_dtype=float16", "model.policy_dtype=float16: must be one of float32, bfloat16"),
+        (
+            "model.reference_dtype=float8",
+            "model.reference_dtype=float8: must be one of float32, bfloat16, float16, or null",
+        ),
+        ("loss.label_smoothing=0.5", "loss.label_smoothing=0.5: must be a number from 0, below 0.5"),
+        ("loss.beta=x", "loss.beta=x: must be a number above 0"),
+        ("loss.name=dpoo", "loss.name=dpoo: must be one of sft, dpo, ipo, hinge"),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_key_value_and_what_is_allowed(override, line):
+    assert problems(*VALID, override) == [line]
+
+
+def test_a_missing_model_is_one_line_whatever_is_interpolated_from_it():
+    (line,) = problems("loss=dpo")
+    assert line.startswith("model.name_or_path: is missing; set model.name_or_path=VALUE, a local folder or a name")
+
+
+@pytest.mark.parametrize(
+    "loss, override",
+    [("sft", "+loss.beta=0.1"), ("ipo", "+loss.label_smoothing=0.1"), ("dpo", "+loss.average_log_prob=true")],
+)
+def test_a_setting_that_the_loss_does_not_read_is_refused(loss, override):
+    key = override[1:].partition("=")[0]
+    assert problems(*VALID, f"loss={loss}", override) == [f"{key}: the chosen loss has no such setting"]
+
+
+@pytest.mark.parametrize(
+    "overrides, line",
+    [
+        (["compile=true", "activation_checkpointing=true"], "cannot be compiled; set one of the two to false"),
+        (["batch_size=6", "gradient_accumulation_steps=4"], "must be divisible by gradient_accumulation_steps"),
+        (["max_prompt_length=160"], "max_prompt_length=160 max_length=160: max_prompt_length must be below"),
+        (["trainer=FSDPTrainer"], "trainer=FSDPTrainer: is not built yet"),
+        (["precision=float32", "model.policy_dtype=bfloat16"], "computing in float32 needs"),
+        (
+            ["precision=auto", "model.fsdp_policy_mp=float32", "model.policy_dtype=bfloat16"],
+            "computing in float32 needs",
+        ),
+        (["loss.precompute_reference=true", "model.reference_dtype=float16"], "must be null"),
+        (["loss.precompute_reference=true", "loss.reference_free=true"], "has nothing to precompute"),
+        (["keep_policies=true"], "every checkpoint is kept anyway"),
+        (["save_every=8", "debug=true"], "debug=true writes no checkpoints"),
+        (["model.archive=nowhere/policy.pt"], "model.archive=nowhere/policy.pt: no such file"),
+    ],
+)
+def test_settings_that_cannot_be_honoured_together_are_one_line(overrides, line):
+    (found,) = problems(*VALID, *overrides)
+    assert line in found
+
+
+def test_a_wrong_value_makes_no_second_line_about_its_combinations():
+    assert problems(*VALID, "batch_size=0", "gradient_accumulation_steps=3") == [
+        "batch_size=0: must be a whole number of examples, 1 or more"
+    ]
+
+
+def test_more_than_one_process_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (line,) = problems(*VALID)
+    assert line.startswith("WORLD_SIZE=2: training on several processes is not supported yet")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert problems(*VALID) == []
+
+
+def test_settings_are_frozen():
+    settings, loss = validated(*VALID)
+    for part, key in ((settings, "lr"), (settings.model, "add_bos"), (loss, "beta")):
+        with pytest.raises(ValueError, match="frozen"):
+            setattr(part, key, 1)
+
+
+def test_the_original_name_of_precision_replaces_ours():
+    assert validated(*VALID)[0].compute_precision == "float32"
+    assert validated(*VALID, "precision=auto", "model.fsdp_policy_mp=bfloat16")[0].compute_precision == "bfloat16"
+
+
+# YAML is the only place of defaults and comments
+
+
+def yaml_keys(path, prefix="") -> dict[str, str]:
+    """Return {dotted key: its line} of a file in config/, without what Hydra itself reads."""
+    body = re.sub(r"(?ms)^(defaults|hydra):.*?(?=^\S)|^hydra:.*", "", path.read_text())
+    keys, group = {}, ""
+    for line in body.splitlines():
+        if match := re.match(r"( *)(\w+):(.*)", line):
+            indent, key, rest = match.groups()
+            if rest.strip():
+                keys[prefix + (f"{group}.{key}" if indent else key)] = line
+            else:
+                group = key
+    return keys
+
+
+def test_yaml_and_settings_have_the_same_keys_each_with_a_comment():
+    config = ROOT / "config"
+    found = yaml_keys(config / "config.yaml") | yaml_keys(config / "model" / "blank_model.yaml", "model.")
+    for name, loss in LOSSES.items():
+        keys = yaml_keys(config / "loss" / f"{name}.yaml", "loss.")
+        assert set(keys) == {"loss.name", *(f"loss.{field}" for field in loss.model_fields)}
+        found |= keys
+    assert set(found) == set(known_keys(LOSSES))
+    assert [line for key, line in found.items() if "#" not in line and key != "loss.name"] == []
+    assert {path.stem for path in (config / "loss").glob("*.yaml")} == set(LOSSES)
+
+
+def test_no_field_has_a_default_of_its_own():
+    models = [
+        Settings,
+        *LOSSES.values(),
+        *(f.annotation for n, f in Settings.model_fields.items() if n in ("wandb", "model")),
+    ]
+    assert [name for model in models for name, field in model.model_fields.items() if not field.is_required()] == []
+
+
+def test_every_field_says_what_it_takes():
+    for key in known_keys({}):
+        assert key == "loss.name" or allowed(Settings, key) != "another value", key
+
+
+@pytest.mark.parametrize("group", ["model", "loss"])
+def test_every_config_file_composes_and_validates(group):
+    for path in sorted((ROOT / "config" / group).glob("*.yaml")):
+        chosen = {"model": "gpt2", "loss": "dpo"} | {group: path.stem}
+        found = problems(*(f"{key}={value}" for key, value in chosen.items()), "max_length=128", "max_prompt_length=64")
+        assert [line.partition(":")[0] for line in found] == ["model.name_or_path"] * (path.stem == "blank_model")
+
+
+def test_a_yaml_file_without_optional_keys_takes_their_defaults():
+    values = flatten(compose(*VALID))
+    few = {key: value for key, value in values.items() if not key.startswith(("model.", "loss."))}
+    few |= {"model.name_or_path": "somewhere", "loss.name": "ipo", "loss.beta": 0.3}
+    settings, loss = validate(few, default_values(ROOT / "config", "ipo"), LOSSES)
+    assert settings.model.policy_dtype == "float32" and settings.model.archive is None
+    assert (loss.beta, loss.average_log_prob) == (0.3, False)
+    defaults = yaml.safe_load((ROOT / "config" / "model" / "blank_model.yaml").read_text())
+    assert settings.model.model_dump() == defaults | {"name_or_path": "somewhere"}

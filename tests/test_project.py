@@ -1,0 +1,71 @@
+"""pyproject.toml, the requirements files, and what the code imports agree."""
+
+import ast
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+
+import pytest
+from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+CODE = [*ROOT.glob("*.py"), *ROOT.glob("dpo/*.py"), *ROOT.glob("benchmarks/*.py")]
+TESTS = [*ROOT.glob("tests/**/*.py")]
+OWN = {path.stem for path in [*CODE, *TESTS]} | {"dpo"}
+TOOLS = {"pytest-xdist", "ruff", "mypy", "types-pyyaml", "types-tqdm"}  # run, not imported
+FIXED = {"pydantic-core", "huggingface-hub"}  # parts of pydantic and transformers, which fix their versions
+
+
+def read_requirements(name: str) -> dict[str, Requirement]:
+    """Return {distribution: requirement} of a requirements file, without those that it includes."""
+    lines = (line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
+    return by_name(line for line in lines if line and not line.startswith("-r"))
+
+
+def by_name(lines) -> dict[str, Requirement]:
+    """Return {distribution: requirement}."""
+    return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, lines)}
+
+
+def project() -> dict:
+    """Return the [project] table."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def imported(paths) -> set[str]:
+    """Return the distributions whose modules some files import at any depth."""
+    modules = set()
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                modules.add(node.module.partition(".")[0])
+    found = packages_distributions()
+    third_party = modules - OWN - set(sys.stdlib_module_names)
+    return {canonicalize_name(name) for module in third_party for name in found.get(module, [module])}
+
+
+@pytest.mark.parametrize("file, extra", [("requirements.txt", None), ("requirements-dev.txt", "dev")])
+def test_pyproject_lists_what_make_installs_in_ranges_that_hold_its_pins(file, extra):
+    table = project()
+    declared = by_name(table["dependencies"] if extra is None else table["optional-dependencies"][extra])
+    installed = read_requirements(file)
+    assert declared.keys() == installed.keys()
+    for name, requirement in installed.items():
+        pins = [clause.version for clause in requirement.specifier if clause.operator == "=="]
+        if pins:
+            assert all(declared[name].specifier.contains(pin) for pin in pins), name
+        else:
+            assert declared[name].specifier == requirement.specifier, name
+
+
+def test_every_library_that_the_code_imports_is_a_dependency_and_no_other_one_is():
+    assert imported(CODE) - FIXED == by_name(project()["dependencies"]).keys()
+
+
+def test_dev_holds_the_libraries_that_only_tests_import_and_the_tools():
+    table = project()
+    libraries = imported(TESTS) - FIXED - by_name(table["dependencies"]).keys()
+    assert libraries | TOOLS == by_name(table["optional-dependencies"]["dev"]).keys()

@@ -1,0 +1,156 @@
+"""Whole trainers: the first margin, and gradients against one sequence at a time."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
+
+import losses
+from dpo import logps
+from dpo.packing import LAYOUTS
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_first_margin_is_exactly_0_though_the_models_config_has_dropout(tiny_folder, layout, make_trainer):
+    config = AutoConfig.from_pretrained(tiny_folder).to_dict()
+    assert [value for key, value in config.items() if "drop" in key and value == 0.1]
+    trainer = make_trainer("loss=dpo", f"model.name_or_path='{tiny_folder}'", f"layout={layout}", "lr=1e-3")
+    assert trainer.packer.layout == layout
+    first, second = (trainer.train_step(batch) for batch, _ in zip(trainer.train_batches, range(2), strict=False))
+    rewards = [f"rewards_train/{what}" for what in ("chosen", "rejected", "margins", "accuracies")]
+    assert [first[key] for key in rewards] == [0.0] * 4
+    assert all(second[key] != 0.0 for key in rewards[:3])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_that_cannot_share_a_row_is_trained_padded(layout, make_trainer, tmp_path, capsys):
+    """Its window of 16 tokens counts those of other examples too."""
+    folder = tmp_path / "windowed"
+    tokenizer = tiny_tokenizer("llama")
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    windowed = MistralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, sliding_window=16, **sizes)
+    AutoModelForCausalLM.from_config(windowed).save_pretrained(folder)
+    trainer = make_trainer("loss=dpo", f"model.name_or_path='{folder}'", f"layout={layout}")
+    assert trainer.packer.layout == "padded"
+    assert ("Using layout=padded." in capsys.readouterr().out) == (layout == "shared_prefix")
+    models = (trainer.policy.model, trainer.reference.module.model)
+    assert {model.config._attn_implementation for model in models} == {"sdpa"}
+    batch = next(iter(trainer.train_batches))
+    assert all(part.segments is None for part in trainer.packer(batch.examples))
+    assert trainer.train_step(batch)["rewards_train/margins"] == 0.0
+
+
+@pytest.mark.parametrize("precomputed", [True, False])
+def test_logits_are_computed_in_float32_where_the_reference_was_precomputed_in_bfloat16(
+    precomputed, make_trainer, monkeypatch
+):
+    dtypes, compute = set(), logps.target_logps
+    monkeypatch.setattr(logps, "target_logps", lambda logits, t: dtypes.add(logits.dtype) or compute(logits, t))
+    setting = f"loss.precompute_reference={precomputed}"
+    trainer = make_trainer("loss=dpo", "precision=bfloat16", setting)
+    dtypes.clear()
+    trainer.train_step(next(iter(trainer.train_batches)))
+    assert dtypes == {torch.float32 if precomputed else torch.bfloat16}
+
+
+def gradient(trainer, batch, accumulation):
+    """Return the gradient before clipping of one update."""
+    kept = []
+    clip = trainer.clip_gradient
+    trainer.clip_gradient = lambda: kept.append(flat_gradient(trainer.policy)) or clip()
+    trainer.settings = trainer.settings.model_copy(update={"gradient_accumulation_steps": accumulation})
+    trainer.train_step(batch)
+    del trainer.clip_gradient
+    return kept[0]
+
+
+def flat_gradient(model):
+    """Return the gradient as one vector."""
+    return torch.cat([parameter.grad.flatten().double() for parameter in model.parameters()])
+
+
+def sum_of_logps(model, prompt, response):
+    """Return log pi(response | prompt) from one unpadded sequence."""
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1)[range(len(response)), response].sum()
+
+
+def oracle_gradient(trainer, examples):
+    """Return the gradient of the mean loss in float64, one unpadded sequence at a time; beta is 0.1."""
+    policy = copy.deepcopy(trainer.policy.model).double()
+    reference = trainer.reference and copy.deepcopy(trainer.reference.module.model).double()
+    for example in examples:
+        sums = [sum_of_logps(policy, example.prompt, response) for response in example.responses]
+        if len(sums) == 1:
+            loss = -sums[0]
+        else:
+            with torch.no_grad():
+                others = [sum_of_logps(reference, example.prompt, response) for response in example.responses]
+            loss = losses.preference_loss(*sums, *others, beta=0.1)[0]
+        (loss / len(examples)).backward()
+    return flat_gradient(policy)
+
+
+@pytest.mark.parametrize("max_tokens", [100_000, 300])
+@pytest.mark.parametrize("loss", ["sft", "dpo"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_accumulation_and_token_budget_change_nothing_in_the_gradient(layout, loss, max_tokens, make_trainer):
+    """The policy is moved away from the reference first, so that each pair has a weight of its own."""
+    trainer = make_trainer(f"loss={loss}", f"layout={layout}", f"max_tokens_per_pass={max_tokens}", "lr=1e-30")
+    assert trainer.packer.layout == layout
+    perturb(trainer.policy)
+    batch = next(iter(trainer.train_batches))
+    assert len({len(response) for example in batch.examples for response in example.responses}) >= 6
+    assert (len(list(trainer.packer(batch.examples))) > 1) == (max_tokens == 300)
+    expected = oracle_gradient(trainer, batch.examples)
+    for accumulation in (1, 2, 4):
+        actual = gradient(trainer, batch, accumulation)
+        assert (actual - expected).norm() < 1e-5 * expected.norm(), accumulation
+
+
+@pytest.mark.parametrize("setting", ["CHUNK_TOKENS", "activation_checkpointing"])
+def test_recomputing_changes_nothing_in_the_gradient(setting, make_trainer, monkeypatch):
+    """Of logits, 7 tokens at a time, or of activations."""
+    trainer = make_trainer("loss=dpo", f"activation_checkpointing={setting == 'activation_checkpointing'}", "lr=1e-30")
+    if setting == "CHUNK_TOKENS":
+        monkeypatch.setattr(logps, "CHUNK_BYTES", 0)
+        monkeypatch.setattr(logps, "CHUNK_TOKENS", 7)
+    perturb(trainer.policy)
+    batch = next(iter(trainer.train_batches))
+    expected = oracle_gradient(trainer, batch.examples)
+    assert (gradient(trainer, batch, 1) - expected).norm() < 1e-5 * expected.norm()
+
+
+def perturb(model):
+    """Move a model's parameters by a little noise, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+# The schedule
+
+
+def test_what_is_due_between_two_updates_comes_after_the_second(make_trainer):
+    """At 12, 24, 36 and 48 examples, in batches of 8; the evaluation at the end is the last one's."""
+    trainer = make_trainer("loss=sft", "n_examples=56", "eval_every=12", "n_eval_examples=8", "debug=true")
+    trainer.train()
+    records = [json.loads(line) for line in (trainer.run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["examples"] for record in records if "loss/eval" in record] == [0, 16, 24, 40, 48, 56]
+
+
+def test_checkpoints_that_are_due_between_two_updates_come_after_the_second(make_trainer):
+    settings = ("n_examples=56", "save_every=12", "eval_every=20", "n_eval_examples=8", "do_first_eval=false")
+    trainer = make_trainer("loss=sft", *settings)
+    saved = []
+    trainer.save = lambda *args, **kwargs: (
+        saved.append(trainer.examples) or type(trainer).save(trainer, *args, **kwargs)
+    )
+    trainer.train()
+    assert [step for step in saved if step] == [16, 24, 40, 48, 56]
+    assert {path.name for path in trainer.run.path.glob("step-*")} == {f"step-{step}" for step in saved}

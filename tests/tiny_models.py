@@ -1,0 +1,62 @@
+"""Tiny random models and examples of token ids, which several tests share."""
+
+import torch
+import transformers
+
+from dpo.examples import TextExample, TokenizedExample
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+COMMON = {"vocab_size": 97, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+ROTARY = {**SIZES, "max_position_embeddings": 128, "num_key_value_heads": 2}
+EXACT = {
+    "GPT2": GPT,
+    "GPTNeoX": {**SIZES, "max_position_embeddings": 128},
+    "GPTJ": {**GPT, "rotary_dim": 4},
+    "OPT": {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 128, "init_std": 0.3},
+    "Llama": ROTARY,
+    "Qwen2": ROTARY,
+    "Qwen3": {**ROTARY, "head_dim": 8},
+    "Gemma2": {**ROTARY, "head_dim": 8},
+    "Gemma3Text": {**ROTARY, "head_dim": 8},
+    "Phi3": ROTARY,
+    "Olmo2": ROTARY,
+    "Falcon": {**SIZES, "max_position_embeddings": 128, "new_decoder_architecture": True, "num_kv_heads": 2},
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+EXACT["Mixtral"] = {**ROTARY, **EXPERTS}
+NOT_EXACT = {
+    "Mistral": {**ROTARY, "sliding_window": 16},
+    "Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "Mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
+    "Mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+}
+
+
+def tiny_config(name: str, **own) -> transformers.PreTrainedConfig:
+    """Make a family's config for a model of 2 layers, with keys of one's own."""
+    return getattr(transformers, f"{name}Config")(**{**COMMON, **{**EXACT, **NOT_EXACT}[name], **own})
+
+
+def tiny(name: str, **own) -> transformers.PreTrainedModel:
+    """Make a random model with weights large enough for every token to depend on those before it."""
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(tiny_config(name, **own)).eval()
+
+
+def make_examples(lengths) -> list[TokenizedExample]:
+    """Make examples of random tokens, lengths (prompt, chosen, rejected)."""
+    random = torch.Generator().manual_seed(1)
+    ids = [[torch.randint(3, 97, (n,), generator=random).tolist() for n in triple] for triple in lengths]
+    items = [TextExample(str(i), ("a", "b"), "keep_end", i, "") for i in range(len(lengths))]
+    return [TokenizedExample(item, p, (c, r)) for item, (p, c, r) in zip(items, ids, strict=True)]
+
+
+EXAMPLES = make_examples([(9, 5, 3), (4, 2, 8), (13, 1, 6)])
+
+
+def respond(prompt, *responses):
+    """Make an example of token ids."""
+    return TokenizedExample(
+        TextExample("", ("",) * len(responses), "keep_end", 1, ""), list(prompt), tuple(map(list, responses))
+    )
