@@ -5,6 +5,7 @@ import hashlib
 import importlib.abc
 import json
 import os
+import re
 import resource
 import runpy
 import shutil
@@ -280,65 +281,42 @@ def during_import(name: str, act: Callable[[], None]) -> Fault:
     return install
 
 
-def kill_in_save(point: str, nth: int) -> Fault:
-    """Kill at a named point of the nth save."""
-    saves = iter(range(1, 10**9))
-    write, manifest, latest, place = (
-        torch.save,
-        checkpoints.write_manifest,
-        checkpoints.point_latest,
-        checkpoints.atomic_dir,
-    )
-    now = [False]
+# Points of a save, as the event of Python's audit hooks that comes right before, and what ends the path that it names.
+SAVE_EVENTS = {
+    "before the manifest": ("open", r"/MANIFEST"),
+    "before the rename": ("os.rename", r"/step-\d+"),
+    "before LATEST": ("os.symlink", r"/\.staging-LATEST"),
+    "in the change of LATEST": ("os.rename", r"/LATEST"),
+    "before an old one is removed": ("shutil.rmtree", r"/\.doomed-step-\d+"),
+    "while an old one is removed": ("os.remove", r"policy\.pt"),
+}
+SAVE_POINTS = (*(f"half of {name}.pt" for name in checkpoints.PARTS), *SAVE_EVENTS)
 
-    def placed(final: Path, fill: Callable[[Path], None]) -> None:
-        now[0] = next(saves) >= nth
-        place(final, fill)
+
+def kill_in_save(point: str, nth: int) -> Fault:
+    """Kill at a named point of the nth save, or of the first one after it that comes to this point."""
+    event, ending = SAVE_EVENTS.get(point, ("", ""))
+    saves, write = [0], torch.save
+
+    def watch(name: str, arguments: tuple[Any, ...]) -> None:
+        if not name.startswith(("os.", "open", "shutil.")) or not arguments:
+            return
+        path = str(arguments[1 if name in ("os.rename", "os.symlink") else 0])
+        saves[0] += name == "os.mkdir" and "/.staging-step-" in path
+        if saves[0] >= nth and name == event and re.search(f"{ending}$", path):
+            kill()
 
     def half(value: Any, path: Path) -> None:
         write(value, path)
-        if now[0] and point == f"half of {path.name}":
+        if saves[0] >= nth and point == f"half of {path.name}":
             os.truncate(path, path.stat().st_size // 2)
             kill()
 
-    def around_manifest(folder: Path) -> None:
-        if now[0] and point == "before the manifest":
-            kill()
-        manifest(folder)
-        if now[0] and point == "before the rename":
-            kill()
-
-    def before_latest(run_dir: Path, name: str) -> None:
-        if now[0] and point == "before LATEST":
-            kill()
-        if now[0] and point == "in the change of LATEST":
-            (run_dir / ".staging-LATEST").symlink_to(name)
-            kill()
-        latest(run_dir, name)
-
-    def half_removed(folder: Path) -> None:
-        doomed = folder.with_name(f".doomed-{folder.name}")
-        folder.rename(doomed)
-        if now[0] and point == "while an old one is removed":
-            (doomed / "policy.pt").unlink()
-            kill()
-        shutil.rmtree(doomed)
-
     def install() -> None:
-        torch.save, checkpoints.write_manifest, checkpoints.point_latest = half, around_manifest, before_latest
-        checkpoints.atomic_dir, checkpoints.remove_checkpoint = placed, half_removed
+        sys.addaudithook(watch)
+        torch.save = half
 
     return install
-
-
-SAVE_POINTS = (
-    *(f"half of {name}.pt" for name in checkpoints.PARTS),
-    "before the manifest",
-    "before the rename",
-    "before LATEST",
-    "in the change of LATEST",
-    "while an old one is removed",
-)
 
 
 def copy_until(folder: Path, target: Path, step: int) -> Path:

@@ -90,8 +90,9 @@ def test_a_run_that_is_killed_in_a_save_ends_as_if_it_had_not_been(point, whole,
         folder = tmp_path / f"run{nth}"
         killed = command_line(folder, fresh(folder, *DPO), dropout, kill_in_save(point, nth))
         assert killed.returncode == -signal.SIGKILL
-        latest = folder / "LATEST"
-        assert not latest.is_symlink() or checkpoints.find_corruption(latest.resolve()) is None
+        found = checkpoints.checkpoints(folder)
+        assert [checkpoints.find_corruption(checkpoint) for checkpoint in found] == [None] * len(found)
+        assert not (folder / "LATEST").is_symlink() or (folder / "LATEST").resolve() in found
         resumed(folder)
         assert_same(folder, whole(DPO))
         assert not [path for path in folder.iterdir() if path.name.startswith((".staging", ".doomed"))]

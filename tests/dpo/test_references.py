@@ -1,6 +1,7 @@
 """Where the reference's log-probabilities come from: when they are taken from a cache, and in which dtype computed."""
 
 import getpass
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,28 @@ def test_a_setting_that_changes_a_log_probability_has_a_cache_of_its_own(change,
     again, taken = precompute()
     assert taken and torch.equal(first.sums, again.sums)
     assert not precompute(change)[1]
+
+
+def test_each_part_of_a_key_counts_by_itself(precompute, monkeypatch):
+    """A run in bfloat16 also computes its logits in float32, which no other setting does."""
+    made = []
+    monkeypatch.setattr(Precomputation, "run", lambda self, reference, *paths: made.append((self, reference)))
+    precompute()
+    ((own, reference),) = made
+    others = [
+        replace(own, dtype=torch.bfloat16),
+        replace(own, policy=ResponseLogps.wrap(own.policy.model, float32_head=True)),
+        replace(own, compiled=True),
+        replace(own, n_microbatches=2),
+        replace(own, packer=replace(own.packer, layout="padded")),
+        replace(own, packer=replace(own.packer, max_tokens=100)),
+        replace(own, packer=replace(own.packer, device=torch.device("meta"))),
+        replace(own, train_batches=replace(own.train_batches, seed=1)),
+        replace(own, eval_batches=replace(own.eval_batches, batch_size=2)),
+    ]
+    keys = [one.key(reference) for one in (own, *others)]
+    assert len(set(keys)) == len(keys)
+    assert own.key(reference) == keys[0]
 
 
 def test_other_weights_have_a_cache_of_their_own(precompute, make_trainer, tmp_path):
