@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak lint clean
+.PHONY: demo test soak lint mutants clean
 
 # .venv is made anew whenever the requirements change; the stamp is written last, so a broken install is not kept.
 .venv/train: requirements.txt
@@ -27,5 +27,8 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+mutants: .venv/dev
+	$(BIN)/python tests/mutants.py --share 0.02
+
 clean:
-	rm -rf .venv .cache
+	rm -rf .venv .cache .mypy_cache mutants

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 CODE = [*ROOT.glob("*.py"), *ROOT.glob("dpo/*.py"), *ROOT.glob("benchmarks/*.py")]
 TESTS = [*ROOT.glob("tests/**/*.py")]
 OWN = {path.stem for path in [*CODE, *TESTS]} | {"dpo"}
-TOOLS = {"pytest-xdist", "ruff", "mypy", "types-pyyaml", "types-tqdm"}  # run, not imported
+TOOLS = {"pytest-xdist", "ruff", "mypy", "types-pyyaml", "types-tqdm", "mutmut"}  # run, not imported
 FIXED = {"pydantic-core", "huggingface-hub"}  # parts of pydantic and transformers, which fix their versions
 
 
