@@ -163,14 +163,14 @@ def test_reference_dtype_is_the_dtype_of_the_reference_alone(dtype, make_trainer
 
 
 def test_a_reference_computes_in_the_dtype_of_the_run_or_else_in_its_own():
-    """Of the policy in float32: of a run in bfloat16 as under its autocast, of a reference in bfloat16 without one."""
+    """Of the policy in float32: of a run in bfloat16 as under its autocast, of a reference in float16 without one."""
     policy = tiny("Llama")
     part = next(Packer("shared_prefix", 1000, torch.device("cpu"))(EXAMPLES))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = response_logps(ResponseLogps.wrap(policy), part).sums
         reference = ModelReference(ResponseLogps.wrap(copy_reference(policy, None)), torch.bfloat16)
         assert torch.equal(reference.logps(part).sums, expected)
-    low = copy_reference(policy, "bfloat16")
+    low = copy_reference(policy, "float16")
     with torch.no_grad():
         expected = response_logps(ResponseLogps.wrap(low), part).sums
         with torch.autocast("cpu", torch.bfloat16):
