@@ -162,19 +162,18 @@ def test_reference_dtype_is_the_dtype_of_the_reference_alone(dtype, make_trainer
     assert apart < 5
 
 
-def test_a_reference_computes_in_the_dtype_of_the_run_or_else_in_its_own():
-    """Of the policy in float32: of a run in bfloat16 as under its autocast, of a reference in bfloat16 without one."""
-    policy = tiny("Llama")
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])  # GPT-2's output head is its embedding
+def test_a_reference_computes_in_the_dtype_of_the_run_or_else_in_its_own(family):
+    """Of the policy in float32: of a run in bfloat16 as under its autocast, of a reference in float16 without one."""
+    policy = tiny(family)
+    modules = [ResponseLogps.wrap(copy_reference(policy, dtype)) for dtype in (None, None, "float16")]
     part = next(Packer("shared_prefix", 1000, torch.device("cpu"))(EXAMPLES))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        expected = response_logps(ResponseLogps.wrap(policy), part).sums
-        reference = ModelReference(ResponseLogps.wrap(copy_reference(policy, None)), torch.bfloat16)
-        assert torch.equal(reference.logps(part).sums, expected)
-    low = copy_reference(policy, "bfloat16")
     with torch.no_grad():
-        expected = response_logps(ResponseLogps.wrap(low), part).sums
+        in_float16 = response_logps(modules[2], part).sums
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(ModelReference(ResponseLogps.wrap(low), torch.bfloat16).logps(part).sums, expected)
+            in_bfloat16 = response_logps(modules[0], part).sums
+            for module, expected in ((modules[1], in_bfloat16), (modules[2], in_float16)):
+                assert torch.equal(ModelReference(module, torch.bfloat16).logps(part).sums, expected)
 
 
 def test_a_second_model_samples_once():
