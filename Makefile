@@ -4,7 +4,7 @@ BIN := .venv/bin
 .PHONY: demo test soak lint mutants clean
 
 # .venv is made anew whenever the requirements change; the stamp is written last, so a broken install is not kept.
-.venv/train: requirements.txt
+.venv/train: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
 	touch $@

@@ -18,9 +18,9 @@ FIXED = {"pydantic-core", "huggingface-hub"}  # parts of pydantic and transforme
 
 
 def read_requirements(name: str) -> dict[str, Requirement]:
-    """Return {distribution: requirement} of a requirements file, without those that it includes."""
+    """Return {distribution: requirement} of a requirements file, without those of the files that it names."""
     lines = (line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
-    return by_name(line for line in lines if line and not line.startswith("-r"))
+    return by_name(line for line in lines if line and not line.startswith("-"))
 
 
 def by_name(lines) -> dict[str, Requirement]:
@@ -59,6 +59,16 @@ def test_pyproject_lists_what_make_installs_in_ranges_that_hold_its_pins(file, e
             assert all(declared[name].specifier.contains(pin) for pin in pins), name
         else:
             assert declared[name].specifier == requirement.specifier, name
+
+
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-dev.txt"])
+def test_constraints_pin_one_version_in_the_range_of_each_requirement(file):
+    pinned = read_requirements("constraints.txt")
+    assert {pin.operator for requirement in pinned.values() for pin in requirement.specifier} == {"=="}
+    for name, requirement in read_requirements(file).items():
+        if name != "torch":  # pinned by its requirement; its build differs from machine to machine
+            (pin,) = pinned[name].specifier
+            assert requirement.specifier.contains(pin.version), name
 
 
 def test_every_library_that_the_code_imports_is_a_dependency_and_no_other_one_is():

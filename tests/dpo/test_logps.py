@@ -366,20 +366,24 @@ def test_a_check_that_was_made_before_is_not_repeated():
 
 
 def test_an_adapter_is_computed_and_trained_through_the_wrapper_and_without_it_the_base_is_unchanged():
-    from peft import LoraConfig  # slow to import
+    from peft import LoraConfig, inject_adapter_in_model  # slow to import
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     module = ResponseLogps.wrap(tiny("Llama"))
     (batch,) = make_microbatches(EXAMPLES, "shared_prefix", PLENTY)
     base = module(batch).detach()
-    module.model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj", "lm_head"]))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj", "v_proj", "lm_head"]), module.model)
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
     adapter = {name: p for name, p in module.model.named_parameters() if "lora_" in name}
     for name, parameter in adapter.items():
         if "lora_B" in name:  # which is 0 at first
             torch.nn.init.normal_(parameter, std=0.1)
     on = module(batch)
-    module.model.disable_adapters()
+    for layer in layers:
+        layer.enable_adapters(False)
     off = module(batch)
-    module.model.enable_adapters()
+    for layer in layers:
+        layer.enable_adapters(True)
     assert torch.equal(off, base)
     assert (on - base).abs().max() > 0.01
     on.sum().backward()
