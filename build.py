@@ -13,13 +13,14 @@ import torch
 from omegaconf import OmegaConf
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from dpo.archives import weights_checksum
 from dpo.attention import attention_kinds
-from dpo.checkpoints import weights_checksum
 from dpo.console import log_message
 from dpo.devices import compute_dtype, limit_onednn_cache, pick_device, platform, tokens_per_pass
 from dpo.errors import actionable_errors, raise_problems
 from dpo.examples import BatchIterator, Tokenization, bos_note
-from dpo.logps import LayoutChoice, ResponseLogps, choose_layout
+from dpo.layouts import LayoutChoice, choose_layout
+from dpo.logps import ResponseLogps
 from dpo.metrics import MetricLogger, Tracker, WandbTracker
 from dpo.models import (
     compile_layers,

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from dpo.checkpoints import atomic_write, load_weights, random_states, save_checkpoint, set_random_states
+from dpo.archives import load_weights
+from dpo.checkpoints import atomic_write, random_states, save_checkpoint, set_random_states
 from dpo.console import log_message, prefetch, progress, progress_bar
 from dpo.devices import autocast, platform
 from dpo.errors import RunError, Stopped, UserError, actionable_errors, is_out_of_memory

@@ -1,4 +1,4 @@
-"""Writing, verifying and finding checkpoints; archives of weights.
+"""Writing, verifying and finding checkpoints.
 
 A checkpoint is a folder step-N. It is written under another name, flushed to disk, and renamed when it is whole; none
 of its files is ever written again. Its manifest lists the SHA-256 of each, as `sha256sum --check MANIFEST` reads it,
@@ -21,13 +21,10 @@ import torch
 from safetensors import SafetensorError
 
 from dpo.console import log_message
-from dpo.errors import RunError, UserError, is_out_of_memory, naming_file, summarize_error
+from dpo.errors import RunError, is_out_of_memory, naming_file, summarize_error
 
 MANIFEST = "MANIFEST"
 PARTS = ("policy", "optimizer", "scheduler", "run")
-# Buffers that older transformers versions stored and newer ones compute.
-DROPPABLE = re.compile(r"(^|\.)(attn|attention|self_attn)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
-RENAMED = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's output head, until transformers 5
 
 
 # Writing
@@ -287,64 +284,3 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
-
-
-WHOLE_NUMBERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by their size in bytes
-
-
-def weights_checksum(model: torch.nn.Module) -> str:
-    """Return a SHA-256 of each tensor's name, shape and sum of bits, which other weights would hardly share."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        bits = value.detach().flatten().view(WHOLE_NUMBERS[value.element_size()])
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)} {bits.sum(dtype=torch.int64)}".encode())
-    return digest.hexdigest()
-
-
-# Archives of weights
-
-
-def load_archive(path: str) -> dict[str, torch.Tensor]:
-    """Read the weights of a policy.pt, also one that the original wrote; UserError if it is not one."""
-    remedy = "model.archive must be a policy.pt of a run here or of the original"
-    try:
-        archive = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"model.archive={path}: there is no such file; {remedy}") from None
-    except Exception as error:  # torch raises many kinds for a file that is damaged or holds more than weights
-        reason = summarize_error(error)
-        raise UserError(f"model.archive={path}: cannot be read ({reason}); {remedy}") from None
-    state = archive.get("state") if isinstance(archive, dict) else None
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str)
-        and isinstance(value, torch.Tensor)
-        and value.layout == torch.strided
-        and not value.is_meta
-        for name, value in state.items()
-    ):
-        raise UserError(f"model.archive={path}: holds no weights under 'state'; {remedy}")
-    return state
-
-
-def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], setting: str) -> None:
-    """Copy weights into a model; UserError that names the setting and any missing, unexpected or mis-shaped tensor."""
-    own = model.state_dict()
-    state = {k if k in own else RENAMED.get(k, k): v for k, v in state.items()}
-    state = {k: v for k, v in state.items() if k in own or not DROPPABLE.search(k)}
-    stored = {own[k].data_ptr() for k in state if k in own}  # of tied weights, one name is enough
-    wrong = [f"missing {k}" for k, v in own.items() if k not in state and v.data_ptr() not in stored]
-    wrong += [f"unexpected {k}" for k in state if k not in own]
-    wrong += [
-        f"{k} has shape {tuple(v.shape)}, the model's is {tuple(own[k].shape)}"
-        for k, v in state.items()
-        if k in own and own[k].shape != v.shape
-    ]
-    wrong += [
-        f"{k} is {v.dtype}, the model's is {own[k].dtype}"
-        for k, v in state.items()
-        if k in own and own[k].is_floating_point() != v.is_floating_point()
-    ]
-    if wrong:
-        listed = "; ".join(wrong[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
-        raise UserError(f"{setting}: does not fit the model: {listed}")
-    model.load_state_dict(state, strict=False)

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo.checkpoints import DROPPABLE, load_archive, load_weights
+from dpo.archives import DROPPABLE, load_archive, load_weights
 from dpo.console import log_message
 from dpo.errors import UserError, is_out_of_memory, summarize_error
 from dpo.examples import special_token_problems

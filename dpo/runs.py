@@ -21,8 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 from dpo.checkpoints import atomic_write, checkpoints, clear_leftovers, newest_checkpoint
 from dpo.console import log_message
 from dpo.errors import RunError, UserError, naming_file, raise_problems, summarize_error
-from dpo.settings import flatten, flatten_plain, written
-from dpo.suggestions import suggest
+from dpo.settings import flatten, flatten_plain
+from dpo.suggestions import suggest, written
 
 # What may change in a resumed run: it touches no trained number, but for the rounding of the last three settings.
 MAY_CHANGE = (

@@ -3,10 +3,8 @@
 Defaults, units and meanings stand in config/*.yaml and nowhere else; a field here only declares the values it takes.
 """
 
-import json
-import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -15,8 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from dpo.combinations import combination_problems
 from dpo.errors import raise_problems
-from dpo.suggestions import suggest
+from dpo.suggestions import suggest, written
 
 REMOVED = ("fsdp_port",)  # keys of earlier versions that did nothing; the config.yaml of their runs has them
 
@@ -218,11 +217,6 @@ def allowed(kind: type[BaseModel], key: str) -> str:
     return next((text for text in words if text), "another value") + optional
 
 
-def written(value: object) -> str:
-    """Return a value as a command line has it."""
-    return "null" if value is None else str(value)
-
-
 def flatten(config: DictConfig, prefix: str = "") -> dict[str, Any]:
     """Return {dotted key: value}; a value that is missing or cannot be interpolated becomes its exception."""
     values: dict[str, Any] = {}
@@ -269,75 +263,3 @@ def known_keys(losses: Mapping[str, type[BaseModel]]) -> list[str]:
     keys += [f"model.{name}" for name in ModelSettings.model_fields]
     fields = dict.fromkeys(name for loss in losses.values() for name in loss.model_fields)
     return [*keys, "loss.name", *(f"loss.{name}" for name in fields)]
-
-
-# Combinations
-
-
-def combination_problems(values: Mapping[str, Any], wrong_keys: Sequence[str]) -> list[str]:
-    """Return one line per combination of settings, each valid by itself, that cannot be honoured."""
-    valid = {key: value for key, value in values.items() if key not in wrong_keys}
-    problems = []
-
-    def check(keys: str, is_wrong: Callable[..., Any], words: str) -> None:
-        names = keys.split()
-        if all(name in valid for name in names) and is_wrong(*(valid[name] for name in names)):
-            problems.append(f"{' '.join(f'{name}={written(valid[name])}' for name in names)}: {words}")
-
-    check(
-        "compile activation_checkpointing",
-        lambda compiled, recomputed: compiled and recomputed,
-        "layers that are recomputed in the backward pass cannot be compiled; set one of the two to false",
-    )
-    check(
-        "batch_size gradient_accumulation_steps",
-        lambda size, parts: size % parts,
-        "batch_size must be divisible by gradient_accumulation_steps",
-    )
-    check(
-        "max_prompt_length max_length",
-        lambda prompt, total: prompt >= total,
-        "max_prompt_length must be below max_length, or no token is left for a response",
-    )
-    check("n_epochs n_examples", lambda *limits: limits == (None, None), "set one of them, or training never ends")
-    check("trainer", lambda name: name != "BasicTrainer", "is not built yet; use trainer=BasicTrainer")
-    for name in ("precision", "model.fsdp_policy_mp"):
-        check(
-            f"{name} model.policy_dtype",
-            lambda precision, dtype: (precision, dtype) == ("float32", "bfloat16"),
-            "computing in float32 needs model.policy_dtype=float32",
-        )
-    check(
-        "loss.precompute_reference model.reference_dtype",
-        lambda precompute, dtype: precompute and dtype,
-        "the policy itself computes the reference's log-probabilities, so model.reference_dtype must be null",
-    )
-    check(
-        "loss.precompute_reference loss.reference_free",
-        lambda precompute, free: precompute and free,
-        "a loss without a reference has nothing to precompute; set one of them to false",
-    )
-    check(
-        "keep_policies keep_checkpoints",
-        lambda policies, n: policies and n is None,
-        "every checkpoint is kept anyway; set keep_checkpoints to a number, or keep_policies=false",
-    )
-    check("save_every debug", lambda n, debug: n and debug, "debug=true writes no checkpoints; set save_every=null")
-    check("model.archive", lambda path: path and not Path(path).is_file(), "no such file; give the path of a policy.pt")
-    positions = max_positions(values.get("model.name_or_path"))
-    check("max_length", lambda n: positions and n > positions, f"the model has {positions} positions; lower it")
-    if (processes := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
-        words = "each would train the same model by itself; start one process, without torchrun"
-        problems.append(f"WORLD_SIZE={processes}: training on several processes is not supported yet; {words}")
-    return problems
-
-
-def max_positions(model: Any) -> int | None:
-    """Return the number of positions that a local model's config.json gives, or None if it is not known."""
-    try:
-        config = json.loads((Path(model) / "config.json").read_bytes())
-        config = config.get("text_config", config)
-        names = ("max_position_embeddings", "n_positions", "max_seq_len")
-        return next((config[name] for name in names if isinstance(config.get(name), int)), None)
-    except (OSError, TypeError, ValueError, AttributeError):  # a hub's name, or what transformers will refuse
-        return None

@@ -134,3 +134,8 @@ def _is_reordered(word: str, name: str) -> bool:
     """Return whether two words differ in the order of their parts, or of their letters after the first."""
     parts = [sorted(re.split(r"[\W_]+", text.lower())) for text in (word, name)]
     return parts[0] == parts[1] or (word[:1] == name[:1] and sorted(_squash(word)) == sorted(_squash(name)))
+
+
+def written(value: object) -> str:
+    """Return a value as a command line has it."""
+    return "null" if value is None else str(value)

@@ -9,7 +9,8 @@ import torch
 from tiny_models import EXACT, EXAMPLES, NOT_EXACT, tiny
 
 from dpo.attention import use_attention
-from dpo.logps import LayoutCheck, ResponseLogps, response_logps
+from dpo.layouts import LayoutCheck
+from dpo.logps import ResponseLogps, response_logps
 from dpo.packing import make_microbatches
 from dpo.references import ModelReference
 from losses import preference_loss

@@ -38,6 +38,7 @@ from transformers import PreTrainedModel
 
 import trainers
 from dpo import checkpoints, errors, metrics, runs
+from dpo.archives import load_archive
 
 DPO = (*BUSY, "loss=dpo", "keep_checkpoints=2")
 SFT = (*BUSY, "loss=sft", "keep_checkpoints=2")
@@ -479,7 +480,7 @@ def test_only_the_newest_checkpoints_and_the_policies_of_evaluations_are_kept(tm
     # Evaluations, not the saves at 8, 24 and 40.
     assert kept == ["step-16.json", "step-16.pt", "step-32.json", "step-32.pt"]
     assert torch.load(folder / "policies" / "step-16.pt")["metrics"]["loss/eval"] > 0
-    assert checkpoints.load_archive(str(folder / "policies" / "step-16.pt"))
+    assert load_archive(str(folder / "policies" / "step-16.pt"))
 
 
 def test_a_checkpoint_can_be_checked_with_sha256sum(whole):

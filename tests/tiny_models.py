@@ -4,6 +4,10 @@ import torch
 import transformers
 
 from dpo.examples import TextExample, TokenizedExample
+from dpo.logps import response_logps
+from dpo.packing import make_microbatches
+
+PLENTY = 2**30  # tokens a pass
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 COMMON = {"vocab_size": 97, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -60,3 +64,13 @@ def respond(prompt, *responses):
     return TokenizedExample(
         TextExample("", ("",) * len(responses), "keep_end", 1, ""), list(prompt), tuple(map(list, responses))
     )
+
+
+@torch.no_grad()
+def sums_of_logps(module, examples, layout, max_tokens=PLENTY):
+    """Return the log-probabilities (examples, n_responses) in the order of the batch, by passes of a layout."""
+    rows = {}
+    for part in make_microbatches(examples, layout, max_tokens):
+        sums = response_logps(module, part).sums.double()
+        rows |= {id(example): row for example, row in zip(part.examples, sums, strict=True)}
+    return torch.stack([rows[id(example)] for example in examples])

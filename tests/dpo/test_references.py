@@ -9,7 +9,7 @@ from faults import few_rows
 from tiny_models import EXAMPLES, tiny
 
 import build
-from dpo.checkpoints import load_archive
+from dpo.archives import load_archive
 from dpo.logps import ResponseLogps, response_logps
 from dpo.models import copy_reference
 from dpo.packing import Packer

@@ -15,6 +15,7 @@ from faults import BUSY, again, at_event, command_line, few_rows, fresh, kill
 import build
 import trainers
 from dpo import checkpoints
+from dpo.archives import load_archive
 from dpo.devices import platform
 
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -209,7 +210,7 @@ def test_the_weights_of_a_run_of_the_first_version_start_a_new_run(make_trainer)
     archive = FIXTURES / "run-v1-sft" / "LATEST" / "policy.pt"
     model = (f"model.name_or_path='{FIXTURES / 'run-v1-model'}'", f"model.tokenizer_name_or_path='{TINY_GPT2}'")
     trainer = make_trainer("loss=dpo", *model, "max_length=48", "max_prompt_length=24", f"model.archive='{archive}'")
-    weights, own = checkpoints.load_archive(str(archive)), trainer.policy.model.state_dict()
+    weights, own = load_archive(str(archive)), trainer.policy.model.state_dict()
     assert weights.keys() == own.keys() and all(torch.equal(weights[name], own[name]) for name in own)
     assert trainer.evaluate()["rewards_eval/margins"] == 0.0
 
