@@ -44,6 +44,17 @@ def test_a_model_that_cannot_share_a_row_is_trained_padded(layout, make_trainer,
     assert trainer.train_step(batch)["rewards_train/margins"] == 0.0
 
 
+def test_throughput_is_counted_in_the_examples_and_tokens_of_a_second(make_trainer, monkeypatch):
+    trainer = make_trainer("loss=dpo")
+    batch = next(iter(trainer.train_batches))
+    clock = iter((10.0, 14.0))  # an update of 4 seconds
+    monkeypatch.setattr("trainers.time.perf_counter", lambda: next(clock))
+    metrics = trainer.train_step(batch)
+    tokens = sum(len(part.prompt) + sum(map(len, part.responses)) for part in batch.examples)
+    assert metrics["examples_per_second"] == len(batch.examples) / 4
+    assert metrics["tokens_per_second"] == tokens / 4
+
+
 @pytest.mark.parametrize("precomputed", [True, False])
 def test_logits_are_computed_in_float32_where_the_reference_was_precomputed_in_bfloat16(
     precomputed, make_trainer, monkeypatch

@@ -8,6 +8,7 @@ from conftest import ROOT, TINY, compose, validated
 
 from dpo.errors import UserError
 from dpo.settings import Settings, allowed, default_values, flatten, known_keys, validate
+from dpo.suggestions import suggest
 from losses import LOSSES
 
 
@@ -91,6 +92,12 @@ def test_a_missing_model_is_one_line_whatever_is_interpolated_from_it():
 def test_a_setting_that_the_loss_does_not_read_is_refused(loss, override):
     key = override[1:].partition("=")[0]
     assert problems(*VALID, f"loss={loss}", override) == [f"{key}: the chosen loss has no such setting"]
+
+
+def test_a_setting_of_another_trainer_is_answered_with_the_value_that_was_typed():
+    expected = suggest("learning_rate", "0.001", known_keys(LOSSES))
+    assert "use lr=0.001" in expected
+    assert problems(*VALID, "+learning_rate=0.001") == [expected]
 
 
 @pytest.mark.parametrize(
