@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDENS, golden_rows
+from faults import command_line, fresh
 from transformers import AutoTokenizer
 
 import losses
@@ -267,11 +268,11 @@ def compare_evaluations(name, evaluations, golden_evaluations, tolerance, skip=N
 
 
 @pytest.mark.parametrize("name", TOLERANCES)
-def test_a_run_from_the_command_line_is_the_originals_run(name, run_cli):
+def test_a_run_from_the_command_line_is_the_originals_run(name, tmp_path):
     """The original logs rewards against a reference that reference_free ignores; none is loaded here."""
     trace, tolerance = read(f"trace_{name}"), TOLERANCES[name]
     skip = "rewards" if name == "reference_free" else None
-    run = run_cli(*overrides_of(trace))
+    run = command_line(tmp_path / "run", fresh(tmp_path / "run", "wandb.enabled=false", *overrides_of(trace)))
     assert run.returncode == 0, run.stderr
     steps = [record for record in run.records() if "loss/train" in record]
     evaluations = [record for record in run.records() if "loss/eval" in record]
