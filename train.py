@@ -72,9 +72,9 @@ def resume(arguments: Sequence[str], signals: Signals) -> None:
     paths = [argument.removeprefix("resume=") for argument in arguments if argument.startswith("resume=")]
     run_dir = find_run_dir(Path(re.sub(r"""^(['"])(.*)\1$""", r"\2", paths[-1])))
     config = read_run_config(run_dir)
+    config.local_run_dir = str(run_dir)
     others = [argument for argument in arguments if not argument.startswith("resume=")]
     taken = override_run_config(config, others, read_config_files(CONFIG).keys())
-    config.local_run_dir = str(run_dir)
     run(config, signals, taken)
 
 

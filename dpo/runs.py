@@ -198,7 +198,7 @@ def override_run_config(config: DictConfig, arguments: Sequence[str], known: Seq
 
     Interpolations that the config holds are refused, since whoever wrote the file could have secrets resolved by them.
     """
-    stored = OmegaConf.to_container(config, resolve=False)
+    path, stored = config.local_run_dir, OmegaConf.to_container(config, resolve=False)
     assert isinstance(stored, dict)
     settings = flatten_plain(stored)
     try:
@@ -218,7 +218,7 @@ def override_run_config(config: DictConfig, arguments: Sequence[str], known: Seq
             taken[key] = value
         else:
             own = f"{key}={written(settings[key])}" if key in settings else f"its own {key}"
-            remedy = "or start a new run, which can begin with model.archive=RUN/LATEST/policy.pt"
+            remedy = f"or start a new run, which can begin with model.archive={path}/LATEST/policy.pt"
             problems.append(f"{key}={written(value)}: a resumed run keeps {own}; leave this out, {remedy}")
     for key, value in settings.items():
         if key not in taken and is_interpolated(value):

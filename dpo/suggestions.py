@@ -17,7 +17,7 @@ def find_wrong_words(
 ) -> list[str]:
     """Return one line per argument of a command line that no config can take; known are all keys, options the groups.
 
-    What only Hydra can judge passes: its own flags and settings, deletions, sweeps over a group, packages.
+    What only Hydra can judge passes: its own flags and settings, deletions, packages.
     """
     if any(HYDRA_ONLY.match(argument) for argument in arguments):
         return []
@@ -79,10 +79,10 @@ def suggest_option(group: str, name: str, options: Sequence[str]) -> str:
 
 
 def _setting_problem(key: str, value: str, known: Collection[str], options: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the line for KEY=VALUE if there is no such key, or no such file in a group."""
+    """Return the line for KEY=VALUE if there is no such key, or one per file that a group does not have."""
     if key in options:
-        is_name = re.fullmatch(r"[\w./~-]+", value)
-        return [suggest_option(key, value, options[key])] if is_name and value not in options[key] else []
+        names = value.split(",") if re.fullmatch(r"[\w./~,-]+", value) else []  # several in a sweep
+        return [suggest_option(key, name, options[key]) for name in names if name not in options[key]]
     parent, _, last = key.rpartition(".")
     is_element = parent in known and last.isdecimal()  # local_dirs.0
     is_mapping = key in _groups(known) and value.startswith("{")  # wandb={enabled:false}

@@ -99,7 +99,7 @@ def test_a_resumed_run_is_no_sweep(copied):
 def test_a_setting_that_matters_is_refused_and_the_way_to_a_new_run_named(copied):
     assert refusal(copied, *again(copied, "max_grad_norm=1.0")) == (
         "max_grad_norm=1.0: a resumed run keeps max_grad_norm=10.0; leave this out,"
-        " or start a new run, which can begin with model.archive=RUN/LATEST/policy.pt"
+        f" or start a new run, which can begin with model.archive={copied}/LATEST/policy.pt"
     )
 
 
