@@ -10,7 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 import losses
 from dpo import logps
+from dpo.errors import RunError, UserError
 from dpo.packing import LAYOUTS
+from dpo.sampling import distinct_prompts
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -165,3 +167,82 @@ def test_checkpoints_that_are_due_between_two_updates_come_after_the_second(make
     trainer.train()
     assert [step for step in saved if step] == [16, 24, 40, 48, 56]
     assert {path.name for path in trainer.run.path.glob("step-*")} == {f"step-{step}" for step in saved}
+
+
+# State
+
+
+BUSY = ("loss=dpo", "n_examples=32", "eval_every=16", "n_eval_examples=8", "do_first_eval=false", "lr=1e-3")
+BUSY += ("warmup_steps=2", "sample_during_eval=true", "n_eval_model_samples=2", "save_every=8")
+
+
+def without_clocks(path):
+    """Return the records of metrics.jsonl without what depends on the time."""
+    records = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in record.items() if not k.endswith("per_second")} for record in records]
+
+
+def test_a_trainer_that_loads_a_state_goes_on_as_the_one_that_gave_it(make_trainer, capsys):
+    whole = make_trainer(*BUSY)
+    whole.train()
+    part, other = make_trainer(*BUSY), make_trainer(*BUSY)
+    for batch, _ in zip(part.train_batches, range(2), strict=False):
+        part.log(part.train_step(batch))
+    part.next_eval = 16
+    state = copy.deepcopy(part.state_dict(part.logger.sizes()))
+    other.logger.log({"examples": 99, "updates": 9})  # beyond the state, so it is cut
+    other.load_state_dict(state | {"run": state["run"] | {"logs": [0, 0]}})
+    assert (other.examples, other.updates, other.next_eval, other.next_save) == (16, 2, 16, 24)
+    assert other.scheduler.get_last_lr() == part.scheduler.get_last_lr() != [1e-3 / 3]
+    assert "Not bit for bit" not in capsys.readouterr().out
+    other.train()
+    assert without_clocks(other.run.path) == [
+        r for r in without_clocks(whole.run.path) if r["updates"] > 2 or "loss/eval" in r
+    ]
+    samples = [(t.run.path / "samples.jsonl").read_text() for t in (whole, other)]
+    assert samples[0] == samples[1] and samples[0].count("\n") == 8  # 2 evaluations, 2 models, 2 prompts
+    for one, two in zip(whole.policy.parameters(), other.policy.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_state_of_another_machine_is_taken_with_a_note_of_what_differs(make_trainer, capsys):
+    one, other = make_trainer("loss=sft"), make_trainer("loss=sft")
+    state = one.state_dict([0, 0])
+    state["run"]["surroundings"] |= {"the number of threads": 64}
+    other.load_state_dict(state)
+    change = f"the number of threads was 64, is {torch.get_num_threads()}."
+    assert f"Not bit for bit what it would have been without the stop: {change}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["policy", "optimizer", "scheduler", "run"])
+def test_a_state_of_another_form_is_refused_in_one_line(part, make_trainer):
+    trainer = make_trainer("loss=sft")
+    state = trainer.state_dict([0, 0])
+    del state[part]
+    with pytest.raises(
+        RunError, match=f"^{trainer.run.path}: the checkpoint does not fit this run .KeyError: '{part}'.$"
+    ):
+        trainer.load_state_dict(state)
+
+
+def test_weights_of_another_model_are_refused_by_name(make_trainer):
+    trainer = make_trainer("loss=sft")
+    state = trainer.state_dict([0, 0])
+    del state["policy"]["transformer.ln_f.bias"]
+    with pytest.raises(
+        UserError, match=f"resume={trainer.run.path}: does not fit the model: missing transformer.ln_f.bias"
+    ):
+        trainer.load_state_dict(state)
+
+
+def test_policy_and_reference_are_sampled_for_the_first_distinct_prompts(make_trainer):
+    trainer = make_trainer("loss=dpo", "sample_during_eval=true", "n_eval_model_samples=3")
+    trainer.examples = 8
+    trainer.sample()
+    rows = [json.loads(line) for line in (trainer.run.path / "samples.jsonl").read_text().splitlines()]
+    prompts = [example.text.prompt for example in distinct_prompts(trainer.eval_batches, 3)]
+    assert len(set(prompts)) == 3
+    assert [(row["examples"], row["model"], row["prompt"]) for row in rows] == [
+        (8, model, prompt) for model in ("policy", "reference") for prompt in prompts
+    ]
+    assert [row["sample"] for row in rows[:3]] == [row["sample"] for row in rows[3:]]  # before any update

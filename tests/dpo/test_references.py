@@ -1,6 +1,7 @@
 """Where the reference's log-probabilities come from: when they are taken from a cache, and in which dtype computed."""
 
 import getpass
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ import build
 from dpo.archives import load_archive
 from dpo.logps import ResponseLogps, response_logps
 from dpo.models import copy_reference
-from dpo.packing import Packer
+from dpo.packing import Packer, make_microbatches
 from dpo.references import CachedReference, ModelReference, Precomputation
 
 CACHED = (
@@ -129,6 +130,20 @@ def test_a_cache_in_the_shared_folder_is_readable_and_named_by_its_key(precomput
     precompute()
     files = list((home / getpass.getuser() / "reference_cache").iterdir())
     assert files and all(len(path.stem) == 64 and path.suffix == ".pt" for path in files)
+
+
+def test_later_epochs_report_how_far_other_passes_move_the_cached_numbers(make_trainer, home, capsys):
+    trainer = make_trainer(*CACHED, f"datasets=['{home / 'data'}']", f"local_dirs=['{home}']")
+    assert "other passes move" not in capsys.readouterr().out
+    trainer = make_trainer(*CACHED, f"datasets=['{home / 'data'}']", f"local_dirs=['{home}']", "n_epochs=2")
+    line = re.search(r"other passes move a log-probability by (\S+) nats, at most (\S+)\.\n", capsys.readouterr().out)
+    apart = []
+    with torch.no_grad():
+        for example in next(iter(trainer.train_batches.from_start())).examples[:8]:
+            (batch,) = make_microbatches([example], trainer.packer.layout, 1)
+            alone = response_logps(trainer.policy, batch).sums
+            apart += (alone - trainer.reference.logps(batch).sums).abs().flatten().tolist()
+    assert [line[1], line[2]] == [f"{sum(apart) / len(apart):.2g}", f"{max(apart):.2g}"]
 
 
 def test_a_corrupt_cache_is_computed_again(tmp_path):
