@@ -31,14 +31,14 @@ from dpo.models import (
     recompute_activations,
     skip_unreachable_hub,
 )
-from dpo.optimizers import bfloat16_note
+from dpo.objectives import Loss
+from dpo.optimizers import bfloat16_note, optimizer_problems
 from dpo.packing import LAYOUTS, Packer
 from dpo.references import CachedReference, ModelReference, Precomputation, Reference
 from dpo.runs import RunDir
 from dpo.sampling import Sampler, distinct_prompts
 from dpo.settings import Settings
 from dpo.signals import Signals
-from losses import Loss
 from preference_datasets import DATASETS, load_groups
 from trainers import TRAINERS, BasicTrainer
 from utils import local_dir
@@ -59,6 +59,7 @@ class Inputs:
 
 def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     """Load the data, the tokenizer and the model's config; UserError with a line for each misfit."""
+    raise_problems(optimizer_problems(settings))
     model = settings.model
     names = {model.name_or_path: True, model.tokenizer_name_or_path or model.name_or_path: True}
     skip_unreachable_hub(names | {name: name in DATASETS and name != "demo" for name in settings.datasets})
@@ -138,6 +139,7 @@ def load_models(settings: Settings, loss: Loss, inputs: Inputs, known: LayoutCho
     # A cached reference meets the policy in other passes from the second epoch on, where bfloat16 logits would differ.
     float32_head = loss.needs_reference and loss.cached_reference and dtype != torch.float32
     modules = [ResponseLogps.wrap(model, float32_head) for model in models]
+    modules[0].with_collisions = loss.needs_collisions
     examples = next(iter(inputs.eval_batches.from_start())).examples
     choice = choose_layout(modules[0], modules, examples, settings.layout, settings.max_length, dtype, known)
     for model in models if settings.compile else ():

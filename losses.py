@@ -1,113 +1,67 @@
 """Every loss: a class whose fields are its settings in config/loss/, and whose docstring has its equation and paper.
 
-torch is imported where it is called: settings are checked against these classes, and importing it takes seconds.
-
-To add one: a class here, its name in LOSSES, config/loss/NAME.yaml, and a test with numbers derived by hand.
-CONTRIBUTING.md shows the whole of it for `hinge`.
+h, log-ratios and the options that several losses share are those of dpo/objectives.py. docs/losses.md has all of them
+in one table. To add one: a class here, its name in LOSSES, config/loss/NAME.yaml, and a test with numbers derived by
+hand. CONTRIBUTING.md shows the whole of it for `hinge`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
-from dpo.settings import Flag, Positive, Smoothing
+from dpo.objectives import (
+    Context,
+    Divergence,
+    LengthOptions,
+    Loss,
+    PairLoss,
+    PreferenceLoss,
+    ReferenceLoss,
+    WeightOptions,
+    logsigmoid,
+    mismatch,
+)
+from dpo.settings import Flag, NotNegative, Positive, Smoothing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dpo.examples import TokenizedExample
     from dpo.logps import Logps
-
-    Metrics = dict[str, Tensor]
-
-
-def logsigmoid(x: Tensor) -> Tensor:
-    """Return log sigmoid(x) elementwise, without the underflow of sigmoid."""
-    from torch.nn.functional import logsigmoid
-
-    return logsigmoid(x)
-
-
-class Loss(BaseModel, ABC):
-    """A loss as a trainer sees it: called with log-probabilities, it returns one loss and some metrics per example."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    n_responses: ClassVar[int]  # per example: 2 for a pair (chosen first), 1 for the target of SFT
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the reference's log-probabilities are computed."""
-        return False
-
-    @property
-    def cached_reference(self) -> bool:
-        """Whether the reference's log-probabilities are computed once, before training, and no second model is held."""
-        return False
-
-    @abstractmethod
-    def __call__(self, policy: Logps, reference: Logps | None) -> tuple[Tensor, Metrics]:
-        """Return the losses, (batch,), and detached metrics of the same shape; reference is None where not needed."""
+    from dpo.objectives import ComputeLogps, Metrics, Sums
 
 
 class SFT(Loss):
-    """Supervised fine-tuning: -log pi(y), summed over the tokens of the one response."""
+    """Supervised fine-tuning: -log pi(y) of the one response.
+
+    normalize=sum adds up its tokens; example takes their mean, so that each example counts the same; tokens divides the
+    sum over the batch by the tokens of the batch, so that each token counts the same.
+    """
 
     n_responses: ClassVar[int] = 1
+    normalize: Literal["sum", "example", "tokens"]
 
-    def __call__(self, policy: Logps, reference: Logps | None) -> tuple[Tensor, Metrics]:
-        losses = -policy.sums[:, 0]
+    def batch_sums(self, examples: Iterable[TokenizedExample], logps: ComputeLogps) -> dict[str, float]:
+        if self.normalize != "tokens":
+            return {}
+        lengths = [len(example.responses[0]) for example in examples]
+        return {"examples": len(lengths), "tokens": sum(lengths)}
+
+    def __call__(self, policy: Logps, reference: Logps | None, context: Context) -> tuple[Tensor, Metrics]:
+        losses = -(policy.means if self.normalize == "example" else policy.sums)[:, 0]
+        if self.normalize == "tokens":  # the trainer takes the mean over examples
+            losses = losses * (context.sums["examples"] / context.sums["tokens"])
         return losses, {"logps/chosen": policy.sums[:, 0].detach(), "loss": losses.detach()}
 
 
-class PairLoss(Loss):
-    """A loss of h = log(pi(y_w) / pi(y_l)) - log(ref(y_w) / ref(y_l)); y_w is the chosen, y_l the rejected response.
-
-    Rewards, which are metrics alone, are beta log(pi(y) / ref(y)). Without a reference ref(y) counts as 1.
-    """
-
-    n_responses: ClassVar[int] = 2
-    beta: Positive
-    reference_free: Flag
-    precompute_reference: Flag
-
-    @property
-    def needs_reference(self) -> bool:
-        return not self.reference_free
-
-    @property
-    def cached_reference(self) -> bool:
-        return self.precompute_reference
-
-    @abstractmethod
-    def pair_losses(self, h: Tensor) -> Tensor:
-        """Return the losses, (batch,), of h, (batch,)."""
-
-    def response_logps(self, logps: Logps) -> Tensor:
-        """Return what counts as log pi(y), (batch, 2): the sum over the response's tokens."""
-        return logps.sums
-
-    def __call__(self, policy: Logps, reference: Logps | None) -> tuple[Tensor, Metrics]:
-        logps = self.response_logps(policy)
-        reference_logps = logps.new_zeros(logps.shape) if reference is None else self.response_logps(reference)
-        chosen, rejected = logps.unbind(1)
-        reference_chosen, reference_rejected = reference_logps.unbind(1)
-        losses = self.pair_losses((chosen - rejected) - (reference_chosen - reference_rejected))
-        chosen_rewards = self.beta * (chosen - reference_chosen).detach()
-        rejected_rewards = self.beta * (rejected - reference_rejected).detach()
-        return losses, {
-            "rewards/chosen": chosen_rewards,
-            "rewards/rejected": rejected_rewards,
-            "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
-            "rewards/margins": chosen_rewards - rejected_rewards,
-            "logps/chosen": chosen.detach(),
-            "logps/rejected": rejected.detach(),
-            "loss": losses.detach(),
-        }
+# Losses of h
 
 
-class DPO(PairLoss):
+class DPO(LengthOptions, Divergence):
     """Direct preference optimization: -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h).
 
     arXiv 2305.18290, eq. 7. eps is label_smoothing: above 0 it is conservative DPO, eq. 3 of
@@ -121,7 +75,7 @@ class DPO(PairLoss):
         return -(1 - eps) * logsigmoid(logits) - eps * logsigmoid(-logits)
 
 
-class IPO(PairLoss):
+class IPO(WeightOptions, PairLoss):
     """Identity preference optimization: (h - 1 / (2 beta))^2; arXiv 2310.12036, eq. 17, where beta is called tau.
 
     The equation's log pi(y) is the sum over tokens; its authors' code averages, which average_log_prob chooses.
@@ -136,14 +90,234 @@ class IPO(PairLoss):
         return (h - 1 / (2 * self.beta)) ** 2
 
 
-class Hinge(PairLoss):
+class Hinge(LengthOptions, PairLoss):
     """Hinge loss: max(0, 1 - beta h), which arXiv 2309.06657 calls hinge-norm; after SLiC, arXiv 2305.10425."""
 
     def pair_losses(self, h: Tensor) -> Tensor:
         return (1 - self.beta * h).relu()
 
 
-LOSSES: dict[str, type[Loss]] = {"sft": SFT, "dpo": DPO, "ipo": IPO, "hinge": Hinge}
+class Robust(LengthOptions, Divergence):
+    """Robust DPO (rDPO): (-(1 - eps) log sigmoid(beta h) + eps log sigmoid(-beta h)) / (1 - 2 eps); arXiv 2403.00409.
+
+    If a share eps of the labels is flipped at random, its mean is the DPO loss of the right ones.
+    """
+
+    label_smoothing: Smoothing
+
+    def pair_losses(self, h: Tensor) -> Tensor:
+        eps, logits = self.label_smoothing, self.beta * h
+        return (-(1 - eps) * logsigmoid(logits) + eps * logsigmoid(-logits)) / (1 - 2 * eps)
+
+
+class EXO(LengthOptions, PairLoss):
+    """Efficient exact optimization (EXO-pref): p log(p / (1 - eps)) + (1 - p) log((1 - p) / eps), p = sigmoid(beta h).
+
+    arXiv 2402.00856: the reverse KL divergence of the policy's preference from labels smoothed by eps, which may not
+    be 0. The minimum, 0, is at p = 1 - eps.
+    """
+
+    label_smoothing: float = Field(strict=True, gt=0, lt=0.5, description="a number between 0 and 0.5")
+
+    def pair_losses(self, h: Tensor) -> Tensor:
+        eps, right, wrong = self.label_smoothing, logsigmoid(self.beta * h), logsigmoid(-self.beta * h)
+        return right.exp() * (right - math.log(1 - eps)) + wrong.exp() * (wrong - math.log(eps))
+
+
+class DiscoPOP(LengthOptions, PairLoss):
+    """Log-ratio modulated loss: (1 - m) (-log sigmoid(beta h)) + m exp(-beta h), m = sigmoid(beta h / temperature).
+
+    arXiv 2406.08414, where a language model found it.
+    """
+
+    temperature: Positive
+
+    def pair_losses(self, h: Tensor) -> Tensor:
+        logits = self.beta * h
+        modulation = logits / self.temperature
+        # m exp(-logits) in one exponential: apart, 0 * infinity for very negative logits
+        return -modulation.neg().sigmoid() * logsigmoid(logits) + (logsigmoid(modulation) - logits).exp()
+
+
+class RDPO(WeightOptions, PairLoss):
+    """Length-regularized DPO: -log sigmoid(beta h + alpha |y_w| - alpha |y_l|); arXiv 2403.19159.
+
+    The reward is r(y) - alpha |y|, so that a chosen response need not become likelier for being long.
+    """
+
+    alpha: NotNegative
+
+    def pair_losses(self, h: Tensor) -> Tensor:
+        return -logsigmoid(self.beta * h)
+
+    def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
+        penalty = self.alpha * (lengths[:, 0] - lengths[:, 1])
+        return self.pair_losses(self.margin(policy, reference) + penalty / self.beta)
+
+
+# Losses of the two log-ratios a_w = log(pi(y_w) / ref(y_w)) and a_l; rewards are beta a
+
+
+class DPOP(LengthOptions, ReferenceLoss):
+    """DPO-Positive: -log sigmoid(beta (a_w - a_l - penalty max(0, -a_w))); arXiv 2402.13228, eq. 3.
+
+    penalty is the paper's lambda. Its term, inside the bracket that beta multiplies, is above 0 where the chosen
+    response is less likely than under the reference.
+    """
+
+    penalty: NotNegative
+
+    def ratio_losses(self, chosen: Tensor, rejected: Tensor, context: Context) -> Tensor:
+        return -logsigmoid(self.beta * (chosen - rejected - self.penalty * chosen.neg().relu()))
+
+
+class NCA(LengthOptions, ReferenceLoss):
+    """Noise contrastive alignment of pairs: -log sigmoid(r_w) - (log sigmoid(-r_w) + log sigmoid(-r_l)) / 2.
+
+    r = beta a; arXiv 2402.05369. The minimum is at r_w = log 2 and r_l = -infinity.
+    """
+
+    def ratio_losses(self, chosen: Tensor, rejected: Tensor, context: Context) -> Tensor:
+        chosen, rejected = self.beta * chosen, self.beta * rejected
+        return -logsigmoid(chosen) - (logsigmoid(-chosen) + logsigmoid(-rejected)) / 2
+
+
+class APOZero(LengthOptions, ReferenceLoss):
+    """Anchored preference optimization: sigmoid(-beta a_w) + sigmoid(beta a_l); arXiv 2408.06266, plus 1.
+
+    Chosen becomes likelier than under the reference, rejected less likely: for chosen responses that are better than
+    what the policy writes.
+    """
+
+    def ratio_losses(self, chosen: Tensor, rejected: Tensor, context: Context) -> Tensor:
+        return (-self.beta * chosen).sigmoid() + (self.beta * rejected).sigmoid()
+
+
+class APODown(LengthOptions, ReferenceLoss):
+    """Anchored preference optimization: sigmoid(beta a_w) + sigmoid(-beta (a_w - a_l)); arXiv 2408.06266, plus 1.
+
+    Both become less likely than under the reference, rejected more so: for chosen responses that are worse than what
+    the policy writes.
+    """
+
+    def ratio_losses(self, chosen: Tensor, rejected: Tensor, context: Context) -> Tensor:
+        return (self.beta * chosen).sigmoid() + (-self.beta * (chosen - rejected)).sigmoid()
+
+
+class SPPO(WeightOptions, ReferenceLoss):
+    """Self-play preference optimization with hard labels: (a_w - 1 / (2 beta))^2 + (a_l + 1 / (2 beta))^2.
+
+    arXiv 2405.00675, whose eta is 1 / beta, for a chosen response that wins with probability 1.
+    """
+
+    def ratio_losses(self, chosen: Tensor, rejected: Tensor, context: Context) -> Tensor:
+        target = 1 / (2 * self.beta)
+        return (chosen - target) ** 2 + (rejected + target) ** 2
+
+
+# Losses without a reference
+
+
+class SimPO(WeightOptions):
+    """Simple preference optimization: -log sigmoid(beta (m_w - m_l) - gamma); arXiv 2405.14734, eq. 6.
+
+    m is the mean log-probability per token. gamma is the equation's, in units of the reward; code that has
+    gamma_beta_ratio means gamma = gamma_beta_ratio * beta.
+    """
+
+    gamma: NotNegative
+
+    def response_logps(self, logps: Logps) -> Tensor:
+        return logps.means
+
+    def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
+        return -logsigmoid(self.beta * (policy[:, 0] - policy[:, 1]) - self.gamma)
+
+
+class ORPO(PreferenceLoss):
+    """Odds ratio preference optimization: -m_w - beta log sigmoid(log odds(m_w) - log odds(m_l)); arXiv 2403.07691.
+
+    m is the mean log-probability per token, odds(m) = e^m / (1 - e^m). The first term is the paper's SFT loss, here of
+    the chosen response alone; the authors' code takes its mean over the tokens of prompt and response.
+    """
+
+    def response_logps(self, logps: Logps) -> Tensor:
+        return logps.means
+
+    def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
+        log_odds = policy - (-policy.expm1()).log()
+        return -policy[:, 0] - self.beta * logsigmoid(log_odds[:, 0] - log_odds[:, 1])
+
+
+class CPO(PreferenceLoss):
+    """Contrastive preference optimization: -log sigmoid(beta log(pi(y_w) / pi(y_l))) - nll_weight log pi(y_w).
+
+    arXiv 2401.08417. The second log pi(y_w) is the sum over tokens in the paper and the mean in its authors' code,
+    which average_nll chooses.
+    """
+
+    nll_weight: NotNegative
+    average_nll: Flag
+
+    def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
+        likelihood = policy[:, 0] / lengths[:, 0] if self.average_nll else policy[:, 0]
+        return -logsigmoid(self.beta * (policy[:, 0] - policy[:, 1])) - self.nll_weight * likelihood
+
+
+# Losses that depend on the batch, or on batches before it
+
+
+class KTO(PreferenceLoss):
+    """Kahneman-Tversky optimization: the mean of D sigmoid(z - r_w) and U sigmoid(r_l - z), with rewards r = beta a.
+
+    arXiv 2402.01306, for pairs, of which each gives a desirable and an undesirable example. D and U are
+    desirable_weight and undesirable_weight. z is beta times an estimate, without gradient, of the KL divergence of the
+    policy from the reference: the mean over the batch of log(pi(y') / ref(y')), at least 0, where y' are the responses
+    of the batch's next example to an example's prompt.
+    """
+
+    desirable_weight: Positive
+    undesirable_weight: Positive
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    def batch_sums(self, examples: Iterable[TokenizedExample], logps: ComputeLogps) -> dict[str, float]:
+        policy, reference = logps(mismatch(list(examples)))
+        return {"log_ratios": float((policy - reference).double().sum()), "responses": policy.numel()}
+
+    def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
+        divergence = max(0.0, context.sums["log_ratios"] / context.sums["responses"])
+        rewards = self.beta * (policy - reference - divergence)
+        desirable = self.desirable_weight * (-rewards[:, 0]).sigmoid()
+        return (desirable + self.undesirable_weight * rewards[:, 1].sigmoid()) / 2
+
+
+class BCO(LengthOptions, ReferenceLoss):
+    """Binary classifier optimization: -log sigmoid(r_w - d) - log sigmoid(d - r_l), with rewards r = beta a.
+
+    arXiv 2404.04656. The reward shift d is the mean of the chosen and the rejected responses' mean rewards, estimated
+    as a moving average over the batches before, in which each counts 1 - shift_decay. It starts at 0, the exact value
+    where policy and reference are equal. TRL's running mean includes the batch itself.
+    """
+
+    shift_decay: float = Field(strict=True, ge=0, lt=1, description="a number from 0, below 1")
+
+    def next_state(self, state: Sums, means: Mapping[str, float]) -> Sums:
+        shift = (means["rewards_train/chosen"] + means["rewards_train/rejected"]) / 2
+        return {"shift": self.shift_decay * state.get("shift", 0.0) + (1 - self.shift_decay) * shift}
+
+    def ratio_losses(self, chosen: Tensor, rejected: Tensor, context: Context) -> Tensor:
+        shift = context.state.get("shift", 0.0)
+        return -logsigmoid(self.beta * chosen - shift) - logsigmoid(shift - self.beta * rejected)
+
+
+LOSSES: dict[str, type[Loss]] = {
+    **{"sft": SFT, "dpo": DPO, "ipo": IPO, "hinge": Hinge, "robust": Robust, "exo": EXO, "discopop": DiscoPOP},
+    **{"rdpo": RDPO, "dpop": DPOP, "nca": NCA, "apo_zero": APOZero, "apo_down": APODown, "sppo": SPPO},
+    **{"simpo": SimPO, "orpo": ORPO, "cpo": CPO, "kto": KTO, "bco": BCO},
+}
 
 
 def preference_loss(
@@ -163,12 +337,9 @@ def preference_loss(
     h = policy_chosen_logps - policy_rejected_logps
     if not reference_free:
         h = h - (reference_chosen_logps - reference_rejected_logps)
-    beta, eps, free = float(beta), float(label_smoothing), reference_free
-    loss: PairLoss
-    if ipo:
-        loss = IPO(beta=beta, reference_free=free, precompute_reference=False, average_log_prob=False)
-    else:
-        loss = DPO(beta=beta, reference_free=free, precompute_reference=False, label_smoothing=eps)
+    beta, eps = float(beta), float(label_smoothing)
+    # only pair_losses is called, which reads no other field
+    loss: PairLoss = IPO.model_construct(beta=beta) if ipo else DPO.model_construct(beta=beta, label_smoothing=eps)
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps).detach()
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps).detach()
     return loss.pair_losses(h), chosen_rewards, rejected_rewards

@@ -4,6 +4,9 @@ import json
 import math
 import time
 from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,18 +16,20 @@ from dpo.checkpoints import atomic_write, random_states, save_checkpoint, set_ra
 from dpo.console import log_message, prefetch, progress, progress_bar
 from dpo.devices import autocast, platform
 from dpo.errors import RunError, Stopped, UserError, actionable_errors, is_out_of_memory
-from dpo.examples import Batch, BatchIterator
+from dpo.examples import Batch, BatchIterator, TokenizedExample
 from dpo.export import export_model
 from dpo.logps import ResponseLogps, response_logps
 from dpo.metrics import BatchMetrics, MetricLogger
-from dpo.optimizers import make_optimizer
+from dpo.objectives import Context, Loss
+from dpo.optimizers import OptimizerOptions, make_optimizer
 from dpo.packing import PackedBatch, Packer
-from dpo.references import Reference
+from dpo.references import Reference, sums_of_logps
 from dpo.runs import RunDir
 from dpo.sampling import Sampler, distinct_prompts
+from dpo.schedules import make_scheduler
 from dpo.settings import Settings
 from dpo.signals import Signals
-from losses import Loss, preference_loss  # noqa: F401  (the original's users import preference_loss from here)
+from losses import preference_loss  # noqa: F401  (the original's users import preference_loss from here)
 
 COUNTERS = ("examples", "updates", "position", "next_eval")  # of a trainer, kept in its checkpoints
 NO_MEMORY = "outside of a forward pass; a smaller model or fewer parameters to train need less"
@@ -53,9 +58,10 @@ class BasicTrainer:
         self.train_batches, self.eval_batches = train_batches, eval_batches
         self.packer, self.sampler, self.dtype, self.device = packer, sampler, dtype, packer.device
         self.run, self.logger, self.signals = run, logger, signals
-        self.optimizer = make_optimizer(settings.optimizer, self.policy.parameters(), settings.lr)
-        warmup = settings.warmup_steps
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda t: min(1.0, (t + 1) / (warmup + 1)))
+        options = OptimizerOptions.of(settings, self.policy)
+        self.optimizer = make_optimizer(settings.optimizer, self.policy.parameters(), settings.lr, options)
+        self.scheduler = make_scheduler(settings, self.optimizer, len(train_batches))
+        self.loss_state: Mapping[str, float] = {}  # what the loss keeps of earlier batches
         self.examples = self.updates = 0
         self.position = dict(train_batches.position)  # of train_batches, after the last update
         self.next_eval: float = 0 if settings.do_first_eval else settings.eval_every
@@ -91,12 +97,13 @@ class BasicTrainer:
         self.policy.train()
         metrics = BatchMetrics()
         with self.autocast():
+            sums = self.batch_sums(batch.examples)
             for microbatch in self.packer(batch.examples, self.settings.gradient_accumulation_steps):
                 with self.packer.memory_hint(microbatch):
-                    losses = self.losses(microbatch, metrics)
+                    losses = self.losses(microbatch, metrics, sums)
                     (losses.sum() / len(batch.examples)).backward()
         grad_norm = self.clip_gradient()
-        self.check_finite(metrics, grad_norm)
+        check_finite(metrics, grad_norm, self.updates + 1, self.run.path)
         lr = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -106,6 +113,7 @@ class BasicTrainer:
         self.position = batch.position
         self.truncated.update(what for example in batch.examples for what in example.truncated)
         means = metrics.means("train")  # reading them waits for the device, so the clock is read after it
+        self.loss_state = self.loss.next_state(self.loss_state, means)
         seconds = time.perf_counter() - start
         return means | {
             "grad_norm": float(grad_norm),
@@ -116,10 +124,18 @@ class BasicTrainer:
             "counters/updates": self.updates,
         }
 
-    def losses(self, batch: PackedBatch, metrics: BatchMetrics) -> torch.Tensor:
+    def batch_sums(self, examples: Iterable[TokenizedExample]) -> dict[str, float]:
+        """Return the sums over a batch that its losses depend on, before any of its passes."""
+        compute = partial(sums_of_logps, self.policy, self.reference, self.packer)
+        return self.loss.batch_sums(examples, compute)
+
+    def losses(
+        self, batch: PackedBatch, metrics: BatchMetrics, sums: Mapping[str, float] | None = None
+    ) -> torch.Tensor:
         """Return the losses of a microbatch, (examples,), and add its metrics, one value per example."""
         reference_logps = None if self.reference is None else self.reference.logps(batch)
-        losses, values = self.loss(response_logps(self.policy, batch), reference_logps)
+        context = Context(batch.examples, sums or {}, self.loss_state)
+        losses, values = self.loss(response_logps(self.policy, batch), reference_logps, context)
         lengths = batch.lengths.float().unbind(1)
         values |= {f"lengths/{side}": n for side, n in zip(("chosen", "rejected"), lengths, strict=False)}
         metrics.add(batch.examples, values)
@@ -128,19 +144,6 @@ class BasicTrainer:
     def clip_gradient(self) -> torch.Tensor:
         """Clip the gradient to max_grad_norm and return its norm before that."""
         return torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
-
-    def check_finite(self, metrics: BatchMetrics, grad_norm: torch.Tensor) -> None:
-        """Stop before an update whose loss or gradient is not finite; write its batch into the run directory."""
-        losses = metrics.column("loss")
-        if torch.cat((losses, grad_norm.reshape(1).to(losses))).isfinite().all():
-            return
-        path = self.run.path / f"not-finite-update-{self.updates + 1}.jsonl"
-        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in metrics.rows())
-        atomic_write(path, rows.encode())
-        found = f"loss {losses.mean():.4g}, gradient norm {grad_norm:.4g}"
-        remedy = "look at its rows, or start a new run with a lower lr or with precision=float32"
-        message = f"update {self.updates + 1} is not finite ({found}), so it was not made; {path}: {remedy}"
-        raise RunError(message, "not finite")
 
     def autocast(self) -> torch.autocast:
         """Compute in self.dtype where the parameters are in float32; one context per update casts each weight once."""
@@ -192,11 +195,12 @@ class BasicTrainer:
         self.policy.eval()
         metrics = BatchMetrics()
         with self.autocast():
+            sums = self.batch_sums(e for batch in self.eval_batches.from_start() for e in batch.examples)
             for batch in progress(self.eval_batches.from_start(), "evaluating"):
                 self.signals.check()
                 for microbatch in self.packer(batch.examples):
                     with self.packer.memory_hint(microbatch):
-                        self.losses(microbatch, metrics)
+                        self.losses(microbatch, metrics, sums)
         return metrics.means("eval")
 
     def sample(self) -> None:
@@ -233,6 +237,7 @@ class BasicTrainer:
         run = {
             "counters": {name: getattr(self, name) for name in COUNTERS},
             "truncated": dict(self.truncated),
+            "loss": dict(self.loss_state),
             "logs": logs,
             "random": random_states(),
             "identity": self.run.identity,
@@ -263,6 +268,7 @@ class BasicTrainer:
             self.train_batches.position = dict(self.position)
             self.next_save = self.next_multiple(self.settings.save_every)
             self.truncated = Counter(run["truncated"])
+            self.loss_state = dict(run.get("loss", {}))  # checkpoints of earlier versions have none
             self.logger.cut(run["logs"])
             now = self.surroundings()
             changed = [f"{k} was {v}, is {now.get(k)}" for k, v in run["surroundings"].items() if now.get(k) != v]
@@ -278,6 +284,20 @@ class BasicTrainer:
     def log(self, metrics: dict[str, float], thin: bool = False) -> None:
         """Log metrics with the numbers of examples and updates."""
         self.logger.log({"examples": self.examples, "updates": self.updates} | metrics, thin)
+
+
+def check_finite(metrics: BatchMetrics, grad_norm: torch.Tensor, update: int, folder: Path) -> None:
+    """Stop before an update whose loss or gradient is not finite; write its batch into the run directory."""
+    losses = metrics.column("loss")
+    if torch.cat((losses, grad_norm.reshape(1).to(losses))).isfinite().all():
+        return
+    path = folder / f"not-finite-update-{update}.jsonl"
+    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in metrics.rows())
+    atomic_write(path, rows.encode())
+    found = f"loss {losses.mean():.4g}, gradient norm {grad_norm:.4g}"
+    remedy = "look at its rows, or start a new run with a lower lr or with precision=float32"
+    message = f"update {update} is not finite ({found}), so it was not made; {path}: {remedy}"
+    raise RunError(message, "not finite")
 
 
 TRAINERS: dict[str, type[BasicTrainer]] = {"BasicTrainer": BasicTrainer}

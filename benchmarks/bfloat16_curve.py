@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import trainers  # noqa: E402
-from dpo.optimizers import make_optimizer, stochastic_round  # noqa: E402
+from dpo.optimizers import OptimizerOptions, make_optimizer, stochastic_round  # noqa: E402
 
 DEFAULTS = ("lr=5e-7", "warmup_steps=0", "batch_size=4", "max_length=256", "max_prompt_length=128")
 SWITCHES = ("loss=dpo", "device=cpu", "wandb.enabled=false", "sample_during_eval=false")
@@ -93,13 +93,13 @@ def run_here(way: str, own_kernels: bool, overrides: list[str]) -> None:
     make = WAYS[way][2]
     peaks = []
 
-    def make_and_watch(name: str, parameters: Iterable[Parameter], lr: float) -> Optimizer:
+    def make_and_watch(name: str, parameters: Iterable[Parameter], lr: float, _: OptimizerOptions) -> Optimizer:
         optimizer = make(name, parameters, lr)
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
         optimizer.register_step_post_hook(lambda *_: peaks.append(peak_gb()))
         return optimizer
 
-    trainers.make_optimizer = make_and_watch  # type: ignore[attr-defined]  # which trainers imports
+    trainers.make_optimizer = make_and_watch  # type: ignore[attr-defined, assignment]  # which trainers imports
     sys.argv = ["train.py", *overrides]
     with nullcontext() if own_kernels else Float32Products():
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

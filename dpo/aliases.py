@@ -4,81 +4,7 @@ The names are those of TRL and transformers (DPOConfig, TrainingArguments), LLaM
 and nearby tools. When a feature is built, its line becomes `Renamed`; when a key goes, a test names its lines.
 """
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
-
-BATCH_SIZE = 4  # the default of batch_size, for examples that convert updates; a test compares it with the YAML
-
-
-class Answer(Protocol):
-    """What to do instead of using a setting that does not exist."""
-
-    def text(self, value: str | None) -> str:
-        """Return the end of the sentence "KEY: there is no such setting; ...", given the value that was typed."""
-
-
-@dataclass(frozen=True)
-class Renamed:
-    """The same setting under our name; form is how its value is written."""
-
-    key: str
-    note: str = ""
-    form: str = "{}"
-
-    def text(self, value: str | None) -> str:
-        setting = self.key if value is None else f"{self.key}={self.form.format(value.strip('[]'))}"
-        return f"use {setting}" + (f", {self.note}" if self.note else "")
-
-
-@dataclass(frozen=True)
-class Steps:
-    """A number of updates where we count training examples."""
-
-    key: str
-
-    def text(self, value: str | None) -> str:
-        steps = int(value) if value and re.fullmatch(r"[1-9][0-9]{0,11}", value) else 500
-        numbers = f"{steps} steps at batch_size={BATCH_SIZE} are {self.key}={steps * BATCH_SIZE}"
-        return f"use {self.key}, which counts training examples: {numbers}"
-
-
-@dataclass(frozen=True)
-class Switch:
-    """A setting that is on or off, where each has its own answer."""
-
-    on: str
-    off: str
-
-    def text(self, value: str | None) -> str:
-        if value is None:
-            return f"use {self.on} or {self.off}"
-        off = ("false", "no", "none", "off", "null", "0", "disabled")
-        return f"use {self.off if value.lower() in off else self.on}"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A choice whose values have other names here; otherwise is the answer to a value that is not listed."""
-
-    settings: Mapping[str, str]
-    otherwise: str
-
-    def text(self, value: str | None) -> str:
-        setting = self.settings.get(str(value).lower().strip("[]\"'"))
-        return f"use {setting}" if setting else self.otherwise
-
-
-@dataclass(frozen=True)
-class Note:
-    """Something that has no counterpart: why, and what to do."""
-
-    note: str
-
-    def text(self, value: str | None) -> str:
-        return self.note
-
+from dpo.answers import Answer, Choice, Note, Renamed, Steps, Switch
 
 # Parts of answers
 
@@ -87,11 +13,26 @@ NAME_OR_FOLDER = "a name or a folder that holds train.jsonl"
 LOSS_NAMES = {  # other names of the files in config/loss/
     **{"sigmoid": "loss=dpo", "dpo": "loss=dpo", "ipo": "loss=ipo", "sft": "loss=sft", "nll": "loss=sft"},
     **{"cdpo": "loss=dpo loss.label_smoothing=0.1", "hinge": "loss=hinge", "slic": "loss=hinge", "rso": "loss=hinge"},
+    **{"robust": "loss=robust", "rdpo_robust": "loss=robust", "exo": "loss=exo", "exo_pair": "loss=exo"},
+    **{"nca": "loss=nca", "nca_pair": "loss=nca", "apo": "loss=apo_zero", "apo_zero": "loss=apo_zero"},
+    **{"apo_down": "loss=apo_down", "discopop": "loss=discopop", "sppo": "loss=sppo", "sppo_hard": "loss=sppo"},
+    **{"bco": "loss=bco", "bco_pair": "loss=bco", "kto": "loss=kto", "kto_pair": "loss=kto", "orpo": "loss=orpo"},
+    **{"simpo": "loss=simpo", "cpo": "loss=cpo", "dpop": "loss=dpop", "dpo_positive": "loss=dpop"},
+    **{"rdpo": "loss=rdpo", "r_dpo": "loss=rdpo", "rpo": "loss=dpo loss.nll_weight=1"},
+    **{"sigmoid_norm": "loss=dpo loss.length_normalize=true", "dpo_norm": "loss=dpo loss.length_normalize=true"},
+    **{"wpo": "loss=dpo loss.token_weights=wpo"},
 }
 OPTIMIZERS = {
     **dict.fromkeys(("adamw", "adamw_torch", "adamw_torch_fused", "adamw_hf", "torch.optim.adamw"), "optimizer=AdamW"),
     **{"adam": "optimizer=Adam", "sgd": "optimizer=SGD", "rmsprop": "optimizer=RMSprop", "nadam": "optimizer=NAdam"},
     **{"adagrad": "optimizer=Adagrad", "adamax": "optimizer=Adamax", "radam": "optimizer=RAdam"},
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "adamw8bit", "adamw_torch_8bit"), "optimizer=AdamW8bit"),
+    **{"muon": "optimizer=Muon"},
+}
+SCHEDULES = {
+    **dict.fromkeys(("constant", "constant_with_warmup"), "scheduler=constant"),
+    **dict.fromkeys(("cosine", "cosine_with_min_lr"), "scheduler=cosine"),
+    **{"linear": "scheduler=linear", "wsd": "scheduler=wsd", "warmup_stable_decay": "scheduler=wsd"},
 }
 DTYPES = {
     **dict.fromkeys(("bfloat16", "bf16", "torch.bfloat16"), "precision=bfloat16"),
@@ -113,21 +54,25 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         Note("use warmup_steps, a number of updates: the ratio * training examples / batch_size"),
     ),
     (
-        "lr_scheduler lr_scheduler_type scheduler lr_schedule min_lr cosine_min_lr_ratio",
-        Note("schedules are not supported yet; the learning rate rises over warmup_steps updates and then stays"),
+        "lr_scheduler lr_scheduler_type scheduler_type lr_schedule",
+        Choice(
+            SCHEDULES, "use scheduler: constant, linear, cosine or wsd, each after a warmup of warmup_steps updates"
+        ),
     ),
+    ("cosine_min_lr_ratio min_lr_rate lr_min_ratio", Renamed("min_lr_ratio")),
+    ("min_lr", Note("use min_lr_ratio, the last learning rate divided by lr")),
     (
         "optim optimizer_name optimizer_type optimizer._component_",
-        Choice(OPTIMIZERS, "use optimizer, the name of a class in torch.optim; 8-bit ones are not supported yet"),
+        Choice(OPTIMIZERS, "use optimizer, the name of a class in torch.optim, or AdamW8bit"),
     ),
+    ("l2", Renamed("weight_decay")),
+    ("momentum", Renamed("optimizer_args", form="{{momentum: {}}}")),
+    ("adam_epsilon", Renamed("optimizer_args", form="{{eps: {}}}")),
     (
-        "weight_decay l2",
-        Note("not supported yet; an optimizer's default holds, 0.01 for optimizer=AdamW and 0 for the others"),
+        "betas adam_betas adam_beta1 adam_beta2",
+        Note("use optimizer_args='{betas: [0.9, 0.999]}', the arguments of the optimizer's constructor"),
     ),
-    (
-        "momentum betas adam_betas adam_beta1 adam_beta2 adam_epsilon",
-        Note("not supported yet; apart from lr, an optimizer has the defaults of its class in torch.optim"),
-    ),
+    ("optimizer_kwargs optim_args", Note("use optimizer_args='{NAME: VALUE}'")),
     ("gradient_clipping gradient_clip_val clip_grad_norm clip_grad grad_clip max_norm", Renamed("max_grad_norm")),
     # Batch size and length of training
     (
@@ -221,20 +166,25 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ("preference_average_log_probs", Renamed("loss.average_log_prob", "which loss=ipo has")),
     (
         "loss_type loss_fn pref_loss dpo_loss_type stage rl rlhf_type",
-        Choice(LOSS_NAMES, "use loss, the name of a file in config/loss/; other losses are not supported yet"),
+        Choice(LOSS_NAMES, "use loss, the name of a file in config/loss/"),
     ),
     ("ipo", Switch("loss=ipo", "loss=dpo")),
+    ("rpo_alpha pref_ftx nll_loss_coef sft_loss_weight sft_weight cpo_alpha", Renamed("loss.nll_weight")),
     (
-        "rpo_alpha pref_ftx nll_loss_coef sft_loss_weight sft_weight loss_weights",
-        Note("extra terms beside the preference loss are not supported yet; train with loss=sft first"),
+        "loss_weights",
+        Note("a weighted sum of losses is not supported; loss.nll_weight adds the likelihood of the chosen"),
     ),
-    (
-        "simpo_gamma gamma_beta_ratio cpo_alpha",
-        Note("SimPO and CPO are not supported yet; loss=dpo loss.reference_free=true trains without a reference too"),
-    ),
-    ("orpo_alpha", Note("ORPO is not supported yet; use loss=sft, then loss=dpo")),
-    ("ld_alpha", Note("length-desensitized DPO is not supported yet; loss=ipo has loss.average_log_prob=true")),
-    ("use_weighting", Note("weighted examples are not supported yet")),
+    ("simpo_gamma", Renamed("loss.gamma", "which loss=simpo has")),
+    ("gamma_beta_ratio", Note("use loss=simpo with loss.gamma, which is this ratio times loss.beta")),
+    ("orpo_alpha", Renamed("loss.beta", "the weight of the odds ratio in loss=orpo")),
+    ("ld_alpha", Renamed("loss.ld_alpha")),
+    ("discopop_tau", Renamed("loss.temperature", "which loss=discopop has")),
+    ("dpop_lambda lambda_dpop", Renamed("loss.penalty", "which loss=dpop has")),
+    ("f_divergence_type", Renamed("loss.divergence")),
+    ("f_alpha_divergence_coef", Renamed("loss.divergence_alpha")),
+    ("kto_chosen_weight", Renamed("loss.desirable_weight", "which loss=kto has")),
+    ("kto_rejected_weight", Renamed("loss.undesirable_weight", "which loss=kto has")),
+    ("use_weighting", Switch("loss.token_weights=wpo", "loss.token_weights=none")),
     ("neftune_noise_alpha neft_alpha", Note("NEFTune is not supported yet; embeddings get no noise")),
     ("disable_dropout", Note("dropout is always off, in the policy as in the reference")),
     # Data

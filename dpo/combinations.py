@@ -42,15 +42,16 @@ def combination_problems(values: Mapping[str, Any], wrong_keys: Sequence[str]) -
             lambda precision, dtype: (precision, dtype) == ("float32", "bfloat16"),
             "computing in float32 needs model.policy_dtype=float32",
         )
+    check_loss(check)
     check(
-        "loss.precompute_reference model.reference_dtype",
-        lambda precompute, dtype: precompute and dtype,
-        "the policy itself computes the reference's log-probabilities, so model.reference_dtype must be null",
+        "scheduler min_lr_ratio",
+        lambda name, ratio: name == "constant" and ratio,
+        "a constant learning rate does not fall; choose linear, cosine or wsd, or set min_lr_ratio=0",
     )
     check(
-        "loss.precompute_reference loss.reference_free",
-        lambda precompute, free: precompute and free,
-        "a loss without a reference has nothing to precompute; set one of them to false",
+        "optimizer model.policy_dtype",
+        lambda name, dtype: name == "Muon" and dtype == "bfloat16",
+        "Muon's steps cannot be rounded stochastically; use model.policy_dtype=float32",
     )
     check(
         "keep_policies keep_checkpoints",
@@ -65,6 +66,40 @@ def combination_problems(values: Mapping[str, Any], wrong_keys: Sequence[str]) -
         words = "each would train the same model by itself; start one process, without torchrun"
         problems.append(f"WORLD_SIZE={processes}: training on several processes is not supported yet; {words}")
     return problems
+
+
+def check_loss(check: Callable[[str, Callable[..., Any], str], None]) -> None:
+    """Check what a loss's settings need of each other and of the run's."""
+    check(
+        "loss.precompute_reference model.reference_dtype",
+        lambda precompute, dtype: precompute and dtype,
+        "the policy itself computes the reference's log-probabilities, so model.reference_dtype must be null",
+    )
+    check(
+        "loss.precompute_reference loss.reference_free",
+        lambda precompute, free: precompute and free,
+        "a loss without a reference has nothing to precompute; set one of them to false",
+    )
+    check(
+        "loss.ld_alpha loss.precompute_reference",
+        lambda alpha, precompute: alpha != 1 and precompute,
+        "the cache holds no log-probabilities of tokens; set loss.precompute_reference=false",
+    )
+    check(
+        "loss.ld_alpha loss.length_normalize",
+        lambda alpha, normalize: alpha != 1 and normalize,
+        "each is a correction for length; set one of them alone",
+    )
+    check(
+        "loss.divergence loss.reference_free",
+        lambda divergence, free: divergence != "reverse_kl" and free,
+        "without a reference there is no divergence from it; set one of them alone",
+    )
+    check(
+        "loss.name batch_size",
+        lambda name, size: name == "kto" and size == 1,
+        "KTO compares each prompt with another example's response, so batch_size must be 2 or more",
+    )
 
 
 def max_positions(model: Any) -> int | None:

@@ -1,7 +1,7 @@
 """Log-probabilities of responses, and the module that computes them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,14 +25,16 @@ FLOAT32_BYTES = {"cpu": 2**22, "mps": 2**25, "cuda": 2**25}
 class Logps:
     """The log-probabilities of a batch's responses, in at least float32.
 
-    sums     (batch, n_responses) log pi(response | prompt)
-    lengths  (batch, n_responses) the number of tokens of each response
-    tokens   (n,) the log-probability of each token, response after response; None where only the sums are known
+    sums        (batch, n_responses) log pi(response | prompt)
+    lengths     (batch, n_responses) the number of tokens of each response
+    tokens      (n,) the log-probability of each token, response after response; None where only the sums are known
+    collisions  (n,) the log of the sum over the vocabulary of pi^2 where each token stands; None unless asked for
     """
 
     sums: Tensor
     lengths: Tensor
     tokens: Tensor | None = None
+    collisions: Tensor | None = None
 
     @classmethod
     def from_tokens(cls, tokens: Tensor, lengths: Tensor, sizes: Sequence[int] | None = None) -> "Logps":
@@ -51,7 +53,8 @@ class Logps:
 
     def detach(self) -> "Logps":
         """Return the same numbers without their gradient."""
-        return Logps(self.sums.detach(), self.lengths, None if self.tokens is None else self.tokens.detach())
+        tokens = None if self.tokens is None else self.tokens.detach()
+        return replace(self, sums=self.sums.detach(), tokens=tokens)
 
 
 class ResponseLogps(torch.nn.Module):
@@ -69,11 +72,13 @@ class ResponseLogps(torch.nn.Module):
         only where the head alone turns the last hidden states into logits (see wrap). float32_head: compute logits in
         float32 whatever the body's dtype; most of what sharing a pass with other examples moves a bfloat16
         log-probability by is the logits' own rounding. It needs a separate head and does nothing without one.
+        with_collisions, an attribute, asks for the log of the sum of pi^2 beside each token's log-probability.
         """
         super().__init__()
         self.model = model
         self.separate_head = separate_head
         self.float32_head = float32_head
+        self.with_collisions = False
 
     @classmethod
     def wrap(cls, model: PreTrainedModel, float32_head: bool = False) -> "ResponseLogps":
@@ -86,19 +91,27 @@ class ResponseLogps(torch.nn.Module):
         return self.model.get_output_embeddings()
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Return the log-probability of each response token, (n,), response after response, in at least float32."""
+        """Return the log-probability of each response token, (n,), response after response, in at least float32.
+
+        With collisions, (2, n): their log below.
+        """
         if not self.separate_head:
-            return target_logps(response_logits(self.model, batch), batch.targets)
+            return self.token_logps(response_logits(self.model, batch), batch.targets)
         hidden = self.model.base_model(**model_inputs(self.model, batch))[0]
         hidden = hidden.reshape(-1, hidden.shape[-1])[batch.sources]
         size = max(CHUNK_TOKENS, CHUNK_BYTES // (4 * self.head.get_parameter("weight").shape[0]))
         if len(hidden) <= size:
-            return target_logps(self.logits(hidden), batch.targets)
+            return self.token_logps(self.logits(hidden), batch.targets)
         parts = [
-            checkpoint(lambda h, t: target_logps(self.logits(h), t), h, t, use_reentrant=False)
+            checkpoint(lambda h, t: self.token_logps(self.logits(h), t), h, t, use_reentrant=False)
             for h, t in zip(hidden.split(size), batch.targets.split(size), strict=True)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts, dim=-1)
+
+    def token_logps(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return what forward returns, of logits (n, vocabulary) and targets (n,)."""
+        logps = target_logps(logits, targets)
+        return torch.stack((logps, log_collisions(logits))) if self.with_collisions else logps
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the head's logits (n, vocabulary) of hidden states (n, d)."""
@@ -113,7 +126,10 @@ class ResponseLogps(torch.nn.Module):
 def response_logps(module: ResponseLogps, batch: PackedBatch) -> Logps:
     """Return the log-probabilities of a batch's responses, with their gradient."""
     sizes = [len(response) for example in batch.examples for response in example.responses]
-    return Logps.from_tokens(module(batch), batch.lengths, sizes)
+    tokens = module(batch)
+    if tokens.dim() == 1:
+        return Logps.from_tokens(tokens, batch.lengths, sizes)
+    return replace(Logps.from_tokens(tokens[0], batch.lengths, sizes), collisions=tokens[1].detach())
 
 
 @torch.no_grad()
@@ -155,6 +171,14 @@ def response_logits(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """Return logit minus logsumexp of each target, (n,), from logits (n, vocabulary), in at least float32."""
     return TargetLogps.apply(logits, targets)
+
+
+@torch.no_grad()
+def log_collisions(logits: Tensor) -> Tensor:
+    """Return the log of the sum of the squared probabilities, (n,), of logits (n, vocabulary), in at least float32."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    parts = logits.split(max(1, FLOAT32_BYTES[logits.device.type] // (4 * logits.shape[1])))
+    return torch.cat([(2 * part.log_softmax(1, dtype=dtype)).logsumexp(1) for part in parts])
 
 
 class TargetLogps(torch.autograd.Function):

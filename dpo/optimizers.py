@@ -1,13 +1,18 @@
 """Optimizers: torch.optim's own for float32 parameters, and the same with stochastic rounding for bfloat16 ones.
 
+Muon takes the matrices of layers and leaves the rest to AdamW; AdamW8bit is that of torchao or bitsandbytes.
+
 bfloat16 has 8 significant bits: the distance to the next number (an ulp) is 2^-8 to 2^-7 of a weight. Rounding to
 nearest loses every update below half of that, which at usual learning rates is nearly every one. Stochastic rounding
 goes to either neighbour with a probability such that the mean of the result is the exact number.
 """
 
 import copy
+import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +20,136 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from dpo.errors import summarize_error
+from dpo.logps import ResponseLogps
+from dpo.settings import Settings
+
 CHUNK = {"cpu": 2**20, "mps": 2**22, "cuda": 2**24}  # weights stepped at a time, in about seven float32 temporaries
 STEP_IS_NOT_LR = ("SGD", "Adadelta")  # the others divide by the size of the gradient, so that lr is the size of a step
 
 
-def make_optimizer(name: str, parameters: Iterable[Parameter], lr: float) -> Optimizer:
-    """Return the optimizer of torch.optim called name, which rounds stochastically if any parameter is in bfloat16."""
-    parameters, kind = list(parameters), getattr(torch.optim, name)
-    if any(parameter.dtype == torch.bfloat16 for parameter in parameters):
-        return StochasticRoundingOptimizer(kind, parameters, lr)
-    return kind(parameters, lr=lr)
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """What an optimizer gets besides its learning rate.
+
+    arguments of its constructor; weight_decay for matrices alone, where None is the optimizer's own default, for all
+    parameters; embeddings are the weights that Muon leaves to AdamW, with all that are no matrices.
+    """
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    weight_decay: float | None = None
+    embeddings: Sequence[Parameter] = ()
+
+    @classmethod
+    def of(cls, settings: Settings, policy: torch.nn.Module) -> "OptimizerOptions":
+        """Return the options that settings choose for a policy."""
+        layers = [module for module in policy.modules() if isinstance(module, torch.nn.Embedding)]
+        heads = [policy.head] if isinstance(policy, ResponseLogps) else []
+        embeddings = [parameter for module in (*layers, *heads) for parameter in module.parameters()]
+        return cls(settings.optimizer_args or {}, settings.weight_decay, embeddings)
+
+
+PLAIN = OptimizerOptions()
+
+
+def make_optimizer(
+    name: str, parameters: Iterable[Parameter], lr: float, options: OptimizerOptions = PLAIN
+) -> Optimizer:
+    """Return the optimizer called name, which rounds stochastically if any parameter is in bfloat16."""
+    parameters, kind = list(parameters), optimizer_class(name)
+    groups = decay_groups(parameters, options.weight_decay)
+    if name == "Muon":
+        return make_muon(parameters, lr, options)
+    if name != "AdamW8bit" and any(parameter.dtype == torch.bfloat16 for parameter in parameters):
+        return StochasticRoundingOptimizer(partial(kind, **options.arguments), groups, lr)
+    return kind(groups, lr=lr, **options.arguments)
+
+
+def optimizer_class(name: str) -> Callable[..., Optimizer]:
+    """Return the class of an optimizer; ImportError for AdamW8bit where neither torchao nor bitsandbytes is installed.
+
+    torchao's stores weights in bfloat16 with stochastic rounding, as this module does.
+    """
+    if name != "AdamW8bit":
+        return getattr(torch.optim, name)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        from bitsandbytes.optim import AdamW8bit as Bitsandbytes
+
+        return Bitsandbytes
+    return partial(AdamW8bit, bf16_stochastic_round=True)
+
+
+def decay_groups(parameters: Sequence[Parameter], weight_decay: float | None) -> list[Any]:
+    """Return the parameters for a constructor: as they are, or in groups in which matrices alone decay."""
+    if weight_decay is None:
+        return list(parameters)
+    matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
+    others = [parameter for parameter in parameters if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def make_muon(parameters: Sequence[Parameter], lr: float, options: OptimizerOptions) -> Optimizer:
+    """Return Muon for the matrices of layers, with AdamW for embeddings, the head and all that are no matrices.
+
+    Muon's steps are scaled to the size of AdamW's, so that one learning rate suits both, unless its adjust_lr_fn is
+    given: arXiv 2502.16982.
+    """
+    left = {id(parameter) for parameter in options.embeddings}
+    matrices = [parameter for parameter in parameters if parameter.dim() == 2 and id(parameter) not in left]
+    taken = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in parameters if id(parameter) not in taken]
+    arguments = {"adjust_lr_fn": "match_rms_adamw"} | dict(options.arguments)
+    muon = torch.optim.Muon(decay_groups(matrices, options.weight_decay), lr=lr, **arguments)
+    return CombinedOptimizer([muon, torch.optim.AdamW(decay_groups(others, options.weight_decay), lr=lr)])
+
+
+def optimizer_problems(settings: Settings) -> list[str]:
+    """Return a line if the chosen optimizer is not there, or for each of optimizer_args that it does not take."""
+    name, arguments = settings.optimizer, dict(settings.optimizer_args or {})
+    try:
+        kind = optimizer_class(name)
+    except ImportError:
+        return [f"optimizer={name}: needs torchao or bitsandbytes; pip install torchao, or use optimizer=AdamW"]
+    taken = [key for key in inspect.signature(kind).parameters if key not in ("params", "lr", "weight_decay")]
+    problems = []
+    for key, value in arguments.items():
+        if key in ("lr", "weight_decay"):
+            problems.append(f"optimizer_args.{key}={value}: is a setting of its own; use {key}={value}")
+        elif key not in taken:
+            problems.append(f"optimizer_args.{key}: {name} has no such argument; it takes {', '.join(taken)}")
+    if not problems:
+        try:
+            kind([Parameter(torch.zeros(2, 2))], lr=settings.lr, **arguments)
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            problems.append(f"optimizer_args={arguments}: {name} does not take these ({summarize_error(error)})")
+    return problems
+
+
+class CombinedOptimizer(Optimizer):
+    """Several optimizers of different parameters, stepped together; a scheduler sees all their groups."""
+
+    def __init__(self, parts: Sequence[Optimizer]):
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})  # the very dicts of the parts
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
+        """Update all parameters that have a gradient."""
+        assert closure is None
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of the parts."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the states of the parts."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
 class StochasticRoundingOptimizer(Optimizer):
@@ -35,7 +160,7 @@ class StochasticRoundingOptimizer(Optimizer):
     Parameters in float32 are updated as torch.optim does it.
     """
 
-    def __init__(self, kind: Callable[..., Optimizer], parameters: Iterable[Parameter], lr: float):
+    def __init__(self, kind: Callable[..., Optimizer], parameters: Iterable[Any], lr: float):
         self.make_inner = lambda proxy: kind([proxy], lr=lr)
         super().__init__(parameters, self.make_inner(torch.zeros(1)).defaults)
 

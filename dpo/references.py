@@ -34,6 +34,16 @@ class Reference(Protocol):
         """Return one sampled continuation per prompt, the same at every call."""
 
 
+@torch.no_grad()
+def sums_of_logps(
+    policy: ResponseLogps, reference: Reference | None, packer: Packer, examples: Sequence[TokenizedExample]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log pi(response) of policy and reference, both (examples, n_responses), in the order of the passes."""
+    assert reference is not None
+    pairs = [(response_logps(policy, batch).sums, reference.logps(batch).sums) for batch in packer(examples)]
+    return torch.cat([sums for sums, _ in pairs]), torch.cat([sums for _, sums in pairs])
+
+
 class ModelReference:
     """A second model, computed in dtype where its parameters are in float32, else in their own dtype."""
 

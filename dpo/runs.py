@@ -213,6 +213,9 @@ def override_run_config(config: DictConfig, arguments: Sequence[str], known: Seq
             problems.append(suggest(key, written(value), known))
         elif override.type != OverrideType.CHANGE or override.is_sweep_override():
             problems.append(f"{override.input_line}: a resumed run takes KEY=VALUE alone")
+        elif key in MAY_GROW and (name := settings.get("scheduler", "constant")) != "constant":
+            fixed = f"{name} lowers the learning rate over the run's {key}={written(settings[key])}"
+            problems.append(f"{key}={written(value)}: scheduler={fixed}, so a longer run is another one; start it anew")
         elif may_change(key, settings.get(key), value):
             OmegaConf.update(config, key, value)
             taken[key] = value

@@ -17,6 +17,7 @@ from dpo.combinations import combination_problems
 from dpo.errors import raise_problems
 from dpo.suggestions import suggest, written
 
+MAPPINGS = ("optimizer_args",)  # settings that are mappings with keys of their own
 REMOVED = ("fsdp_port",)  # keys of earlier versions that did nothing; the config.yaml of their runs has them
 
 # The types of values. A description completes the sentence "KEY=VALUE: must be ...".
@@ -94,8 +95,14 @@ class Settings(Group):
     gradient_accumulation_steps: int = whole("parts", ge=1)
     lr: Positive
     warmup_steps: int = whole("updates", ge=0)
+    scheduler: Literal["constant", "linear", "cosine", "wsd"]
+    min_lr_ratio: float = Field(strict=True, ge=0, lt=1, description="a number from 0, below 1")
     max_grad_norm: Positive
-    optimizer: Literal["Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD"]
+    optimizer: Literal[
+        "Adadelta", "Adagrad", "Adam", "AdamW", "AdamW8bit", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "SGD"
+    ]
+    optimizer_args: dict[str, Any] | None = Field(description="{NAME: VALUE, ...}")
+    weight_decay: NotNegative | None
     activation_checkpointing: Flag
     compile: Flag
 
@@ -225,10 +232,11 @@ def flatten(config: DictConfig, prefix: str = "") -> dict[str, Any]:
             value = config[key]
         except OmegaConfBaseException as error:
             value = error
-        if isinstance(value, DictConfig):
+        if isinstance(value, DictConfig) and key not in MAPPINGS:
             values |= flatten(value, f"{prefix}{key!s}.")
         else:
-            values[f"{prefix}{key!s}"] = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
+            is_plain = not isinstance(value, (ListConfig, DictConfig))
+            values[f"{prefix}{key!s}"] = value if is_plain else OmegaConf.to_container(value)
     return values
 
 
@@ -252,7 +260,8 @@ def flatten_plain(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]
     """Return {dotted key: value} of nested dicts."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= flatten_plain(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        is_group = isinstance(value, dict) and key not in MAPPINGS
+        flat |= flatten_plain(value, f"{prefix}{key}.") if is_group else {f"{prefix}{key}": value}
     return flat
 
 

@@ -5,10 +5,14 @@ import math
 
 import pytest
 import torch
+import yaml
+from conftest import ROOT
+from tiny_models import make_examples, respond
 
 import trainers
 from dpo.logps import Logps
 from dpo.metrics import BatchMetrics
+from dpo.objectives import Context
 from losses import LOSSES, preference_loss
 
 TRAIN_METRICS = {
@@ -23,16 +27,18 @@ def tensor(*values):
 
 
 def make_loss(name, **settings):
-    """Make a loss with the settings that it reads."""
-    defaults = {"beta": 0.5, "label_smoothing": 0.0, "average_log_prob": False}
-    defaults |= {"reference_free": False, "precompute_reference": False}
-    fields = LOSSES[name].model_fields
-    return LOSSES[name](**{key: value for key, value in (defaults | settings).items() if key in fields})
+    """Make a loss with its defaults, but for beta=0.5 and the given settings."""
+    defaults = yaml.safe_load((ROOT / "config" / "loss" / f"{name}.yaml").read_text())
+    defaults = {
+        key: float(value) if isinstance(value, str) and "e-" in value else value for key, value in defaults.items()
+    }
+    defaults |= {"beta": 0.5} | settings
+    return LOSSES[name](**{key: value for key, value in defaults.items() if key in LOSSES[name].model_fields})
 
 
-def compute(loss, logps, reference, lengths):
+def compute(loss, logps, reference, lengths, **context):
     """Call a loss with sums of log-probabilities (batch, n_responses), and lengths of the same shape."""
-    return loss(Logps(logps, lengths), None if reference is None else Logps(reference, lengths))
+    return loss(Logps(logps, lengths), None if reference is None else Logps(reference, lengths), Context(**context))
 
 
 def preference(h, beta, **settings):
@@ -198,12 +204,13 @@ def test_a_tie_is_not_accurate(name):
     assert metrics["rewards/accuracies"].tolist() == [0.0]
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo", "ipo"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_metrics_have_the_originals_names_and_no_gradient(name):
     loss = make_loss(name)
     logps = torch.full((2, loss.n_responses), -3.0).requires_grad_()
     reference = torch.full((2, 2), -3.0) if loss.needs_reference else None
-    values = compute(loss, logps, reference, torch.ones(2, loss.n_responses))[1]
+    sums = {"log_ratios": 0.0, "responses": 4}
+    values = compute(loss, logps, reference, torch.ones(2, loss.n_responses), sums=sums)[1]
     assert not any(value.requires_grad for value in values.values())
     assert all(value.shape == (2,) for value in values.values())
     metrics = BatchMetrics()
@@ -218,6 +225,284 @@ def test_an_update_logs_everything_that_the_original_does(make_trainer):
     others = {"grad_norm", "examples_per_second", "counters/examples", "counters/updates"}
     assert TRAIN_METRICS | others <= set(metrics)
     assert metrics["counters/examples"] == 8 and metrics["counters/updates"] == 1
+
+
+# Every preference loss on two pairs, value and gradient
+#
+# Log-probabilities of the policy, (chosen, rejected), and of the reference: (-4, -8) and (-5, -7), then (-6, -4) and
+# (-5, -6). Log-ratios a_w = 1, -1 and a_l = -1, 2; h = a_w - a_l = 2, -3. Lengths (2, 2) and (3, 4).
+# With beta = B = ln 2, sigmoid(B k) = 2^k / (1 + 2^k): of B h 4/5, 1/9; of B a_w 2/3, 1/3; of B a_l 1/3, 4/5.
+# The slope of sigmoid is s (1 - s): 4/25, 8/81; 2/9, 2/9; 2/9, 4/25; that of log sigmoid is 1 - s.
+
+B = math.log(2)
+POLICY, REFERENCE, LENGTHS = [[-4.0, -8.0], [-6.0, -4.0]], [[-5.0, -7.0], [-5.0, -6.0]], [[2, 2], [3, 4]]
+ln = math.log
+CASES = {
+    # -log of 4/5 and 1/9; the gradient of h is -B (1 - s)
+    "dpo": ({}, (ln(5 / 4), ln(9)), (-B / 5, -B * 8 / 9), (B / 5, B * 8 / 9)),
+    # eps = 1/4: 3/4 of -log s, less 1/4 of -log(1 - s), over 1/2. Gradient -B (3/4 (1 - s) + 1/4 s) / (1/2)
+    "robust": (
+        {"label_smoothing": 0.25},
+        (1.5 * ln(5 / 4) + 0.5 * ln(1 / 5), 1.5 * ln(9) + 0.5 * ln(8 / 9)),
+        (-B * 7 / 10, -B * 25 / 18),
+        (B * 7 / 10, B * 25 / 18),
+    ),
+    # target 1 / (2 beta) = 2: 0 and (-5)^2; gradient 2 (h - 2)
+    "ipo": ({"beta": 0.25}, (0, 25), (0, -10), (0, 10)),
+    # 1 - 2/4 and 1 + 3/4, both with slope -1/4
+    "hinge": ({"beta": 0.25}, (1 / 2, 7 / 4), (-1 / 4, -1 / 4), (1 / 4, 1 / 4)),
+    # eps = 1/4, p = 4/5 and 1/9: p log(p / (3/4)) + (1 - p) log((1 - p) / (1/4)).
+    # Gradient B p (1 - p) log(p / (1 - p) * 1/3), where p / (1 - p) is 4 and 1/8
+    "exo": (
+        {"label_smoothing": 0.25},
+        (4 / 5 * ln(16 / 15) + 1 / 5 * ln(4 / 5), 1 / 9 * ln(4 / 27) + 8 / 9 * ln(32 / 9)),
+        (B * 4 / 25 * ln(4 / 3), B * 8 / 81 * ln(1 / 24)),
+        (-B * 4 / 25 * ln(4 / 3), -B * 8 / 81 * ln(1 / 24)),
+    ),
+    # temperature 1/2: m = sigmoid(2 B h) = 16/17, 1/65 with slope 2 m (1 - m) = 32/289, 128/4225; exp(-B h) = 1/4, 8.
+    # Gradient by the product rule: m' (exp(-B h) + log s) - (1 - m) (1 - s) - m exp(-B h)
+    "discopop": (
+        {"temperature": 0.5},
+        (1 / 17 * ln(5 / 4) + 16 / 17 / 4, 64 / 65 * ln(9) + 8 / 65),
+        (
+            B * (32 / 289 * (1 / 4 - ln(5 / 4)) - 1 / 17 / 5 - 16 / 17 / 4),
+            B * (128 / 4225 * (8 - ln(9)) - 64 / 65 * 8 / 9 - 8 / 65),
+        ),
+        (
+            -B * (32 / 289 * (1 / 4 - ln(5 / 4)) - 1 / 17 / 5 - 16 / 17 / 4),
+            -B * (128 / 4225 * (8 - ln(9)) - 64 / 65 * 8 / 9 - 8 / 65),
+        ),
+    ),
+    # alpha = 2 B: lengths differ by 0 and -1, so the logits are 2 B and -3 B - 2 B, s = 4/5 and 1/33
+    "rdpo": ({"alpha": 2 * B}, (ln(5 / 4), ln(33)), (-B / 5, -B * 32 / 33), (B / 5, B * 32 / 33)),
+    # penalty 2: nothing for a_w = 1; for a_w = -1 the logits are B (-3 - 2), s = 1/33, and a_w counts three times
+    "dpop": ({"penalty": 2.0}, (ln(5 / 4), ln(33)), (-B / 5, -3 * B * 32 / 33), (B / 5, B * 32 / 33)),
+    # -log s_w - (log(1 - s_w) + log(1 - s_l)) / 2: s_w = 2/3, 1/3 and s_l = 1/3, 4/5.
+    # Gradients B (-(1 - s_w) + s_w / 2), which is 0 at s_w = 2/3, and B s_l / 2
+    "nca": (
+        {},
+        (ln(3 / 2) + ln(9 / 2) / 2, ln(3) + ln(15 / 2) / 2),
+        (0, -B / 2),
+        (B / 6, B * 2 / 5),
+    ),
+    # 1 - s_w + s_l
+    "apo_zero": ({}, (2 / 3, 22 / 15), (-B * 2 / 9, -B * 2 / 9), (B * 2 / 9, B * 4 / 25)),
+    # s_w + 1 - s
+    "apo_down": (
+        {},
+        (13 / 15, 11 / 9),
+        (B * (2 / 9 - 4 / 25), B * (2 / 9 - 8 / 81)),
+        (B * 4 / 25, B * 8 / 81),
+    ),
+    # targets 2 and -2: (1 - 2)^2 + (-1 + 2)^2 and (-1 - 2)^2 + (2 + 2)^2
+    "sppo": ({"beta": 0.25}, (2, 25), (-2, -6), (2, 8)),
+    # means -2, -4 and -2, -1; beta = 2 B, gamma = B: logits 4 B - B and -2 B - B, s = 8/9 and 1/9.
+    # Gradients -2 B (1 - s) over the length
+    "simpo": (
+        {"beta": 2 * B, "gamma": B},
+        (ln(9 / 8), ln(9)),
+        (-2 * B / 9 / 2, -2 * B * 8 / 9 / 3),
+        (2 * B / 9 / 2, 2 * B * 8 / 9 / 4),
+    ),
+    # without a reference the logits are 4 B and -2 B, s = 16/17 and 1/5; -log pi(y_w) per token is 2 and 2, weight 3
+    "cpo": (
+        {"nll_weight": 3.0},
+        (ln(17 / 16) + 6, ln(5) + 6),
+        (-B / 17 - 3 / 2, -B * 4 / 5 - 3 / 3),
+        (B / 17, B * 4 / 5),
+    ),
+    # z = (8 / 8) B: rewards B (a - 1), so 1 - s_w = 1/2, 4/5 and s_l = 1/5, 2/3, weighted 2 and 3, and halved
+    "kto": (
+        {"desirable_weight": 2.0, "undesirable_weight": 3.0},
+        ((1 + 3 / 5) / 2, (8 / 5 + 2) / 2),
+        (-2 * B / 4 / 2, -2 * B * 4 / 25 / 2),
+        (3 * B * 4 / 25 / 2, 3 * B * 2 / 9 / 2),
+    ),
+    # shift B: r_w - d = 0, -2 B and d - r_l = 2 B, -B, with sigmoids 1/2, 1/5 and 4/5, 1/3
+    "bco": ({}, (ln(2) + ln(5 / 4), ln(5) + ln(3)), (-B / 2, -B * 4 / 5), (B / 5, B * 2 / 3)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradient_are_those_derived_by_hand(name):
+    """The derivations stand beside the numbers, above."""
+    settings, values, chosen, rejected = CASES[name]
+    logps = tensor(*POLICY).requires_grad_()
+    context = {"sums": {"log_ratios": 8.0, "responses": 8}, "state": {"shift": B}}
+    loss = make_loss(name, **{"beta": B} | settings)
+    reference = tensor(*REFERENCE) if loss.needs_reference else None
+    losses, metrics = compute(loss, logps, reference, torch.tensor(LENGTHS), **context)
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx(values, rel=1e-12, abs=1e-12)
+    assert logps.grad[:, 0].tolist() == pytest.approx(chosen, rel=1e-12, abs=1e-12)
+    assert logps.grad[:, 1].tolist() == pytest.approx(rejected, rel=1e-12, abs=1e-12)
+    assert metrics["loss"].tolist() == losses.tolist()
+
+
+def test_every_loss_has_its_case():
+    assert {*CASES, "sft", "orpo"} == set(LOSSES)
+
+
+def test_orpo_adds_the_likelihood_and_the_weighted_log_odds_ratio():
+    """Means -B, -2 B: probabilities 1/2, 1/4, odds 1, 1/3, ratio 3, s = 3/4; then the other way round, s = 1/4.
+
+    With beta = 1/2: B + ln(4/3) / 2 and 2 B + ln(4) / 2. The slope of log odds is 1 / (1 - p): 2 and 4/3, or 4/3 and 2,
+    that of the mean 1 over the length, and that of the term -beta (1 - s).
+    """
+    lengths = torch.tensor([[2, 3], [1, 4]])
+    logps = (-B * tensor([1.0, 2.0], [2.0, 1.0]) * lengths).requires_grad_()
+    losses = compute(make_loss("orpo"), logps, None, lengths)[0]
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([B + ln(4 / 3) / 2, 2 * B + ln(4) / 2], rel=1e-12)
+    assert logps.grad[0].tolist() == pytest.approx([(-1 - 1 / 8 * 2) / 2, 1 / 8 * 4 / 3 / 3], rel=1e-12)
+    assert logps.grad[1].tolist() == pytest.approx([-1 - 3 / 8 * 4 / 3, 3 / 8 * 2 / 4], rel=1e-12)
+
+
+def test_orpo_stays_finite_for_certain_and_impossible_responses():
+    logps = tensor([-1e-9, -5000.0]).requires_grad_()
+    losses = compute(make_loss("orpo"), logps, None, torch.tensor([[1, 2]]))[0]
+    losses.sum().backward()
+    assert losses.isfinite().all() and logps.grad.isfinite().all()
+
+
+# Symmetries and limits
+
+
+def pair_losses(name, *h, **settings):
+    """Return a loss of h at each of some h."""
+    return make_loss(name, **settings).pair_losses(tensor(*h)).tolist()
+
+
+def ratio_losses(name, chosen, rejected, **settings):
+    """Return a loss of two log-ratios."""
+    return make_loss(name, **settings).ratio_losses(tensor(chosen), tensor(rejected), Context()).item()
+
+
+@pytest.mark.parametrize("h", [-3.0, 0.0, 2.0])
+def test_the_mean_of_robust_dpo_over_flipped_labels_is_dpo(h):
+    """A share eps of flips: (1 - eps) L(h) + eps L(-h) is the loss of the right label."""
+    right, flipped = pair_losses("robust", h, -h, label_smoothing=0.2)
+    assert 0.8 * right + 0.2 * flipped == pytest.approx(pair_losses("dpo", h)[0], rel=1e-12)
+
+
+def test_robust_and_length_regularized_dpo_and_dpop_without_their_terms_are_dpo():
+    assert pair_losses("robust", 2.0, label_smoothing=0.0) == pair_losses("dpo", 2.0)
+    case = tensor(*POLICY), tensor(*REFERENCE), torch.tensor([[9, 2], [1, 5]])
+    expected = compute(make_loss("dpo"), *case)[0].tolist()
+    assert compute(make_loss("rdpo", alpha=0.0), *case)[0].tolist() == pytest.approx(expected, rel=1e-12)
+    assert compute(make_loss("dpop", penalty=0.0), *case)[0].tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_length_regularized_dpo_asks_less_of_a_longer_chosen_response():
+    case = tensor([-4.0, -8.0], [-4.0, -8.0]), tensor([-5.0, -7.0], [-5.0, -7.0]), torch.tensor([[9, 2], [2, 9]])
+    longer, shorter = compute(make_loss("rdpo"), *case)[0].tolist()
+    assert longer < shorter
+
+
+def test_exo_is_smallest_where_the_policy_prefers_as_the_smoothed_labels():
+    """p = 1 - eps = 3/4 at beta h = ln 3, where both logarithms are 0."""
+    best = ln(3) / 0.5
+    lowest, below, above = pair_losses("exo", best, best - 0.1, best + 0.1, label_smoothing=0.25)
+    assert lowest == pytest.approx(0, abs=1e-15) and below > 0 and above > 0
+
+
+def test_discopop_is_the_logistic_loss_for_wrong_pairs_and_the_exponential_for_right_ones():
+    """At temperature 0.05 and beta h = -5 and 5, m is e^-100 and 1; at -1,000 the exponential alone would overflow."""
+    wrong, right, hopeless = pair_losses("discopop", -10.0, 10.0, -2000.0, temperature=0.05)
+    assert wrong == pytest.approx(math.log1p(math.exp(5)), rel=1e-12)
+    assert right == pytest.approx(math.exp(-5), rel=1e-12)
+    assert hopeless == pytest.approx(1000, rel=1e-12)
+
+
+def test_dpop_is_dpo_for_chosen_responses_that_gained():
+    assert ratio_losses("dpop", 0.5, 0.2) == pytest.approx(pair_losses("dpo", 0.3)[0], rel=1e-12)
+    assert ratio_losses("dpop", -0.5, -0.8) > pair_losses("dpo", 0.3)[0]
+
+
+def test_nca_is_smallest_at_a_chosen_reward_of_log_2():
+    """beta = 1/2: a_w = 2 ln 2; the rejected reward has no bound, and its loss falls with it."""
+    best = ratio_losses("nca", 2 * B, 0.0)
+    assert best < min(ratio_losses("nca", 2 * B - 0.1, 0.0), ratio_losses("nca", 2 * B + 0.1, 0.0))
+    assert ratio_losses("nca", 0.0, -9.0) < ratio_losses("nca", 0.0, -8.0)
+
+
+def test_apo_moves_the_chosen_response_up_or_down():
+    assert ratio_losses("apo_zero", 1.0, 0.0) < ratio_losses("apo_zero", 0.0, 0.0) == 1
+    assert ratio_losses("apo_down", -1.0, -2.0) < ratio_losses("apo_down", 0.0, -1.0)
+    assert ratio_losses("apo_down", 0.0, 0.0) == 1
+
+
+def test_sppo_is_0_where_log_ratios_are_its_targets():
+    assert ratio_losses("sppo", 5.0, -5.0, beta=0.1) == pytest.approx(0, abs=1e-12)
+
+
+def test_simpo_looks_at_lengths_and_not_at_a_reference():
+    """The same sums over other lengths: means -2, -4 and -4, -2, so the margin of 2 B turns into -2 B."""
+    loss = make_loss("simpo", beta=B, gamma=0.0)
+    losses = compute(loss, tensor([-4.0, -8.0], [-8.0, -4.0]), None, torch.tensor([[2, 2], [2, 2]]))[0].tolist()
+    assert losses == pytest.approx([ln(5 / 4), ln(5)], rel=1e-12)
+    assert not any(make_loss(name).needs_reference for name in ("simpo", "orpo", "cpo"))
+
+
+def test_cpo_can_sum_the_likelihood_over_tokens_as_its_paper_does():
+    """As in the case above, with -log pi(y_w) = 4 and 6."""
+    loss = make_loss("cpo", beta=B, nll_weight=3.0, average_nll=False)
+    losses = compute(loss, tensor(*POLICY), None, torch.tensor(LENGTHS))[0].tolist()
+    assert losses == pytest.approx([ln(17 / 16) + 12, ln(5) + 18], rel=1e-12)
+
+
+def test_ktos_divergence_is_at_least_0():
+    """A policy equal to its reference: both sigmoids are 1/2, whatever a negative estimate says."""
+    case = tensor([-4.0, -8.0]), tensor([-4.0, -8.0]), torch.tensor([[2, 2]])
+    for estimate in (0.0, -3.0):
+        losses = compute(make_loss("kto"), *case, sums={"log_ratios": estimate, "responses": 2})[0]
+        assert losses.tolist() == [0.5]
+
+
+def test_kto_estimates_its_divergence_from_mismatched_pairs():
+    """Log-ratios -3 + 4, -1 + 1, -2 + 5 and -5 + 4 of 4 responses sum to 3.
+
+    After the prompt of 9 tokens a response is cut to 5, since no example is longer than 9 + 5.
+    """
+    examples = make_examples([(9, 5, 3), (4, 2, 8)])
+    seen = []
+
+    def logps(mismatched):
+        seen.extend(mismatched)
+        return torch.tensor([[-3.0, -1.0], [-2.0, -5.0]]), torch.tensor([[-4.0, -1.0], [-5.0, -4.0]])
+
+    assert make_loss("kto").batch_sums(iter(examples), logps) == {"log_ratios": 3.0, "responses": 4}
+    assert [example.prompt for example in seen] == [example.prompt for example in examples]
+    assert seen[0].responses == (examples[1].responses[0], examples[1].responses[1][:5])
+    assert seen[1].responses == examples[0].responses
+
+
+def test_bcos_shift_is_a_moving_average_of_the_mean_reward():
+    """Mean rewards 2 and 4: mean 3. From 0: 0.1 * 3 = 0.3. Then rewards 1 and 0: 0.9 * 0.3 + 0.1 * 0.5 = 0.32."""
+    loss = make_loss("bco", shift_decay=0.9)
+    first = loss.next_state({}, {"rewards_train/chosen": 2.0, "rewards_train/rejected": 4.0})
+    second = loss.next_state(first, {"rewards_train/chosen": 1.0, "rewards_train/rejected": 0.0})
+    assert (first["shift"], second["shift"]) == pytest.approx((0.3, 0.32), rel=1e-12)
+    assert make_loss("dpo").next_state({}, {}) == {}
+
+
+def test_bcos_first_batch_has_no_shift():
+    """Policy and reference are equal: -log(1/2) twice."""
+    case = tensor([-4.0, -8.0]), tensor([-4.0, -8.0]), torch.tensor([[2, 2]])
+    assert compute(make_loss("bco"), *case)[0].tolist() == pytest.approx([2 * B], rel=1e-12)
+
+
+def test_sft_can_average_over_an_examples_or_the_batchs_tokens():
+    """Sums 12 of 4 tokens and 4 of 2: means 3 and 2. In a batch of 3 examples and 9 tokens: 12 * 3/9 and 4 * 3/9."""
+    arguments = tensor([-12.0], [-4.0]), None, torch.tensor([[4], [2]])
+    assert compute(make_loss("sft", normalize="example"), *arguments)[0].tolist() == [3.0, 2.0]
+    loss = make_loss("sft", normalize="tokens")
+    losses, metrics = compute(loss, *arguments, sums={"examples": 3, "tokens": 9})
+    assert losses.tolist() == pytest.approx([4.0, 4 / 3], rel=1e-12)
+    assert metrics["logps/chosen"].tolist() == [-12.0, -4.0]
+    examples = [respond([1], [5, 6, 7]), respond([1, 2], [8])]
+    assert loss.batch_sums(iter(examples), None) == {"examples": 2, "tokens": 4}
+    assert make_loss("sft").batch_sums(iter(examples), None) == {}
 
 
 def test_metrics_are_means_over_examples_not_over_passes():

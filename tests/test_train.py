@@ -67,9 +67,9 @@ json.dump(answers, sys.stdout)
 """
 TINY_MODEL = ("loss=dpo", "model=tiny", "max_length=64", "max_prompt_length=32")
 MISTYPED = {
-    ("model=gpt2",): "You must specify 'loss', e.g, loss=<OPTION> Available options: dpo hinge ipo sft",
+    ("model=gpt2",): "You must specify 'loss', e.g, loss=<OPTION> Available options: apo_down apo_zero bco",
     ("loss=dpo",): "model.name_or_path: is missing; set model.name_or_path=VALUE, ",
-    ("loss=dpoo",): "loss=dpoo: there is no such file in config/loss/; choose one of dpo hinge ipo sft; did you mean ",
+    ("loss=dpoo",): "loss=dpoo: there is no such file in config/loss/; choose one of apo_down apo_zero bco",
     ("loss=dpo", "model=gpt22"): "model=gpt22: there is no such file in config/model/; choose one of blank_model",
     ("-m", "loss=dpo,sftt", "model=tiny"): "loss=sftt: there is no such file in config/loss/; choose one of dpo hinge",
     ("loss=dpo", "bacth_size=3"): "bacth_size: there is no such setting; did you mean batch_size?",

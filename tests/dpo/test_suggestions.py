@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from dpo.aliases import ALIASES, BATCH_SIZE, TABLE
+from dpo.aliases import ALIASES, TABLE
+from dpo.answers import BATCH_SIZE
 from dpo.config_files import read_config_files
 from dpo.suggestions import find_wrong_words, suggest, suggest_option
 
@@ -109,7 +110,14 @@ def test_the_batch_size_of_the_examples_is_the_default():
         ("beta", "0.2", "use loss.beta=0.2"),
         ("loss_type", "sigmoid", "use loss=dpo"),
         ("loss_type", "[ipo]", "use loss=ipo"),
-        ("loss_type", "bco_pair", "use loss, the name of a file in config/loss/; "),
+        ("loss_type", "bco_pair", "use loss=bco"),
+        ("loss_type", "aot", "use loss, the name of a file in config/loss/"),
+        ("lr_scheduler_type", "cosine", "use scheduler=cosine"),
+        ("lr_scheduler_type", "polynomial", "use scheduler: constant, linear, cosine or wsd"),
+        ("momentum", "0.9", "use optimizer_args={momentum: 0.9}"),
+        ("rpo_alpha", "1.0", "use loss.nll_weight=1.0"),
+        ("use_weighting", "true", "use loss.token_weights=wpo"),
+        ("optim", "adamw_bnb_8bit", "use optimizer=AdamW8bit"),
         ("dataset", "[hh,shp]", "use datasets=[hh,shp], "),
         ("dataset.split", "train", "use datasets, "),
         ("optim", "adamw_torch", "use optimizer=AdamW"),
@@ -201,7 +209,7 @@ def test_a_group_of_settings_is_no_setting_itself():
         ("loss", "dpoo", "; did you mean dpo?"),
         ("loss", "sigmoid", "; use loss=dpo"),
         ("loss", "cdpo", "; use loss=dpo loss.label_smoothing=0.1"),
-        ("loss", "zebra", " sft"),
+        ("loss", "zebra", " sppo"),
         ("model", "gpt22", "; did you mean gpt2?"),
         ("model", "pythia-28", "; did you mean pythia28?"),
         ("model", "gpt7", "; use model.name_or_path=gpt7, a folder or a name on the hub"),
