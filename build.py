@@ -139,9 +139,9 @@ def load_models(settings: Settings, loss: Loss, inputs: Inputs, known: LayoutCho
     # A cached reference meets the policy in other passes from the second epoch on, where bfloat16 logits would differ.
     float32_head = loss.needs_reference and loss.cached_reference and dtype != torch.float32
     modules = [ResponseLogps.wrap(model, float32_head) for model in models]
-    modules[0].with_collisions = loss.needs_collisions
     examples = next(iter(inputs.eval_batches.from_start())).examples
     choice = choose_layout(modules[0], modules, examples, settings.layout, settings.max_length, dtype, known)
+    modules[0].with_collisions = loss.needs_collisions
     for model in models if settings.compile else ():
         compile_layers(model)
     packer = Packer(choice.layout, tokens_per_pass(settings.max_tokens_per_pass, device), device)

@@ -14,7 +14,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive 
 import hydra
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import trainers as bpe
 from transformers import (
@@ -29,9 +29,10 @@ from transformers import (
 
 from build import Inputs, build_trainer, load_inputs
 from dpo.jsonl import read_jsonl
+from dpo.objectives import Loss
 from dpo.runs import RunDir
 from dpo.settings import Settings, default_values, flatten, validate
-from losses import LOSSES, Loss
+from losses import LOSSES
 from trainers import BasicTrainer
 from utils import register_resolvers
 
@@ -128,6 +129,12 @@ def validated(*overrides: str) -> tuple[Settings, Loss]:
     """Return the settings and the loss of a command line; UserError as the command line."""
     config = compose(*overrides)
     return validate(flatten(config), default_values(ROOT / "config", config.loss.name), LOSSES)
+
+
+def make_loss(name: str, **settings: object) -> Loss:
+    """Make a loss with the defaults of its YAML file, but for the given settings."""
+    defaults = OmegaConf.to_container(OmegaConf.load(ROOT / "config" / "loss" / f"{name}.yaml"))
+    return LOSSES[name](**{key: value for key, value in defaults.items() if key != "name"} | settings)
 
 
 def inputs_of(*overrides: str) -> Inputs:

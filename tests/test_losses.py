@@ -5,8 +5,7 @@ import math
 
 import pytest
 import torch
-import yaml
-from conftest import ROOT
+from conftest import make_loss as default_loss
 from tiny_models import make_examples, respond
 
 import trainers
@@ -27,13 +26,8 @@ def tensor(*values):
 
 
 def make_loss(name, **settings):
-    """Make a loss with its defaults, but for beta=0.5 and the given settings."""
-    defaults = yaml.safe_load((ROOT / "config" / "loss" / f"{name}.yaml").read_text())
-    defaults = {
-        key: float(value) if isinstance(value, str) and "e-" in value else value for key, value in defaults.items()
-    }
-    defaults |= {"beta": 0.5} | settings
-    return LOSSES[name](**{key: value for key, value in defaults.items() if key in LOSSES[name].model_fields})
+    """Make a loss with its defaults, but for beta=0.5, where it has one, and the given settings."""
+    return default_loss(name, **({"beta": 0.5} if name != "sft" else {}) | settings)
 
 
 def compute(loss, logps, reference, lengths, **context):

@@ -1,7 +1,9 @@
 """Whole trainers: the first margin, and gradients against one sequence at a time."""
 
 import copy
+import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 import losses
 from dpo import logps
-from dpo.errors import RunError, UserError
+from dpo.objectives import mismatch
 from dpo.packing import LAYOUTS
 from dpo.sampling import distinct_prompts
 
@@ -144,6 +146,103 @@ def perturb(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+# Losses that depend on the whole batch
+
+BATCH_LOSSES = {
+    "sft": ("loss=sft", "loss.normalize=tokens"),
+    "kto": ("loss=kto", "loss.undesirable_weight=1.5"),
+    "bco": ("loss=bco", "loss.shift_decay=0.5"),
+    "wpo": ("loss=dpo", "loss.token_weights=wpo"),
+}
+
+
+@pytest.mark.parametrize("name", BATCH_LOSSES)
+def test_one_batch_split_three_ways_has_one_gradient(name, make_trainer):
+    """In one pass, in passes of 300 tokens, and in 4 parts; the policy is moved away from its reference first."""
+    trainer = make_trainer(*BATCH_LOSSES[name], "max_tokens_per_pass=100000", "lr=1e-30")
+    perturb(trainer.policy)
+    batch = next(iter(trainer.train_batches))
+    trainer.loss_state = {"shift": 0.3} if name == "bco" else {}
+    state = trainer.loss_state
+    gradients = []
+    for max_tokens, accumulation in ((100_000, 1), (300, 1), (100_000, 4)):
+        trainer.packer = dataclasses.replace(trainer.packer, max_tokens=max_tokens)
+        trainer.loss_state = state
+        gradients.append(gradient(trainer, batch, accumulation))
+    for other in gradients[1:]:
+        assert (other - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+
+
+def test_ktos_divergence_comes_from_all_mismatched_pairs_of_the_batch(make_trainer):
+    """Against sums of log-probabilities in float64, one unpadded sequence at a time."""
+    trainer = make_trainer("loss=kto", "max_tokens_per_pass=300", "lr=1e-30")
+    perturb(trainer.policy)
+    examples = next(iter(trainer.train_batches)).examples
+    policy = copy.deepcopy(trainer.policy.model).double()
+    reference = copy.deepcopy(trainer.reference.module.model).double()
+    expected = 0.0
+    with torch.no_grad():
+        for example in mismatch(examples):
+            for response in example.responses:
+                expected += sum_of_logps(policy, example.prompt, response).item()
+                expected -= sum_of_logps(reference, example.prompt, response).item()
+    sums = trainer.batch_sums(iter(examples))
+    assert sums["responses"] == 2 * len(examples) and sums["log_ratios"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_mean_over_tokens_is_that_of_the_whole_batch_and_of_the_whole_evaluation(make_trainer):
+    """Whatever eval_batch_size; the logged mean loss times the tokens is the sum of all."""
+    found = []
+    for size in (3, 8):
+        settings = ("max_tokens_per_pass=300", f"eval_batch_size={size}", "n_eval_examples=16")
+        trainer = make_trainer("loss=sft", "loss.normalize=tokens", *settings, "lr=1e-30")
+        batch = next(iter(trainer.train_batches))
+        metrics = trainer.train_step(batch)
+        n_tokens = sum(len(example.responses[0]) for example in batch.examples)
+        expected = -metrics["logps_train/chosen"] * len(batch.examples) / n_tokens
+        assert metrics["loss/train"] == pytest.approx(expected, rel=1e-6)
+        found.append(trainer.evaluate()["loss/eval"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_bcos_shift_moves_and_survives_a_checkpoint(make_trainer):
+    trainer = make_trainer("loss=bco", "loss.shift_decay=0.5", "lr=1e-3")
+    batches = iter(trainer.train_batches)
+    first = trainer.train_step(next(batches))
+    assert first["loss/train"] == pytest.approx(2 * math.log(2), rel=1e-6) and trainer.loss_state == {"shift": 0.0}
+    second = trainer.train_step(next(batches))
+    shift = (second["rewards_train/chosen"] + second["rewards_train/rejected"]) / 2 * 0.5
+    assert trainer.loss_state["shift"] == pytest.approx(shift, rel=1e-12) and shift != 0
+    states = trainer.state_dict([0, 0])
+    other = make_trainer("loss=bco", "loss.shift_decay=0.5", "lr=1e-3")
+    other.load_state_dict(states)
+    assert other.loss_state == trainer.loss_state
+    del states["run"]["loss"]  # as in a checkpoint of an earlier version
+    other.load_state_dict(states)
+    assert other.loss_state == {}
+
+
+WAYS = (
+    ("layout=shared_prefix", "max_tokens_per_pass=100000", "gradient_accumulation_steps=1"),
+    ("layout=padded", "max_tokens_per_pass=300", "gradient_accumulation_steps=4"),
+)
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_ten_updates_depend_on_no_layout_budget_or_accumulation(name, make_trainer):
+    """From a rate at which the losses move, each metric of each update within rounding, relative to its size."""
+    runs = []
+    for way in WAYS:
+        trainer = make_trainer(f"loss={name}", *way, "batch_size=4", "lr=1e-4", "warmup_steps=0", "optimizer=SGD")
+        steps = [trainer.train_step(batch) for batch, _ in zip(trainer.train_batches, range(10), strict=False)]
+        runs.append([{k: v for k, v in step.items() if "per_second" not in k} for step in steps])
+    assert len(runs[0]) == len(runs[1]) == 10
+    for one, other in zip(*runs, strict=True):
+        assert one.keys() == other.keys()
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-4)
+    assert runs[0][0]["loss/train"] != runs[0][-1]["loss/train"]
 
 
 # The schedule

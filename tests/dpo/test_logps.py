@@ -297,3 +297,26 @@ def test_a_float32_head_computes_logits_in_float32_of_the_hidden_states_of_a_bfl
     assert exact.dtype == torch.float32
     assert (exact - expected).abs().max() < 1e-5
     assert (plain - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_collisions_are_the_log_of_the_sum_of_squared_probabilities(separate, monkeypatch):
+    """In float64 from a pass of its own per response; logits are computed 7 tokens at a time, and 2 rows of softmax."""
+    model = tiny("GPT2")
+    (batch,) = make_microbatches(EXAMPLES, "padded", PLENTY)
+    module = ResponseLogps(model, separate)
+    plain = response_logps(module, batch)
+    monkeypatch.setattr("dpo.logps.CHUNK_BYTES", 0)
+    monkeypatch.setattr("dpo.logps.CHUNK_TOKENS", 7)
+    monkeypatch.setitem(FLOAT32_BYTES, "cpu", 4 * 97 * 2)
+    module.with_collisions = True
+    found = response_logps(module, batch)
+    assert torch.allclose(found.tokens, plain.tokens, atol=1e-6) and found.tokens.requires_grad
+    assert plain.collisions is None and not found.collisions.requires_grad
+    expected = []
+    with torch.no_grad():
+        for example in EXAMPLES:
+            for response in example.responses:
+                logits = model(torch.tensor([example.prompt + response])).logits[0, len(example.prompt) - 1 : -1]
+                expected.append(logits.double().softmax(-1).square().sum(-1).log())
+    assert torch.allclose(found.collisions.double(), torch.cat(expected), atol=1e-5)
