@@ -113,6 +113,8 @@ def optimizer_problems(settings: Settings) -> list[str]:
         kind = optimizer_class(name)
     except ImportError:
         return [f"optimizer={name}: needs torchao or bitsandbytes; pip install torchao, or use optimizer=AdamW"]
+    if settings.model.policy_dtype == "bfloat16" and name == "AdamW8bit" and not isinstance(kind, partial):
+        return [f"optimizer={name}: bitsandbytes loses small updates of bfloat16 parameters; pip install torchao"]
     taken = [key for key in inspect.signature(kind).parameters if key not in ("params", "lr", "weight_decay")]
     problems = []
     for key, value in arguments.items():
@@ -269,9 +271,11 @@ def bfloat16_note(parameters: Iterable[Parameter], lr: float, optimizer_name: st
 
 def extra_bytes(parameters: Sequence[Parameter], optimizer_name: str) -> int:
     """Return the bytes that weights, gradients and moments of bfloat16 parameters need more in float32."""
-    probe = torch.nn.Parameter(torch.zeros(2))
-    probe.grad = torch.ones(2)
-    optimizer = getattr(torch.optim, optimizer_name)([probe])
-    optimizer.step()
-    n_moments = sum(has_shape(value, probe.shape) for value in optimizer.state[probe].values())
+    n_moments = 0
+    if optimizer_name != "AdamW8bit":  # whose moments have 8 bits whatever the parameters have
+        probe = torch.nn.Parameter(torch.zeros(2))
+        probe.grad = torch.ones(2)
+        optimizer = getattr(torch.optim, optimizer_name)([probe])
+        optimizer.step()
+        n_moments = sum(has_shape(value, probe.shape) for value in optimizer.state[probe].values())
     return 2 * (2 + n_moments) * sum(parameter.numel() for parameter in parameters)

@@ -2,14 +2,26 @@
 
 import copy
 import io
+import sys
+import types
 
 import pytest
 import torch
+from conftest import TINY, inputs_of, validated
 from torch import Tensor
 from torch.nn import Parameter
 
 from dpo import optimizers
-from dpo.optimizers import StochasticRoundingOptimizer, bfloat16_note, make_optimizer, movable_share, stochastic_round
+from dpo.errors import UserError
+from dpo.optimizers import (
+    OptimizerOptions,
+    StochasticRoundingOptimizer,
+    bfloat16_note,
+    make_optimizer,
+    movable_share,
+    optimizer_problems,
+    stochastic_round,
+)
 
 NAMES = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD")
 MAX = torch.finfo(torch.bfloat16).max
@@ -293,9 +305,174 @@ def test_a_step_of_exactly_half_an_ulp_counts():
 
 def test_the_note_gives_the_share_and_the_memory():
     parameters = [Parameter(torch.ones(1_000, 1_000, dtype=torch.bfloat16)), Parameter(torch.ones(5))]
-    expected = {"SGD": "0.004 GB", "RMSprop": "0.006 GB", "Adam": "0.008 GB"}
+    expected = {"SGD": "0.004 GB", "RMSprop": "0.006 GB", "Adam": "0.008 GB", "AdamW8bit": "0.004 GB"}
     for name, memory in expected.items():
         note = bfloat16_note(parameters, 5e-7, name)
         assert "model.policy_dtype=bfloat16: " in note and "\n" not in note
         assert "lr=5e-07 is below the rounding of 100.0% of the weights" in note and memory in note
     assert bfloat16_note(parameters[1:], 5e-7, "RMSprop") is None
+
+
+# Arguments, weight decay, Muon, 8 bits
+
+
+def policy_of(*shapes: tuple[int, ...]) -> torch.nn.Module:
+    """Return a module with an embedding, whose weight is tied to a head, and parameters of some shapes."""
+    module = torch.nn.Module()
+    module.embedding = torch.nn.Embedding(5, 4)
+    module.head = torch.nn.Linear(4, 5, bias=False)
+    module.head.weight = module.embedding.weight
+    module.layers = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(shape)) for shape in shapes])
+    return module
+
+
+def options_of(module: torch.nn.Module, *overrides: str) -> OptimizerOptions:
+    """Return the options that a command line chooses."""
+    return OptimizerOptions.of(validated("loss=dpo", *TINY, *overrides)[0], module)
+
+
+def test_weight_decay_acts_on_matrices_alone():
+    """SGD with lr 1/2 and decay 1/4 of a zero gradient: 1 - 1/8; a bias stays."""
+    module = policy_of((3, 4), (4,), ())
+    parameters = list(module.layers)
+    optimizer = make_optimizer("SGD", parameters, 0.5, options_of(module, "weight_decay=0.25"))
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert [float(parameter.detach().max()) for parameter in parameters] == [0.875, 1.0, 1.0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0]
+
+
+def test_without_weight_decay_the_optimizers_default_holds_for_all():
+    module = policy_of((3, 4), (4,))
+    (group,) = make_optimizer("AdamW", module.layers, 0.5, options_of(module)).param_groups
+    assert group["weight_decay"] == 0.01 and len(group["params"]) == 2
+    (group,) = make_optimizer("SGD", list(module.layers)[:1], 0.5, options_of(module, "weight_decay=0.1")).param_groups
+    assert len(group["params"]) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_arguments_reach_the_constructor(dtype):
+    module = policy_of((3, 4)).to(dtype)
+    options = options_of(module, "optimizer_args={betas: [0.8, 0.9], eps: 1e-3}")
+    optimizer = make_optimizer("Adam", module.layers, 0.5, options)
+    (group,) = optimizer.param_groups
+    assert (tuple(group["betas"]), group["eps"], group["lr"]) == ((0.8, 0.9), 1e-3, 0.5)
+    assert isinstance(optimizer, StochasticRoundingOptimizer) == (dtype == torch.bfloat16)
+
+
+def test_bfloat16_parameters_decay_in_their_groups():
+    module = policy_of((3, 4), (4,)).to(torch.bfloat16)
+    optimizer = make_optimizer("SGD", module.layers, 1.0, options_of(module, "weight_decay=0.5"))
+    for parameter in module.layers:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert [float(parameter.detach().max()) for parameter in module.layers] == [0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    "overrides, line",
+    [
+        (["optimizer_args={beta: 1}"], "optimizer_args.beta: RMSprop has no such argument; it takes alpha, eps, "),
+        (["optimizer_args={lr: 1}"], "optimizer_args.lr=1: is a setting of its own; use lr=1"),
+        (["optimizer_args={weight_decay: 1}"], "optimizer_args.weight_decay=1: is a setting of its own; use weight"),
+        (["optimizer=Adam", "optimizer_args={betas: 3}"], "optimizer_args={'betas': 3}: Adam does not take these ("),
+        (
+            ["optimizer=Adam", "optimizer_args={eps: -1}"],
+            "optimizer_args={'eps': -1}: Adam does not take these (Invali",
+        ),
+        (["optimizer=SGD", "optimizer_args={nesterov: true}"], "optimizer_args={'nesterov': True}: SGD does not take"),
+    ],
+)
+def test_arguments_are_checked_before_anything_loads(overrides, line, monkeypatch):
+    monkeypatch.setattr("build.load_model_config", lambda settings: pytest.fail("loaded"))
+    with pytest.raises(UserError) as error:
+        inputs_of("loss=dpo", *TINY, *overrides)
+    assert str(error.value).startswith(line) and "\n" not in str(error.value)
+
+
+def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest():
+    module = policy_of((3, 4), (4,), (2, 2, 2))
+    options = options_of(module, "optimizer=Muon", "optimizer_args={momentum: 0.5}")
+    optimizer = make_optimizer("Muon", list(module.parameters()), 0.5, options)
+    muon, adamw = optimizer.parts
+    assert [tuple(p.shape) for group in muon.param_groups for p in group["params"]] == [(3, 4)]
+    assert [tuple(p.shape) for group in adamw.param_groups for p in group["params"]] == [(5, 4), (4,), (2, 2, 2)]
+    (group,) = muon.param_groups
+    assert (group["momentum"], group["adjust_lr_fn"]) == (0.5, "match_rms_adamw")
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+def test_muon_and_adamw_step_as_torchs_own_and_resume_bit_for_bit():
+    module, twin = policy_of((3, 4), (4,)), policy_of((3, 4), (4,))
+    twin.load_state_dict(module.state_dict())
+    ours = make_optimizer("Muon", list(module.parameters()), 0.1, options_of(module, "optimizer=Muon"))
+    theirs = [
+        torch.optim.Muon([twin.layers[0]], lr=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([twin.embedding.weight, twin.layers[1]], lr=0.1),
+    ]
+    schedule = torch.optim.lr_scheduler.LambdaLR(ours, lambda t: 1 - t / 8)
+    for step in range(6):
+        if step == 3:
+            saved, rates = io.BytesIO(), schedule.state_dict()
+            torch.save(ours.state_dict(), saved)
+            ours = make_optimizer("Muon", list(module.parameters()), 9.0, options_of(module, "optimizer=Muon"))
+            schedule = torch.optim.lr_scheduler.LambdaLR(ours, lambda t: 1 - t / 8)
+            ours.load_state_dict(torch.load(io.BytesIO(saved.getvalue()), weights_only=True))
+            schedule.load_state_dict(rates)
+        for optimizer in theirs:
+            optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 8)
+        for a, b in zip(module.parameters(), twin.parameters(), strict=True):
+            a.grad = torch.randn(a.shape)
+            b.grad = a.grad.clone()
+        ours.step()
+        schedule.step()
+        ours.zero_grad(set_to_none=True)
+        for optimizer in theirs:
+            optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), twin.parameters(), strict=True)), step
+        assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_a_run_with_muon_trains_and_its_head_is_adamws(make_trainer):
+    trainer = make_trainer("loss=sft", "loss.normalize=tokens", "optimizer=Muon", "lr=1e-3", "warmup_steps=0")
+    muon, adamw = trainer.optimizer.parts
+    head = trainer.policy.head.weight
+    assert any(parameter is head for group in adamw.param_groups for parameter in group["params"])
+    assert all(parameter.dim() == 2 for group in muon.param_groups for parameter in group["params"])
+    losses = [trainer.train_step(batch)["loss/train"] for batch in trainer.train_batches]
+    assert losses[-1] < losses[0]
+
+
+def test_8_bit_adamw_is_refused_where_no_library_has_it(monkeypatch):
+    for name in ("torchao.optim", "bitsandbytes.optim"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError) as error:
+        inputs_of("loss=dpo", *TINY, "optimizer=AdamW8bit")
+    assert str(error.value) == (
+        "optimizer=AdamW8bit: needs torchao or bitsandbytes; pip install torchao, or use optimizer=AdamW"
+    )
+
+
+@pytest.mark.parametrize("library, stochastic", [("torchao", True), ("bitsandbytes", False)])
+def test_8_bit_adamw_is_that_of_the_library_that_is_there(library, stochastic, monkeypatch):
+    """The libraries are heavy and optional, so theirs is stood for by one that keeps its arguments."""
+
+    class AdamW8bit(torch.optim.AdamW):
+        def __init__(self, params, lr, *, bf16_stochastic_round=False, block_size=256, **others):
+            super().__init__(params, lr, **others)
+            self.kept = (bf16_stochastic_round, block_size)
+
+    for name in ("torchao", "bitsandbytes"):
+        module = types.SimpleNamespace(AdamW8bit=AdamW8bit) if name == library else None
+        monkeypatch.setitem(sys.modules, f"{name}.optim", module)
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(optim=module) if module else None)
+    choice = ("loss=dpo", *TINY, "optimizer=AdamW8bit", "optimizer_args={block_size: 64}", "weight_decay=0")
+    settings = validated(*choice)[0]
+    assert optimizer_problems(settings) == []
+    in_bfloat16 = optimizer_problems(validated(*choice, "precision=auto", "model.policy_dtype=bfloat16")[0])
+    lost = "optimizer=AdamW8bit: bitsandbytes loses small updates of bfloat16 parameters; pip install torchao"
+    assert in_bfloat16 == ([] if stochastic else [lost])
+    module = policy_of((3, 4), (4,)).to(torch.bfloat16)
+    optimizer = make_optimizer("AdamW8bit", module.layers, 0.1, OptimizerOptions.of(settings, module))
+    assert optimizer.kept == (stochastic, 64)

@@ -74,6 +74,11 @@ def test_a_list_of_losses_is_refused():
         ),
         ("loss.label_smoothing=0.5", "loss.label_smoothing=0.5: must be a number from 0, below 0.5"),
         ("loss.beta=x", "loss.beta=x: must be a number above 0"),
+        ("loss.divergence=kl", "loss.divergence=kl: must be one of reverse_kl, forward_kl, js, alpha"),
+        ("loss.ld_alpha=0", "loss.ld_alpha=0: must be a number above 0, at most 1"),
+        ("optimizer_args=3", "optimizer_args=3: must be {NAME: VALUE, ...}, or null"),
+        ("scheduler=polynomial", "scheduler=polynomial: must be one of constant, linear, cosine, wsd"),
+        ("min_lr_ratio=1", "min_lr_ratio=1: must be a number from 0, below 1"),
         ("loss.name=dpoo", f"loss.name=dpoo: must be one of {', '.join(LOSSES)}"),
     ],
 )
@@ -88,7 +93,16 @@ def test_a_missing_model_is_one_line_whatever_is_interpolated_from_it():
 
 @pytest.mark.parametrize(
     "loss, override",
-    [("sft", "+loss.beta=0.1"), ("ipo", "+loss.label_smoothing=0.1"), ("dpo", "+loss.average_log_prob=true")],
+    [
+        *(("sft", "+loss.beta=0.1"), ("ipo", "+loss.label_smoothing=0.1"), ("dpo", "+loss.average_log_prob=true")),
+        *(("simpo", "+loss.precompute_reference=true"), ("nca", "+loss.reference_free=true")),
+        *(("orpo", "+loss.nll_weight=1"), ("kto", "+loss.precompute_reference=true"), ("sppo", "+loss.ld_alpha=0.5")),
+        *(
+            ("hinge", "+loss.divergence=js"),
+            ("cpo", "+loss.token_weights=wpo"),
+            ("rdpo", "+loss.length_normalize=true"),
+        ),
+    ],
 )
 def test_a_setting_that_the_loss_does_not_read_is_refused(loss, override):
     key = override[1:].partition("=")[0]
@@ -115,6 +129,12 @@ def test_a_setting_of_another_trainer_is_answered_with_the_value_that_was_typed(
         ),
         (["loss.precompute_reference=true", "model.reference_dtype=float16"], "must be null"),
         (["loss.precompute_reference=true", "loss.reference_free=true"], "has nothing to precompute"),
+        (["loss.ld_alpha=0.5", "loss.precompute_reference=true"], "the cache holds no log-probabilities of tokens"),
+        (["loss.ld_alpha=0.5", "loss.length_normalize=true"], "each is a correction for length"),
+        (["loss.divergence=js", "loss.reference_free=true"], "without a reference there is no divergence from it"),
+        (["loss=kto", "batch_size=1"], "so batch_size must be 2 or more"),
+        (["min_lr_ratio=0.1"], "scheduler=constant min_lr_ratio=0.1: a constant learning rate does not fall"),
+        (["optimizer=Muon", "precision=auto", "model.policy_dtype=bfloat16"], "Muon's steps cannot be rounded"),
         (["keep_policies=true"], "every checkpoint is kept anyway"),
         (["save_every=8", "debug=true"], "debug=true writes no checkpoints"),
         (["model.archive=nowhere/policy.pt"], "model.archive=nowhere/policy.pt: no such file"),
