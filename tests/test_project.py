@@ -72,7 +72,11 @@ def test_constraints_pin_one_version_in_the_range_of_each_requirement(file):
 
 
 def test_every_library_that_the_code_imports_is_a_dependency_and_no_other_one_is():
-    assert imported(CODE) - FIXED == by_name(project()["dependencies"]).keys()
+    table = project()
+    extras = {
+        name for extra, lines in table["optional-dependencies"].items() if extra != "dev" for name in by_name(lines)
+    }
+    assert imported(CODE) - FIXED == by_name(table["dependencies"]).keys() | extras
 
 
 def test_dev_holds_the_libraries_that_only_tests_import_and_the_tools():

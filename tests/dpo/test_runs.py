@@ -11,12 +11,15 @@ import pytest
 import torch
 from conftest import GOLDENS, ROOT, Run
 from faults import BUSY, again, at_event, command_line, few_rows, fresh, kill
+from omegaconf import OmegaConf
 
 import build
 import trainers
 from dpo import checkpoints
 from dpo.archives import load_archive
 from dpo.devices import platform
+from dpo.errors import UserError
+from dpo.runs import override_run_config
 
 FIXTURES = ROOT / "tests" / "fixtures"
 TINY_GPT2 = GOLDENS / "tiny-gpt2"
@@ -101,6 +104,23 @@ def test_a_setting_that_matters_is_refused_and_the_way_to_a_new_run_named(copied
         "max_grad_norm=1.0: a resumed run keeps max_grad_norm=10.0; leave this out,"
         f" or start a new run, which can begin with model.archive={copied}/LATEST/policy.pt"
     )
+
+
+@pytest.mark.parametrize("override", ["n_epochs=2", "n_examples=80", "n_examples=null"])
+def test_a_schedule_that_knows_the_runs_length_refuses_a_longer_one(override):
+    stored = {"n_epochs": 1, "n_examples": 40, "lr": 0.1}
+    key, _, value = override.partition("=")
+    with pytest.raises(UserError) as error:
+        override_run_config(OmegaConf.create(stored | {"scheduler": "cosine"}), [override], list(stored))
+    assert str(error.value) == (
+        f"{key}={value}: scheduler=cosine lowers the learning rate over the run's {key}={stored[key]},"
+        " so a longer run is another one; start it anew"
+    )
+    for scheduler in ({"scheduler": "constant"}, {}):  # runs of earlier versions have no scheduler
+        config = OmegaConf.create(stored | scheduler)
+        assert override_run_config(config, [override], list(stored)).keys() == {key}
+    cosine = OmegaConf.create(stored | {"scheduler": "cosine"})
+    assert override_run_config(cosine, [f"{key}={stored[key]}"], list(stored)) == {}
 
 
 @pytest.mark.parametrize("old, new", [("lr: 0.001", "lr: 0.002"), ("max_grad_norm: 10.0", "max_grad_norm: 1.0")])
