@@ -34,7 +34,7 @@ from dpo.models import (
 from dpo.objectives import Loss
 from dpo.optimizers import bfloat16_note, optimizer_problems
 from dpo.packing import LAYOUTS, Packer
-from dpo.references import CachedReference, ModelReference, Precomputation, Reference
+from dpo.references import CachedReference, ModelReference, Precomputation, Reference, SyncedReference
 from dpo.runs import RunDir
 from dpo.sampling import Sampler, distinct_prompts
 from dpo.settings import Settings
@@ -219,6 +219,8 @@ def make_reference(
     settings: Settings, loss: Loss, inputs: Inputs, models: Models, sampler: Sampler, run: RunDir
 ) -> Reference | None:
     """Return the reference that the loss needs: the second model, or a cache that the policy fills now, or None."""
+    if models.reference is not None and settings.sync_reference:
+        return SyncedReference(models.reference, models.policy, sampler, settings.sync_reference, settings.sync_mix)
     if models.reference is not None:
         is_mixed = models.policy.model.dtype != models.dtype  # then training computes under autocast, else as it is
         dtype = models.dtype if is_mixed else models.reference.model.dtype

@@ -21,6 +21,7 @@ from dpo.objectives import (
     PairLoss,
     PreferenceLoss,
     ReferenceLoss,
+    Sums,
     WeightOptions,
     logsigmoid,
     mismatch,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from dpo.examples import TokenizedExample
     from dpo.logps import Logps
-    from dpo.objectives import ComputeLogps, Metrics, Sums
+    from dpo.objectives import ComputeLogps, Metrics
 
 
 class SFT(Loss):

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dpo.examples import Batch, BatchIterator, TokenizedExample
 from dpo.export import export_model
 from dpo.logps import ResponseLogps, response_logps
 from dpo.metrics import BatchMetrics, MetricLogger
-from dpo.objectives import Context, Loss
+from dpo.objectives import NOTHING, Context, Loss, Sums
 from dpo.optimizers import OptimizerOptions, make_optimizer
 from dpo.packing import PackedBatch, Packer
 from dpo.references import Reference, sums_of_logps
@@ -61,11 +61,11 @@ class BasicTrainer:
         options = OptimizerOptions.of(settings, self.policy)
         self.optimizer = make_optimizer(settings.optimizer, self.policy.parameters(), settings.lr, options)
         self.scheduler = make_scheduler(settings, self.optimizer, len(train_batches))
-        self.loss_state: Mapping[str, float] = {}  # what the loss keeps of earlier batches
+        self.loss_state: Sums = {}  # what the loss keeps of earlier batches
         self.examples = self.updates = 0
         self.position = dict(train_batches.position)  # of train_batches, after the last update
         self.next_eval: float = 0 if settings.do_first_eval else settings.eval_every
-        self.next_save = self.next_multiple(settings.save_every)
+        self.next_save = next_multiple(self.examples, settings.save_every)
         self.truncated: Counter[str] = Counter()
 
     def prepare(self, policy: ResponseLogps) -> ResponseLogps:
@@ -110,6 +110,8 @@ class BasicTrainer:
         self.scheduler.step()
         self.examples += len(batch.examples)
         self.updates += 1
+        if self.reference is not None:
+            self.reference.after_update(self.updates)
         self.position = batch.position
         self.truncated.update(what for example in batch.examples for what in example.truncated)
         means = metrics.means("train")  # reading them waits for the device, so the clock is read after it
@@ -129,12 +131,10 @@ class BasicTrainer:
         compute = partial(sums_of_logps, self.policy, self.reference, self.packer)
         return self.loss.batch_sums(examples, compute)
 
-    def losses(
-        self, batch: PackedBatch, metrics: BatchMetrics, sums: Mapping[str, float] | None = None
-    ) -> torch.Tensor:
+    def losses(self, batch: PackedBatch, metrics: BatchMetrics, sums: Sums = NOTHING) -> torch.Tensor:
         """Return the losses of a microbatch, (examples,), and add its metrics, one value per example."""
         reference_logps = None if self.reference is None else self.reference.logps(batch)
-        context = Context(batch.examples, sums or {}, self.loss_state)
+        context = Context(batch.examples, sums, self.loss_state)
         losses, values = self.loss(response_logps(self.policy, batch), reference_logps, context)
         lengths = batch.lengths.float().unbind(1)
         values |= {f"lengths/{side}": n for side, n in zip(("chosen", "rejected"), lengths, strict=False)}
@@ -150,10 +150,6 @@ class BasicTrainer:
         return autocast(self.policy.model.dtype, self.dtype, self.device)
 
     # Evaluation and samples
-
-    def next_multiple(self, interval: int | None) -> float:
-        """Return the next multiple of an interval that the number of examples has yet to reach; infinity for None."""
-        return math.inf if interval is None else (self.examples // interval + 1) * interval
 
     def eval_due(self) -> bool:
         """Return whether the number of examples has reached a multiple of eval_every since the last evaluation."""
@@ -186,7 +182,7 @@ class BasicTrainer:
             self.save(metrics, logs=before)
             self.export()
         else:
-            self.next_eval = self.next_multiple(self.settings.eval_every)
+            self.next_eval = next_multiple(self.examples, self.settings.eval_every)
             self.save(metrics)
 
     @torch.no_grad()
@@ -220,7 +216,7 @@ class BasicTrainer:
         """
         if self.settings.debug or not self.examples:
             return
-        self.next_save = self.next_multiple(self.settings.save_every)
+        self.next_save = next_multiple(self.examples, self.settings.save_every)
         keep = (self.settings.keep_checkpoints, self.settings.keep_policies)
         with actionable_errors("while saving a checkpoint, which gathers all weights and the optimizer's state"):
             states = self.state_dict(self.logger.sizes() if logs is None else logs)
@@ -238,6 +234,7 @@ class BasicTrainer:
             "counters": {name: getattr(self, name) for name in COUNTERS},
             "truncated": dict(self.truncated),
             "loss": dict(self.loss_state),
+            "reference": {} if self.reference is None else self.reference.state_dict(),
             "logs": logs,
             "random": random_states(),
             "identity": self.run.identity,
@@ -266,9 +263,11 @@ class BasicTrainer:
             for name in COUNTERS:
                 setattr(self, name, run["counters"][name])
             self.train_batches.position = dict(self.position)
-            self.next_save = self.next_multiple(self.settings.save_every)
+            self.next_save = next_multiple(self.examples, self.settings.save_every)
             self.truncated = Counter(run["truncated"])
             self.loss_state = dict(run.get("loss", {}))  # checkpoints of earlier versions have none
+            if self.reference is not None:
+                self.reference.load_state_dict(run.get("reference", {}))
             self.logger.cut(run["logs"])
             now = self.surroundings()
             changed = [f"{k} was {v}, is {now.get(k)}" for k, v in run["surroundings"].items() if now.get(k) != v]
@@ -284,6 +283,11 @@ class BasicTrainer:
     def log(self, metrics: dict[str, float], thin: bool = False) -> None:
         """Log metrics with the numbers of examples and updates."""
         self.logger.log({"examples": self.examples, "updates": self.updates} | metrics, thin)
+
+
+def next_multiple(n: int, interval: int | None) -> float:
+    """Return the next multiple of an interval above n; infinity for None."""
+    return math.inf if interval is None else (n // interval + 1) * interval
 
 
 def check_finite(metrics: BatchMetrics, grad_norm: torch.Tensor, update: int, folder: Path) -> None:

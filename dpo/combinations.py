@@ -8,6 +8,8 @@ from typing import Any
 
 from dpo.suggestions import written
 
+WITHOUT_REFERENCE = ("sft", "simpo", "orpo", "cpo")  # losses; a test compares it with the losses themselves
+
 
 def combination_problems(values: Mapping[str, Any], wrong_keys: Sequence[str]) -> list[str]:
     """Return one line per combination of settings, each valid by itself, that cannot be honoured."""
@@ -43,16 +45,8 @@ def combination_problems(values: Mapping[str, Any], wrong_keys: Sequence[str]) -
             "computing in float32 needs model.policy_dtype=float32",
         )
     check_loss(check)
-    check(
-        "scheduler min_lr_ratio",
-        lambda name, ratio: name == "constant" and ratio,
-        "a constant learning rate does not fall; choose linear, cosine or wsd, or set min_lr_ratio=0",
-    )
-    check(
-        "optimizer model.policy_dtype",
-        lambda name, dtype: name == "Muon" and dtype == "bfloat16",
-        "Muon's steps cannot be rounded stochastically; use model.policy_dtype=float32",
-    )
+    problems += check_sync(valid)
+    check_optimizer(check)
     check(
         "keep_policies keep_checkpoints",
         lambda policies, n: policies and n is None,
@@ -100,6 +94,41 @@ def check_loss(check: Callable[[str, Callable[..., Any], str], None]) -> None:
         lambda name, size: name == "kto" and size == 1,
         "KTO compares each prompt with another example's response, so batch_size must be 2 or more",
     )
+
+
+def check_optimizer(check: Callable[[str, Callable[..., Any], str], None]) -> None:
+    """Check what schedule, optimizer and a reference that follows the policy need."""
+    check(
+        "scheduler min_lr_ratio",
+        lambda name, ratio: name == "constant" and ratio,
+        "a constant learning rate does not fall; choose linear, cosine or wsd, or set min_lr_ratio=0",
+    )
+    check(
+        "optimizer model.policy_dtype",
+        lambda name, dtype: name == "Muon" and dtype == "bfloat16",
+        "Muon's steps cannot be rounded stochastically; use model.policy_dtype=float32",
+    )
+    check(
+        "optimizer trainer",
+        lambda name, trainer: name == "Muon" and trainer != "BasicTrainer",
+        "Muon needs whole matrices; use trainer=BasicTrainer",
+    )
+
+
+def check_sync(values: Mapping[str, Any]) -> list[str]:
+    """Return a line for each reason why the reference cannot follow the policy."""
+    n, reasons = values.get("sync_reference"), []
+    if n is None:
+        return []
+    if values.get("loss.reference_free") or values.get("loss.name") in WITHOUT_REFERENCE:
+        reasons.append("the loss has no reference; set sync_reference=null")
+    if values.get("loss.precompute_reference"):
+        reasons.append("a reference that is computed once cannot follow; set loss.precompute_reference=false")
+    if values.get("model.reference_dtype"):
+        reasons.append("the reference keeps the policy's dtype; set model.reference_dtype=null")
+    if values.get("model.policy_dtype") == "bfloat16" and values.get("sync_mix") != 1:
+        reasons.append("bfloat16 loses a mix of weights; set sync_mix=1 or model.policy_dtype=float32")
+    return [f"sync_reference={written(n)}: {reason}" for reason in reasons]
 
 
 def max_positions(model: Any) -> int | None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from dpo.logps import Logps
 
     Metrics = dict[str, Tensor]
-    Sums = Mapping[str, float]
     ComputeLogps = Callable[[Sequence[TokenizedExample]], tuple[Tensor, Tensor]]
+
+Sums = Mapping[str, float]
+NOTHING: Sums = MappingProxyType({})
 
 
 def logsigmoid(x: Tensor) -> Tensor:
@@ -37,13 +40,13 @@ class Context:
     """What a loss may read besides the log-probabilities of a pass.
 
     examples  the examples of the pass
-    sums      what `Loss.batch_sums` asked for, summed over the whole batch: all its passes, on all ranks
+    sums      what `Loss.batch_sums` returned for the whole batch: all its passes, on all ranks
     state     what `Loss.next_state` kept of earlier batches; empty before the first
     """
 
     examples: Sequence[TokenizedExample] = ()
-    sums: Sums = field(default_factory=dict)
-    state: Sums = field(default_factory=dict)
+    sums: Sums = NOTHING
+    state: Sums = NOTHING
 
 
 class Loss(BaseModel, ABC):
@@ -72,7 +75,7 @@ class Loss(BaseModel, ABC):
         """Return the losses, (batch,), and detached metrics of the same shape; reference is None where not needed."""
 
     def batch_sums(self, examples: Iterable[TokenizedExample], logps: ComputeLogps) -> dict[str, float]:
-        """Return sums over a batch that the losses of its examples depend on; they are added over ranks.
+        """Return sums over a whole batch that the losses of its examples depend on.
 
         logps returns the sums of log-probabilities of policy and reference, both (examples, n_responses), without a
         gradient, in any order of the examples.

@@ -31,7 +31,19 @@ class Reference(Protocol):
         """Return the log-probabilities of the batch's responses."""
 
     def generate(self, prompts: Sequence[TokenizedExample]) -> list[str]:
-        """Return one sampled continuation per prompt, the same at every call."""
+        """Return one sampled continuation per prompt, the same at every call while the reference stays."""
+
+    def after_update(self, n_updates: int) -> None:
+        """Follow the policy, of which n_updates have been made; most references stay."""
+        return
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return what a resumed run needs; nothing where the reference stays what the policy was at the start."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Load what `state_dict` returned."""
+        return
 
 
 @torch.no_grad()
@@ -44,7 +56,7 @@ def sums_of_logps(
     return torch.cat([sums for sums, _ in pairs]), torch.cat([sums for _, sums in pairs])
 
 
-class ModelReference:
+class ModelReference(Reference):
     """A second model, computed in dtype where its parameters are in float32, else in their own dtype."""
 
     def __init__(self, module: ResponseLogps, dtype: torch.dtype, sampler: Sampler | None = None):
@@ -70,6 +82,33 @@ class ModelReference:
         return self.samples
 
 
+class SyncedReference(ModelReference):
+    """A second model that follows the policy: TR-DPO, arXiv 2404.09656.
+
+    Every some updates its weights become mix * the policy's + (1 - mix) * its own: hard at mix=1, else soft.
+    """
+
+    def __init__(self, module: ResponseLogps, policy: ResponseLogps, sampler: Sampler, every: int, mix: float):
+        super().__init__(module, module.model.dtype, sampler)  # whose weights stay in the dtype of the policy's
+        self.policy, self.every, self.mix = policy, every, mix
+
+    @torch.no_grad()
+    def after_update(self, n_updates: int) -> None:
+        """Move the weights if it is time to."""
+        if n_updates % self.every == 0:
+            self.samples = None
+            for own, new in zip(self.module.parameters(), self.policy.parameters(), strict=True):
+                own.lerp_(new, self.mix)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the weights."""
+        return self.module.model.state_dict()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Load the weights."""
+        self.module.model.load_state_dict(state)
+
+
 def store_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Store the weights of linear layers in the dtype to which autocast would cast them in each pass: same numbers.
 
@@ -81,7 +120,7 @@ def store_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-class CachedReference:
+class CachedReference(Reference):
     """Log-probabilities per response, and samples, computed before the first update, when the policy is the reference.
 
     `sums` has one row per distinct example, (examples, n_responses); NaN where nothing is computed yet.

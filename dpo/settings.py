@@ -103,6 +103,8 @@ class Settings(Group):
     ]
     optimizer_args: dict[str, Any] | None = Field(description="{NAME: VALUE, ...}")
     weight_decay: NotNegative | None
+    sync_reference: int | None = whole("updates", ge=1)
+    sync_mix: Probability
     activation_checkpointing: Flag
     compile: Flag
 

@@ -1,5 +1,6 @@
 """Where the reference's log-probabilities come from: when they are taken from a cache, and in which dtype computed."""
 
+import copy
 import getpass
 import re
 from dataclasses import replace
@@ -201,3 +202,48 @@ def test_a_second_model_samples_once():
 
     reference = ModelReference(ResponseLogps.wrap(tiny("GPT2")), torch.float32, CountingSampler())
     assert reference.generate(EXAMPLES) == reference.generate(EXAMPLES) == ["sample 1"] * len(EXAMPLES)
+
+
+# A reference that follows the policy
+
+
+@pytest.mark.parametrize("mix", [1.0, 0.25])
+def test_a_synced_reference_moves_every_second_update(mix, make_trainer):
+    """Weights r become mix * p + (1 - mix) * r after updates 2 and 4; its samples are drawn again."""
+    trainer = make_trainer("loss=dpo", "sync_reference=2", f"sync_mix={mix}", "lr=1e-3", "warmup_steps=0")
+    own, policy = (list(module.parameters()) for module in (trainer.reference.module, trainer.policy))
+    for update, batch in enumerate(trainer.train_batches, 1):
+        before, trainer.reference.samples = [p.detach().clone() for p in own], ["old"]
+        margin = trainer.train_step(batch)["rewards_train/margins"]
+        moved = update % 2 == 0
+        for old, new, latest in zip(before, own, policy, strict=True):
+            expected = mix * latest + (1 - mix) * old if moved else old
+            assert torch.allclose(new, expected, rtol=1e-6, atol=1e-7) and not new.requires_grad
+        assert (trainer.reference.samples is None) == moved
+        assert (margin == 0.0) == (update == 1 or (mix == 1 and update % 2 == 1))
+        if update == 4:
+            break
+
+
+def test_a_synced_reference_is_in_the_checkpoint_and_goes_on_bit_for_bit(make_trainer):
+    settings = ("loss=dpo", "sync_reference=2", "sync_mix=0.5", "lr=1e-3", "warmup_steps=0")
+    trainer = make_trainer(*settings)
+    batches = iter(trainer.train_batches)
+    for _ in range(3):
+        trainer.train_step(next(batches))
+    states = copy.deepcopy(trainer.state_dict([0, 0]))
+    expected = [trainer.train_step(next(batches)) for _ in range(2)]
+    resumed = make_trainer(*settings)
+    resumed.load_state_dict(states)
+    for before, batch in zip(expected, resumed.train_batches, strict=False):
+        after = resumed.train_step(batch)
+        assert {k: v for k, v in after.items() if "per_second" not in k} == {
+            k: v for k, v in before.items() if "per_second" not in k
+        }
+
+
+def test_a_reference_that_stays_has_no_state(make_trainer):
+    for setting in ("false", "true"):
+        trainer = make_trainer("loss=dpo", f"loss.precompute_reference={setting}")
+        trainer.reference.after_update(1)
+        assert trainer.state_dict([0, 0])["run"]["reference"] == {}

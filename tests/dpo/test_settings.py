@@ -4,8 +4,9 @@ import re
 
 import pytest
 import yaml
-from conftest import ROOT, TINY, compose, validated
+from conftest import ROOT, TINY, compose, make_loss, validated
 
+from dpo.combinations import WITHOUT_REFERENCE
 from dpo.errors import UserError
 from dpo.settings import Settings, allowed, default_values, flatten, known_keys, validate
 from dpo.suggestions import suggest
@@ -132,6 +133,14 @@ def test_a_setting_of_another_trainer_is_answered_with_the_value_that_was_typed(
         (["loss.ld_alpha=0.5", "loss.precompute_reference=true"], "the cache holds no log-probabilities of tokens"),
         (["loss.ld_alpha=0.5", "loss.length_normalize=true"], "each is a correction for length"),
         (["loss.divergence=js", "loss.reference_free=true"], "without a reference there is no divergence from it"),
+        (["loss=simpo", "sync_reference=8"], "sync_reference=8: the loss has no reference"),
+        (["loss.reference_free=true", "sync_reference=8"], "sync_reference=8: the loss has no reference"),
+        (["loss.precompute_reference=true", "sync_reference=8"], "sync_reference=8: a reference that is computed once"),
+        (["model.reference_dtype=bfloat16", "sync_reference=8"], "sync_reference=8: the reference keeps the policy's"),
+        (
+            ["precision=auto", "model.policy_dtype=bfloat16", "sync_reference=8", "sync_mix=0.5"],
+            "sync_reference=8: bfloat16 loses a mix of weights",
+        ),
         (["loss=kto", "batch_size=1"], "so batch_size must be 2 or more"),
         (["min_lr_ratio=0.1"], "scheduler=constant min_lr_ratio=0.1: a constant learning rate does not fall"),
         (["optimizer=Muon", "precision=auto", "model.policy_dtype=bfloat16"], "Muon's steps cannot be rounded"),
@@ -143,6 +152,10 @@ def test_a_setting_of_another_trainer_is_answered_with_the_value_that_was_typed(
 def test_settings_that_cannot_be_honoured_together_are_one_line(overrides, line):
     (found,) = problems(*VALID, *overrides)
     assert line in found
+
+
+def test_losses_without_a_reference_are_known_where_combinations_are_checked():
+    assert {name for name in LOSSES if not make_loss(name).needs_reference} == set(WITHOUT_REFERENCE)
 
 
 def test_a_wrong_value_makes_no_second_line_about_its_combinations():
