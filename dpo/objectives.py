@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -45,8 +45,8 @@ class Context:
     """
 
     examples: Sequence[TokenizedExample] = ()
-    sums: Sums = NOTHING
-    state: Sums = NOTHING
+    sums: Sums = field(default_factory=dict)
+    state: Sums = field(default_factory=dict)
 
 
 class Loss(BaseModel, ABC):
