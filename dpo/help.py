@@ -3,6 +3,7 @@
 import os
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from shutil import get_terminal_size
@@ -123,19 +124,23 @@ def _listed(option: Option) -> list[Setting]:
 
 
 def _group_lines(group: Group, width: int) -> Iterator[str]:
-    """Yield a group's files, each with its summary and settings; what all of them share comes once, at the end."""
+    """Yield a group's files, each with its summary and settings; what several of them share comes once, at the end."""
     default = "required" if group.default == REQUIRED else f"default {group.default}"
     yield f"{group.name.capitalize()} ({group.name}=NAME, {default})"
     bases = [option for option in group.options if option.base]
+    counts = Counter(setting for option in bases for setting in _listed(option))
+    shared = [setting for setting, n in counts.items() if n > 1 or len(bases) == 1]
     for option in group.options:
         yield from _row(f"{group.name}={option.name}", option.summary, width)
         if option.base and len(bases) > 1:
             for setting in _listed(option):
-                yield from _setting_lines(setting, width, indent=4)
-    if len(bases) == 1:
-        yield f"  settings of every {group.name}:"
-        for setting in _listed(bases[0]):
-            yield from _setting_lines(setting, width, indent=4)
+                yield from () if setting in shared else _setting_lines(setting, width, indent=4)
+            others = [setting for setting in _listed(option) if setting in shared]
+            short = " ".join(f"{setting.key.partition('.')[2]}={setting.default}" for setting in others)
+            yield from _wrap(f"with {short}", width, "    ") if short else ()
+    yield f"  settings of {'every' if len(bases) == 1 else 'more than one'} {group.name}:"
+    for setting in shared:
+        yield from _setting_lines(setting, width, indent=4)
 
 
 def _option_lines(group: Group, name: str, width: int) -> Iterator[str]:

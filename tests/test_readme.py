@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, validated
+from conftest import ROOT, make_loss, validated
 
 import preference_datasets
 from dpo.errors import UserError
+from losses import LOSSES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
@@ -66,6 +67,19 @@ def test_the_readmes_answers_to_names_of_other_trainers_are_what_is_printed():
     command = [sys.executable, *shlex.split(block[1])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (2, block[2])
+
+
+def test_the_table_of_losses_has_all_of_them_with_what_they_need_and_their_options():
+    text = PAGES[ROOT / "docs" / "losses.md"]
+    rows = {cells[1].strip(" `"): cells for cells in (line.split("|") for line in text.splitlines()) if len(cells) == 7}
+    assert {name for name in rows if name.isidentifier() and name != "loss"} == set(LOSSES)
+    for name, loss in LOSSES.items():
+        assert (rows[name][3].strip() == "yes") == make_loss(name).needs_reference, name
+        assert all(paper in rows[name][5] for paper in re.findall(r"arXiv ([\d.]+\d)", loss.__doc__)), name
+    assert str(len(LOSSES) - 2) + " other losses" in README
+    options = {"nll_weight", "token_weights", "length_normalize", "ld_alpha", "divergence"}
+    taken = {option for loss in LOSSES.values() for option in loss.model_fields} & options
+    assert taken == options == {option for option in options if f"| `loss.{option}=" in text}
 
 
 @pytest.mark.parametrize("command", ORIGINAL)

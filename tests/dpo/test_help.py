@@ -114,6 +114,13 @@ def test_help_on_a_setting_of_several_losses_shows_each(key):
     assert "loss.beta (loss=dpo)\n" in text and "loss.beta (loss=ipo)\n" in text and "loss=sft" not in text
 
 
+def test_help_on_a_group_explains_what_several_files_share_once():
+    text = help_for_key(CONFIG, "loss")
+    assert "settings of more than one loss:" in text and text.count("loss.ld_alpha=1 ") == 1
+    dpo = re.search(r"  loss=dpo .*?(?=\n  loss=)", text, re.DOTALL)[0]
+    assert "loss.label_smoothing=0 " in dpo and "with reference_free=false " in dpo and "ld_alpha=1 " in dpo
+
+
 @pytest.mark.parametrize("key", ["archive", "model.archive"])
 def test_help_on_a_setting_of_all_models_shows_it_once(key):
     assert help_for_key(CONFIG, key).startswith("model.archive (every model)\n")
