@@ -4,7 +4,9 @@
 Apart from train.py because it needs torch, whose import takes longer than answering a mistyped command.
 """
 
+import hashlib
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from dpo.attention import attention_kinds
 from dpo.console import log_message
 from dpo.devices import compute_dtype, limit_onednn_cache, pick_device, platform, tokens_per_pass
 from dpo.errors import actionable_errors, raise_problems
-from dpo.examples import BatchIterator, Tokenization, bos_note
+from dpo.examples import BatchIterator, TextExample, Tokenization, bos_note
 from dpo.layouts import LayoutChoice, choose_layout
 from dpo.logps import ResponseLogps
 from dpo.metrics import MetricLogger, Tracker, WandbTracker
@@ -76,6 +78,7 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     train_batches = BatchIterator(train, tokenize, settings.batch_size, settings.seed, *limits)
     eval_batches = BatchIterator(test, tokenize, settings.eval_batch_size, 0, 1, settings.n_eval_examples, True)
     raise_problems(data_problems(settings, train_batches, eval_batches))
+    raise_problems(score_problems([*train, *test]) if loss.needs_scores else [])
     for note in schedule_notes(settings, len(train_batches)):
         log_message(note)
     left = train_batches.n_items - train_batches.batches_per_epoch * settings.batch_size
@@ -96,6 +99,15 @@ def data_problems(settings: Settings, train_batches: BatchIterator, eval_batches
     if eval_batches.n_items == 0:
         problems.append("datasets: there is no example to evaluate on; add a test.jsonl with at least one")
     return problems
+
+
+def score_problems(groups: Iterable[Iterable[TextExample]]) -> list[str]:
+    """Return a line on the first example whose chosen response does not have the higher score."""
+    for text in (text for group in groups for text in group):
+        if not text.scores or text.scores[0] <= text.scores[1]:
+            found = f"{text.source}, row {text.row} has {' and '.join(map(str, text.scores)) or 'none'}"
+            return [f"loss=odpo: needs rows with a score_chosen above their score_rejected; {found}"]
+    return []
 
 
 def schedule_notes(settings: Settings, n_updates: int) -> list[str]:
@@ -210,6 +222,9 @@ def identity(loss: Loss, inputs: Inputs, models: Models) -> dict[str, str]:
     """Return fingerprints of what a resumed run must find again, besides the settings."""
     found = {"the training data": inputs.train_batches.fingerprint()}
     found["the evaluation data"] = inputs.eval_batches.fingerprint()
+    if loss.needs_scores:
+        scores = [text.scores for group in inputs.train_batches.groups for text in group]
+        found["the scores"] = hashlib.sha256(repr(scores).encode()).hexdigest()
     if loss.needs_reference:
         found["the reference's weights"] = weights_checksum(models.policy.model)
     return found

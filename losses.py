@@ -1,8 +1,7 @@
 """Every loss: a class whose fields are its settings in config/loss/, and whose docstring has its equation and paper.
 
-h, log-ratios and the options that several losses share are those of dpo/objectives.py. docs/losses.md has all of them
-in one table. To add one: a class here, its name in LOSSES, config/loss/NAME.yaml, and a test with numbers derived by
-hand. CONTRIBUTING.md shows the whole of it for `hinge`.
+h, log-ratios and shared options are those of dpo/objectives.py; docs/losses.md compares all losses. To add one: a class
+here, its name in LOSSES, config/loss/NAME.yaml and a test with numbers derived by hand, as CONTRIBUTING.md shows.
 """
 
 from __future__ import annotations
@@ -141,10 +140,7 @@ class DiscoPOP(LengthOptions, PairLoss):
 
 
 class RDPO(WeightOptions, PairLoss):
-    """Length-regularized DPO: -log sigmoid(beta h + alpha |y_w| - alpha |y_l|); arXiv 2403.19159.
-
-    The reward is r(y) - alpha |y|, so that a chosen response need not become likelier for being long.
-    """
+    """Length-regularized DPO: -log sigmoid(beta h + alpha |y_w| - alpha |y_l|); arXiv 2403.19159."""
 
     alpha: NotNegative
 
@@ -154,6 +150,23 @@ class RDPO(WeightOptions, PairLoss):
     def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
         penalty = self.alpha * (lengths[:, 0] - lengths[:, 1])
         return self.pair_losses(self.margin(policy, reference) + penalty / self.beta)
+
+
+class ODPO(LengthOptions, PairLoss):
+    """DPO with an offset: -log sigmoid(beta h - alpha log(score(y_w) - score(y_l))); arXiv 2402.10571.
+
+    The scores come with the data; the chosen response's is the higher one.
+    """
+
+    needs_scores: ClassVar[bool] = True
+    alpha: NotNegative
+
+    def pair_losses(self, h: Tensor) -> Tensor:
+        return -logsigmoid(self.beta * h)
+
+    def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
+        gaps = policy.new_tensor([chosen - rejected for chosen, rejected in (e.text.scores for e in context.examples)])
+        return self.pair_losses(self.margin(policy, reference) - self.alpha / self.beta * gaps.log())
 
 
 # Losses of the two log-ratios a_w = log(pi(y_w) / ref(y_w)) and a_l; rewards are beta a
@@ -184,22 +197,14 @@ class NCA(LengthOptions, ReferenceLoss):
 
 
 class APOZero(LengthOptions, ReferenceLoss):
-    """Anchored preference optimization: sigmoid(-beta a_w) + sigmoid(beta a_l); arXiv 2408.06266, plus 1.
-
-    Chosen becomes likelier than under the reference, rejected less likely: for chosen responses that are better than
-    what the policy writes.
-    """
+    """Anchored preference optimization: sigmoid(-beta a_w) + sigmoid(beta a_l); arXiv 2408.06266, plus 1."""
 
     def ratio_losses(self, chosen: Tensor, rejected: Tensor, context: Context) -> Tensor:
         return (-self.beta * chosen).sigmoid() + (self.beta * rejected).sigmoid()
 
 
 class APODown(LengthOptions, ReferenceLoss):
-    """Anchored preference optimization: sigmoid(beta a_w) + sigmoid(-beta (a_w - a_l)); arXiv 2408.06266, plus 1.
-
-    Both become less likely than under the reference, rejected more so: for chosen responses that are worse than what
-    the policy writes.
-    """
+    """Anchored preference optimization: sigmoid(beta a_w) + sigmoid(-beta (a_w - a_l)); arXiv 2408.06266, plus 1."""
 
     def ratio_losses(self, chosen: Tensor, rejected: Tensor, context: Context) -> Tensor:
         return (self.beta * chosen).sigmoid() + (-self.beta * (chosen - rejected)).sigmoid()
@@ -298,9 +303,8 @@ class KTO(PreferenceLoss):
 class BCO(LengthOptions, ReferenceLoss):
     """Binary classifier optimization: -log sigmoid(r_w - d) - log sigmoid(d - r_l), with rewards r = beta a.
 
-    arXiv 2404.04656. The reward shift d is the mean of the chosen and the rejected responses' mean rewards, estimated
-    as a moving average over the batches before, in which each counts 1 - shift_decay. It starts at 0, the exact value
-    where policy and reference are equal. TRL's running mean includes the batch itself.
+    arXiv 2404.04656. The shift d is the mean reward of chosen and rejected responses, estimated as a moving average over
+    the batches before, from 0, in which each counts 1 - shift_decay. TRL's running mean includes the batch itself.
     """
 
     shift_decay: float = Field(strict=True, ge=0, lt=1, description="a number from 0, below 1")
@@ -316,7 +320,7 @@ class BCO(LengthOptions, ReferenceLoss):
 
 LOSSES: dict[str, type[Loss]] = {
     **{"sft": SFT, "dpo": DPO, "ipo": IPO, "hinge": Hinge, "robust": Robust, "exo": EXO, "discopop": DiscoPOP},
-    **{"rdpo": RDPO, "dpop": DPOP, "nca": NCA, "apo_zero": APOZero, "apo_down": APODown, "sppo": SPPO},
+    **{"rdpo": RDPO, "odpo": ODPO, "dpop": DPOP, "nca": NCA, "apo_zero": APOZero, "apo_down": APODown, "sppo": SPPO},
     **{"simpo": SimPO, "orpo": ORPO, "cpo": CPO, "kto": KTO, "bco": BCO},
 }
 

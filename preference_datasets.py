@@ -17,7 +17,7 @@ from dpo.console import log_message, progress
 from dpo.errors import UserError, summarize_error
 from dpo.examples import TextExample, Tokenization, Truncation
 from dpo.jsonl import SUFFIXES, find_jsonl, note_ignored_columns, note_ignored_files, read_jsonl
-from dpo.preferences import Entry, PreferenceData, as_preference_data, make_groups, reading_row, text_in
+from dpo.preferences import Entry, PreferenceData, as_preference_data, make_groups, reading_row, score_in, text_in
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -181,6 +181,7 @@ def distinct_datasets(names: Iterable[str]) -> list[str]:
 
 HELD_OUT = 0.1  # the share of the prompts that are the test split where there is no test file
 COLUMNS = ("prompt", "chosen", "rejected")
+SCORES = ("score_chosen", "score_rejected")  # columns that loss=odpo reads
 
 
 def get_folder(folder: Path, split: str, silent: bool = False) -> PreferenceData:
@@ -207,7 +208,7 @@ def get_file(path: Path, split: str, silent: bool, hold_out: bool) -> Preference
     if hold_out:
         keep_held_out(data, split)
     if split == "train" or not hold_out:  # a file that holds both splits is read twice and reported once
-        data.notes += note_ignored_columns(path, columns, COLUMNS)
+        data.notes += note_ignored_columns(path, columns, (*COLUMNS, *SCORES))
     return data
 
 
@@ -217,7 +218,10 @@ def add_row(data: PreferenceData, row: object) -> None:
         raise UserError(f"is not an object with the fields chosen and rejected but {type(row).__name__}")
     chosen, rejected = text_in(row, "chosen"), text_in(row, "rejected")
     if "prompt" in row:
-        data.add_pair(text_in(row, "prompt"), chosen, rejected, every_target=True)
+        prompt = text_in(row, "prompt")
+        if any(name in row for name in SCORES):
+            data.scores[prompt, chosen, rejected] = (score_in(row, SCORES[0]), score_in(row, SCORES[1]))
+        data.add_pair(prompt, chosen, rejected, every_target=True)
     else:
         add_dialogues(data, chosen, rejected)
 

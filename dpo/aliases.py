@@ -18,7 +18,7 @@ LOSS_NAMES = {  # other names of the files in config/loss/
     **{"apo_down": "loss=apo_down", "discopop": "loss=discopop", "sppo": "loss=sppo", "sppo_hard": "loss=sppo"},
     **{"bco": "loss=bco", "bco_pair": "loss=bco", "kto": "loss=kto", "kto_pair": "loss=kto", "orpo": "loss=orpo"},
     **{"simpo": "loss=simpo", "cpo": "loss=cpo", "dpop": "loss=dpop", "dpo_positive": "loss=dpop"},
-    **{"rdpo": "loss=rdpo", "r_dpo": "loss=rdpo", "rpo": "loss=dpo loss.nll_weight=1"},
+    **{"odpo": "loss=odpo", "rdpo": "loss=rdpo", "r_dpo": "loss=rdpo", "rpo": "loss=dpo loss.nll_weight=1"},
     **{"sigmoid_norm": "loss=dpo loss.length_normalize=true", "dpo_norm": "loss=dpo loss.length_normalize=true"},
     **{"wpo": "loss=dpo loss.token_weights=wpo"},
 }

@@ -18,13 +18,17 @@ CHUNK = 10_000  # strings per call of the tokenizer where only their having a to
 
 
 class TextExample(NamedTuple):
-    """A prompt with one response (SFT) or two (chosen, rejected), as text; row is its number in the data set."""
+    """A prompt with one response (SFT) or two (chosen, rejected), as text; row is its number in the data set.
+
+    scores are those of the two responses where the data set has some, chosen first.
+    """
 
     prompt: str
     responses: tuple[str, ...]
     truncation: Truncation
     row: int
     source: str
+    scores: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,7 @@ class Loss(BaseModel, ABC):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     n_responses: ClassVar[int]  # per example: 2 for a pair (chosen first), 1 for the target of SFT
+    needs_scores: ClassVar[bool] = False  # whether each example needs scores of its responses
 
     @property
     def needs_reference(self) -> bool:

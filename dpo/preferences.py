@@ -1,5 +1,6 @@
 """What is kept of a data set: its pairs by prompt, the account of its rows, and the examples that training uses."""
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +29,8 @@ class PreferenceData(dict[str, Entry]):
     counts holds the number of rows read and kept, of those not trained on ("dropped: ..." where they are unusable,
     "left out: ..." else), and of remarkable ones ("kept although ..."): read == kept + n_left_out. notes are lines to
     print once. rows holds the row number (from 1) of each pair of a prompt, kept_rows that of each of its rows; for
-    prompts in every_target, SFT trains on the chosen response of every pair, for others on sft_target.
+    prompts in every_target, SFT trains on the chosen response of every pair, for others on sft_target. scores holds
+    those of the responses, (chosen, rejected), by (prompt, chosen, rejected), where the data set has some.
     """
 
     def __init__(self, truncation: Truncation, drop_unusable: bool = False):
@@ -42,6 +44,7 @@ class PreferenceData(dict[str, Entry]):
         self.rows: dict[str, list[int]] = {}
         self.kept_rows: dict[str, list[int]] = {}
         self.every_target: set[str] = set()
+        self.scores: dict[tuple[str, ...], tuple[float, float]] = {}
         self.line: int | None = None  # of the last read row in its file, where blank lines make it differ from a count
         self.seen: set[tuple[str, str, str]] = set()
         self.remarks: dict[str, Counter[str]] = {}
@@ -138,7 +141,10 @@ def make_groups(
             texts = []
         else:
             responses = sft_responses(data, prompt) if sft else pair_responses(data, prompt)
-            texts = [TextExample(prompt, pair, data.truncation, row, source) for pair, row in responses]
+            texts = [
+                TextExample(prompt, texts, data.truncation, row, source, data.scores.get((prompt, *texts), ()))
+                for texts, row in responses
+            ]
             texts = handle_eos(data, texts, eos)
         if texts or not data.drop_unusable:  # a prompt without a pair takes part in the original's shuffle
             groups.append(texts)
@@ -198,6 +204,14 @@ def text_in(row: Mapping[str, Any], name: str) -> str:
     if name not in row:
         raise UserError(f"{name} must be a text, not missing")
     return checked_text(row[name], name)
+
+
+def score_in(row: Mapping[str, Any], name: str) -> float:
+    """Return a field of a row; UserError if it is not a finite number."""
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise UserError(f"{name} must be a finite number, not {value!r:.40}")
+    return float(value)
 
 
 def checked_text(text: object, name: str) -> str:

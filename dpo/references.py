@@ -261,5 +261,5 @@ def fingerprint(model: PreTrainedModel, examples: Iterable[TextExample], setting
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     for example in examples:
-        digest.update(repr(tuple(example)).encode("utf-8", "backslashreplace"))
+        digest.update(repr(tuple(example)[:5]).encode("utf-8", "backslashreplace"))  # scores change no log-probability
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,11 @@ def make_loss(name, **settings):
 def compute(loss, logps, reference, lengths, **context):
     """Call a loss with sums of log-probabilities (batch, n_responses), and lengths of the same shape."""
     return loss(Logps(logps, lengths), None if reference is None else Logps(reference, lengths), Context(**context))
+
+
+def scored(*differences):
+    """Return examples whose scores differ so, of a rejected response with -3."""
+    return [SimpleNamespace(text=SimpleNamespace(scores=(d - 3.0, -3.0))) for d in differences]
 
 
 def preference(h, beta, **settings):
@@ -204,7 +210,7 @@ def test_metrics_have_the_originals_names_and_no_gradient(name):
     logps = torch.full((2, loss.n_responses), -3.0).requires_grad_()
     reference = torch.full((2, 2), -3.0) if loss.needs_reference else None
     sums = {"log_ratios": 0.0, "responses": 4}
-    values = compute(loss, logps, reference, torch.ones(2, loss.n_responses), sums=sums)[1]
+    values = compute(loss, logps, reference, torch.ones(2, loss.n_responses), sums=sums, examples=scored(1.0, 2.0))[1]
     assert not any(value.requires_grad for value in values.values())
     assert all(value.shape == (2,) for value in values.values())
     metrics = BatchMetrics()
@@ -269,6 +275,8 @@ CASES = {
     ),
     # alpha = 2 B: lengths differ by 0 and -1, so the logits are 2 B and -3 B - 2 B, s = 4/5 and 1/33
     "rdpo": ({"alpha": 2 * B}, (ln(5 / 4), ln(33)), (-B / 5, -B * 32 / 33), (B / 5, B * 32 / 33)),
+    # scores differ by 2 and 1/2, alpha = 1: log 2 = B and -B, so the logits are 2 B - B and -3 B + B, s = 2/3 and 1/5
+    "odpo": ({"alpha": 1.0}, (ln(3 / 2), ln(5)), (-B / 3, -B * 4 / 5), (B / 3, B * 4 / 5)),
     # penalty 2: nothing for a_w = 1; for a_w = -1 the logits are B (-3 - 2), s = 1/33, and a_w counts three times
     "dpop": ({"penalty": 2.0}, (ln(5 / 4), ln(33)), (-B / 5, -3 * B * 32 / 33), (B / 5, B * 32 / 33)),
     # -log s_w - (log(1 - s_w) + log(1 - s_l)) / 2: s_w = 2/3, 1/3 and s_l = 1/3, 4/5.
@@ -322,7 +330,7 @@ def test_value_and_gradient_are_those_derived_by_hand(name):
     """The derivations stand beside the numbers, above."""
     settings, values, chosen, rejected = CASES[name]
     logps = tensor(*POLICY).requires_grad_()
-    context = {"sums": {"log_ratios": 8.0, "responses": 8}, "state": {"shift": B}}
+    context = {"examples": scored(2.0, 0.5), "sums": {"log_ratios": 8.0, "responses": 8}, "state": {"shift": B}}
     loss = make_loss(name, **{"beta": B} | settings)
     reference = tensor(*REFERENCE) if loss.needs_reference else None
     losses, metrics = compute(loss, logps, reference, torch.tensor(LENGTHS), **context)
@@ -384,6 +392,8 @@ def test_robust_and_length_regularized_dpo_and_dpop_without_their_terms_are_dpo(
     case = tensor(*POLICY), tensor(*REFERENCE), torch.tensor([[9, 2], [1, 5]])
     expected = compute(make_loss("dpo"), *case)[0].tolist()
     assert compute(make_loss("rdpo", alpha=0.0), *case)[0].tolist() == pytest.approx(expected, rel=1e-12)
+    odpo = compute(make_loss("odpo", alpha=0.0), *case, examples=scored(2.0, 9.0))[0].tolist()
+    assert odpo == pytest.approx(expected, rel=1e-12)
     assert compute(make_loss("dpop", penalty=0.0), *case)[0].tolist() == pytest.approx(expected, rel=1e-12)
 
 

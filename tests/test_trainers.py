@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
+from conftest import TINY, golden_rows, inputs_of, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 import losses
 from dpo import logps
+from dpo.errors import UserError
 from dpo.objectives import mismatch
 from dpo.packing import LAYOUTS
 from dpo.sampling import distinct_prompts
@@ -224,6 +225,58 @@ def test_bcos_shift_moves_and_survives_a_checkpoint(make_trainer):
     assert other.loss_state == {}
 
 
+def scored_rows(folder):
+    """Write the goldens' pairs with scores that differ by 1/2 to 3, and return the folder."""
+    folder.mkdir()
+    for split in ("train", "test"):
+        rows = []
+        for i, row in enumerate(golden_rows(split)):
+            prompt, chosen = row["chosen"].rsplit("\n\nAssistant:", 1)
+            rejected = row["rejected"][len(prompt) + len("\n\nAssistant:") :]
+            scores = {"score_chosen": i % 6 / 2 + 1.5, "score_rejected": 1}
+            rows.append({"prompt": f"{prompt}\n\nAssistant:", "chosen": chosen, "rejected": rejected} | scores)
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_scores_reach_odpo_and_belong_to_the_runs_identity(make_trainer, tmp_path):
+    """At h = 0 the mean loss is that of log(1 + d), d the differences of the scores: -log sigmoid(-log d)."""
+    data = scored_rows(tmp_path / "data")
+    trainer = make_trainer("loss=odpo", f"datasets=['{data}']")
+    batch = next(iter(trainer.train_batches))
+    gaps = [example.text.scores[0] - example.text.scores[1] for example in batch.examples]
+    expected = sum(math.log1p(gap) for gap in gaps) / len(gaps)
+    assert len(set(gaps)) > 2 and trainer.train_step(batch)["loss/train"] == pytest.approx(expected, rel=1e-6)
+    assert "the scores" in trainer.run.identity
+    assert "the scores" not in make_trainer("loss=dpo", f"datasets=['{data}']").run.identity
+
+
+@pytest.mark.parametrize(
+    "scores, line",
+    [
+        ({}, "loss=odpo: needs rows with a score_chosen above their score_rejected; FILE, row 2 has none"),
+        (
+            {"score_chosen": 1, "score_rejected": 1.5},
+            "loss=odpo: needs rows with a score_chosen above their score_rejected; FILE, row 2 has 1.0 and 1.5",
+        ),
+        ({"score_chosen": 1}, "FILE, row 2: score_rejected must be a finite number, not None"),
+        ({"score_chosen": True, "score_rejected": 0}, "FILE, row 2: score_chosen must be a finite number, not True"),
+        ({"score_chosen": math.inf, "score_rejected": 0}, "FILE, row 2: score_chosen must be a finite number, not inf"),
+    ],
+)
+def test_rows_without_usable_scores_are_refused_by_number(scores, line, tmp_path):
+    rows = [{"prompt": f"{i}:", "chosen": " a", "rejected": " b"} for i in range(30)]
+    rows[0] |= {"score_chosen": 2, "score_rejected": 1}
+    rows[1] |= scores
+    for row in rows[2:]:
+        row |= {"score_chosen": 2, "score_rejected": 1}
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError) as error:
+        inputs_of(*TINY, "loss=odpo", f"datasets=['{path}']")
+    assert str(error.value) == line.replace("FILE", str(path))
+
+
 WAYS = (
     ("layout=shared_prefix", "max_tokens_per_pass=100000", "gradient_accumulation_steps=1"),
     ("layout=padded", "max_tokens_per_pass=300", "gradient_accumulation_steps=4"),
@@ -231,11 +284,14 @@ WAYS = (
 
 
 @pytest.mark.parametrize("name", losses.LOSSES)
-def test_ten_updates_depend_on_no_layout_budget_or_accumulation(name, make_trainer):
+def test_ten_updates_depend_on_no_layout_budget_or_accumulation(name, make_trainer, tmp_path):
     """From a rate at which the losses move, each metric of each update within rounding, relative to its size."""
     runs = []
+    data = [f"datasets=['{scored_rows(tmp_path / 'scored')}']"] if name == "odpo" else []
     for way in WAYS:
-        trainer = make_trainer(f"loss={name}", *way, "batch_size=4", "lr=1e-4", "warmup_steps=0", "optimizer=SGD")
+        trainer = make_trainer(
+            f"loss={name}", *way, *data, "batch_size=4", "lr=1e-4", "warmup_steps=0", "optimizer=SGD"
+        )
         steps = [trainer.train_step(batch) for batch, _ in zip(trainer.train_batches, range(10), strict=False)]
         runs.append([{k: v for k, v in step.items() if "per_second" not in k} for step in steps])
     assert len(runs[0]) == len(runs[1]) == 10
