@@ -303,8 +303,8 @@ class KTO(PreferenceLoss):
 class BCO(LengthOptions, ReferenceLoss):
     """Binary classifier optimization: -log sigmoid(r_w - d) - log sigmoid(d - r_l), with rewards r = beta a.
 
-    arXiv 2404.04656. The shift d is the mean reward of chosen and rejected responses, estimated as a moving average over
-    the batches before, from 0, in which each counts 1 - shift_decay. TRL's running mean includes the batch itself.
+    arXiv 2404.04656. The shift d is the mean reward of chosen and rejected responses: a moving average over the batches
+    before, from 0, in which each counts 1 - shift_decay. TRL's running mean includes the batch itself.
     """
 
     shift_decay: float = Field(strict=True, ge=0, lt=1, description="a number from 0, below 1")

@@ -208,7 +208,8 @@ def get_file(path: Path, split: str, silent: bool, hold_out: bool) -> Preference
     if hold_out:
         keep_held_out(data, split)
     if split == "train" or not hold_out:  # a file that holds both splits is read twice and reported once
-        data.notes += note_ignored_columns(path, columns, (*COLUMNS, *SCORES))
+        read = (*COLUMNS, *(name for name in SCORES if name in columns))
+        data.notes += note_ignored_columns(path, columns, read)
     return data
 
 
