@@ -291,7 +291,7 @@ class KTO(PreferenceLoss):
 
     def batch_sums(self, examples: Iterable[TokenizedExample], logps: ComputeLogps) -> dict[str, float]:
         policy, reference = logps(mismatch(list(examples)))
-        return {"log_ratios": float((policy - reference).double().sum()), "responses": policy.numel()}
+        return {"log_ratios": float((policy - reference).cpu().double().sum()), "responses": policy.numel()}
 
     def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
         divergence = max(0.0, context.sums["log_ratios"] / context.sums["responses"])

@@ -456,11 +456,12 @@ def test_cpo_can_sum_the_likelihood_over_tokens_as_its_paper_does():
 
 
 def test_ktos_divergence_is_at_least_0():
-    """A policy equal to its reference: both sigmoids are 1/2, whatever a negative estimate says."""
+    """A policy equal to its reference: both sigmoids are 1/2, weighted 2 and 1, whatever a negative estimate says."""
     case = tensor([-4.0, -8.0]), tensor([-4.0, -8.0]), torch.tensor([[2, 2]])
     for estimate in (0.0, -3.0):
-        losses = compute(make_loss("kto"), *case, sums={"log_ratios": estimate, "responses": 2})[0]
-        assert losses.tolist() == [0.5]
+        loss = make_loss("kto", desirable_weight=2.0)
+        losses = compute(loss, *case, sums={"log_ratios": estimate, "responses": 2})[0]
+        assert losses.tolist() == [0.75]
 
 
 def test_kto_estimates_its_divergence_from_mismatched_pairs():

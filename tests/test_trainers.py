@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 import losses
 from dpo import logps
-from dpo.errors import UserError
+from dpo.errors import RunError, UserError
 from dpo.objectives import mismatch
 from dpo.packing import LAYOUTS
 from dpo.sampling import distinct_prompts
@@ -174,6 +174,17 @@ def test_one_batch_split_three_ways_has_one_gradient(name, make_trainer):
         gradients.append(gradient(trainer, batch, accumulation))
     for other in gradients[1:]:
         assert (other - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("name", ["kto", "sft"])
+def test_sums_over_a_batch_leave_the_gradient_whole_under_autocast(name, make_trainer):
+    """Weights that autocast casts without a gradient must not be kept for the passes; bfloat16 moves it by percents."""
+    gradients = []
+    for precision in ("float32", "bfloat16"):
+        trainer = make_trainer(*BATCH_LOSSES[name], f"precision={precision}", "lr=1e-30")
+        perturb(trainer.policy)
+        gradients.append(gradient(trainer, next(iter(trainer.train_batches)), 2))
+    assert (gradients[1] - gradients[0]).norm() < 0.1 * gradients[0].norm()
 
 
 def test_ktos_divergence_comes_from_all_mismatched_pairs_of_the_batch(make_trainer):

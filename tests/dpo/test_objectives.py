@@ -1,6 +1,7 @@
 """Options that several losses share, against numbers derived by hand, and what a batch's sums are made of."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +22,9 @@ def tensor(*values):
 
 def compute(loss, policy, reference, lengths=((2, 2), (3, 4))):
     """Return a loss's losses and its gradient, (batch, 2), for sums of log-probabilities (batch, 2)."""
-    sums = tensor(*policy).requires_grad_()
-    losses, metrics = loss(
-        Logps(sums, torch.tensor(lengths)), Logps(tensor(*reference), torch.tensor(lengths)), Context()
-    )
+    sums, sizes = tensor(*policy).requires_grad_(), torch.tensor(lengths)
+    examples = [SimpleNamespace(text=SimpleNamespace(scores=(3.0, 1.0)))] * len(policy)
+    losses, metrics = loss(Logps(sums, sizes), Logps(tensor(*reference), sizes), Context(examples))
     losses.sum().backward()
     assert metrics["loss"].tolist() == losses.tolist()
     return losses.tolist(), sums.grad.tolist()

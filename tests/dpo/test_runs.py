@@ -108,7 +108,7 @@ def test_a_setting_that_matters_is_refused_and_the_way_to_a_new_run_named(copied
 
 @pytest.mark.parametrize("override", ["n_epochs=2", "n_examples=80", "n_examples=null"])
 def test_a_schedule_that_knows_the_runs_length_refuses_a_longer_one(override):
-    stored = {"n_epochs": 1, "n_examples": 40, "lr": 0.1}
+    stored = {"n_epochs": 1, "n_examples": 40, "local_run_dir": "RUN"}
     key, _, value = override.partition("=")
     with pytest.raises(UserError) as error:
         override_run_config(OmegaConf.create(stored | {"scheduler": "cosine"}), [override], list(stored))
