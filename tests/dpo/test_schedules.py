@@ -27,6 +27,7 @@ def test_linear_falls_by_the_same_each_update():
     """6 updates after the warmup: 0, 1/6, ... 5/6 of them are done; the one after the last would have 0."""
     assert factors("linear")[4:] == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6], rel=1e-12)
     assert lr_factor(10, 10, 4, SHAPES["linear"], 0.0) == lr_factor(99, 10, 4, SHAPES["linear"], 0.0) == 0
+    assert lr_factor(5, 5, 4, SHAPES["linear"], 0.0) == 0  # one update after the warmup
 
 
 def test_cosine_falls_along_half_a_cosine():
