@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -46,7 +46,9 @@ class AdapterShape:
     use_dora: bool
     targets: tuple[str, ...]
 
-    def peft_config(self, model: PreTrainedModel, dropout: float = 0.0, init: bool | str = True) -> "LoraConfig":
+    def peft_config(
+        self, model: PreTrainedModel, dropout: float = 0.0, init: Literal["gaussian"] | bool = True
+    ) -> "LoraConfig":
         """Return peft's config of such an adapter of a model."""
         from peft import LoraConfig
 
@@ -319,7 +321,7 @@ class AdapterWeights:
         return merged
 
 
-def reference_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+def reference_weights(model: PreTrainedModel) -> dict[str, Any]:
     """Return all weights of a model but those of the adapter that trains."""
     return {
         name: value for name, value in model.state_dict().items() if not re.search(rf"\.lora_\w+\.{POLICY}\b", name)

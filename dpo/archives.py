@@ -28,8 +28,8 @@ def load_archive(path: str) -> dict[str, Any]:
     except Exception as error:  # torch raises many kinds for a file that is damaged or holds more than weights
         reason = summarize_error(error)
         raise UserError(f"model.archive={path}: cannot be read ({reason}); {remedy}") from None
-    state = archive.get("state") if isinstance(archive, dict) else None
-    weights = state.get("weights") if is_adapter(state) else state
+    state: Any = archive.get("state") if isinstance(archive, dict) else None
+    weights = state["weights"] if is_adapter(state) else state
     if not isinstance(weights, dict) or not all(
         isinstance(name, str)
         and isinstance(value, torch.Tensor)
