@@ -6,7 +6,7 @@ peft is imported where it is called: that takes seconds, and training all weight
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +28,8 @@ from dpo.export import export_model, save_model, save_tokenizer
 from dpo.settings import LoraSettings, ModelSettings, Settings
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import LoraConfig, LoraModel
+    from peft.tuners.lora import LoraLayer
 
 POLICY, REFERENCE = "default", "reference"  # what peft's layers call the adapter that trains, and its frozen copy
 PREFIX = "base_model.model."  # of the names in peft's files
@@ -52,6 +53,7 @@ class AdapterShape:
         """Return peft's config of such an adapter of a model."""
         from peft import LoraConfig
 
+        layer = model.get_submodule(self.targets[0])
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.r,
@@ -61,7 +63,7 @@ class AdapterShape:
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             init_lora_weights=init,
-            fan_in_fan_out=isinstance(model.get_submodule(self.targets[0]), Conv1D),
+            fan_in_fan_out=isinstance(getattr(layer, "base_layer", layer), Conv1D),
         )
 
 
@@ -160,15 +162,14 @@ def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeigh
     torch.manual_seed(run_settings.seed)
     base, shape = weights_checksum(model.state_dict()), shape_of(settings, find_targets(model, settings.targets))
     stored = None if settings.path is None else read_adapter(settings.path)
-    names = (POLICY,) if stored is None else (REFERENCE, POLICY)
     if stored is not None:
         check_shape(settings, shape, stored.shape)
     model.eval()
-    for name in names:
-        dropout = settings.dropout if name == POLICY else 0.0
-        inject(model, shape.peft_config(model, dropout, True if settings.init == "kaiming" else settings.init), name)
-        if stored is not None:
-            copy_weights(adapter_parameters(model, name), stored.weights, f"lora.path={settings.path}")
+    configs = {} if stored is None else {REFERENCE: shape.peft_config(model)}
+    configs[POLICY] = shape.peft_config(model, settings.dropout, True if settings.init == "kaiming" else "gaussian")
+    inject(model, configs)
+    for name in configs if stored is not None else ():
+        copy_weights(adapter_parameters(model, name), stored.weights, f"lora.path={settings.path}")
     trained = adapter_parameters(model, POLICY)
     model.requires_grad_(False)
     for parameter in trained.values():
@@ -193,14 +194,28 @@ def base_name(settings: ModelSettings) -> str | None:
     return str(folder.resolve()) if folder.is_dir() else settings.name_or_path
 
 
-def inject(model: PreTrainedModel, config: "LoraConfig", name: str) -> None:
-    """Put an adapter into a model in place, in float32, and make it the one that its layers use."""
-    from peft import inject_adapter_in_model
+def inject(model: PreTrainedModel, configs: dict[str, "LoraConfig"]) -> "LoraModel":
+    """Put adapters into a model in place, in float32, the last of them in use; return what peft manages them with."""
+    from peft import LoraModel
 
-    inject_adapter_in_model(config, model, name)
+    first, *others = configs
+    tuner = LoraModel(model, configs, first)
+    for name in others:
+        tuner.inject_adapter(model, name)
+    use_adapter(adapted_layers(model).values(), [*configs][-1])
+    return tuner
 
 
-def adapted_layers(model: PreTrainedModel) -> dict[str, Any]:
+def use_adapter(layers: Iterable["LoraLayer"], name: str) -> None:
+    """Let layers compute with the adapter of a name; without any if they have none of that name.
+
+    peft's own switches also set requires_grad of parameters, which FSDP2 reads once, at its first forward pass.
+    """
+    for layer in layers:
+        layer._active_adapter = [name]
+
+
+def adapted_layers(model: PreTrainedModel) -> dict[str, "LoraLayer"]:
     """Return peft's layers by the names of the linear layers that they wrap."""
     from peft.tuners.lora import LoraLayer
 
@@ -245,17 +260,12 @@ class AdapterWeights:
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Compute without the adapter, or with the frozen copy of what lora.path had.
-
-        peft's own switches also set requires_grad of parameters, which FSDP2 reads once, at its first forward pass.
-        """
-        for layer in self.layers.values():
-            layer._active_adapter = [REFERENCE]  # a layer that has no adapter of this name computes without one
+        """Compute without the adapter, or with the frozen copy of what lora.path had."""
+        use_adapter(self.layers.values(), REFERENCE)
         try:
             yield
         finally:
-            for layer in self.layers.values():
-                layer._active_adapter = [POLICY]
+            use_adapter(self.layers.values(), POLICY)
 
     def describe_reference(self) -> str:
         """Return in words what the reference is."""
@@ -330,16 +340,13 @@ def reference_weights(model: PreTrainedModel) -> dict[str, Any]:
 
 def merge_adapter(model: PreTrainedModel, state: dict[str, Any], setting: str) -> None:
     """Merge the adapter in a LoRA run's checkpoint into the model that it was trained on; UserError for another one."""
-    from peft import LoraModel
-
     if state["base"] != weights_checksum(model.state_dict()):
         raise UserError(
             f"{setting}: this adapter was trained on other weights; give the model.name_or_path and model.policy_dtype"
             " of its run, or model.name_or_path=RUN/base if that run has this folder"
         )
     shape = AdapterShape(**state["adapter"])
-    tuner = LoraModel(model, shape.peft_config(model), POLICY)
+    tuner = inject(model, {POLICY: shape.peft_config(model)})
     copy_weights(adapter_parameters(model, POLICY), state["weights"], setting)
     tuner.merge_and_unload()
-    del model.peft_config
     model.requires_grad_(True)

@@ -7,7 +7,7 @@ import yaml
 from conftest import ROOT, TINY, compose, validated
 
 from dpo.errors import UserError
-from dpo.settings import Settings, allowed, default_values, flatten, known_keys, validate
+from dpo.settings import Settings, allowed, default_values, flatten, group_of, known_keys, validate
 from dpo.suggestions import suggest
 from losses import LOSSES
 
@@ -170,6 +170,7 @@ def yaml_keys(path, prefix="") -> dict[str, str]:
 def test_yaml_and_settings_have_the_same_keys_each_with_a_comment():
     config = ROOT / "config"
     found = yaml_keys(config / "config.yaml") | yaml_keys(config / "model" / "blank_model.yaml", "model.")
+    found |= yaml_keys(config / "lora" / "default.yaml", "lora.")
     for name, loss in LOSSES.items():
         keys = yaml_keys(config / "loss" / f"{name}.yaml", "loss.")
         assert set(keys) == {"loss.name", *(f"loss.{field}" for field in loss.model_fields)}
@@ -180,11 +181,7 @@ def test_yaml_and_settings_have_the_same_keys_each_with_a_comment():
 
 
 def test_no_field_has_a_default_of_its_own():
-    models = [
-        Settings,
-        *LOSSES.values(),
-        *(f.annotation for n, f in Settings.model_fields.items() if n in ("wandb", "model")),
-    ]
+    models = [Settings, *LOSSES.values(), *(group_of(Settings, name) for name in ("wandb", "model", "lora"))]
     assert [name for model in models for name, field in model.model_fields.items() if not field.is_required()] == []
 
 
