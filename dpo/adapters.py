@@ -6,150 +6,43 @@ peft is imported where it is called: that takes seconds, and training all weight
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
+from dpo.adapter_shapes import (
+    BASE,
+    PREFIX,
+    AdapterShape,
+    check_shape,
+    find_targets,
+    last_parts,
+    read_adapter,
+    shape_of,
+)
 from dpo.archives import check_fit, weights_checksum
 from dpo.checkpoints import atomic_dir, write_manifest
+from dpo.combinations import is_installed
 from dpo.console import log_message
 from dpo.errors import UserError, naming_file, summarize_error
 from dpo.export import export_model, save_model, save_tokenizer
-from dpo.settings import LoraSettings, ModelSettings, Settings
+from dpo.settings import ModelSettings, Settings
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, LoraModel
+    from peft import LoraModel, PeftConfig
     from peft.tuners.lora import LoraLayer
 
 POLICY, REFERENCE = "default", "reference"  # what peft's layers call the adapter that trains, and its frozen copy
-PREFIX = "base_model.model."  # of the names in peft's files
 SMALL_LR = 1e-5  # below it, advice is given
-KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  # peft's ways to begin that leave the model's weights alone
-
-
-@dataclass(frozen=True)
-class AdapterShape:
-    """What decides how an adapter's matrices are used; targets are the full names of the adapted linear layers."""
-
-    r: int
-    alpha: int
-    use_rslora: bool
-    use_dora: bool
-    targets: tuple[str, ...]
-
-    def peft_config(
-        self, model: PreTrainedModel, dropout: float = 0.0, init: Literal["gaussian"] | bool = True
-    ) -> "LoraConfig":
-        """Return peft's config of such an adapter of a model."""
-        from peft import LoraConfig
-
-        layer = model.get_submodule(self.targets[0])
-        return LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self.r,
-            lora_alpha=self.alpha,
-            lora_dropout=dropout,
-            target_modules=list(self.targets),
-            use_rslora=self.use_rslora,
-            use_dora=self.use_dora,
-            init_lora_weights=init,
-            fan_in_fan_out=isinstance(getattr(layer, "base_layer", layer), Conv1D),
-        )
-
-
-# Which layers are adapted
-
-
-def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Return the names of the linear layers in a model's blocks; where no blocks are known, of all but its head."""
-    blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
-    head = model.get_output_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head and name.startswith(tuple(blocks) or "")
-    ]
-
-
-def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the full names of the layers that lora.targets means; UserError if one of its names fits no layer."""
-    layers = linear_layers(model)
-    names = last_parts(layers) if targets == "auto" else targets
-    unknown = [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
-    if unknown or not layers:
-        found = ", ".join(last_parts(layers)) or "none"
-        raise UserError(
-            f"lora.targets: no linear layer of this model's blocks is called {', '.join(unknown)}; there are {found}"
-        )
-    return tuple(layer for layer in layers if f".{layer}".endswith(tuple(f".{name}" for name in names)))
-
-
-def last_parts(layers: Sequence[str]) -> list[str]:
-    """Return the last part of each layer's name, each once."""
-    return list(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
-
-
-# Reading adapters
-
-
-@dataclass(frozen=True)
-class StoredAdapter:
-    """An adapter read from a file: its shape, and its weights under the names of peft's files without their prefix."""
-
-    shape: AdapterShape
-    weights: dict[str, Tensor]
-
-
-def read_adapter(folder: str) -> StoredAdapter:
-    """Read the adapter in a folder of peft's format; UserError unless it is LoRA of linear layers alone."""
-    try:
-        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-        weights = load_file(Path(folder) / "adapter_model.safetensors")
-        weights = {name.removeprefix(PREFIX): value for name, value in weights.items()}
-        layers = [name.rpartition(".lora_A.")[0] for name in weights if name.endswith(".lora_A.weight")]
-        flags = {name: bool(config.get(name, False)) for name in ("use_rslora", "use_dora")}
-        shape = AdapterShape(config["r"], config["lora_alpha"], **flags, targets=tuple(layers))
-    except Exception as error:  # missing or foreign files, which raise many kinds of errors
-        reason = summarize_error(error)
-        remedy = "give the folder of a LoRA adapter in peft's format, as RUN/LATEST/hf"
-        raise UserError(f"lora.path={folder}: cannot be read ({reason}); {remedy}") from None
-    init = config.get("init_lora_weights", True)
-    extras = [name for name in ("alpha_pattern", "rank_pattern", "modules_to_save") if config.get(name)]
-    extras += [f"init_lora_weights={init}"] * (init not in KEEPS_BASE)
-    if config.get("peft_type") != "LORA" or extras or not layers:
-        raise UserError(f"lora.path={folder}: not a plain LoRA adapter ({', '.join(extras) or 'another kind'})")
-    return StoredAdapter(shape, weights)
-
-
-def check_shape(settings: LoraSettings, own: AdapterShape, stored: AdapterShape) -> None:
-    """Raise UserError with the settings to add if those of a run are not those that an adapter was made with."""
-    wrong = [
-        f"lora.{name}={str(value).lower()}"
-        for name, value in asdict(stored).items()
-        if name != "targets" and value != getattr(own, name)
-    ]
-    if set(own.targets) != set(stored.targets):
-        wrong.append(f"lora.targets=[{','.join(last_parts(stored.targets))}]")
-    if wrong:
-        raise UserError(f"lora.path={settings.path}: was made with other settings; add {' '.join(wrong)}")
-
-
-def shape_of(settings: LoraSettings, targets: tuple[str, ...]) -> AdapterShape:
-    """Return the shape of a new adapter."""
-    return AdapterShape(settings.r, settings.alpha, settings.use_rslora, settings.use_dora, targets)
-
-
-# The adapter of a run
 
 
 def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeights":
@@ -164,12 +57,14 @@ def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeigh
     stored = None if settings.path is None else read_adapter(settings.path)
     if stored is not None:
         check_shape(settings, shape, stored.shape)
+        check_base(stored.base, base, f"lora.path={settings.path}")
     model.eval()
-    configs = {} if stored is None else {REFERENCE: shape.peft_config(model)}
+    configs: dict[str, PeftConfig] = {} if stored is None else {REFERENCE: shape.peft_config(model)}
     configs[POLICY] = shape.peft_config(model, settings.dropout, True if settings.init == "kaiming" else "gaussian")
     inject(model, configs)
-    for name in configs if stored is not None else ():
-        copy_weights(adapter_parameters(model, name), stored.weights, f"lora.path={settings.path}")
+    if stored is not None:
+        for name in configs:
+            copy_weights(adapter_parameters(model, name), stored.weights, f"lora.path={settings.path}")
     trained = adapter_parameters(model, POLICY)
     model.requires_grad_(False)
     for parameter in trained.values():
@@ -194,7 +89,7 @@ def base_name(settings: ModelSettings) -> str | None:
     return str(folder.resolve()) if folder.is_dir() else settings.name_or_path
 
 
-def inject(model: PreTrainedModel, configs: dict[str, "LoraConfig"]) -> "LoraModel":
+def inject(model: PreTrainedModel, configs: dict[str, "PeftConfig"]) -> "LoraModel":
     """Put adapters into a model in place, in float32, the last of them in use; return what peft manages them with."""
     from peft import LoraModel
 
@@ -224,13 +119,9 @@ def adapted_layers(model: PreTrainedModel) -> dict[str, "LoraLayer"]:
 
 def adapter_parameters(model: PreTrainedModel, adapter: str) -> dict[str, Parameter]:
     """Return the parameters of one adapter under the names of peft's files, without their prefix."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        if match := re.fullmatch(
-            rf"(.*\.lora_[AB])\.{adapter}(\.weight)|(.*\.lora_\w+_vector)\.{adapter}\.weight", name
-        ):
-            found["".join(filter(None, match.groups()))] = parameter
-    return found
+    kept = re.compile(rf"(.*\.lora_[AB])\.{adapter}(\.weight)|(.*\.lora_magnitude_vector)\.{adapter}\.weight")
+    found = ((kept.fullmatch(name), parameter) for name, parameter in model.named_parameters())
+    return {"".join(filter(None, match.groups())): parameter for match, parameter in found if match}
 
 
 @torch.no_grad()
@@ -296,8 +187,8 @@ class AdapterWeights:
         def write(staging: Path) -> None:
             config = self.shape.peft_config(self.model).to_dict() | {"base_model_name_or_path": base_name}
             config |= {"inference_mode": True, "target_modules": self.short_targets()}
-            weights = {f"{PREFIX}{name}": value for name, value in self.state_dict()["weights"].items()}
-            save_file(weights, staging / "adapter_model.safetensors", metadata={"format": "pt"})
+            weights = {f"{PREFIX}{name}": value.contiguous() for name, value in self.state_dict()["weights"].items()}
+            save_file(weights, staging / "adapter_model.safetensors", metadata={"format": "pt", BASE: self.base})
             with naming_file(staging / "adapter_config.json"):
                 (staging / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             save_tokenizer(staging, tokenizer)
@@ -326,27 +217,37 @@ class AdapterWeights:
         merged = self.base_weights()
         for name, layer in self.layers.items():
             layer = copy.deepcopy(layer)  # one at a time; taking the adapter out of a weight again would round it
-            layer.merge(adapter_names=[POLICY])
-            merged[f"{name}.weight"] = layer.get_base_layer().weight.detach()
+            layer.merge(adapter_names=[POLICY])  # type: ignore[operator]  # a method of all linear layers of peft
+            merged[f"{name}.weight"] = layer.get_base_layer().weight.detach().cpu()
         return merged
 
 
 def reference_weights(model: PreTrainedModel) -> dict[str, Any]:
     """Return all weights of a model but those of the adapter that trains."""
-    return {
-        name: value for name, value in model.state_dict().items() if not re.search(rf"\.lora_\w+\.{POLICY}\b", name)
-    }
+    trained = re.compile(rf"\.lora_\w+\.{POLICY}\b")
+    return {name: value for name, value in model.state_dict().items() if not trained.search(name)}
+
+
+def check_base(stored: str | None, own: str, setting: str) -> None:
+    """Raise UserError if an adapter is known to belong to other weights than those of the model."""
+    if stored not in (None, own):
+        remedy = "or model.name_or_path=RUN/base if that run has this folder"
+        raise UserError(
+            f"{setting}: this adapter was trained on other weights; give the model.name_or_path and model.policy_dtype"
+            f" of its run, {remedy}"
+        )
 
 
 def merge_adapter(model: PreTrainedModel, state: dict[str, Any], setting: str) -> None:
     """Merge the adapter in a LoRA run's checkpoint into the model that it was trained on; UserError for another one."""
-    if state["base"] != weights_checksum(model.state_dict()):
-        raise UserError(
-            f"{setting}: this adapter was trained on other weights; give the model.name_or_path and model.policy_dtype"
-            " of its run, or model.name_or_path=RUN/base if that run has this folder"
-        )
-    shape = AdapterShape(**state["adapter"])
-    tuner = inject(model, {POLICY: shape.peft_config(model)})
+    if not is_installed("peft"):
+        raise UserError(f"{setting}: holds an adapter, which needs the library peft; pip install peft")
+    check_base(state["base"], weights_checksum(model.state_dict()), setting)
+    try:
+        shape = AdapterShape(**state["adapter"])
+        tuner = inject(model, {POLICY: shape.peft_config(model)})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{setting}: its adapter cannot be read ({summarize_error(error)})") from None
     copy_weights(adapter_parameters(model, POLICY), state["weights"], setting)
     tuner.merge_and_unload()
     model.requires_grad_(True)

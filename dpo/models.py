@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo.adapters import find_targets, merge_adapter
+from dpo.adapter_shapes import find_targets
+from dpo.adapters import merge_adapter
 from dpo.archives import DROPPABLE, is_adapter, load_archive, load_weights
 from dpo.console import log_message
 from dpo.errors import UserError, is_out_of_memory, summarize_error

@@ -60,7 +60,7 @@ def suggest(key: str, value: str | None, known: Collection[str]) -> str:
     for word in (_squash(key), _squash(last)):
         if word in answers:
             return problem + answers[word]
-    if parent in known:  # lr.anything
+    if parent in known and parent not in groups:  # lr.anything
         return f"{problem}did you mean {parent}?"
     if group in groups:  # loss.bta
         near, lists = _nearest(key, names), f"--help {group}"

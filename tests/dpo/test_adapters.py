@@ -10,7 +10,8 @@ from conftest import TINY, validated
 from tiny_models import EXAMPLES, PLENTY, sums_of_logps, tiny
 
 from dpo import adapters, combinations
-from dpo.adapters import AdapterShape, add_adapter, find_targets, read_adapter
+from dpo.adapter_shapes import AdapterShape, find_targets, read_adapter
+from dpo.adapters import add_adapter
 from dpo.archives import load_archive
 from dpo.checkpoints import read_checkpoint
 from dpo.errors import UserError
