@@ -217,8 +217,8 @@ class AdapterWeights:
         merged = self.base_weights()
         for name, layer in self.layers.items():
             layer = copy.deepcopy(layer)  # one at a time; taking the adapter out of a weight again would round it
-            layer.merge(adapter_names=[POLICY])  # type: ignore[operator]  # a method of all linear layers of peft
-            merged[f"{name}.weight"] = layer.get_base_layer().weight.detach().cpu()
+            layer.merge(adapter_names=[POLICY])
+            merged[f"{name}.weight"] = layer.get_base_layer().get_parameter("weight").detach().cpu()
         return merged
 
 
