@@ -183,7 +183,6 @@ class Precomputation:
     @torch.no_grad()
     def run(self, reference: CachedReference, own: Path | None, shared_dir: Path) -> None:
         """Fill the cache, from the run's own file or one in the shared folder where they fit, and write both."""
-        self.policy.eval()  # an adapter's dropout is the policy's alone
         key = self.key(reference)
         shared = shared_dir / f"{key}.pt"
         paths = [path for path in (own, shared) if path is not None]

@@ -33,12 +33,8 @@ MAY_CHANGE = (
 )
 MAY_GROW = ("n_epochs", "n_examples")
 MAY_MOVE = (
-    "datasets",
-    "local_dirs",
-    "model.name_or_path",
-    "model.tokenizer_name_or_path",
-    "model.archive",
-    "lora.path",
+    *("datasets", "local_dirs", "model.name_or_path", "model.tokenizer_name_or_path"),
+    *("model.archive", "lora.path"),
 )
 
 

@@ -6,18 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import TINY, validated
+from conftest import ROOT, TINY, compose, inputs_of, validated
 from tiny_models import EXAMPLES, PLENTY, sums_of_logps, tiny
 
 from dpo import adapters, combinations
 from dpo.adapter_shapes import AdapterShape, find_targets, read_adapter
 from dpo.adapters import add_adapter
-from dpo.archives import load_archive
+from dpo.archives import load_archive, weights_checksum
 from dpo.checkpoints import read_checkpoint
+from dpo.config_files import read_config_files
 from dpo.errors import UserError
 from dpo.logps import ResponseLogps, response_logps
 from dpo.packing import LAYOUTS, make_microbatches
 from dpo.references import AdapterReference, check_first_margin
+from dpo.runs import override_run_config
 
 # peft asks transformers for an attribute by its old name.
 OLD_NAME = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -68,10 +70,10 @@ def test_targets_are_names_or_ends_of_names():
 
 
 @pytest.mark.parametrize("wrong", ["q_proj", "proj", "lm_head"])
-def test_a_name_that_no_layer_has_is_refused_with_those_that_there_are_before_weights_load(wrong, make_trainer):
+def test_a_name_that_no_layer_has_is_refused_with_those_that_there_are_before_weights_load(wrong):
     line = f"lora.targets: no linear layer of this model's blocks is called {wrong}; there are c_attn, c_proj, c_fc"
     with pytest.raises(UserError, match=line):
-        make_trainer("loss=dpo", *LORA, f"lora.targets=[c_fc,{wrong}]", "model.archive=null")
+        inputs_of("loss=dpo", *TINY, *LORA, f"lora.targets=[c_fc,{wrong}]")
 
 
 # What is computed
@@ -302,7 +304,9 @@ def test_an_archive_of_an_adapter_is_merged_and_what_comes_out_is_the_reference(
 
 
 @OLD_NAME
-def test_weights_that_are_nowhere_else_are_exported_beside_the_adapter_that_belongs_to_them(trained, make_trainer):
+def test_weights_that_are_nowhere_else_are_exported_beside_the_adapter_that_belongs_to_them(
+    trained, make_trainer, tmp_path
+):
     from peft import PeftModel
 
     _, latest = trained(loss="sft")
@@ -313,8 +317,10 @@ def test_weights_that_are_nowhere_else_are_exported_beside_the_adapter_that_belo
     opened = PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), newest / "hf")
     assert torch.equal(logits_of(opened), logits_of(second.policy.model))
     archive = f"model.archive='{newest / 'policy.pt'}'"
-    with pytest.raises(UserError, match="this adapter was trained on other weights; .* model.name_or_path=RUN/base"):
-        make_trainer("loss=dpo", archive)
+    for other in (archive, f"lora.path='{newest / 'hf'}'"):
+        setting = other.partition("=")[0]
+        with pytest.raises(UserError, match=f"{setting}=.*: this adapter was trained on other weights; .*=RUN/base"):
+            make_trainer("loss=dpo", *LORA, other, f"exp_name={setting}", f"local_run_dir='{tmp_path / setting}'")
     third = make_trainer("loss=dpo", archive, f"model.name_or_path='{base}'")
     apart = (logits_of(third.policy.model) - logits_of(second.policy.model)).abs().max()
     assert apart < 1e-5 * logits_of(second.policy.model).abs().max()
@@ -342,6 +348,17 @@ def test_an_adapter_is_trained_further_from_a_frozen_copy_of_itself(trained, mak
     assert read_adapter(str(after.run.path / "LATEST" / "hf")).shape == read_adapter(str(latest / "hf")).shape
 
 
+def test_the_cached_reference_of_an_adapter_that_is_trained_further_has_no_dropout(trained, make_trainer):
+    """A model made from scratch begins in training mode."""
+    scratch = "model.from_scratch=true"
+    _, latest = trained(scratch, loss="sft")
+    further = (scratch, f"lora.path='{latest / 'hf'}'", "lora.dropout=0.5")
+    cached = make_trainer("loss=dpo", *LORA, *further, "loss.precompute_reference=true")
+    live = make_trainer("loss=dpo", *LORA, *further)
+    _, part = first(live)
+    torch.testing.assert_close(cached.reference.logps(part).sums, live.reference.logps(part).sums)
+
+
 def test_other_settings_than_those_of_the_adapter_are_refused_with_those_to_add(trained, make_trainer):
     _, latest = trained("lora.use_rslora=true", "lora.targets=[c_attn,c_fc]")
     path = f"lora.path='{latest / 'hf'}'"
@@ -367,6 +384,34 @@ def test_a_folder_without_an_adapters_weights_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="lora.path=.*: cannot be read"):
         read_adapter(str(tmp_path))
+
+
+# Resuming, of which tests/test_resume.py kills whole runs
+
+
+def test_a_resumed_run_must_find_its_frozen_weights_and_keeps_its_adapter(trained, make_trainer):
+    before, latest = trained(loss="sft")
+    assert before.run.identity["the base model's weights"] == before.weights.base
+    further = make_trainer("loss=sft", *LORA, f"lora.path='{latest / 'hf'}'")
+    assert {"the base model's weights", "the adapter of lora.path"} < set(further.run.identity)
+    scratch = make_trainer("loss=sft", *LORA, "model.from_scratch=true")
+    assert scratch.weights.base != before.weights.base
+
+
+def test_a_resumed_run_takes_another_place_of_its_adapter_and_no_other_setting_of_it(tmp_path):
+    config = compose("loss=dpo", *TINY, *LORA, f"lora.path='{tmp_path}'")
+    known = read_config_files(ROOT / "config").keys()
+    taken = override_run_config(config.copy(), ["lora.path=moved", "lora.export_merged=true"], known)
+    assert taken == {"lora.path": "moved", "lora.export_merged": True}
+    for wrong, line in (("lora.r=2", "a resumed run keeps lora.r=4"), ("lora=default", "keeps its own lora")):
+        with pytest.raises(UserError, match=line):
+            override_run_config(config.copy(), [wrong], known)
+
+
+def test_a_checkpoint_of_another_adapter_does_not_fit(make_trainer):
+    weights = [make_trainer("loss=sft", *LORA, f"lora.targets=[{name}]").weights for name in ("c_attn", "c_fc")]
+    with pytest.raises(UserError, match="resume=RUN: does not fit the model: missing .*c_fc.*unexpected .*c_attn"):
+        weights[1].load_state_dict(weights[0].state_dict(), "resume=RUN")
 
 
 # Settings
