@@ -2,8 +2,10 @@
 
     python benchmarks/lora.py --model PATH --data FOLDER [overrides of train.py, for both]
 
-Both ways train in one process, on the same pairs, their updates in turn. Memory is the peak of the whole process during
-three updates, of each way in a process of its own. The tables, written to stdout, are those of docs/lora.md.
+Both ways train in one process, on the same pairs, their updates in turn. Speed is the median ratio of the process's CPU
+time per update, which other processes hardly change (so run it with one thread on a CPU); pairs per second are by the
+clock. Memory is the peak of the whole process during three updates, of each way in a process of its own. The tables,
+written to stdout, are those of docs/lora.md.
 """
 
 import argparse
@@ -11,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +64,10 @@ def train(trainers: dict[str, BasicTrainer]) -> dict[str, list[dict[str, float]]
     before = {way: trainer.evaluate() for way, trainer in trainers.items()}
     for batches in zip(*(trainer.train_batches for trainer in trainers.values()), strict=True):
         for (way, trainer), batch in zip(trainers.items(), batches, strict=True):
-            records[way].append(trainer.train_step(batch))
-            shown = ", ".join(f"{records[way][-1][column]:.4g}" for column in COLUMNS)
+            start = time.process_time()
+            metrics = trainer.train_step(batch)
+            records[way].append(metrics | {"cpu_seconds": time.process_time() - start})
+            shown = ", ".join(f"{records[way][-1][column]:.4g}" for column in (*COLUMNS, "cpu_seconds"))
             print(f"{trainer.updates}, {way}: {shown}", file=sys.stderr, flush=True)
     for way, trainer in trainers.items():
         records[way].append({f"{key} before": value for key, value in before[way].items()} | trainer.evaluate())
@@ -72,16 +77,13 @@ def train(trainers: dict[str, BasicTrainer]) -> dict[str, list[dict[str, float]]
 def print_tables(records: dict[str, list[dict[str, float]]], peaks: dict[str, float]) -> None:
     """Print speed and memory beside those of all weights, and the curves as means of 10 updates."""
     first = "all weights"
-    columns = "trained | pairs/s | speed | peak GB | memory | evaluation loss, before and after | accuracy after"
-    print(f"\n| {columns} |\n" + "|---" * 7 + "|")
-    for way, updates in records.items():
-        *steps, last = updates
-        speeds = [step["examples_per_second"] for step in steps]
-        faster = [
-            step["examples_per_second"] / base["examples_per_second"]
-            for step, base in zip(steps, records[first], strict=False)
-        ]
-        cells: list[Any] = [way, f"{statistics.median(speeds):.2f}", f"{statistics.median(faster):.2f}"]
+    columns = "trained | pairs/s | CPU s an update | speed | peak GB | memory | evaluation loss, before and after"
+    print(f"\n| {columns} | accuracy after |\n" + "|---" * 8 + "|")
+    for way, (*steps, last) in records.items():
+        seconds = {name: [step["cpu_seconds"] for step in found[:-1]] for name, found in records.items()}
+        faster = statistics.median(a / b for a, b in zip(seconds[first], seconds[way], strict=True))
+        cells: list[Any] = [way, f"{statistics.median(step['examples_per_second'] for step in steps):.2f}"]
+        cells += [f"{statistics.median(seconds[way]):.1f}", f"{faster:.2f}"]
         cells += [f"{peaks[way]:.2f}", f"{peaks[way] / peaks[first]:.2f}"]
         cells += [f"{last['loss/eval before']:.3f}, {last['loss/eval']:.3f}", f"{last['rewards_eval/accuracies']:.2f}"]
         print("| " + " | ".join(cells) + " |")

@@ -399,7 +399,7 @@ def test_a_resumed_run_must_find_its_frozen_weights_and_keeps_its_adapter(traine
 
 
 def test_a_resumed_run_takes_another_place_of_its_adapter_and_no_other_setting_of_it(tmp_path):
-    config = compose("loss=dpo", *TINY, *LORA, f"lora.path='{tmp_path}'")
+    config = compose("loss=dpo", *TINY, *LORA, f"lora.path='{tmp_path}'", "exp_name=x", "local_run_dir=x")
     known = read_config_files(ROOT / "config").keys()
     taken = override_run_config(config.copy(), ["lora.path=moved", "lora.export_merged=true"], known)
     assert taken == {"lora.path": "moved", "lora.export_merged": True}
@@ -427,6 +427,20 @@ def problems(*overrides: str) -> list[str]:
 def test_without_peft_lora_is_refused_before_anything_loads(monkeypatch):
     monkeypatch.setattr(combinations, "is_installed", lambda library: library != "peft")
     assert problems() == ["lora=default: needs the library peft; pip install peft"]
+
+
+def test_without_peft_an_archive_of_an_adapter_is_refused(trained, make_trainer, monkeypatch):
+    _, latest = trained()
+    monkeypatch.setattr(adapters, "is_installed", lambda library: False)
+    with pytest.raises(UserError, match="model.archive=.*: holds an adapter, which needs the library peft"):
+        make_trainer("loss=dpo", f"model.archive='{latest / 'policy.pt'}'")
+
+
+def test_a_forged_adapter_is_refused_in_one_line():
+    model = tiny("GPT2")
+    state = {"adapter": {"r": 4}, "base": weights_checksum(model.state_dict()), "weights": {}}
+    with pytest.raises(UserError, match="model.archive=X: its adapter cannot be read"):
+        adapters.merge_adapter(model, state, "model.archive=X")
 
 
 @pytest.mark.parametrize(
