@@ -268,7 +268,7 @@ def test_a_checkpoint_holds_the_adapter_and_its_optimizer_alone(trained):
 
 @OLD_NAME
 @pytest.mark.parametrize("overrides", [(), ("lora.use_dora=true",), ("lora.targets=[c_attn]",)])
-def test_peft_opens_the_export_and_transformers_the_merged_model(overrides, trained):
+def test_peft_and_transformers_open_the_export_and_the_merged_model(overrides, trained):
     from peft import PeftModel
 
     trainer, latest = trained(*overrides)
@@ -278,6 +278,8 @@ def test_peft_opens_the_export_and_transformers_the_merged_model(overrides, trai
     assert (logits_of(base) - policy).abs().max() > 0.01
     opened = PeftModel.from_pretrained(base, latest / "hf")
     assert torch.equal(logits_of(opened), policy)
+    by_path = transformers.AutoModelForCausalLM.from_pretrained(latest / "hf")
+    assert torch.equal(logits_of(by_path), policy)
     merged = transformers.AutoModelForCausalLM.from_pretrained(latest / "hf" / "merged")
     assert (logits_of(merged) - policy).abs().max() < 1e-5 * policy.abs().max()
     assert (
