@@ -15,12 +15,14 @@ import torch
 from omegaconf import OmegaConf
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from dpo.adapters import AdapterWeights, add_adapter
 from dpo.archives import weights_checksum
 from dpo.attention import attention_kinds
 from dpo.console import log_message
-from dpo.devices import compute_dtype, limit_onednn_cache, pick_device, platform, tokens_per_pass
+from dpo.devices import autocast, compute_dtype, limit_onednn_cache, pick_device, platform, tokens_per_pass
 from dpo.errors import actionable_errors, raise_problems
 from dpo.examples import BatchIterator, TextExample, Tokenization, bos_note
+from dpo.export import AllWeights
 from dpo.layouts import LayoutChoice, choose_layout
 from dpo.logps import ResponseLogps
 from dpo.metrics import MetricLogger, Tracker, WandbTracker
@@ -31,12 +33,21 @@ from dpo.models import (
     load_policy,
     model_problems,
     recompute_activations,
+    set_quantized_dtype,
     skip_unreachable_hub,
 )
 from dpo.objectives import Loss
 from dpo.optimizers import bfloat16_note, optimizer_problems
 from dpo.packing import LAYOUTS, Packer
-from dpo.references import CachedReference, ModelReference, Precomputation, Reference, SyncedReference
+from dpo.references import (
+    AdapterReference,
+    CachedReference,
+    ModelReference,
+    Precomputation,
+    Reference,
+    SyncedReference,
+    check_first_margin,
+)
 from dpo.runs import RunDir
 from dpo.sampling import Sampler, distinct_prompts
 from dpo.settings import Settings
@@ -67,7 +78,7 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     skip_unreachable_hub(names | {name: name in DATASETS and name != "demo" for name in settings.datasets})
     device = pick_device(settings.device)
     model_config, tokenizer = load_model_config(settings.model)
-    raise_problems(model_problems(settings, model_config, tokenizer))
+    raise_problems(model_problems(settings, model_config, tokenizer, device))
     lengths, add_bos = (settings.max_length, settings.max_prompt_length), settings.model.add_bos
     tokenize = Tokenization(tokenizer, *lengths, add_bos, model_config.get_text_config().vocab_size)
     if note := bos_note(tokenizer, add_bos):
@@ -126,9 +137,10 @@ def schedule_notes(settings: Settings, n_updates: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Models:
-    """The policy, the second model where the reference is one, and how both compute."""
+    """The policy, its adapter if that alone is trained, the second model if the reference is one; how all compute."""
 
     policy: ResponseLogps
+    adapter: AdapterWeights | None
     reference: ResponseLogps | None
     packer: Packer
     dtype: torch.dtype
@@ -145,7 +157,10 @@ def load_models(settings: Settings, loss: Loss, inputs: Inputs, known: LayoutCho
     random.seed(settings.seed)
     np.random.seed(settings.seed)
     models = [load_policy(settings, inputs.model_config, device)]
-    if loss.needs_reference and not loss.cached_reference:
+    adapter = None
+    if settings.lora is not None:
+        adapter = add_adapter(models[0], settings)
+    elif loss.needs_reference and not loss.cached_reference:
         models.append(copy_reference(models[0], settings.model.reference_dtype))
     torch.manual_seed(settings.seed)
     # A cached reference meets the policy in other passes from the second epoch on, where bfloat16 logits would differ.
@@ -154,10 +169,12 @@ def load_models(settings: Settings, loss: Loss, inputs: Inputs, known: LayoutCho
     examples = next(iter(inputs.eval_batches.from_start())).examples
     choice = choose_layout(modules[0], modules, examples, settings.layout, settings.max_length, dtype, known)
     modules[0].with_collisions = loss.needs_collisions
-    for model in models if settings.compile else ():
-        compile_layers(model)
+    for model in models:
+        set_quantized_dtype(model, dtype)
+        if settings.compile:
+            compile_layers(model)
     packer = Packer(choice.layout, tokens_per_pass(settings.max_tokens_per_pass, device), device)
-    return Models(modules[0], modules[1] if len(modules) > 1 else None, packer, dtype)
+    return Models(modules[0], adapter, modules[1] if len(modules) > 1 else None, packer, dtype)
 
 
 def build_trainer(
@@ -167,7 +184,7 @@ def build_trainer(
     signals = signals or Signals()
     with actionable_errors(LOADING):
         models = load_models(settings, loss, inputs, known_layout(run, inputs.device))
-    if note := bfloat16_note(models.policy.parameters(), settings.lr, settings.optimizer):
+    if note := bfloat16_note(models.policy.trained_parameters(), settings.lr, settings.optimizer):
         log_message(note)
     run.identify(identity(loss, inputs, models))
     run.create()
@@ -193,6 +210,7 @@ def build_trainer(
         loss,
         reference,
         settings,
+        weights=models.adapter or AllWeights(models.policy.model),
         train_batches=inputs.train_batches,
         eval_batches=inputs.eval_batches,
         packer=models.packer,
@@ -225,8 +243,10 @@ def identity(loss: Loss, inputs: Inputs, models: Models) -> dict[str, str]:
     if loss.needs_scores:
         scores = [text.scores for group in inputs.train_batches.groups for text in group]
         found["the scores"] = hashlib.sha256(repr(scores).encode()).hexdigest()
-    if loss.needs_reference:
-        found["the reference's weights"] = weights_checksum(models.policy.model)
+    if models.adapter is not None:
+        found |= models.adapter.identity()
+    elif loss.needs_reference:
+        found["the reference's weights"] = weights_checksum(models.policy.model.state_dict())
     return found
 
 
@@ -243,6 +263,14 @@ def make_reference(
     if not loss.needs_reference:
         return None
     train, test = inputs.train_batches, inputs.eval_batches
+    if models.adapter is not None:
+        reference = AdapterReference(models.policy, models.adapter, sampler)
+        log_message(f"Reference: {models.adapter.describe_reference()}; no second model is loaded.")
+        shortest = min(next(iter(test.from_start())).examples, key=len)
+        with autocast(models.policy.model.dtype, models.dtype, inputs.device):
+            check_first_margin(models.policy, reference, next(models.packer([shortest])))
+        if not loss.cached_reference:
+            return reference
     samples = None
     if settings.sample_during_eval:
         prompts = distinct_prompts(test, settings.n_eval_model_samples)

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 
-from dpo.archives import load_weights
 from dpo.checkpoints import atomic_write, random_states, save_checkpoint, set_random_states
 from dpo.console import log_message, prefetch, progress, progress_bar
 from dpo.devices import autocast, platform
 from dpo.errors import RunError, Stopped, UserError, actionable_errors, is_out_of_memory
 from dpo.examples import Batch, BatchIterator, TokenizedExample
-from dpo.export import export_model
+from dpo.export import TrainedWeights
 from dpo.logps import ResponseLogps, response_logps
 from dpo.metrics import BatchMetrics, MetricLogger
 from dpo.objectives import NOTHING, Context, Loss, Sums
@@ -45,6 +44,7 @@ class BasicTrainer:
         reference: Reference | None,
         settings: Settings,
         *,
+        weights: TrainedWeights,
         train_batches: BatchIterator,
         eval_batches: BatchIterator,
         packer: Packer,
@@ -55,11 +55,11 @@ class BasicTrainer:
         signals: Signals,
     ):
         self.policy, self.loss, self.reference, self.settings = self.prepare(policy), loss, reference, settings
-        self.train_batches, self.eval_batches = train_batches, eval_batches
+        self.weights, self.train_batches, self.eval_batches = weights, train_batches, eval_batches
         self.packer, self.sampler, self.dtype, self.device = packer, sampler, dtype, packer.device
         self.run, self.logger, self.signals = run, logger, signals
         options = OptimizerOptions.of(settings, self.policy)
-        self.optimizer = make_optimizer(settings.optimizer, self.policy.parameters(), settings.lr, options)
+        self.optimizer = make_optimizer(settings.optimizer, self.policy.trained_parameters(), settings.lr, options)
         self.scheduler = make_scheduler(settings, self.optimizer, len(train_batches))
         self.loss_state: Sums = {}  # what the loss keeps of earlier batches
         self.examples = self.updates = 0
@@ -225,8 +225,7 @@ class BasicTrainer:
     def export(self) -> None:
         """Write the model for from_pretrained into the newest checkpoint, as LATEST/hf."""
         if not self.settings.debug:
-            folder = (self.run.path / "LATEST").resolve() / "hf"
-            export_model(folder, self.policy.model, self.sampler.tokenizer)
+            self.weights.export((self.run.path / "LATEST").resolve() / "hf", self.sampler.tokenizer)
 
     def state_dict(self, logs: list[int]) -> dict[str, Any]:
         """Return all that a resumed run needs: the states of policy, optimizer and scheduler, and of the run."""
@@ -241,7 +240,7 @@ class BasicTrainer:
             "surroundings": self.surroundings(),
         }
         states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(), "run": run}
-        return {"policy": self.policy.model.state_dict()} | states
+        return {"policy": self.weights.state_dict()} | states
 
     def surroundings(self) -> dict[str, Any]:
         """Return what decides how numbers are rounded."""
@@ -257,7 +256,7 @@ class BasicTrainer:
         """Go on from the states of a checkpoint; RunError if they have another form than `state_dict` gives them."""
         try:
             run = states["run"]
-            load_weights(self.policy.model, states["policy"], f"resume={self.run.path}")
+            self.weights.load_state_dict(states["policy"], f"resume={self.run.path}")
             self.optimizer.load_state_dict(states["optimizer"])
             self.scheduler.load_state_dict(states["scheduler"])
             for name in COUNTERS:

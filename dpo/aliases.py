@@ -8,7 +8,16 @@ from dpo.answers import Answer, Choice, Note, Renamed, Steps, Switch
 
 # Parts of answers
 
-LESS_MEMORY = "activation_checkpointing=true, loss.precompute_reference=true or a smaller model need less memory"
+LESS_MEMORY = (
+    "lora=default, activation_checkpointing=true, loss.precompute_reference=true or a smaller model need less memory"
+)
+WITH_LORA = "with lora=default"
+ALL_LINEAR = ("all", "all-linear", "all_linear", "auto")
+LORA_NAMES = {
+    **{"r": "lora_r lora_rank", "alpha": "lora_alpha", "dropout": "lora_dropout", "init": "init_lora_weights"},
+    **{"path": "adapter_path adapter_name_or_path lora_model_dir lora_path", "export_merged": "merge_lora"},
+}
+ADAPTERS = {"lora": "lora=default", "qlora": "lora=default lora.quantize=nf4"}
 NAME_OR_FOLDER = "a name or a folder that holds train.jsonl"
 LOSS_NAMES = {  # other names of the files in config/loss/
     **{"sigmoid": "loss=dpo", "dpo": "loss=dpo", "ipo": "loss=ipo", "sft": "loss=sft", "nll": "loss=sft"},
@@ -107,10 +116,6 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         Choice(DTYPES, "use precision for the passes, model.policy_dtype for the parameters: float32 or bfloat16"),
     ),
     (
-        "load_in_4bit load_in_8bit quantization quantization_bit quantization_config bnb_4bit_compute_dtype",
-        Note(f"quantized models are not supported yet; {LESS_MEMORY}"),
-    ),
-    (
         "gradient_checkpointing use_gradient_checkpointing enable_gradient_checkpointing"
         " enable_activation_checkpointing",
         Renamed("activation_checkpointing"),
@@ -124,11 +129,27 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ),
     ("use_liger_kernel use_liger_loss", Note("the output head is computed in pieces already, without Liger kernels")),
     # LoRA
+    ("peft use_peft use_lora", Switch("lora=default", "the defaults: without lora=default all weights are trained")),
     (
-        "lora peft use_peft peft_config use_lora use_dora use_qlora qlora adapter finetuning_type train_type lora_r"
-        " lora_rank lora_alpha lora_dropout lora_target lora_target_modules lora_target_linear lora_attn_modules"
-        " target_modules modules_to_save",
-        Note(f"LoRA is not supported yet, every weight is trained; {LESS_MEMORY}"),
+        "adapter finetuning_type train_type",
+        Choice({**ADAPTERS, "full": "the defaults, which train all weights"}, "use lora=default, or leave it out"),
+    ),
+    *((names, Renamed(f"lora.{key}", WITH_LORA)) for key, names in LORA_NAMES.items()),
+    (
+        "lora_target lora_target_modules lora_attn_modules target_modules",
+        Choice(dict.fromkeys(ALL_LINEAR, "lora.targets=auto"), f"use lora.targets=[NAME,NAME], {WITH_LORA}"),
+    ),
+    ("lora_target_linear", Note(f"lora.targets=auto, the default {WITH_LORA}, adapts all linear layers of the blocks")),
+    (
+        "use_qlora qlora load_in_4bit quantization quantization_bit quantization_config bnb_4bit_quant_type"
+        " bnb_4bit_compute_dtype",
+        Note(f"use lora=default lora.quantize=nf4, which needs CUDA and bitsandbytes; {LESS_MEMORY}"),
+    ),
+    ("load_in_8bit", Note("weights of 8 bits are not supported; use lora=default lora.quantize=nf4, on CUDA")),
+    ("peft_config lora_config", Note("use lora=default; `python train.py --help lora` lists its settings")),
+    (
+        "modules_to_save additional_target",
+        Note("beside an adapter no whole layer is trained; lora.targets adapts more"),
     ),
     # Several devices
     (

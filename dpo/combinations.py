@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def combination_problems(values: Mapping[str, Any], wrong_keys: Sequence[str]) -
     check("model.archive", lambda path: path and not Path(path).is_file(), "no such file; give the path of a policy.pt")
     positions = max_positions(values.get("model.name_or_path"))
     check("max_length", lambda n: positions and n > positions, f"the model has {positions} positions; lower it")
+    if "lora.r" in values:
+        problems += lora_problems(valid)
     if (processes := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
         words = "each would train the same model by itself; start one process, without torchrun"
         problems.append(f"WORLD_SIZE={processes}: training on several processes is not supported yet; {words}")
@@ -129,6 +132,44 @@ def check_sync(values: Mapping[str, Any]) -> list[str]:
     if values.get("model.policy_dtype") == "bfloat16" and values.get("sync_mix") != 1:
         reasons.append("bfloat16 loses a mix of weights; set sync_mix=1 or model.policy_dtype=float32")
     return [f"sync_reference={written(n)}: {reason}" for reason in reasons]
+
+
+def lora_problems(valid: Mapping[str, Any]) -> list[str]:
+    """Return one line for each reason why an adapter cannot be trained with these settings."""
+    quantized = valid.get("lora.quantize") is not None
+    path = valid.get("lora.path")
+    own_weights = [key for key in ("model.archive", "model.from_scratch") if valid.get(key)]
+    found = {
+        "lora=default: needs the library peft; pip install peft": not is_installed("peft"),
+        "sync_reference: the reference of an adapter is frozen, so it must be null": valid.get("sync_reference"),
+        "model.reference_dtype: the policy with its adapter off is the reference, so it must be null": valid.get(
+            "model.reference_dtype"
+        ),
+        "lora.use_dora=true: needs model.policy_dtype=float32, or the first update's margin would not be 0": valid.get(
+            "lora.use_dora"
+        )
+        and valid.get("model.policy_dtype") != "float32",
+        f"lora.path={path}: there is no adapter_config.json in it; give the folder of an adapter": path is not None
+        and not (Path(str(path)) / "adapter_config.json").is_file(),
+        "lora.path lora.init: a given adapter is not initialized; leave lora.init out": path is not None
+        and valid.get("lora.init") != "kaiming",
+        "lora.quantize=nf4: needs the library bitsandbytes; pip install bitsandbytes": quantized
+        and not is_installed("bitsandbytes"),
+        "lora.quantize=nf4: needs a CUDA device; use device=auto or device=cuda": quantized
+        and valid.get("device") not in ("auto", "cuda"),
+        "lora.quantize=nf4 lora.use_dora=true: are not computed together; set one of them to its default": quantized
+        and valid.get("lora.use_dora"),
+        f"lora.quantize=nf4 {' '.join(own_weights)}: only weights of model.name_or_path can be quantized": quantized
+        and own_weights,
+        "lora.quantize=nf4 lora.export_merged=true: an adapter cannot be merged into weights of 4 bits": quantized
+        and valid.get("lora.export_merged"),
+    }
+    return [line for line, is_wrong in found.items() if is_wrong]
+
+
+def is_installed(library: str) -> bool:
+    """Return whether a library can be imported, without importing it."""
+    return find_spec(library) is not None
 
 
 def max_positions(model: Any) -> int | None:

@@ -3,29 +3,73 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo.archives import load_weights
 from dpo.checkpoints import atomic_dir
 from dpo.errors import naming_file
 
 
-def export_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the model and its tokenizer into a new folder; RunError if the disk does not take them."""
+class TrainedWeights(Protocol):
+    """What a run trains, as its checkpoints and its export hold it."""
 
-    def write(staging: Path) -> None:
-        try:
-            model.save_pretrained(staging)
-        except ValueError:  # settings of generation that came with the model, which transformers refuses to write
-            model.generation_config = GenerationConfig.from_model_config(model.config)
-            model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        rewrite(staging / "config.json", add_rope_of_transformers_4)
-        rewrite(staging / "tokenizer_config.json", use_tokenizer_keys_of_transformers_4)
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the policy."""
 
+    def load_state_dict(self, state: dict[str, Any], setting: str) -> None:
+        """Take the state of a checkpoint; UserError that names the setting if it does not fit."""
+
+    def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write RUN/step-N/hf, for from_pretrained, unless it is there; RunError if the disk does not take it."""
+
+
+class AllWeights:
+    """All weights of a model, of which none is frozen."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the model's weights under its own names."""
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any], setting: str) -> None:
+        """Copy weights into the model; UserError that names the setting and each tensor that does not fit."""
+        load_weights(self.model, state, setting)
+
+    def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Write the model and its tokenizer into a new folder."""
+        export_model(folder, self.model, tokenizer)
+
+
+def export_model(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Write a model and its tokenizer into a new folder; RunError if the disk does not take them."""
     if not folder.exists():
-        atomic_dir(folder, write)
+        atomic_dir(folder, lambda staging: save_model(staging, model, tokenizer, weights))
+
+
+def save_model(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Save a model, with other weights than its own if some are given, and its tokenizer."""
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+    except ValueError:  # settings of generation that came with the model, which transformers refuses to write
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+        model.save_pretrained(folder, state_dict=weights)
+    rewrite(folder / "config.json", add_rope_of_transformers_4)
+    save_tokenizer(folder, tokenizer)
+
+
+def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save a tokenizer."""
+    tokenizer.save_pretrained(folder)
+    rewrite(folder / "tokenizer_config.json", use_tokenizer_keys_of_transformers_4)
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -150,7 +150,7 @@ def float32_parameters(model: PreTrainedModel) -> Iterator[None]:
     Only parameters are converted: buffers such as rotary frequencies are in float32 already and must stay so.
     """
     was_training, precision = model.training, torch.get_float32_matmul_precision()
-    kept = [(parameter, parameter.data) for parameter in model.parameters()]
+    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.is_floating_point()]
     torch.set_float32_matmul_precision("highest")
     try:
         model.eval()

@@ -90,6 +90,10 @@ class ResponseLogps(torch.nn.Module):
         """The model's output embeddings, which turn hidden states into logits."""
         return self.model.get_output_embeddings()
 
+    def trained_parameters(self) -> list[torch.nn.Parameter]:
+        """Return the parameters that are not frozen: all of them, or those of an adapter."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
     def forward(self, batch: PackedBatch) -> Tensor:
         """Return the log-probability of each response token, (n,), response after response, in at least float32.
 

@@ -12,13 +12,16 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo.archives import DROPPABLE, load_archive, load_weights
+from dpo.adapter_shapes import find_targets
+from dpo.adapters import merge_adapter
+from dpo.archives import DROPPABLE, is_adapter, load_archive, load_weights
 from dpo.console import log_message
 from dpo.errors import UserError, is_out_of_memory, summarize_error
 from dpo.examples import special_token_problems
@@ -63,16 +66,33 @@ def load_model_config(settings: ModelSettings) -> tuple[PreTrainedConfig, PreTra
     return config, tokenizer
 
 
-def model_problems(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return one line for each way in which the settings, the model and the tokenizer do not fit together."""
+def model_problems(
+    settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> list[str]:
+    """Return one line for each way in which the settings, the model, the tokenizer and the device do not fit."""
     problems = []
+    if settings.lora is not None and settings.lora.quantize and device.type != "cuda":
+        problems.append(f"lora.quantize={settings.lora.quantize}: needs a CUDA device, and this one is {device.type}")
     text_config = config.get_text_config()
     positions, name = max_positions(text_config), settings.model.name_or_path
     if positions and settings.max_length > positions:
         problems.append(f"max_length={settings.max_length}: {name} has {positions} positions; lower it")
     if problem := rope_problem(config, settings.max_length):
         problems.append(problem)
+    if settings.lora is not None and (problem := target_problem(config, settings.lora.targets)):
+        problems.append(problem)
     return problems + special_token_problems(tokenizer, text_config.vocab_size, settings.model.add_bos)
+
+
+def target_problem(config: PreTrainedConfig, targets: str | list[str]) -> str | None:
+    """Return the line for names in lora.targets that a model, made here without its weights, does not have."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    try:
+        find_targets(model, targets)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
@@ -97,6 +117,7 @@ def load_policy(settings: Settings, config: PreTrainedConfig, device: torch.devi
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that they are in the info, by name
                 trust_remote_code=False,
+                **quantization(settings, device),
             )
 
         policy, info = fetch("model.name_or_path", name, load)
@@ -108,11 +129,30 @@ def load_policy(settings: Settings, config: PreTrainedConfig, device: torch.devi
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     if settings.model.archive:
-        load_weights(policy, load_archive(settings.model.archive), f"model.archive={settings.model.archive}")
+        state, setting = load_archive(settings.model.archive), f"model.archive={settings.model.archive}"
+        (merge_adapter if is_adapter(state) else load_weights)(policy, state, setting)
     if settings.activation_checkpointing and not policy.supports_gradient_checkpointing:
         raise UserError("activation_checkpointing=true: this kind of model does not support it; set it to false")
     check_deterministic(policy)
-    return policy.to(device)
+    return policy.to(device) if settings.lora is None or settings.lora.quantize is None else policy
+
+
+def quantization(settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Return the arguments with which from_pretrained quantizes weights as it loads them, for lora.quantize=nf4.
+
+    NF4 with quantized constants, arXiv 2305.14314. Products are in float32 until `load_models` knows their dtype.
+    """
+    if settings.lora is None or settings.lora.quantize is None:
+        return {}
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4), "device_map": {"": device}}
+
+
+def set_quantized_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let bitsandbytes' layers, if there are any, compute in a dtype."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.compute_dtype = dtype  # type: ignore[assignment]  # a plain attribute
 
 
 def unexpected_tensors(model: PreTrainedModel, name: str, unexpected: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where a preference loss gets the reference's log-probabilities: from a second model, or from a cache."""
+"""Where a preference loss gets the reference's log-probabilities: a second model, the policy's base, or a cache."""
 
 import hashlib
 import json
@@ -12,10 +12,11 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
+from dpo.adapters import AdapterWeights, reference_weights
 from dpo.checkpoints import atomic_write
 from dpo.console import log_message, prefetch, progress
 from dpo.devices import autocast
-from dpo.errors import RunError
+from dpo.errors import RunError, UserError
 from dpo.examples import BatchIterator, TextExample, TokenizedExample
 from dpo.logps import Logps, ResponseLogps, response_logps
 from dpo.packing import PackedBatch, Packer
@@ -118,6 +119,39 @@ def store_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, (torch.nn.Linear, Conv1D)) and id(module.weight) not in embeddings:
             module.to(dtype)
+
+
+class AdapterReference(Reference):
+    """The policy without its adapter, or with a frozen one in its place: no second model."""
+
+    def __init__(self, policy: ResponseLogps, adapter: AdapterWeights, sampler: Sampler):
+        self.policy, self.adapter, self.sampler = policy, adapter, sampler
+        self.samples: list[str] | None = None
+
+    @torch.no_grad()
+    def logps(self, batch: PackedBatch) -> Logps:
+        """Return the log-probabilities of the batch's responses."""
+        with self.adapter.as_reference():
+            return response_logps(self.policy, batch)
+
+    def generate(self, prompts: Sequence[TokenizedExample]) -> list[str]:
+        """Return one sampled continuation per prompt; the frozen weights never change, so they are sampled once."""
+        if self.samples is None:
+            with self.adapter.as_reference():
+                self.samples = self.sampler.generate(self.policy.model, prompts, "sampling the reference")
+        return self.samples
+
+
+@torch.no_grad()
+def check_first_margin(policy: ResponseLogps, reference: Reference, batch: PackedBatch) -> None:
+    """Raise UserError unless a policy that has made no update gives a batch the reference's log-probabilities."""
+    policy.eval()
+    apart = (response_logps(policy, batch).sums - reference.logps(batch).sums).abs().max().item()
+    if apart != 0:
+        raise UserError(
+            f"lora: the policy begins {apart:.2g} nats from its reference, where it should begin exactly at it; this"
+            " model cannot be trained with these settings of lora"
+        )
 
 
 class CachedReference(Reference):
@@ -257,7 +291,7 @@ def fingerprint(model: PreTrainedModel, examples: Iterable[TextExample], setting
     """Return the SHA-256 of a model's weights and config, of texts in their order, and of settings."""
     config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
     digest = hashlib.sha256(repr((settings, config, model.config._attn_implementation)).encode())
-    for name, value in model.state_dict().items():
+    for name, value in reference_weights(model).items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     for example in examples:

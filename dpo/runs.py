@@ -29,10 +29,13 @@ MAY_CHANGE = (
     *("wandb.enabled", "wandb.entity", "wandb.project", "minimum_log_interval_secs"),
     *("sample_during_eval", "n_eval_model_samples", "sample_temperature", "sample_top_k", "sample_top_p"),
     *("save_every", "keep_checkpoints", "keep_policies", "eval_batch_size"),
-    *("max_tokens_per_pass", "activation_checkpointing", "device"),
+    *("max_tokens_per_pass", "activation_checkpointing", "device", "lora.export_merged"),
 )
 MAY_GROW = ("n_epochs", "n_examples")
-MAY_MOVE = ("datasets", "local_dirs", "model.name_or_path", "model.tokenizer_name_or_path", "model.archive")
+MAY_MOVE = (
+    *("datasets", "local_dirs", "model.name_or_path", "model.tokenizer_name_or_path"),
+    *("model.archive", "lora.path"),
+)
 
 
 @dataclass(frozen=True)
@@ -209,7 +212,7 @@ def override_run_config(config: DictConfig, arguments: Sequence[str], known: Seq
     for override, key, value in overrides:
         if value == settings.get(key, settings.get(f"{key}.name", override)):  # loss=dpo, as the run has it
             continue
-        if key not in settings and key not in ("model", "loss"):
+        if key not in settings and key not in ("model", "loss", "lora"):
             problems.append(suggest(key, written(value), known))
         elif override.type != OverrideType.CHANGE or override.is_sweep_override():
             problems.append(f"{override.input_line}: a resumed run takes KEY=VALUE alone")

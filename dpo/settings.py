@@ -28,6 +28,7 @@ NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False, des
 Probability = Annotated[float, Field(strict=True, gt=0, le=1, description="a number above 0, at most 1")]
 Smoothing = Annotated[float, Field(strict=True, ge=0, lt=0.5, description="a number from 0, below 0.5")]
 Flag = Annotated[bool, Field(strict=True, description="true or false")]
+Rate = Annotated[float, Field(strict=True, ge=0, lt=1, description="a number from 0, below 1")]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -65,6 +66,23 @@ class ModelSettings(Group):
     fsdp_policy_mp: Dtype | None
     reference_dtype: Literal["float32", "bfloat16", "float16"] | None
     add_bos: Flag
+
+
+class LoraSettings(Group):
+    """The keys of config/lora/."""
+
+    r: int = whole("", ge=1, le=4096)
+    alpha: int = whole("", ge=1, le=2**20)
+    dropout: Rate
+    targets: Annotated[list[Text], Field(min_length=1)] | Literal["auto"] = Field(
+        description="auto, or a list, as in [q_proj,v_proj]"
+    )
+    use_rslora: Flag
+    use_dora: Flag
+    init: Literal["kaiming", "gaussian"]
+    path: Text | None
+    export_merged: Flag
+    quantize: Literal["nf4"] | None = Field(description="nf4")
 
 
 class Settings(Group):
@@ -123,6 +141,7 @@ class Settings(Group):
     minimum_log_interval_secs: NotNegative
 
     model: ModelSettings
+    lora: LoraSettings | None
 
     @property
     def compute_precision(self) -> str:
@@ -141,7 +160,11 @@ def validate(
 
     Missing keys take their defaults: a model's or loss's own YAML file, or an earlier version's run, may lack some.
     """
-    name, values = values.get("loss.name"), {**defaults, **values}
+    trains_adapter = any(key.startswith("lora.") for key in values)
+    chosen = {key: value for key, value in defaults.items() if trains_adapter or not key.startswith("lora.")}
+    name, values = values.get("loss.name"), {**chosen, **values}
+    if not trains_adapter:
+        values["lora"] = None
     loss_values = {key: value for key, value in values.items() if key.startswith("loss.") and key != "loss.name"}
     other_values = {key: value for key, value in values.items() if not key.startswith("loss.")}
     known = known_keys(losses)
@@ -192,7 +215,8 @@ def field_path(kind: type[BaseModel], detail: ErrorDetails) -> list[str]:
 def group_of(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
     """Return the model of the settings below a field, or None for a field that holds a value."""
     annotation = kind.model_fields[name].annotation if name in kind.model_fields else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    members = (annotation, *get_args(annotation))  # a group may be null
+    return next((part for part in members if isinstance(part, type) and issubclass(part, BaseModel)), None)
 
 
 def problem_line(
@@ -243,8 +267,9 @@ def flatten(config: DictConfig, prefix: str = "") -> dict[str, Any]:
 
 
 def default_values(config_dir: Path, loss_name: str | None, resumed: bool = False) -> dict[str, Any]:
-    """Return the defaults of the keys that a config may lack: those of model and loss, of a resumed run all."""
+    """Return the defaults of the keys that a config may lack: those of model, loss and lora, of a resumed run all."""
     files = {"model": config_dir / "model" / "blank_model.yaml", "loss": config_dir / "loss" / f"{loss_name}.yaml"}
+    files["lora"] = config_dir / "lora" / "default.yaml"
     groups = {group: read_yaml(path) for group, path in files.items() if path.is_file()}
     top = read_yaml(config_dir / "config.yaml") if resumed else {}
     values = flatten_plain({key: value for key, value in top.items() if key not in ("defaults", "hydra")} | groups)
@@ -270,6 +295,7 @@ def flatten_plain(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]
 def known_keys(losses: Mapping[str, type[BaseModel]]) -> list[str]:
     """Return every dotted key that some config may hold."""
     keys = [name for name in Settings.model_fields if name not in ("wandb", "model")]
+    keys += [f"lora.{name}" for name in LoraSettings.model_fields]
     keys += [f"wandb.{name}" for name in WandbSettings.model_fields]
     keys += [f"model.{name}" for name in ModelSettings.model_fields]
     fields = dict.fromkeys(name for loss in losses.values() for name in loss.model_fields)

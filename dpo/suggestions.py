@@ -9,7 +9,10 @@ from dpo.aliases import ALIASES, LOSS_NAMES
 NEAR = 0.85  # the similarity, as difflib measures it, from which a word counts as a typing error for another
 HYDRA_ONLY = re.compile(r"--(config|experimental|hydra|shell)|-(cp|cn|cd|sc)$")  # with these flags nothing is checked
 OTHER_NAMES = {"loss": LOSS_NAMES}
-NO_SUCH_FILE = {"model": "use model.name_or_path={}, a folder or a name on the hub"}
+NO_SUCH_FILE = {
+    "model": "use model.name_or_path={}, a folder or a name on the hub",
+    "lora": "leave it out to train all weights",
+}
 
 
 def find_wrong_words(
@@ -41,6 +44,8 @@ def suggest(key: str, value: str | None, known: Collection[str]) -> str:
 
     known are the dotted names of all settings; value is what was typed after the equals sign, None if it is unknown.
     """
+    if key.startswith("lora.") and key in known:
+        return f"{key}: belongs to lora=default, without which all weights are trained; add lora=default"
     if key in known:
         return f"{key}: the chosen loss has no such setting"
     groups = _groups(known)
@@ -55,7 +60,7 @@ def suggest(key: str, value: str | None, known: Collection[str]) -> str:
     for word in (_squash(key), _squash(last)):
         if word in answers:
             return problem + answers[word]
-    if parent in known:  # lr.anything
+    if parent in known and parent not in groups:  # lr.anything
         return f"{problem}did you mean {parent}?"
     if group in groups:  # loss.bta
         near, lists = _nearest(key, names), f"--help {group}"

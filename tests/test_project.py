@@ -71,12 +71,24 @@ def test_constraints_pin_one_version_in_the_range_of_each_requirement(file):
             assert requirement.specifier.contains(pin.version), name
 
 
-def test_every_library_that_the_code_imports_is_a_dependency_and_no_other_one_is():
-    table = project()
-    extras = {
-        name for extra, lines in table["optional-dependencies"].items() if extra != "dev" for name in by_name(lines)
-    }
-    assert imported(CODE) - FIXED == by_name(table["dependencies"]).keys() | extras
+def extras() -> dict[str, Requirement]:
+    """Return {distribution: requirement} of what only some settings need."""
+    table = project()["optional-dependencies"]
+    return by_name(line for name, lines in table.items() if name != "dev" for line in lines)
+
+
+def test_every_library_that_the_code_imports_is_a_dependency_or_an_extra_and_no_other_one_is():
+    assert imported(CODE) - FIXED == by_name(project()["dependencies"]).keys() | extras().keys()
+
+
+def test_the_libraries_of_extras_are_imported_in_functions_alone_and_peft_is_installed_for_the_tests():
+    assert by_name(project()["optional-dependencies"]["dev"])["peft"].specifier == extras()["peft"].specifier
+    for path in CODE:
+        tops = {node.module or "" for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)}
+        tops |= {
+            a.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import) for a in node.names
+        }
+        assert not {name.partition(".")[0] for name in tops} & extras().keys(), path
 
 
 def test_dev_holds_the_libraries_that_only_tests_import_and_the_tools():

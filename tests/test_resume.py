@@ -85,6 +85,31 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(settings,
     report(f"kill -9, {settings[-2]}: {sum(hit.values())} kills, {hit}; all resumed runs identical")
 
 
+LORA = (*BUSY, "loss=dpo", "lora=default", "lora.r=4", "lora.dropout=0.2")
+
+
+def test_a_lora_run_that_is_killed_ends_as_if_it_had_not_been_with_the_adapters_own_dropout(tmp_path, counts, report):
+    import peft  # noqa: F401  (once, for all children)
+
+    def finish(folder: Path, arguments: tuple[str, ...], *faults) -> Path:
+        result = command_line(folder, arguments, *faults)
+        assert result.returncode == 0, result.stderr[-2000:]
+        return folder
+
+    whole = finish(tmp_path / "whole", fresh(tmp_path / "whole", *LORA))
+    moments = counts(small=(8, 14), full=range(1, N_EVENTS))
+    for moment in moments:
+        folder = tmp_path / f"run{moment}"
+        killed = command_line(folder, fresh(folder, *LORA), at_event(moment, kill, delay=0.003))
+        assert killed.returncode == -signal.SIGKILL
+        assert_same(finish(folder, again(folder)), whole)
+    remembered, forgetful = (copy_until(whole, tmp_path / name, 24) for name in ("remembered", "forgetful"))
+    assert_same(finish(remembered, again(remembered)), whole)
+    with pytest.raises(AssertionError):
+        assert_same(finish(forgetful, again(forgetful), forget_random_states), whole)
+    report(f"kill -9, LoRA with dropout: {len(moments)} kills; all resumed runs identical")
+
+
 @pytest.mark.parametrize("point", SAVE_POINTS)
 def test_a_run_that_is_killed_in_a_save_ends_as_if_it_had_not_been(point, whole, tmp_path, counts):
     for nth in counts(small=(4,), full=(1, 2, 3, 4, 5, 6)):

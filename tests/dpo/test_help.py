@@ -15,7 +15,8 @@ from dpo.help import help_for_key, help_page, print_help, wants_help
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "config"
 DATA_SETS = ("hh", "shp", "my_own")
-FILES = [CONFIG / "config.yaml", CONFIG / "model" / "blank_model.yaml", *sorted((CONFIG / "loss").glob("*.yaml"))]
+FILES = [CONFIG / "config.yaml", CONFIG / "model" / "blank_model.yaml", CONFIG / "lora" / "default.yaml"]
+FILES += sorted((CONFIG / "loss").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)

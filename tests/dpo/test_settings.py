@@ -8,7 +8,7 @@ from conftest import ROOT, TINY, compose, make_loss, validated
 
 from dpo.combinations import WITHOUT_REFERENCE
 from dpo.errors import UserError
-from dpo.settings import Settings, allowed, default_values, flatten, known_keys, validate
+from dpo.settings import Settings, allowed, default_values, flatten, group_of, known_keys, validate
 from dpo.suggestions import suggest
 from losses import LOSSES
 
@@ -204,6 +204,7 @@ def yaml_keys(path, prefix="") -> dict[str, str]:
 def test_yaml_and_settings_have_the_same_keys_each_with_a_comment():
     config = ROOT / "config"
     found = yaml_keys(config / "config.yaml") | yaml_keys(config / "model" / "blank_model.yaml", "model.")
+    found |= yaml_keys(config / "lora" / "default.yaml", "lora.")
     for name, loss in LOSSES.items():
         keys = yaml_keys(config / "loss" / f"{name}.yaml", "loss.")
         assert set(keys) == {"loss.name", *(f"loss.{field}" for field in loss.model_fields)}
@@ -213,12 +214,22 @@ def test_yaml_and_settings_have_the_same_keys_each_with_a_comment():
     assert {path.stem for path in (config / "loss").glob("*.yaml")} == set(LOSSES)
 
 
+def test_a_config_without_lora_trains_all_weights_and_one_with_some_of_its_keys_takes_the_others_defaults():
+    """As the config.yaml of an earlier version's run, which is resumed."""
+    values = {key: value for key, value in flatten(compose(*VALID)).items() if key != "lora"}
+    defaults = default_values(ROOT / "config", "dpo", resumed=True)
+    assert validate(values, defaults, LOSSES)[0].lora is None
+    lora = validate(values | {"lora.r": 8}, defaults, LOSSES)[0].lora
+    assert lora.model_dump() == yaml.safe_load((ROOT / "config" / "lora" / "default.yaml").read_text()) | {"r": 8}
+
+
+def test_a_setting_of_lora_without_lora_is_one_line():
+    line = "lora.r: belongs to lora=default, without which all weights are trained; add lora=default"
+    assert suggest("lora.r", "8", known_keys(LOSSES)) == line
+
+
 def test_no_field_has_a_default_of_its_own():
-    models = [
-        Settings,
-        *LOSSES.values(),
-        *(f.annotation for n, f in Settings.model_fields.items() if n in ("wandb", "model")),
-    ]
+    models = [Settings, *LOSSES.values(), *(group_of(Settings, name) for name in ("wandb", "model", "lora"))]
     assert [name for model in models for name, field in model.model_fields.items() if not field.is_required()] == []
 
 
