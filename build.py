@@ -38,8 +38,9 @@ from dpo.runs import RunDir
 from dpo.sampling import Sampler, distinct_prompts
 from dpo.settings import Settings
 from dpo.signals import Signals
+from dpo.tables import is_hub_name
 from losses import Loss
-from preference_datasets import DATASETS, load_groups
+from preference_datasets import DATASETS, load_data
 from trainers import TRAINERS, BasicTrainer
 from utils import local_dir
 
@@ -61,7 +62,8 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     """Load the data, the tokenizer and the model's config; UserError with a line for each misfit."""
     model = settings.model
     names = {model.name_or_path: True, model.tokenizer_name_or_path or model.name_or_path: True}
-    skip_unreachable_hub(names | {name: name in DATASETS and name != "demo" for name in settings.datasets})
+    on_hub = {name: is_hub_name(name) or (name in DATASETS and name != "demo") for name in settings.datasets}
+    skip_unreachable_hub(names | on_hub)
     device = pick_device(settings.device)
     model_config, tokenizer = load_model_config(settings.model)
     raise_problems(model_problems(settings, model_config, tokenizer))
@@ -70,7 +72,7 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     if note := bos_note(tokenizer, add_bos):
         log_message(note)
     sft = loss.n_responses == 1
-    train, test = (load_groups(settings.datasets, split, sft, tokenize) for split in ("train", "test"))
+    train, test = load_data(settings, sft, tokenize)
     limits = (settings.n_epochs, settings.n_examples)
     train_batches = BatchIterator(train, tokenize, settings.batch_size, settings.seed, *limits)
     eval_batches = BatchIterator(test, tokenize, settings.eval_batch_size, 0, 1, settings.n_eval_examples, True)
