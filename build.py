@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dpo.archives import weights_checksum
 from dpo.attention import attention_kinds
+from dpo.chat import Rendering
 from dpo.console import log_message
 from dpo.devices import compute_dtype, limit_onednn_cache, pick_device, platform, tokens_per_pass
 from dpo.errors import actionable_errors, raise_problems
@@ -35,7 +36,7 @@ from dpo.optimizers import bfloat16_note
 from dpo.packing import LAYOUTS, Packer
 from dpo.references import CachedReference, ModelReference, Precomputation, Reference
 from dpo.runs import RunDir
-from dpo.sampling import Sampler, distinct_prompts
+from dpo.sampling import Sampler, add_stops, distinct_prompts
 from dpo.settings import Settings
 from dpo.signals import Signals
 from dpo.tables import is_hub_name
@@ -56,6 +57,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     train_batches: BatchIterator
     eval_batches: BatchIterator
+    stops: list[int]  # ids that end a turn in the conversations of the data, if there are any
 
 
 def load_inputs(settings: Settings, loss: Loss) -> Inputs:
@@ -72,7 +74,8 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     if note := bos_note(tokenizer, add_bos):
         log_message(note)
     sft = loss.n_responses == 1
-    train, test = load_data(settings, sft, tokenize)
+    rendering = Rendering(settings.prompt_format, tokenizer)
+    train, test = load_data(settings, sft, tokenize, rendering)
     limits = (settings.n_epochs, settings.n_examples)
     train_batches = BatchIterator(train, tokenize, settings.batch_size, settings.seed, *limits)
     eval_batches = BatchIterator(test, tokenize, settings.eval_batch_size, 0, 1, settings.n_eval_examples, True)
@@ -83,7 +86,8 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     if left:
         n = train_batches.n_items
         log_message(f"The last {left:,} of an epoch's {n:,} examples fill no batch and are left out.")
-    return Inputs(device, model_config, tokenizer, train_batches, eval_batches)
+    stops = rendering.template.stops() if rendering.template else []
+    return Inputs(device, model_config, tokenizer, train_batches, eval_batches, stops)
 
 
 def data_problems(settings: Settings, train_batches: BatchIterator, eval_batches: BatchIterator) -> list[str]:
@@ -155,6 +159,8 @@ def build_trainer(
     signals = signals or Signals()
     with actionable_errors(LOADING):
         models = load_models(settings, loss, inputs, known_layout(run, inputs.device))
+    if inputs.stops:
+        add_stops(models.policy.model.generation_config, inputs.stops)
     if note := bfloat16_note(models.policy.parameters(), settings.lr, settings.optimizer):
         log_message(note)
     run.identify(identity(loss, inputs, models))
@@ -172,6 +178,7 @@ def build_trainer(
         top_p=settings.sample_top_p,
         seed=settings.seed,
         before_batch=signals.check,
+        stops=inputs.stops,
     )
     reference = make_reference(settings, loss, inputs, models, sampler, run)
     if settings.activation_checkpointing:

@@ -206,9 +206,8 @@ def tokenize_batch_element(
 Groups = Sequence[Sequence[TextExample]]
 
 
-def load_data(settings: Settings, sft: bool, tokenize: Tokenization) -> tuple[Groups, Groups]:
+def load_data(settings: Settings, sft: bool, tokenize: Tokenization, rendering: Rendering) -> tuple[Groups, Groups]:
     """Load the training and the test split of all data sets, each concatenated, and log the account of their rows."""
-    rendering = Rendering(settings.prompt_format, tokenize.tokenizer)
     parts: dict[str, list[Groups]] = {"train": [], "test": []}
     for name in distinct_datasets(settings.datasets):
         if name in DATASETS:

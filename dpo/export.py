@@ -18,7 +18,9 @@ def export_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
         try:
             model.save_pretrained(staging)
         except ValueError:  # settings of generation that came with the model, which transformers refuses to write
+            stops = model.generation_config.eos_token_id
             model.generation_config = GenerationConfig.from_model_config(model.config)
+            model.generation_config.eos_token_id = stops
             model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         rewrite(staging / "config.json", add_rope_of_transformers_4)
