@@ -20,6 +20,7 @@ from dpo.console import log_message
 from dpo.devices import compute_dtype, limit_onednn_cache, pick_device, platform, tokens_per_pass
 from dpo.errors import actionable_errors, raise_problems
 from dpo.examples import BatchIterator, Tokenization, bos_note
+from dpo.inspection import inspect
 from dpo.layouts import LayoutChoice, choose_layout
 from dpo.logps import ResponseLogps
 from dpo.metrics import MetricLogger, Tracker, WandbTracker
@@ -88,6 +89,12 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
         log_message(f"The last {left:,} of an epoch's {n:,} examples fill no batch and are left out.")
     stops = rendering.template.stops() if rendering.template else []
     return Inputs(device, model_config, tokenizer, train_batches, eval_batches, stops)
+
+
+def inspect_inputs(settings: Settings, inputs: Inputs) -> None:
+    """Print what would be trained on."""
+    max_tokens = tokens_per_pass(settings.max_tokens_per_pass, inputs.device)
+    inspect(inputs.train_batches, inputs.eval_batches, settings.inspect, settings.inspect_ids, max_tokens)
 
 
 def data_problems(settings: Settings, train_batches: BatchIterator, eval_batches: BatchIterator) -> list[str]:

@@ -96,6 +96,8 @@ class Settings(Group):
     split_test: Text | None
     columns: ColumnSettings
     prompt_format: Literal["auto", "chat", "text", "hh"]
+    inspect: int = whole("examples", ge=0)
+    inspect_ids: Flag
     on_inconsistent: Literal["refuse", "drop"]
     max_length: int = whole("tokens", ge=2)
     max_prompt_length: int = whole("tokens", ge=1)
