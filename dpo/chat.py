@@ -42,7 +42,10 @@ class ChatTemplate:
         special = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
         template = cls(tokenizer, str(tokenizer.eos_token), False, special)
         answer = str(PROBE[-1]["content"])
-        before, _, after = template.render(PROBE, None, False).rpartition(answer)
+        try:
+            before, _, after = template.render(PROBE, None, False).rpartition(answer)
+        except InconsistentRow as error:
+            raise UserError(f"model.tokenizer_name_or_path: the chat template fails ({error})") from None
         if not before:
             raise UserError("model.tokenizer_name_or_path: the chat template does not write the assistant's turn")
         found = special.search(after)
@@ -134,16 +137,18 @@ class Conversation:
         Responses that are still too long are cut as those of a text are.
         """
         responses = split(prompt, wholes, rules)
-        prompt, shorter, turns_left_out = with_bos(prompt, rules), self.shorter(), False
-        longest = max(map(len, responses))
+        prompt, longest = with_bos(prompt, rules), max(map(len, responses))
+        shorter, strings = self.shorter(), [""]
         while len(prompt) + longest > rules.max_length and len(prompt) > rules.max_prompt_length:
-            strings = next(shorter, None)
-            if strings is None:
+            strings = next(shorter, [])
+            if not strings:
                 raise UnusableRow("the last turn alone is longer than max_prompt_length")
-            prompt, *wholes = rules.ids([strings[0], *(strings[0] + answer for answer in strings[1:])])
-            if split(prompt, wholes, rules) != responses:
+            prompt = with_bos(rules.ids(strings[:1])[0], rules)
+        turns_left_out = len(strings) > 1
+        if turns_left_out:
+            kept, *wholes = rules.ids([strings[0], *(strings[0] + answer for answer in strings[1:])])
+            if split(kept, wholes, rules) != responses:
                 raise InconsistentRow("without its oldest turns the response has other tokens")
-            prompt, turns_left_out = with_bos(prompt, rules), True
         room = rules.max_length - rules.max_prompt_length
         cut = [ids[:room] for ids in responses] if len(prompt) + longest > rules.max_length else responses
         truncated = {

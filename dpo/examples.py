@@ -23,8 +23,8 @@ class UnusableRow(UserError):
     """A row that cannot be trained on, with the reason by which such rows are counted, and details of this one."""
 
     def __init__(self, reason: str, details: str = ""):
-        super().__init__(f"{reason} ({details})" if details else reason)
-        self.reason = reason
+        self.reason, self.text = reason, f"{reason} ({details})" if details else reason
+        super().__init__(self.text)
 
 
 class InconsistentRow(UnusableRow):
@@ -82,22 +82,29 @@ class Tokenization:
         A rendered conversation is tokenized as a whole, and holds its end of turn. UserError that names the row if a
         prompt has no token, if a conversation cannot be trained on, or if a token has no embedding in the model.
         """
-        strings = [string for text in texts for string in self.strings(text)]
-        ids = iter(self.ids(strings))
         examples = []
+        for example in self.attempt(texts):
+            if isinstance(example, UnusableRow):
+                raise example
+            self.check_ids(example)
+            examples.append(example)
+        return examples
+
+    def attempt(self, texts: Sequence[TextExample]) -> list[TokenizedExample | UnusableRow]:
+        """Tokenize texts in one call, and return for each its example, or why there is none."""
+        ids = iter(self.ids([string for text in texts for string in self.strings(text)]))
+        results: list[TokenizedExample | UnusableRow] = []
         for text in texts:
             prompt, *responses = (next(ids) for _ in range(1 + len(text.responses)))
             try:
                 if isinstance(text.truncation, str):
-                    example = self.tokenize_text(text, prompt, responses)
+                    results.append(self.tokenize_text(text, prompt, responses))
                 else:
-                    example = text.truncation.tokenized(text, prompt, responses, self)
+                    results.append(text.truncation.tokenized(text, prompt, responses, self))
             except UnusableRow as error:
-                error.args = (f"{text.source}, row {text.row}: {error}",)
-                raise
-            examples.append(example)
-            self.check_ids(example)
-        return examples
+                error.args = (f"{text.source}, row {text.row}: {error.text}",)
+                results.append(error)
+        return results
 
     def strings(self, text: TextExample) -> Iterator[str]:
         """Yield what is tokenized of an example: its prompt, and its responses, after the prompt if it is rendered."""

@@ -4,11 +4,15 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, groupby, islice
+from typing import TYPE_CHECKING
 
 from dpo.console import printable, progress, write_text
 from dpo.examples import BatchIterator, TextExample, TokenizedExample
 from dpo.packing import LAYOUTS, make_microbatches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MEASURED = 20_000  # examples whose lengths are measured, at most
 BINS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -52,27 +56,37 @@ def example_lines(example: TokenizedExample, batches: BatchIterator, colors: boo
     yield f"\n{printable(text.source)}, row {text.row}: {counts}{cut}"
     whole = whole_example(example, batches)
     lost = [] if len(whole.prompt) == len(example.prompt) else lost_tokens(whole.prompt, example.prompt)
-    prompt = [("cut", token) for token in lost] + [("prompt", token) for token in example.prompt]
+    tokens = [("cut", token) for token in lost] + [("prompt", token) for token in example.prompt]
+    yield from shown("prompt", tokens, 0, tokenizer, colors, ids)
     names = ("chosen", "rejected") if len(example.responses) > 1 else ("target",)
     for name, kept, response in zip(names, example.responses, whole.responses, strict=True):
-        last = kept[-1:] == response[-1:] and len(kept) == len(response)
-        kinds = [("trained", token) for token in (kept[:-1] if last else kept)]
-        kinds += [("end of turn", kept[-1])] if last else [("cut", token) for token in response[len(kept) :]]
-        shown = "".join(show(kind, str(tokenizer.decode([token])), colors) for kind, token in [*prompt, *kinds])
-        yield f"{name}: {shown}"
-        if ids:
-            position = 0
-            for kind, token in [*prompt, *kinds]:
-                at = "" if kind == "cut" else f"{position}"
-                position += kind != "cut"
-                yield f"  {at:>6} {token:>8} {kind:<11} {printable(repr(tokenizer.decode([token])))}"
+        ends = len(kept) == len(response)
+        tokens = [("trained", token) for token in (kept[:-1] if ends else kept)]
+        tokens += [("end of turn", kept[-1])] if ends else [("cut", token) for token in response[len(kept) :]]
+        yield from shown(name, tokens, len(example.prompt), tokenizer, colors, ids)
 
 
-def show(kind: str, text: str, colors: bool) -> str:
-    """Return a token's text between the brackets of its kind, with line breaks as they are read and written."""
-    left, right, _ = KINDS[kind]
-    text = printable(text).replace("\n", "\\n" if kind != "prompt" else "\n  ")
-    return paint(f"{left}{text}{right}", kind, colors)
+def shown(
+    name: str,
+    tokens: Sequence[tuple[str, int]],
+    position: int,
+    tokenizer: "PreTrainedTokenizerBase",
+    colors: bool,
+    ids: bool,
+) -> Iterator[str]:
+    """Yield the line of some tokens, (kind, id), from a position on; with ids one more for each of them."""
+    parts = []
+    for kind, group in groupby(tokens, lambda token: token[0]):
+        members = [token for _, token in group]
+        left, right, _ = KINDS[kind]
+        alone = [[token] for token in members] if kind == "trained" else [members]
+        texts = (printable(str(tokenizer.decode(part))).replace("\n", "\n  ") for part in alone)
+        parts += [paint(f"{left}{text}{right}", kind, colors) for text in texts]
+    yield f"{name}: {''.join(parts)}"
+    for kind, token in tokens if ids else ():
+        at = "" if kind == "cut" else f"{position}"
+        position += kind != "cut"
+        yield f"  {at:>6} {token:>8} {kind:<11} {printable(repr(tokenizer.decode([token])))}"
 
 
 def whole_example(example: TokenizedExample, batches: BatchIterator) -> TokenizedExample:

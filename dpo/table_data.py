@@ -94,21 +94,26 @@ class RowIndex:
         responses = row.responses[:1] if self.reading.sft else row.responses
         return self.reading.render(replace(row, responses=responses), number, source)
 
-    def drop(self, error: UnusableRow) -> None:
+    def drop(self, error: UnusableRow, where: str = "") -> None:
         """Count a row that cannot be trained on; UserError if it is one that is to be refused."""
         if isinstance(error, InconsistentRow) and not self.reading.drop_inconsistent:
-            raise UserError(f"{error}; on_inconsistent=drop leaves such rows out")
+            raise UserError(f"{where}{error.text}; on_inconsistent=drop leaves such rows out")
         self.counts[f"dropped: {error.reason}"] += 1
 
-    def add(self, chunk: Sequence["Checked"]) -> None:
-        """Keep rows that their texts allow, after a look at their tokens."""
+    def add(self, chunk: Sequence["Checked"], table: Table) -> None:
+        """Keep rows of a table that their texts allow, after a look at their tokens."""
         tokenize, eos = self.reading.tokenize, self.eos
         texts = [row.example for row in chunk if isinstance(row.example.truncation, str)]
         empty = tokenize.empty_prompts(text.prompt for text in texts)
         conversations = [row.example for row in chunk if not isinstance(row.example.truncation, str)]
-        unusable = self.drop_by_tokens(conversations)
+        unusable = {
+            text.row: found
+            for text, found in zip(conversations, tokenize.attempt(conversations), strict=True)
+            if isinstance(found, UnusableRow)
+        }
         for place, row, example in chunk:
-            if example.row in unusable:
+            if error := unusable.get(example.row):
+                self.drop(error, f"{table.name}, row {example.row}: ")
                 continue
             flags = EVERY_TARGET * row.every_target | REMARKED * (row.remark is not None)
             prompt, responses = row.texts()
@@ -121,17 +126,6 @@ class RowIndex:
             self.prompts.append(hash_of(prompt))
             self.targets.append(hash_of(prompt, responses[0]))
             self.pairs.append(hash_of(prompt, *responses))
-
-    def drop_by_tokens(self, texts: Sequence[TextExample]) -> set[int]:
-        """Count the conversations whose tokens cannot be trained on, and return the numbers of their rows."""
-        try:
-            self.reading.tokenize(texts)
-            return set()
-        except UnusableRow as error:
-            if len(texts) == 1:
-                self.drop(error)
-                return {texts[0].row}
-        return set().union(*(self.drop_by_tokens([text]) for text in texts))
 
     def source(self, table: int) -> str:
         """Return the name by which messages about rows call a table: the data set's, if it is one table."""
@@ -158,9 +152,9 @@ def index_rows(tables: Sequence[Table], reading: Reading, silent: bool = False) 
             names.update(raw.keys())
             place += 1
             if len(chunk) == CHUNK:
-                index.add(chunk)
+                index.add(chunk, table)
                 chunk.clear()
-        index.add(chunk)
+        index.add(chunk, table)
         index.notes += note_columns(table.name, columns[i], names, [use for use in COLUMN_NAMES if use in used])
     return index
 
