@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")  # of this process alone
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the forks of faults.py
 
 import hydra
@@ -67,6 +70,10 @@ def golden_rows(split: str) -> list[dict[str, str]]:
 
 def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="the full counts of kills, stops, mutations")
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"])
 
 
 @pytest.fixture
