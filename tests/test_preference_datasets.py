@@ -508,6 +508,21 @@ def test_everything_read_kept_and_dropped_is_printed(tmp_path, capsys):
     assert (eval_batches.n_items, len(eval_batches)) == (2, 1)
 
 
+@pytest.mark.parametrize("setting", ["columns.prompt=x", "split_train=x", "split_test=x", "prompt_format=chat"])
+def test_what_a_named_data_set_reads_by_itself_cannot_be_set(setting):
+    with pytest.raises(UserError, match=rf"{setting.split('=')[0]}.*: datasets=\[demo\] reads its own columns, splits"):
+        inputs_of(*TINY, "loss=dpo", "datasets=[demo]", setting)
+
+
+def test_named_data_sets_and_files_mix(tmp_path):
+    folder = write(tmp_path / "data", numbered(8), numbered(2))
+    sizes = [prepare(folder, f"datasets=[{names}]") for names in ("demo", f"'{folder}',demo", f"demo,'{folder}'")]
+    (demo, demo_test), *mixed = [(train.n_items, test.n_items) for train, test in sizes]
+    assert mixed == [(demo + 8, demo_test + 2)] * 2
+    order = [text.source for group in sizes[1][0].groups for text in group]
+    assert order == [str(folder)] * 8 + ["demo"] * demo
+
+
 def test_a_plain_dict_of_a_data_set_function_trains(tmp_path, monkeypatch, capsys):
     """The original's functions return prompt -> {"responses", "pairs", "sft_target"}."""
     entry = {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a"}

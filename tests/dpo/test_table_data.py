@@ -236,7 +236,7 @@ def spoil_row(row, draw):
     if kind == 2:
         values = (None, 5, True, "text", {}, [], [[]], 1.5, "x" * 5_000)
         return row | {side: values[draw.randint(len(values))]}
-    rows = ({k: v for k, v in row.items() if k != side}, [row], None, 3, row | {"system": 5}, row | {"tools": "no JSON"},
+    rows = ({k: v for k, v in row.items() if k != side}, [row], None, 3, row | {"system": 5}, row | {"tools": "["},
             row | {"system": "Be brief."}, row | {"tools": [3]}, {})  # fmt: skip
     return rows[draw.randint(len(rows))]
 
