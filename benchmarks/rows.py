@@ -34,15 +34,16 @@ def write(folder: Path, n: int, kind: str) -> None:
             with open(path, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows(size))
         else:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
+            import datasets
 
-            pq.write_table(pa.Table.from_pylist(list(rows(size))), path)
+            with tempfile.TemporaryDirectory() as cache:
+                table = datasets.Dataset.from_generator(rows, gen_kwargs={"n": size}, cache_dir=cache)
+                table.to_parquet(path)
 
 
-def memory() -> int:
-    """Return the megabytes of memory that are this process's own."""
-    found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+def memory(kind: str) -> int:
+    """Return a kind of memory of this process in megabytes: RssAnon is its own, VmHWM its peak with pages of files."""
+    found = re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())
     return int(found[1]) // 1024 if found else 0
 
 
@@ -62,11 +63,13 @@ def measure(folder: Path) -> dict[str, float]:
     settings, loss = validate(flatten(config), default_values(ROOT / "config", "dpo"), LOSSES)
     from build import load_inputs
 
-    before, start = memory(), time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    own, peak, start = memory("RssAnon"), memory("VmHWM"), time.perf_counter()
     inputs = load_inputs(settings, loss)
     inputs.train_batches.fingerprint()
     next(iter(inputs.train_batches))
-    return {"seconds": round(time.perf_counter() - start, 1), "megabytes": memory() - before}
+    seconds = round(time.perf_counter() - start, 1)
+    return {"seconds": seconds, "megabytes": memory("RssAnon") - own, "peak": memory("VmHWM") - peak}
 
 
 def main() -> None:

@@ -86,7 +86,7 @@ def test_the_recipes_for_data_compose():
 @pytest.mark.parametrize(
     "name, content, prompt, responses",
     [
-        ("scored.jsonl", '{"prompt": "Hi.", "response_1": "a", "response_2": "b", "score_1": 1, "score_2": 4}', "Hi.", "ba"),
+        ("scored.jsonl", '{"prompt": "Hi", "response_1": "a", "response_2": "b", "score_1": 1, "score_2": 4}', "Hi", "ba"),  # noqa: E501
         ("pairs.csv", "ask,good,bad\nHi.,a,b\n", "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n",
          ["a<|im_end|>", "b<|im_end|>"]),
     ],
