@@ -18,11 +18,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from dpo.adapters import AdapterWeights, add_adapter
 from dpo.archives import weights_checksum
 from dpo.attention import attention_kinds
+from dpo.chat import Rendering
 from dpo.console import log_message
 from dpo.devices import autocast, compute_dtype, limit_onednn_cache, pick_device, platform, tokens_per_pass
 from dpo.errors import actionable_errors, raise_problems
 from dpo.examples import BatchIterator, TextExample, Tokenization, bos_note
 from dpo.export import AllWeights
+from dpo.inspection import inspect
 from dpo.layouts import LayoutChoice, choose_layout
 from dpo.logps import ResponseLogps
 from dpo.metrics import MetricLogger, Tracker, WandbTracker
@@ -49,10 +51,11 @@ from dpo.references import (
     check_first_margin,
 )
 from dpo.runs import RunDir
-from dpo.sampling import Sampler, distinct_prompts
+from dpo.sampling import Sampler, add_stops, distinct_prompts
 from dpo.settings import Settings
 from dpo.signals import Signals
-from preference_datasets import DATASETS, load_groups
+from dpo.tables import is_hub_name
+from preference_datasets import DATASETS, load_data
 from trainers import TRAINERS, BasicTrainer
 from utils import local_dir
 
@@ -68,6 +71,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     train_batches: BatchIterator
     eval_batches: BatchIterator
+    stops: list[int]  # ids that end a turn in the conversations of the data, if there are any
 
 
 def load_inputs(settings: Settings, loss: Loss) -> Inputs:
@@ -75,7 +79,8 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     raise_problems(optimizer_problems(settings))
     model = settings.model
     names = {model.name_or_path: True, model.tokenizer_name_or_path or model.name_or_path: True}
-    skip_unreachable_hub(names | {name: name in DATASETS and name != "demo" for name in settings.datasets})
+    on_hub = {name: is_hub_name(name) or (name in DATASETS and name != "demo") for name in settings.datasets}
+    skip_unreachable_hub(names | on_hub)
     device = pick_device(settings.device)
     model_config, tokenizer = load_model_config(settings.model)
     raise_problems(model_problems(settings, model_config, tokenizer, device))
@@ -84,7 +89,8 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     if note := bos_note(tokenizer, add_bos):
         log_message(note)
     sft = loss.n_responses == 1
-    train, test = (load_groups(settings.datasets, split, sft, tokenize) for split in ("train", "test"))
+    rendering = Rendering(settings.prompt_format, tokenizer)
+    train, test = load_data(settings, sft, tokenize, rendering)
     limits = (settings.n_epochs, settings.n_examples)
     train_batches = BatchIterator(train, tokenize, settings.batch_size, settings.seed, *limits)
     eval_batches = BatchIterator(test, tokenize, settings.eval_batch_size, 0, 1, settings.n_eval_examples, True)
@@ -96,7 +102,14 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     if left:
         n = train_batches.n_items
         log_message(f"The last {left:,} of an epoch's {n:,} examples fill no batch and are left out.")
-    return Inputs(device, model_config, tokenizer, train_batches, eval_batches)
+    stops = rendering.template.stops() if rendering.template else []
+    return Inputs(device, model_config, tokenizer, train_batches, eval_batches, stops)
+
+
+def inspect_inputs(settings: Settings, inputs: Inputs) -> None:
+    """Print what would be trained on."""
+    max_tokens = tokens_per_pass(settings.max_tokens_per_pass, inputs.device)
+    inspect(inputs.train_batches, inputs.eval_batches, settings.inspect, settings.inspect_ids, max_tokens)
 
 
 def data_problems(settings: Settings, train_batches: BatchIterator, eval_batches: BatchIterator) -> list[str]:
@@ -184,6 +197,8 @@ def build_trainer(
     signals = signals or Signals()
     with actionable_errors(LOADING):
         models = load_models(settings, loss, inputs, known_layout(run, inputs.device))
+    if inputs.stops:
+        add_stops(models.policy.model.generation_config, inputs.stops)
     if note := bfloat16_note(models.policy.trained_parameters(), settings.lr, settings.optimizer):
         log_message(note)
     run.identify(identity(loss, inputs, models))
@@ -201,6 +216,7 @@ def build_trainer(
         top_p=settings.sample_top_p,
         seed=settings.seed,
         before_batch=signals.check,
+        stops=inputs.stops,
     )
     reference = make_reference(settings, loss, inputs, models, sampler, run)
     if settings.activation_checkpointing:

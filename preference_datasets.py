@@ -5,26 +5,32 @@ To add one: write a function like get_shp that returns such a map, as Preference
 DATASETS.
 """
 
-import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
 from os.path import realpath
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from dpo.chat import Rendering
 from dpo.console import log_message, progress
+from dpo.conversations import ASSISTANT, DIFFERS
 from dpo.errors import UserError, summarize_error
 from dpo.examples import TextExample, Tokenization, Truncation
-from dpo.jsonl import SUFFIXES, find_jsonl, note_ignored_columns, note_ignored_files, read_jsonl
-from dpo.preferences import Entry, PreferenceData, as_preference_data, make_groups, reading_row, score_in, text_in
+from dpo.preferences import (
+    Entry,
+    PreferenceData,
+    as_preference_data,
+    make_groups,
+    n_left_out,
+    reading_row,
+    text_in,
+)
+from dpo.settings import Settings
+from dpo.table_data import Reading, choose_rows, index_rows, joined
+from dpo.tables import Source, SplitNames, open_source
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-ASSISTANT = "\n\nAssistant:"
-
 
 # The data sets
 
@@ -46,7 +52,7 @@ def get_hh(split: str, silent: bool = False, cache_dir: str | None = None) -> Pr
     rows = load_hub_split("Anthropic/hh-rlhf", split, cache_dir)
     data = PreferenceData("keep_end")
     for row in progress(rows, f"hh {split}", silent=silent):
-        with reading_row(data, f"hh {split}"):
+        with reading_row(data.counts, f"hh {split}"):
             add_dialogues(data, text_in(row, "chosen"), text_in(row, "rejected"))
     return data
 
@@ -61,7 +67,7 @@ def add_dialogues(data: PreferenceData, chosen: str, rejected: str) -> None:
     start = chosen.rfind(ASSISTANT) + len(ASSISTANT)
     kept = data.add_pair(chosen[:start], chosen[start:], rejected[start:])
     if kept and rejected[:start] != chosen[:start]:
-        data.remark(chosen[:start], "kept although the rejected dialogue's prompt differs")
+        data.counts[DIFFERS] += 1
 
 
 def get_shp(split: str, silent: bool = False, cache_dir: str | None = None) -> PreferenceData:
@@ -70,7 +76,7 @@ def get_shp(split: str, silent: bool = False, cache_dir: str | None = None) -> P
     data = PreferenceData("keep_start")
     scores: dict[str, list[float]] = {}
     for row in progress(rows, f"shp {split}", silent=silent):
-        with reading_row(data, f"shp {split}"):
+        with reading_row(data.counts, f"shp {split}"):
             add_shp_row(data, scores, row)
     for prompt, entry in data.items():
         entry["sft_target"] = best_response(entry["responses"], scores[prompt])
@@ -99,7 +105,7 @@ def get_se(split: str, silent: bool = False, cache_dir: str | None = None) -> Pr
     rows = rows.select(range(n_test) if split == "test" else range(n_test, len(rows)))
     data = PreferenceData("keep_start")
     for row in progress(rows, f"se {split}", silent=silent):
-        with reading_row(data, f"se {split}"):
+        with reading_row(data.counts, f"se {split}"):
             add_se_row(data, row)
     return data
 
@@ -156,17 +162,10 @@ DATASETS: dict[str, Callable[..., Mapping[str, Entry]]] = {"hh": get_hh, "shp": 
 
 
 def get_dataset(name: str, split: str, silent: bool = False, cache_dir: str | None = None) -> PreferenceData:
-    """Load a data set by its name in DATASETS or by the path of a folder or file; UserError if it cannot be read."""
-    if name in DATASETS:
-        return as_preference_data(DATASETS[name](split, silent=silent, cache_dir=cache_dir), name)
-    path = Path(name)
-    if path.is_dir():
-        return get_folder(path, split, silent)
-    if path.is_file() and path.name.endswith(SUFFIXES):
-        return get_file(path, split, silent, hold_out=True)
-    known = ", ".join(DATASETS)
-    form = "a folder with train.jsonl, or a file of JSON lines (.jsonl, .jsonl.gz)"
-    raise UserError(f"datasets=[{name}]: neither a known data set ({known}) nor {form}")
+    """Load a data set by its name in DATASETS; UserError if there is none, or if it cannot be read."""
+    if name not in DATASETS:
+        raise UserError(f"datasets=[{name}]: not a known data set ({', '.join(DATASETS)})")
+    return as_preference_data(DATASETS[name](split, silent=silent, cache_dir=cache_dir), name)
 
 
 def distinct_datasets(names: Iterable[str]) -> list[str]:
@@ -175,66 +174,6 @@ def distinct_datasets(names: Iterable[str]) -> list[str]:
     for name in names:
         distinct.setdefault(name if name in DATASETS else realpath(name), name)
     return list(distinct.values())
-
-
-# Data sets of one's own: a folder with train.jsonl and perhaps test.jsonl, or a single file
-
-HELD_OUT = 0.1  # the share of the prompts that are the test split where there is no test file
-COLUMNS = ("prompt", "chosen", "rejected")
-SCORES = ("score_chosen", "score_rejected")  # columns that loss=odpo reads
-
-
-def get_folder(folder: Path, split: str, silent: bool = False) -> PreferenceData:
-    """Load one split of a folder; without a test file, a seeded tenth of the training prompts is held out as one."""
-    files = [find_jsonl(folder, name) for name in ("train", "test")]
-    hold_out = files[1] is None
-    path = find_jsonl(folder, "train" if hold_out else split)
-    if path is None:
-        raise UserError(f"datasets=[{folder}]: there is no {split}.jsonl or {split}.jsonl.gz")
-    data = get_file(path, split, silent, hold_out)
-    if split == "train":
-        data.notes += note_ignored_files(folder, [file.name for file in files if file])
-    return data
-
-
-def get_file(path: Path, split: str, silent: bool, hold_out: bool) -> PreferenceData:
-    """Load a file of JSON lines as one split, or, with hold_out, the split's share of its prompts."""
-    data = PreferenceData("keep_end", drop_unusable=True)
-    columns: Counter[str] = Counter()
-    for line, row in progress(read_jsonl(path), path.name, silent=silent):
-        with reading_row(data, str(path), line):
-            add_row(data, row)
-            columns.update(row.keys())
-    if hold_out:
-        keep_held_out(data, split)
-    if split == "train" or not hold_out:  # a file that holds both splits is read twice and reported once
-        read = (*COLUMNS, *(name for name in SCORES if name in columns))
-        data.notes += note_ignored_columns(path, columns, read)
-    return data
-
-
-def add_row(data: PreferenceData, row: object) -> None:
-    """Add {"prompt", "chosen", "rejected"} or a pair of hh-style dialogues; UserError if the row has another form."""
-    if not isinstance(row, dict):
-        raise UserError(f"is not an object with the fields chosen and rejected but {type(row).__name__}")
-    chosen, rejected = text_in(row, "chosen"), text_in(row, "rejected")
-    if "prompt" in row:
-        prompt = text_in(row, "prompt")
-        if any(name in row for name in SCORES):
-            data.scores[prompt, chosen, rejected] = (score_in(row, SCORES[0]), score_in(row, SCORES[1]))
-        data.add_pair(prompt, chosen, rejected, every_target=True)
-    else:
-        add_dialogues(data, chosen, rejected)
-
-
-def keep_held_out(data: PreferenceData, split: str) -> None:
-    """Keep the training or the test share of the prompts of a file that holds both splits."""
-    prompts = list(data)
-    test = set(random.Random(0).sample(prompts, int(len(prompts) * HELD_OUT)))
-    reason = f"left out: no test file, so {len(test):,} of {len(prompts):,} prompts are held out as the test split"
-    for prompt in prompts:
-        if (prompt in test) != (split == "test"):
-            data.remove(prompt, reason)
 
 
 # Tokens
@@ -264,15 +203,68 @@ def tokenize_batch_element(
     return fields
 
 
-def load_groups(names: Iterable[str], split: str, sft: bool, tokenize: Tokenization) -> list[list[TextExample]]:
-    """Load one split of some data sets, concatenated, and log what was read, kept and dropped of each."""
-    groups = []
-    for name in distinct_datasets(names):
-        data = get_dataset(name, split)
-        groups += make_groups(data, name, sft, tokenize.tokenizer.eos_token, tokenize.empty_prompts(data))
-        counts = [f"{n:,} {what}" for what, n in data.counts.items() if n and what not in ("read", "kept")]
-        head = f"Data {name} {split}: {data.counts['read']:,} rows read, {data.counts['kept']:,} kept"
-        log_message("; ".join([f"{head}, {data.n_left_out:,} not, {len(data):,} prompts", *counts]))
-        for note in data.notes:
-            log_message(note)
+Groups = Sequence[Sequence[TextExample]]
+
+
+def load_data(settings: Settings, sft: bool, tokenize: Tokenization, rendering: Rendering) -> tuple[Groups, Groups]:
+    """Load the training and the test split of all data sets, each concatenated, and log the account of their rows."""
+    parts: dict[str, list[Groups]] = {"train": [], "test": []}
+    for name in distinct_datasets(settings.datasets):
+        if name in DATASETS:
+            check_named(name, settings)
+            loaded = {split: load_named(name, split, sft, tokenize) for split in parts}
+        else:
+            reading = Reading(
+                name,
+                columns=settings.columns.model_dump(),
+                sft=sft,
+                render=rendering,
+                tokenize=tokenize,
+                drop_inconsistent=settings.on_inconsistent == "drop",
+            )
+            splits = SplitNames(settings.split_train, settings.split_test, sft)
+            loaded = load_tables(open_source(name, splits, DATASETS), reading)
+        for split, groups in parts.items():
+            groups.append(loaded[split])
+    return joined(parts["train"]), joined(parts["test"])
+
+
+def check_named(name: str, settings: Settings) -> None:
+    """Raise UserError if settings ask for what a data set of DATASETS, which reads itself, cannot do."""
+    given = [f"columns.{use}" for use, column in settings.columns.model_dump().items() if column is not None]
+    given += [f"split_{split}" for split in ("train", "test") if getattr(settings, f"split_{split}") is not None]
+    given += ["prompt_format=chat"] if settings.prompt_format == "chat" else []
+    if given:
+        raise UserError(f"{', '.join(given)}: datasets=[{name}] reads its own columns, splits and texts; leave it out")
+
+
+def load_named(name: str, split: str, sft: bool, tokenize: Tokenization) -> Groups:
+    """Load one split of a data set of DATASETS, and log what was read, kept and dropped."""
+    data = get_dataset(name, split)
+    groups = make_groups(data, name, sft, tokenize.tokenizer.eos_token, tokenize.empty_prompts(data))
+    log_account(name, split, data.counts, len(data), data.notes)
     return groups
+
+
+def load_tables(source: Source, reading: Reading) -> dict[str, Groups]:
+    """Read the rows of a data set's tables once, check and count them, and return the groups of both splits."""
+    index = index_rows(source.train, reading)
+    if source.test is None:
+        train, test = (choose_rows(index, split) for split in ("train", "test"))
+        notes: list[str] = []
+    else:
+        test_index = index_rows(source.test, reading)
+        train, test, notes = choose_rows(index), choose_rows(test_index), test_index.notes
+    log_account(reading.name, "train", train.counts, len(train), [*index.notes, *source.notes])
+    log_account(reading.name, "test", test.counts, len(test), notes)
+    return {"train": train, "test": test}
+
+
+def log_account(name: str, split: str, counts: Mapping[str, int], n_prompts: int, notes: Iterable[str]) -> None:
+    """Log how many rows of a data set were read, kept, and left out for each reason."""
+    left_out = n_left_out(counts)
+    reasons = [f"{n:,} {what}" for what, n in counts.items() if n and what not in ("read", "kept")]
+    head = f"Data {name} {split}: {counts.get('read', 0):,} rows read, {counts.get('kept', 0):,} kept"
+    log_message("; ".join([f"{head}, {left_out:,} not, {n_prompts:,} prompts", *reasons]))
+    for note in notes:
+        log_message(note)

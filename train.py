@@ -38,7 +38,7 @@ def run(config: "DictConfig", signals: Signals, overrides: dict[str, Any] | None
     for key in ("exp_name", "local_run_dir"):  # the time stamp is taken once; other interpolations stay as they are
         config[key] = getattr(settings, key)
 
-    from build import build_trainer, load_inputs
+    from build import build_trainer, inspect_inputs, load_inputs
     from dpo.runs import RunDir
 
     if not on_terminal():
@@ -48,6 +48,8 @@ def run(config: "DictConfig", signals: Signals, overrides: dict[str, Any] | None
     path = Path(settings.local_run_dir)
     with RunDir(path, config) if overrides is None else RunDir.reopen(path, config, overrides) as run_dir:
         inputs = load_inputs(settings, loss)
+        if settings.inspect:
+            return inspect_inputs(settings, inputs)
         if run_dir.is_complete(len(inputs.train_batches)):
             log_message(f"{run_dir.path}: the run is complete; set n_epochs or n_examples higher to go on.")
             return

@@ -212,16 +212,18 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ("dataset dataset_name train_dataset dataset_mixer data", Renamed("datasets", NAME_OR_FOLDER, form="[{}]")),
     (
         "dataset_path dataset_dir data_path data_dir data_files train_file train_data train_path training_file",
-        Note("use datasets=[FOLDER], a folder that holds train.jsonl and perhaps test.jsonl"),
+        Note("use datasets=[PATH], a file, a glob, or a folder that holds train.jsonl and perhaps test.jsonl"),
     ),
     (
         "eval_dataset eval_file validation_file test_file val_size val_set_size test_size",
-        Note("a folder's test.jsonl is evaluated on; without one, a tenth of its prompts is held out"),
+        Note("a folder's test split is evaluated on, split_test names another; without one, a tenth is held out"),
     ),
-    ("prompt_key chosen_key rejected_key input_key", Note("the fields of a row are named prompt, chosen, rejected")),
+    ("prompt_key input_key", Renamed("columns.prompt", "the name of a column")),
+    ("chosen_key", Renamed("columns.chosen", "the name of a column")),
+    ("rejected_key", Renamed("columns.rejected", "the name of a column")),
     (
         "chat_template apply_chat_template template",
-        Note("chat templates are not supported yet; write each prompt as the model is to see it"),
+        Note("messages are rendered by the tokenizer's own chat template; prompt_format=chat renders texts by it too"),
     ),
     ("shuffle group_by_length", Note("each epoch has an order of its own, which depends on seed alone")),
     (

@@ -37,6 +37,8 @@ def combination_problems(values: Mapping[str, Any], wrong_keys: Sequence[str]) -
         lambda prompt, total: prompt >= total,
         "max_prompt_length must be below max_length, or no token is left for a response",
     )
+    check("columns.score_chosen columns.score_rejected", lambda *both: both.count(None) == 1, "set both or neither")
+    check("inspect_ids inspect", lambda ids, n: ids and not n, "nothing is printed without inspect=N; set it")
     check("n_epochs n_examples", lambda *limits: limits == (None, None), "set one of them, or training never ends")
     check("trainer", lambda name: name != "BasicTrainer", "is not built yet; use trainer=BasicTrainer")
     for name in ("precision", "model.fsdp_policy_mp"):

@@ -2,14 +2,16 @@
 
 import hashlib
 import random
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from dpo.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 Truncation = Literal["keep_start", "keep_end"]  # the end of an over-long prompt that is kept
@@ -17,15 +19,37 @@ EXCERPT = 8  # characters of a prompt that are tokenized to see that it has a to
 CHUNK = 10_000  # strings per call of the tokenizer where only their having a token matters
 
 
+class UnusableRow(UserError):
+    """A row that cannot be trained on, with the reason by which such rows are counted, and details of this one."""
+
+    def __init__(self, reason: str, details: str = ""):
+        self.reason, self.text = reason, f"{reason} ({details})" if details else reason
+        super().__init__(self.text)
+
+
+class InconsistentRow(UnusableRow):
+    """A conversation that its chat template does not render as a prompt that a response continues."""
+
+
+class Rendered(Protocol):
+    """A conversation as a chat template renders it: its texts hold every special token, an end of turn the last."""
+
+    def tokenized(
+        self, text: "TextExample", prompt: list[int], wholes: list[list[int]], rules: "Tokenization"
+    ) -> "TokenizedExample":
+        """Return the example of a prompt's ids and of those of prompt and response; UnusableRow if they misfit."""
+
+
 class TextExample(NamedTuple):
     """A prompt with one response (SFT) or two (chosen, rejected), as text; row is its number in the data set.
 
+    truncation names the end of an over-long prompt that is kept; a rendered conversation loses whole turns instead.
     scores are those of the two responses where the data set has some, chosen first.
     """
 
     prompt: str
     responses: tuple[str, ...]
-    truncation: Truncation
+    truncation: Truncation | Rendered
     row: int
     source: str
     scores: tuple[float, ...] = ()
@@ -57,19 +81,51 @@ class Tokenization:
     def __call__(self, texts: Sequence[TextExample]) -> list[TokenizedExample]:
         """Tokenize texts in one call: prompt and responses separately, eos after each response.
 
-        UserError that names the row if a prompt has no token, or if a token has no embedding in the model.
+        A rendered conversation is tokenized as a whole, and holds its end of turn. UserError that names the row if a
+        prompt has no token, if a conversation cannot be trained on, or if a token has no embedding in the model.
         """
-        strings = [string for text in texts for string in (text.prompt, *text.responses)]
-        ids = iter(self.tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"])
         examples = []
-        for text in texts:
-            prompt = next(ids)
-            if not prompt and not self.add_bos:  # nothing would predict the first response token
-                raise UserError(f"{text.source}, row {text.row}: the tokenizer turns the prompt into no token at all")
-            responses = tuple(next(ids) + [self.tokenizer.eos_token_id] for _ in text.responses)
-            examples.append(self.truncate(text, prompt, responses))
-            self.check_ids(examples[-1])
+        for example in self.attempt(texts):
+            if isinstance(example, UnusableRow):
+                raise example
+            self.check_ids(example)
+            examples.append(example)
         return examples
+
+    def attempt(self, texts: Sequence[TextExample]) -> list[TokenizedExample | UnusableRow]:
+        """Tokenize texts in one call, and return for each its example, or why there is none."""
+        ids = iter(self.ids([string for text in texts for string in self.strings(text)]))
+        results: list[TokenizedExample | UnusableRow] = []
+        for text in texts:
+            prompt, *responses = (next(ids) for _ in range(1 + len(text.responses)))
+            try:
+                if isinstance(text.truncation, str):
+                    results.append(self.tokenize_text(text, prompt, responses))
+                else:
+                    results.append(text.truncation.tokenized(text, prompt, responses, self))
+            except UnusableRow as error:
+                error.args = (f"{text.source}, row {text.row}: {error.text}",)
+                results.append(error)
+        return results
+
+    def strings(self, text: TextExample) -> Iterator[str]:
+        """Yield what is tokenized of an example: its prompt, and its responses, after the prompt if it is rendered."""
+        yield text.prompt
+        before = "" if isinstance(text.truncation, str) else text.prompt
+        yield from (before + response for response in text.responses)
+
+    def ids(self, strings: list[str]) -> list[list[int]]:
+        """Return the ids of some strings, without special tokens but those that the strings hold."""
+        if not strings:  # which tokenizers do not take
+            return []
+        ids: list[list[int]] = self.tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def tokenize_text(self, text: TextExample, prompt: list[int], responses: list[list[int]]) -> TokenizedExample:
+        """Return an example of text, whose responses get an eos."""
+        if not prompt and not self.add_bos:  # nothing would predict the first response token
+            raise UnusableRow("the tokenizer turns the prompt into no token at all")
+        return self.truncate(text, prompt, tuple(ids + [self.tokenizer.eos_token_id] for ids in responses))
 
     def check_ids(self, example: TokenizedExample) -> None:
         """Raise UserError if an example holds a token beyond the model's vocabulary."""
@@ -100,7 +156,7 @@ class Tokenization:
         strings, empty = list(strings), []
         for start in range(0, len(strings), CHUNK):
             chunk = strings[start : start + CHUNK]
-            ids = self.tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]
+            ids = self.ids(chunk)
             empty += [string for string, tokens in zip(chunk, ids, strict=True) if not tokens]
         return empty
 
@@ -182,7 +238,7 @@ class BatchIterator:
     NumPy's legacy generator, and each epoch shuffles the list of groups as the one before left it.
     """
 
-    groups: list[list[TextExample]]
+    groups: Sequence[Sequence[TextExample]]
     tokenize: Tokenization
     batch_size: int
     seed: int = 0
@@ -215,10 +271,17 @@ class BatchIterator:
         lengths = (rules.max_length, rules.max_prompt_length, rules.add_bos)
         return (vocabulary, lengths, self.batch_size, self.seed, self.n_epochs, self.n_examples)
 
-    @cached_property  # groups never change, and a million of them take 50 ms to count
+    @cached_property  # groups never change, and a million of them take a while to count
+    def sizes(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        """The number of examples of each group, (groups,)."""
+        import numpy as np  # slow to import, and the names of data sets are needed without it
+
+        return np.fromiter(map(len, self.groups), dtype=np.int64)
+
+    @cached_property
     def n_items(self) -> int:
         """Examples per epoch."""
-        return sum(len(group) for group in self.groups)
+        return int(self.sizes.sum())
 
     @property
     def batches_per_epoch(self) -> int:
@@ -238,20 +301,30 @@ class BatchIterator:
         """Yield batches from the position on."""
         per_epoch = self.batches_per_epoch
         done = self.position["epoch"] * per_epoch + self.position["batch"]
-        order, shuffled = list(self.groups), 0
+        order, shuffled = array("q", range(len(self.groups))), 0
         while done < len(self):
             epoch, start = divmod(done, per_epoch)
             while shuffled <= epoch:  # later shuffles act on the order that the earlier ones left
                 random.Random(self.epoch_seed(shuffled)).shuffle(order)
                 shuffled += 1
-            texts = [text for group in order for text in group]
+            groups, places = self.flatten(order)
             for index in range(start, min(per_epoch, len(self) - epoch * per_epoch)):
                 done += 1
                 self.position = dict(zip(("epoch", "batch"), divmod(done, per_epoch), strict=True))
-                selected = texts[index * self.batch_size : (index + 1) * self.batch_size]
+                start_item, end_item = index * self.batch_size, (index + 1) * self.batch_size
                 if self.keep_last and self.n_examples is not None:
-                    selected = selected[: self.n_examples - (done - 1) * self.batch_size]
-                yield Batch(self.tokenize(selected), self.position)
+                    end_item = min(end_item, start_item + self.n_examples - (done - 1) * self.batch_size)
+                chosen = zip(groups[start_item:end_item].tolist(), places[start_item:end_item].tolist(), strict=True)
+                yield Batch(self.tokenize([self.groups[group][place] for group, place in chosen]), self.position)
+
+    def flatten(self, order: "array[int]") -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
+        """Return the group of each example of an epoch, and its place in the group, for an order of the groups."""
+        import numpy as np
+
+        groups = np.frombuffer(order, dtype=np.int64) if order else np.zeros(0, dtype=np.int64)
+        sizes = self.sizes[groups]
+        starts = np.cumsum(sizes) - sizes
+        return np.repeat(groups, sizes), np.arange(sizes.sum()) - np.repeat(starts, sizes)
 
     def epoch_seed(self, epoch: int) -> int:
         """Return the seed of an epoch's shuffle."""

@@ -60,7 +60,9 @@ def save_model(
     try:
         model.save_pretrained(folder, state_dict=weights)
     except ValueError:  # settings of generation that came with the model, which transformers refuses to write
+        stops = model.generation_config.eos_token_id
         model.generation_config = GenerationConfig.from_model_config(model.config)
+        model.generation_config.eos_token_id = stops
         model.save_pretrained(folder, state_dict=weights)
     rewrite(folder / "config.json", add_rope_of_transformers_4)
     save_tokenizer(folder, tokenizer)

@@ -1,26 +1,21 @@
-"""Files of JSON lines: which of a folder are read, their rows by number, and what is ignored."""
+"""Files of JSON: their rows by number, each read when it is needed, and errors that name file and row."""
 
 import gzip
 import json
+import os
+import tempfile
+import weakref
 import zlib
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from array import array
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dpo.errors import UserError
 
-SUFFIXES = (".jsonl", ".jsonl.gz")
-DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt"}
-SHOWN = 8  # names in a note, at most
-
-
-def find_jsonl(folder: Path, split: str) -> Path | None:
-    """Find SPLIT.jsonl or SPLIT.jsonl.gz; UserError if both are there."""
-    found = [path for path in (folder / f"{split}{suffix}" for suffix in SUFFIXES) if path.is_file()]
-    if len(found) > 1:
-        raise UserError(f"datasets=[{folder}]: holds both {found[0].name} and {found[1].name}; remove one")
-    return found[0] if found else None
+FIRST = 100  # rows that are looked at for the names of columns
+BLANK = object()
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -28,43 +23,108 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
 
     Byte order marks and Windows line ends are ignored.
     """
-    number = 0
+    for number, _, _, value in parse_lines(path):
+        yield number, value
+
+
+def parse_lines(path: Path) -> Iterator[tuple[int, int, bytes, Any]]:
+    """Yield (line number, position of its first byte, line, value) for each line that is not blank, as read_jsonl."""
+    number = start = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
-                text = line.decode("utf-8").removeprefix("\ufeff")  # on any line, since files are also concatenated
-                if text and not text.isspace():
-                    yield number, json.loads(text)
+                value = parse_line(line)
+                if value is not BLANK:
+                    yield number, start, line, value
+                start += len(line)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, row {number}: is not UTF-8 ({error.reason} at byte {error.start})") from None
     except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, or a number of over 4,300 digits
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path}, row {number}: is not JSON ({error})") from None
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}, after row {number}: cannot be read ({error})") from None
 
 
-def note_ignored_files(folder: Path, read: Collection[str]) -> list[str]:
-    """Return a line that lists the data files of a folder other than those that are read, or nothing."""
-    names = [path.name for path in folder.iterdir() if DATA_SUFFIXES & set(path.suffixes) and path.is_file()]
-    ignored = [escaped(name) for name in sorted(names) if name not in read and not name.startswith(".")]
-    words = "train.jsonl and test.jsonl (or .jsonl.gz) are read"
-    return [f"{folder}: files ignored: {listed(ignored)}; {words}"] if ignored else []
+def parse_line(line: bytes) -> Any:
+    """Return the value of a line, BLANK if there is none."""
+    text = line.decode("utf-8").removeprefix("\ufeff")  # on any line, since files are also concatenated
+    return json.loads(text) if text and not text.isspace() else BLANK
 
 
-def note_ignored_columns(path: Path, n_rows: Counter[str], read: Collection[str]) -> list[str]:
-    """Return a line that lists the columns of a file other than those that are read, or nothing.
+class JsonRows:
+    """The rows of a file of JSON lines, or of one list in a .json file; only where each begins is kept in memory.
 
-    n_rows holds for each column in how many rows it occurs.
+    Iterating reads all of them, in order, and must come before a row is read by its index.
     """
-    ignored = [f"{escaped(name)} (in {n:,} rows)" for name, n in sorted(n_rows.items()) if name not in read]
-    return [f"{path}: columns ignored: {listed(ignored)}; {', '.join(read)} are read"] if ignored else []
 
+    def __init__(self, path: Path):
+        self.path, self.name = path, str(path)
+        self.starts, self.lengths = array("q"), array("q")
+        self.file: IO[bytes] | None = None
+        self.stamp: tuple[int, int] | None = None
 
-def escaped(name: str) -> str:
-    """Return a name without line breaks and other characters that could not be printed."""
-    return repr(name)[1:-1]
+    def columns(self) -> list[str]:
+        """Return the names of the fields of the first rows."""
+        rows = (row for _, _, _, row in islice(self.lines(), FIRST))
+        return list(dict.fromkeys(str(name) for row in rows if isinstance(row, dict) for name in row))
 
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        """Yield (row number, row), and keep where each begins; UserError that names file and row if one is not JSON.
 
-def listed(names: Sequence[str]) -> str:
-    """Join the first names of a list, with the number of those that are left."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+        The lines of a file that cannot be read by position are copied into a temporary file.
+        """
+        self.starts, self.lengths = array("q"), array("q")
+        copied = self.path.suffix == ".gz" or self.is_list()
+        self.file = file = tempfile.TemporaryFile() if copied else open(self.path, "rb")
+        weakref.finalize(self, file.close)
+        self.stamp = None if copied else self.stamp_of(file)
+        for number, start, line, value in self.lines():
+            self.starts.append(file.tell() if copied else start)
+            self.lengths.append(len(line))
+            if copied:
+                file.write(line)
+            yield number, value
+        if copied:
+            file.flush()
+
+    def lines(self) -> Iterator[tuple[int, int, bytes, Any]]:
+        """Yield (row number, position, line, row)."""
+        return self.list_items() if self.is_list() else parse_lines(self.path)
+
+    def is_list(self) -> bool:
+        """Return whether a .json file holds one list of rows."""
+        if ".json" not in self.path.suffixes:
+            return False
+        try:
+            with gzip.open(self.path) if self.path.suffix == ".gz" else open(self.path, "rb") as file:
+                return file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{self.path}, after row 0: cannot be read ({error})") from None
+
+    def list_items(self) -> Iterator[tuple[int, int, bytes, Any]]:
+        """Yield the items of a .json file's list as lines of JSON."""
+        try:
+            with gzip.open(self.path) if self.path.suffix == ".gz" else open(self.path, "rb") as file:
+                items = json.loads(file.read().decode("utf-8").removeprefix("\ufeff"))
+        except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{self.path}, row 1 and on: is not a list in JSON ({error})") from None
+        for number, item in enumerate(items, start=1):
+            yield number, 0, json.dumps(item).encode(), item
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Any:
+        """Return a row; UserError if the file has changed since its rows were counted."""
+        assert self.file is not None
+        if self.stamp is not None and self.stamp != self.stamp_of(self.file):
+            raise UserError(f"{self.path}: has changed since the run began; leave data alone while a run reads it")
+        return parse_line(os.pread(self.file.fileno(), self.lengths[index], self.starts[index]))
+
+    @staticmethod
+    def stamp_of(file: IO[bytes]) -> tuple[int, int]:
+        """Return what changes when a file is written to."""
+        status = os.fstat(file.fileno())
+        return status.st_mtime_ns, status.st_size

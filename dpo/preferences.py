@@ -10,6 +10,7 @@ from dpo.errors import UserError
 from dpo.examples import TextExample, Truncation
 
 REPEATED = "kept although it repeats an earlier row"
+ONE_TARGET = "left out: SFT trains on one target per prompt, and a later row has the same prompt"
 
 
 class Entry(TypedDict):
@@ -27,10 +28,9 @@ class PreferenceData(dict[str, Entry]):
     to be left out; hh, shp and se keep what the original keeps.
 
     counts holds the number of rows read and kept, of those not trained on ("dropped: ..." where they are unusable,
-    "left out: ..." else), and of remarkable ones ("kept although ..."): read == kept + n_left_out. notes are lines to
-    print once. rows holds the row number (from 1) of each pair of a prompt, kept_rows that of each of its rows; for
-    prompts in every_target, SFT trains on the chosen response of every pair, for others on sft_target. scores holds
-    those of the responses, (chosen, rejected), by (prompt, chosen, rejected), where the data set has some.
+    "left out: ..." else), and of remarkable ones ("kept although ..."): read == kept + n_left_out(counts). notes are
+    lines to print once. rows holds the row number (from 1) of each pair of a prompt, kept_rows that of each of its
+    rows. SFT trains on sft_target.
     """
 
     def __init__(self, truncation: Truncation, drop_unusable: bool = False):
@@ -43,16 +43,7 @@ class PreferenceData(dict[str, Entry]):
         self.notes: list[str] = []
         self.rows: dict[str, list[int]] = {}
         self.kept_rows: dict[str, list[int]] = {}
-        self.every_target: set[str] = set()
-        self.scores: dict[tuple[str, ...], tuple[float, float]] = {}
-        self.line: int | None = None  # of the last read row in its file, where blank lines make it differ from a count
         self.seen: set[tuple[str, str, str]] = set()
-        self.remarks: dict[str, Counter[str]] = {}
-
-    @property
-    def n_left_out(self) -> int:
-        """Rows that were read and are not trained on, for whatever reason."""
-        return sum(n for what, n in self.counts.items() if what.startswith(("dropped: ", "left out: ")))
 
     def add(self, prompt: str, responses: Sequence[str], pairs: Iterable[tuple[int, int]], sft_target: str) -> None:
         """Append the last read row's responses to a prompt; pairs index them; its sft_target replaces earlier ones."""
@@ -63,67 +54,50 @@ class PreferenceData(dict[str, Entry]):
         entry["responses"].extend(responses)
         entry["pairs"].extend(new_pairs)
         entry["sft_target"] = sft_target
-        row = self.line or self.counts["read"]
+        row = self.counts["read"]
         self.rows.setdefault(prompt, []).extend([row] * len(new_pairs))
         self.kept_rows.setdefault(prompt, []).append(row)
 
-    def add_pair(self, prompt: str, chosen: str, rejected: str, every_target: bool = False) -> bool:
+    def add_pair(self, prompt: str, chosen: str, rejected: str) -> bool:
         """Add the last read row's pair, whose chosen response is the sft_target; count what is remarkable.
 
-        With every_target SFT trains on all distinct chosen responses of the prompt, else on the last one. Return
-        whether the pair was kept.
+        Return whether the pair was kept.
         """
         if not self.accepts(prompt, chosen, rejected):
             return False
         self.add(prompt, [chosen, rejected], [(0, 1)], chosen)
-        if every_target:
-            self.every_target.add(prompt)
         return True
 
     def accepts(self, prompt: str, chosen: str, rejected: str) -> bool:
         """Return whether a pair can be trained on, or is kept anyway; count what is remarkable."""
-        problems = {
-            "the prompt is empty": not prompt.strip(),
-            "a response is empty": not (chosen.strip() and rejected.strip()),
-            "both responses are equal": chosen == rejected,
-        }
-        found = [problem for problem, is_so in problems.items() if is_so]
+        found = flaws(prompt, (chosen, rejected))
         if found and self.drop_unusable:
             self.counts[f"dropped: {found[0]}"] += 1
             return False
-        for problem in found:
-            self.remark(prompt, f"kept although {problem}")
-        if (prompt, chosen, rejected) in self.seen:
-            self.remark(prompt, REPEATED)
+        self.counts.update(f"kept although {flaw}" for flaw in found)
+        self.counts[REPEATED] += (prompt, chosen, rejected) in self.seen
         self.seen.add((prompt, chosen, rejected))
         return True
-
-    def remark(self, prompt: str, what: str) -> None:
-        """Count a row of a prompt as remarkable."""
-        self.counts[what] += 1
-        self.remarks.setdefault(prompt, Counter())[what] += 1
 
     def leave_out(self, what: str, n: int) -> None:
         """Count n kept rows as not trained on after all."""
         self.counts["kept"] -= n
         self.counts[what] += n
 
-    def remove(self, prompt: str, what: str) -> None:
-        """Remove a prompt, and count its rows as not trained on."""
-        self.leave_out(what, len(self.kept_rows.pop(prompt)))
-        self.counts.subtract(self.remarks.pop(prompt, {}))
-        del self[prompt], self.rows[prompt]
-        self.every_target.discard(prompt)
 
-    def sft_targets(self, prompt: str) -> dict[str, int]:
-        """Return the responses of a prompt that SFT trains on, each with the number of a row that holds it."""
-        entry = self[prompt]
-        if prompt not in self.every_target:
-            return {entry["sft_target"]: self.kept_rows[prompt][-1]}
-        targets: dict[str, int] = {}
-        for (chosen, _), row in zip(entry["pairs"], self.rows[prompt], strict=True):
-            targets.setdefault(entry["responses"][chosen], row)
-        return targets
+def n_left_out(counts: Mapping[str, int]) -> int:
+    """Return the number of rows that were read and are not trained on, for whatever reason."""
+    return sum(n for what, n in counts.items() if what.startswith(("dropped: ", "left out: ")))
+
+
+def flaws(prompt: str, responses: Sequence[str]) -> list[str]:
+    """Return the reasons for which a prompt and its responses cannot teach anything."""
+    problems = {
+        "the prompt is empty": not prompt.strip(),
+        "a response is empty": not all(response.strip() for response in responses),
+        "both responses are equal": len(responses) > 1 and responses[0] == responses[1],
+    }
+    return [problem for problem, is_so in problems.items() if is_so]
 
 
 def make_groups(
@@ -141,10 +115,7 @@ def make_groups(
             texts = []
         else:
             responses = sft_responses(data, prompt) if sft else pair_responses(data, prompt)
-            texts = [
-                TextExample(prompt, texts, data.truncation, row, source, data.scores.get((prompt, *texts), ()))
-                for texts, row in responses
-            ]
+            texts = [TextExample(prompt, texts, data.truncation, row, source) for texts, row in responses]
             texts = handle_eos(data, texts, eos)
         if texts or not data.drop_unusable:  # a prompt without a pair takes part in the original's shuffle
             groups.append(texts)
@@ -163,13 +134,10 @@ def pair_responses(data: PreferenceData, prompt: str) -> list[tuple[tuple[str, s
 
 
 def sft_responses(data: PreferenceData, prompt: str) -> list[tuple[tuple[str], int]]:
-    """Return ((target,), row) for each SFT target of a prompt; count the rows that add none."""
-    targets = data.sft_targets(prompt)
-    reason = "left out: SFT trains on one target per prompt, and a later row has the same prompt"
-    if prompt in data.every_target:
-        reason = "left out: an earlier row has the same prompt and chosen response"
-    data.leave_out(reason, len(data.kept_rows[prompt]) - len(targets))
-    return [((target,), row) for target, row in targets.items()]
+    """Return ((target,), row) for the SFT target of a prompt; count the other rows."""
+    rows = data.kept_rows[prompt]
+    data.leave_out(ONE_TARGET, len(rows) - 1)
+    return [((data[prompt]["sft_target"],), rows[-1])]
 
 
 def handle_eos(data: PreferenceData, texts: list[TextExample], eos: str) -> list[TextExample]:
@@ -188,15 +156,14 @@ def handle_eos(data: PreferenceData, texts: list[TextExample], eos: str) -> list
 
 
 @contextmanager
-def reading_row(data: PreferenceData, where: str, line: int | None = None) -> Iterator[None]:
+def reading_row(counts: Counter[str], where: str, number: int | None = None) -> Iterator[None]:
     """Count a row as read; UserError that names it if it does not have the form that the data set should have."""
-    data.counts["read"] += 1
-    data.line = line
+    counts["read"] += 1
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:
         reason = str(error) if isinstance(error, UserError) else f"has another form ({type(error).__name__}: {error})"
-        raise UserError(f"{where}, row {line or data.counts['read']}: {reason}") from None
+        raise UserError(f"{where}, row {number or counts['read']}: {reason}") from None
 
 
 def text_in(row: Mapping[str, Any], name: str) -> str:
@@ -218,8 +185,10 @@ def checked_text(text: object, name: str) -> str:
     """Return a text; UserError if it is none that can be written as UTF-8."""
     if not isinstance(text, str):
         raise UserError(f"{name} must be a text, not {type(text).__name__}")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"{name} holds half of a surrogate pair, which is not a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name} holds half of a surrogate pair, which is not a text") from None
     return text
 
 
@@ -236,7 +205,7 @@ def as_preference_data(value: object, name: str) -> PreferenceData:
         raise UserError(f"DATASETS[{name!r}]: its function must return {form}, not {type(value).__name__}")
     data = PreferenceData("keep_start")
     for prompt, entry in value.items():
-        with reading_row(data, f"data set {name}"):
+        with reading_row(data.counts, f"data set {name}"):
             add_entry(data, checked_text(prompt, "the prompt"), entry)
     return data
 

@@ -28,6 +28,7 @@ class Sampler:
     top_p: float
     seed: int
     before_batch: Callable[[], None] = lambda: None  # raises to stop the run
+    stops: Sequence[int] = ()  # ids besides eos at which a text ends
 
     @torch.no_grad()
     def generate(self, model: PreTrainedModel, prompts: Sequence[TokenizedExample], title: str) -> list[str]:
@@ -64,8 +65,15 @@ class Sampler:
             top_p=self.top_p,
             max_new_tokens=max(1, self.max_length - prompt_length),
             pad_token_id=pad_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=list(dict.fromkeys((self.tokenizer.eos_token_id, *self.stops))),
         )
+
+
+def add_stops(config: GenerationConfig, stops: Sequence[int]) -> None:
+    """Add ids to those at which a model's own settings end a text."""
+    own = config.eos_token_id
+    known = [own] if isinstance(own, int) else list(own or ())
+    config.eos_token_id = list(dict.fromkeys((*known, *stops)))
 
 
 @contextmanager

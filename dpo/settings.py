@@ -52,6 +52,20 @@ class WandbSettings(Group):
     project: Text
 
 
+class ColumnSettings(Group):
+    """The keys below `columns`."""
+
+    prompt: Text | None
+    chosen: Text | None
+    rejected: Text | None
+    completion: Text | None
+    messages: Text | None
+    system: Text | None
+    tools: Text | None
+    score_chosen: Text | None
+    score_rejected: Text | None
+
+
 class ModelSettings(Group):
     """The keys of config/model/."""
 
@@ -97,6 +111,13 @@ class Settings(Group):
     wandb: WandbSettings
 
     datasets: list[Text] = Field(min_length=1, description="a list, as in [hh] or [hh,shp]")
+    split_train: Text | None
+    split_test: Text | None
+    columns: ColumnSettings
+    prompt_format: Literal["auto", "chat", "text", "hh"]
+    inspect: int = whole("examples", ge=0)
+    inspect_ids: Flag
+    on_inconsistent: Literal["refuse", "drop"]
     max_length: int = whole("tokens", ge=2)
     max_prompt_length: int = whole("tokens", ge=1)
     n_epochs: int | None = whole("epochs", ge=1)
@@ -294,9 +315,8 @@ def flatten_plain(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]
 
 def known_keys(losses: Mapping[str, type[BaseModel]]) -> list[str]:
     """Return every dotted key that some config may hold."""
-    keys = [name for name in Settings.model_fields if name not in ("wandb", "model")]
-    keys += [f"lora.{name}" for name in LoraSettings.model_fields]
-    keys += [f"wandb.{name}" for name in WandbSettings.model_fields]
-    keys += [f"model.{name}" for name in ModelSettings.model_fields]
+    groups = {name: group_of(Settings, name) for name in Settings.model_fields}
+    keys = [name for name, group in groups.items() if group is None]
+    keys += [f"{name}.{key}" for name, group in groups.items() if group for key in group.model_fields]
     fields = dict.fromkeys(name for loss in losses.values() for name in loss.model_fields)
     return [*keys, "loss.name", *(f"loss.{name}" for name in fields)]

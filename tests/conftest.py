@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")  # of this process alone
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the forks of faults.py
 
 import hydra
@@ -19,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers import trainers as bpe
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -28,11 +32,16 @@ from transformers import (
 )
 
 from build import Inputs, build_trainer, load_inputs
+from dpo.chat import Rendering
+from dpo.examples import Tokenization
 from dpo.jsonl import read_jsonl
 from dpo.objectives import Loss
 from dpo.runs import RunDir
 from dpo.settings import Settings, default_values, flatten, validate
+from dpo.table_data import Reading, TableData
+from dpo.tables import SplitNames, open_source
 from losses import LOSSES
+from preference_datasets import DATASETS, load_tables
 from trainers import BasicTrainer
 from utils import register_resolvers
 
@@ -62,6 +71,10 @@ def golden_rows(split: str) -> list[dict[str, str]]:
 
 def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="the full counts of kills, stops, mutations")
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"])
 
 
 @pytest.fixture
@@ -140,6 +153,16 @@ def make_loss(name: str, **settings: object) -> Loss:
 def inputs_of(*overrides: str) -> Inputs:
     """Return what a command line's settings are checked against before weights load; UserError as the command line."""
     return load_inputs(*validated(*overrides))
+
+
+def read_data(name, sft=False, tokenizer=None, split_train=None, split_test=None, **options) -> dict[str, TableData]:
+    """Read the splits of one's own data as load_data does; options are prompt_format, on_inconsistent, columns..."""
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(GOLDENS / "tiny-gpt2")
+    lengths = (options.pop("max_length", 160), options.pop("max_prompt_length", 96), options.pop("add_bos", False))
+    drop = options.pop("on_inconsistent", "refuse") == "drop"
+    render = Rendering(options.pop("prompt_format", "auto"), tokenizer)
+    reading = Reading(str(name), options, sft, render, Tokenization(tokenizer, *lengths), drop)
+    return load_tables(open_source(str(name), SplitNames(split_train, split_test, sft), DATASETS), reading)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDENS, golden_rows
+from conftest import GOLDENS, golden_rows, read_data
 from faults import command_line, fresh
 from transformers import AutoTokenizer
 
@@ -21,8 +21,6 @@ from dpo.logps import ResponseLogps, response_logps
 from dpo.metrics import BatchMetrics
 from dpo.packing import LAYOUTS, make_microbatches
 from preference_datasets import (
-    get_dataset,
-    make_groups,
     strip_html,
     tokenize_batch_element,
 )
@@ -162,9 +160,8 @@ def test_every_field_of_every_tokenized_pair_is_the_originals(truncation):
 # order.json
 
 
-def batches_of_rows(data, sft, batch_size, **limits):
+def batches_of_rows(groups, batch_size, **limits):
     """Walk data as a trainer does, and return what a batch's items say of their rows, counted from 0."""
-    groups = make_groups(data, "hh", sft, "<|endoftext|>")
     return [
         [(item.row - 1, item.prompt + item.responses[0]) for item in batch.examples]
         for batch in BatchIterator(groups, list, batch_size, seed=0, **limits)
@@ -180,15 +177,15 @@ def batches_of_rows(data, sft, batch_size, **limits):
     ],
 )
 def test_pairs_come_in_the_originals_order(key, split, limits):
-    data = get_dataset(str(GOLDENS / "data"), split)
-    batches = batches_of_rows(data, False, int(key.rsplit("_", 1)[1]), **limits)
+    groups = read_data(GOLDENS / "data")[split]
+    batches = batches_of_rows(groups, int(key.rsplit("_", 1)[1]), **limits)
     compare_exactly("order.json", [[row for row, _ in batch] for batch in batches], read("order")[key])
 
 
 def test_sft_targets_come_in_the_originals_order():
     """A prompt's target is the chosen text of its last row; the golden lists all rows with that text."""
     dialogues = [row["chosen"] for row in golden_rows("train")]
-    batches = batches_of_rows(get_dataset(str(GOLDENS / "data"), "train"), True, 8, n_epochs=3)
+    batches = batches_of_rows(read_data(GOLDENS / "data", sft=True)["train"], 8, n_epochs=3)
     rows = [[[i for i, text in enumerate(dialogues) if text == chosen] for _, chosen in batch] for batch in batches]
     compare_exactly("order.json", rows, read("order")["train_sft_3_epochs_batch_8"])
     assert [[row for row, _ in batch] for batch in batches] == [[found[-1] for found in batch] for batch in rows]

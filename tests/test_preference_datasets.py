@@ -7,7 +7,7 @@ import random
 
 import datasets
 import pytest
-from conftest import GOLDENS, TINY, compose, golden_rows, inputs_of
+from conftest import GOLDENS, TINY, compose, golden_rows, inputs_of, read_data
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
@@ -18,6 +18,7 @@ from dpo.signals import Signals
 from preference_datasets import PreferenceData, distinct_datasets, get_dataset, make_groups
 
 PROMPT = "\n\nHuman: hi\n\nAssistant:"
+EOS = "<|endoftext|>"  # of the goldens' tokenizer
 
 # Folders: what is dropped is counted, what cannot be read stops the run
 
@@ -52,9 +53,14 @@ def counts(data):
     return {what: n for what, n in data.counts.items() if n}
 
 
-def own(tmp_path, *rows):
+def own(tmp_path, *rows, **options):
     """Read rows as the training split of one's own data."""
-    return get_dataset(str(write(tmp_path / "data", rows, [pair()])), "train")
+    return read_data(write(tmp_path / "data", rows, [pair()]), **options)["train"]
+
+
+def kept(data):
+    """Return (prompt, rows) of each group."""
+    return {group[0].prompt: [text.row for text in group] for group in data}
 
 
 @pytest.fixture
@@ -83,8 +89,7 @@ def hub(monkeypatch):
 def test_unusable_rows_of_ones_own_are_dropped_and_counted_by_reason(row, reason, tmp_path):
     data = own(tmp_path, pair(), row, pair("b"), row)
     assert counts(data) == {"read": 4, "kept": 2, f"dropped: {reason}": 2}
-    assert list(data) == [PROMPT, "b"]
-    assert data.rows == {PROMPT: [1], "b": [3]}
+    assert kept(data) == {PROMPT: [1], "b": [3]}
 
 
 def test_a_dropped_row_is_not_counted_as_kept_too(tmp_path):
@@ -103,29 +108,22 @@ def test_repeated_rows_and_differing_prompts_are_kept_and_counted(tmp_path):
         "kept although it repeats an earlier row": 3,
         "kept although the rejected dialogue's prompt differs": 1,
     }
-    assert data[PROMPT]["pairs"] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+    assert kept(data) == {PROMPT: [1, 2, 3, 4, 5]}
 
 
 @pytest.mark.parametrize("sft, dropped", [(False, 3), (True, 2)])
 def test_rows_with_eos_inside_the_text_are_dropped_and_counted(sft, dropped, tmp_path):
     """SFT sees chosen responses alone, so it never meets the eos of a rejected one: that row repeats the first."""
-    rows = [pair(), pair(chosen="a<eos>"), pair("p<eos>"), pair(rejected="<eos>"), pair(chosen=" later")]
-    data = own(tmp_path, *rows)
-    groups = make_groups(data, "own", sft, "<eos>")
-    assert [text.responses[0] for group in groups for text in group] == [" yes", " later"]
+    rows = [pair(), pair(chosen=f"a{EOS}"), pair(f"p{EOS}"), pair(rejected=EOS), pair(chosen=" later")]
+    data = own(tmp_path, *rows, sft=sft)
+    assert [text.responses[0] for group in data for text in group] == [" yes", " later"]
     left_out = {"left out: an earlier row has the same prompt and chosen response": 1} if sft else {}
-    assert counts(data) == {"read": 5, "kept": 2, "dropped: the text holds <eos>": dropped} | left_out
+    assert counts(data) == {"read": 5, "kept": 2, f"dropped: the text holds {EOS}": dropped} | left_out
 
 
 def test_several_pairs_of_a_prompt_are_kept_in_the_order_of_the_file(tmp_path):
     data = own(tmp_path, pair(chosen="1"), pair("other"), pair(chosen="2"), pair(chosen="3"))
-    assert data[PROMPT] == {
-        "responses": ["1", " no", "2", " no", "3", " no"],
-        "pairs": [(0, 1), (2, 3), (4, 5)],
-        "sft_target": "3",
-    }
-    groups = make_groups(data, "own", False, "<eos>")
-    assert [[(item.responses, item.row) for item in group] for group in groups] == [
+    assert [[(item.responses, item.row) for item in group] for group in data] == [
         [(("1", " no"), 1), (("2", " no"), 3), (("3", " no"), 4)],
         [((" yes", " no"), 2)],
     ]
@@ -147,7 +145,10 @@ UNREADABLE = {
     "no assistant": (json.dumps({"chosen": "yes", "rejected": "no"}).encode(), "has no '\\n\\nAssistant:'"),
     "a null field": (json.dumps(pair(chosen=None)).encode(), "chosen must be a text, not NoneType"),
     "a number": (json.dumps(pair(rejected=5)).encode(), "rejected must be a text, not int"),
-    "a list": (json.dumps(pair(prompt=["hi"])).encode(), "prompt must be a text, not list"),
+    "a list": (
+        json.dumps(pair(prompt=["hi"])).encode(),
+        "prompt, turn 1 must be a message with role",
+    ),
     "a missing field": (b'{"chosen": "\\n\\nAssistant: yes"}', "rejected must be a text, not missing"),
     "no object": (b'["chosen", "rejected"]', "is not an object"),
     "null": (b"null", "is not an object"),
@@ -166,7 +167,7 @@ def test_a_malformed_row_stops_the_run_with_one_line_that_names_file_and_row(lin
     with (gzip.open if zipped else open)(tmp_path / name, "wb") as file:
         file.write(b"\n".join([GOOD, GOOD, line, GOOD, b""]))
     with pytest.raises(UserError) as caught:
-        get_dataset(str(tmp_path), "train")
+        read_data(tmp_path)
     message = str(caught.value)
     assert str(tmp_path / name) in message and reason in message
     assert message.count("row 3") == 1 and "\n" not in message
@@ -179,7 +180,7 @@ def test_a_truncated_gzip_file_stops_the_run_and_names_the_last_good_row(tmp_pat
     whole = gzip.compress("\n".join(rows).encode())
     (tmp_path / "train.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"train\.jsonl\.gz, after row (\d+): cannot be read") as caught:
-        get_dataset(str(tmp_path), "train")
+        read_data(tmp_path)
     last = int(str(caught.value).split("after row ")[1].split(":")[0])
     assert 500 < last < 1500
 
@@ -187,93 +188,92 @@ def test_a_truncated_gzip_file_stops_the_run_and_names_the_last_good_row(tmp_pat
 def test_a_file_that_is_no_gzip_stops_the_run(tmp_path):
     (tmp_path / "train.jsonl.gz").write_bytes(GOOD)
     with pytest.raises(UserError, match=r"train\.jsonl\.gz, after row 0: cannot be read"):
-        get_dataset(str(tmp_path), "train")
+        read_data(tmp_path)
 
 
 def test_a_whole_surrogate_pair_and_any_other_text_are_read(tmp_path):
     lines = GOOD.replace(b"yes", b"\\ud83d\\ude00") + b"\n" + json.dumps(pair("é\u2028"), ensure_ascii=False).encode()
     (tmp_path / "train.jsonl").write_bytes(lines)
     (tmp_path / "test.jsonl").write_bytes(GOOD)
-    data = get_dataset(str(tmp_path), "train")
-    assert data[PROMPT]["sft_target"] == " 😀"
-    assert list(data) == [PROMPT, "é\u2028"]
+    data = read_data(tmp_path)["train"]
+    assert data[0][0].responses[0] == " 😀"
+    assert list(kept(data)) == [PROMPT, "é\u2028"]
 
 
 @pytest.mark.parametrize("name, words", [("nowhere", "neither a known data set"), ("", "there is no train.jsonl")])
 def test_a_data_set_that_is_not_there_is_named(name, words, tmp_path):
     with pytest.raises(UserError, match=words):
-        get_dataset(str(tmp_path / name), "train")
+        read_data(tmp_path / name)
 
 
 def test_a_folder_with_two_files_for_a_split_is_refused(tmp_path):
     folder = write(tmp_path / "data", [pair()])
     (folder / "train.jsonl.gz").write_bytes(gzip.compress(GOOD))
     with pytest.raises(UserError, match="both train.jsonl and train.jsonl.gz"):
-        get_dataset(str(folder), "train")
+        read_data(folder)["train"]
 
 
 @pytest.mark.parametrize("n", [1, 9, 10, 19, 20, 105])
 def test_a_folder_without_test_file_holds_out_at_most_a_tenth_of_its_prompts(n, tmp_path):
     rows = [pair(f"prompt {i % n}", f" {i}") for i in range(2 * n)]  # two pairs a prompt, n rows apart
-    folder = str(write(tmp_path / "data", rows))
-    first, again = ([get_dataset(folder, split) for split in ("train", "test")] for _ in range(2))
+    folder = write(tmp_path / "data", rows)
+    first, again = (list(read_data(folder).values()) for _ in range(2))
     train_data, test_data = first
     assert len(test_data) == n // 10
-    assert not set(train_data) & set(test_data)
-    assert set(train_data) | set(test_data) == {f"prompt {i}" for i in range(n)}
-    assert [list(data.items()) for data in first] == [list(data.items()) for data in again]
+    assert not set(kept(train_data)) & set(kept(test_data))
+    assert set(kept(train_data)) | set(kept(test_data)) == {f"prompt {i}" for i in range(n)}
+    assert [kept(data) for data in first] == [kept(data) for data in again]
     for data, other in (first, first[::-1]):
         reason = f"left out: no test file, so {n // 10} of {n} prompts are held out as the test split"
         assert counts(data) == {"read": 2 * n, "kept": 2 * len(data), reason: 2 * len(other)} or n < 10
     if n == 20:  # the same in every run, on every machine
-        assert list(test_data) == ["prompt 12", "prompt 13"]
+        assert list(kept(test_data)) == ["prompt 12", "prompt 13"]
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "train.jsonl", "pairs.jsonl.gz"])
-def test_a_single_file_is_a_whole_data_set_of_which_a_tenth_of_the_prompts_is_held_out(name, tmp_path):
+def test_a_single_file_is_a_whole_data_set_of_which_a_tenth_of_the_prompts_is_held_out(name, tmp_path, capsys):
     """A test.jsonl beside it belongs to the folder, not to the file."""
     folder = write(tmp_path / "data", numbered(20), [pair()])
     content = (folder / "train.jsonl").read_bytes()
     (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    train_data, test_data = (get_dataset(str(folder / name), split) for split in ("train", "test"))
+    train_data, test_data = read_data(folder / name).values()
     reason = "left out: no test file, so 2 of 20 prompts are held out as the test split"
     assert counts(train_data) == {"read": 20, "kept": 18, reason: 2}
     assert counts(test_data) == {"read": 20, "kept": 2, reason: 18}
-    assert set(train_data) | set(test_data) == {f"prompt {i}" for i in range(20)}
-    assert train_data.notes == test_data.notes == []
+    assert set(kept(train_data)) | set(kept(test_data)) == {f"prompt {i}" for i in range(20)}
+    assert capsys.readouterr().out.count("\n") == 2
 
 
-@pytest.mark.parametrize("name", ["pairs.json", "pairs.csv", "pairs"])
+@pytest.mark.parametrize("name", ["pairs.txt", "pairs.xlsx", "pairs"])
 def test_a_file_of_another_kind_is_refused(name, tmp_path):
     (tmp_path / name).write_bytes(GOOD)
-    with pytest.raises(
-        UserError, match=r"neither a known data set .* nor .* a file of JSON lines \(.jsonl, .jsonl.gz\)"
-    ):
-        get_dataset(str(tmp_path / name), "train")
+    with pytest.raises(UserError, match=r"neither a known data set \(hh, .*\) nor a folder or file of .jsonl, .json"):
+        read_data(tmp_path / name)
 
 
-def test_ignored_files_and_columns_are_noted_once(tmp_path):
+def test_ignored_files_and_columns_are_noted_once(tmp_path, capsys):
     rows = [pair(f"{i}") | {"id": i} for i in range(20)]
     folder = write(tmp_path / "data", [*rows, pair() | {"system": "Be brief."}], [pair() | {"id": 1}])
-    (folder / "validation.jsonl").write_bytes(GOOD)
+    (folder / "other.jsonl").write_bytes(GOOD)
     words = "prompt, chosen, rejected are read"
     note = f"{folder / 'train.jsonl'}: columns ignored: id (in 20 rows), system (in 1 rows); {words}"
-    files = f"{folder}: files ignored: validation.jsonl; train.jsonl and test.jsonl (or .jsonl.gz) are read"
-    assert get_dataset(str(folder), "train").notes == [note, files]
-    assert get_dataset(str(folder), "test").notes == [
-        f"{folder / 'test.jsonl'}: columns ignored: id (in 1 rows); {words}"
-    ]
+    test_note = f"{folder / 'test.jsonl'}: columns ignored: id (in 1 rows); {words}"
+
+    def notes():
+        read_data(folder)
+        return [line for line in capsys.readouterr().out.splitlines() if "ignored:" in line]
+
+    assert notes() == [note, f"{folder}: files ignored: other.jsonl; read: test.jsonl, train.jsonl", test_note]
     (folder / "test.jsonl").unlink()  # so that both splits are read from one file
-    assert get_dataset(str(folder), "train").notes == [note, files]
-    assert get_dataset(str(folder), "test").notes == []
+    assert notes() == [note, f"{folder}: files ignored: other.jsonl; read: train.jsonl"]
 
 
 def test_rows_are_numbered_by_their_lines(tmp_path):
     folder = write(tmp_path / "data", [], [pair()])
     lines = [b"\xef\xbb\xbf" + GOOD, b"", b"  ", json.dumps(pair("b")).encode(), b""]
     (folder / "train.jsonl").write_bytes(b"\r\n".join(lines))
-    data = get_dataset(str(folder), "train")
-    assert data.rows == {PROMPT: [1], "b": [4]}
+    data = read_data(folder)["train"]
+    assert kept(data) == {PROMPT: [1], "b": [4]}
     assert counts(data) == {"read": 2, "kept": 2}
 
 
@@ -289,9 +289,8 @@ def test_spellings_of_one_path_are_one_data_set(tmp_path, monkeypatch):
 def test_sft_on_ones_own_rows_with_a_prompt_trains_on_every_distinct_row(tmp_path):
     """Rows 1 and 4 are equal, 3 differs in the rejected response alone."""
     rows = [pair("p", "1"), pair("p", "2"), pair("p", "1", "x"), pair("p", "1"), pair("q", "1")]
-    data = own(tmp_path, *rows)
-    groups = make_groups(data, "own", True, "<eos>")
-    assert [[(text.responses, text.row) for text in group] for group in groups] == [
+    data = own(tmp_path, *rows, sft=True)
+    assert [[(text.responses, text.row) for text in group] for group in data] == [
         [(("1",), 1), (("2",), 2)],
         [(("1",), 5)],
     ]
@@ -305,8 +304,9 @@ ONE_TARGET = "left out: SFT trains on one target per prompt, and a later row has
 def test_sft_on_dialogues_trains_on_the_last_target_of_a_prompt_and_reports_it(tmp_path, hub):
     rows = [dialogue(PROMPT + " 1"), dialogue(PROMPT + " 2"), dialogue(PROMPT + " 3")]
     hub(*rows)
-    for data in (own(tmp_path, *rows), get_dataset("hh", "train")):
-        ((text,),) = make_groups(data, "own", True, "<eos>")
+    named, mine = get_dataset("hh", "train"), own(tmp_path, *rows, sft=True)
+    for data, groups in ((named, make_groups(named, "hh", True, EOS)), (mine, mine)):
+        ((text,),) = groups
         assert (text.responses, text.row) == ((" 3",), 3)
         assert counts(data) == {"read": 3, "kept": 1, ONE_TARGET: 2}
 
@@ -357,10 +357,15 @@ def test_a_dialogue_of_hh_without_an_assistant_is_named(hub):
         get_dataset("hh", "train")
 
 
-def test_hh_and_a_folder_of_the_same_rows_are_the_same_data(hub):
+@pytest.mark.parametrize("sft", [False, True])
+def test_hh_and_a_folder_of_the_same_rows_are_the_same_data(sft, hub):
+    mine = read_data(GOLDENS / "data", sft)
     for split in ("train", "test"):
         hub(*golden_rows(split))
-        assert get_dataset("hh", split) == get_dataset(str(GOLDENS / "data"), split)
+        data = get_dataset("hh", split)
+        groups = make_groups(data, "hh", sft, EOS)
+        assert [[text[:4] for text in group] for group in groups] == [[text[:4] for text in g] for g in mine[split]]
+        assert counts(data) == counts(mine[split])
 
 
 def test_shp_keeps_what_the_original_keeps_and_counts_it(hub):
@@ -503,6 +508,21 @@ def test_everything_read_kept_and_dropped_is_printed(tmp_path, capsys):
     assert (eval_batches.n_items, len(eval_batches)) == (2, 1)
 
 
+@pytest.mark.parametrize("setting", ["columns.prompt=x", "split_train=x", "split_test=x", "prompt_format=chat"])
+def test_what_a_named_data_set_reads_by_itself_cannot_be_set(setting):
+    with pytest.raises(UserError, match=rf"{setting.split('=')[0]}.*: datasets=\[demo\] reads its own columns, splits"):
+        inputs_of(*TINY, "loss=dpo", "datasets=[demo]", setting)
+
+
+def test_named_data_sets_and_files_mix(tmp_path):
+    folder = write(tmp_path / "data", numbered(8), numbered(2))
+    sizes = [prepare(folder, f"datasets=[{names}]") for names in ("demo", f"'{folder}',demo", f"demo,'{folder}'")]
+    (demo, demo_test), *mixed = [(train.n_items, test.n_items) for train, test in sizes]
+    assert mixed == [(demo + 8, demo_test + 2)] * 2
+    order = [text.source for group in sizes[1][0].groups for text in group]
+    assert order == [str(folder)] * 8 + ["demo"] * demo
+
+
 def test_a_plain_dict_of_a_data_set_function_trains(tmp_path, monkeypatch, capsys):
     """The original's functions return prompt -> {"responses", "pairs", "sft_target"}."""
     entry = {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a"}
@@ -515,10 +535,10 @@ def test_a_plain_dict_of_a_data_set_function_trains(tmp_path, monkeypatch, capsy
 
 def test_what_is_ignored_of_ones_own_data_is_printed(tmp_path, capsys):
     folder = write(tmp_path / "data", [row | {"system": "Be brief."} for row in numbered(8)], numbered(2))
-    (folder / "dev.jsonl").write_bytes(GOOD)
+    (folder / "other.jsonl").write_bytes(GOOD)
     prepare(folder)
     lines = [line for line in capsys.readouterr().out.splitlines() if "ignored:" in line]
-    assert len(lines) == 2 and "system (in 8 rows)" in lines[0] and "dev.jsonl" in lines[1]
+    assert len(lines) == 2 and "system (in 8 rows)" in lines[0] and "other.jsonl" in lines[1]
 
 
 def test_a_prompt_without_a_token_is_dropped_before_training(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_loss, validated
+from chat_families import FAMILIES
+from conftest import ROOT, make_loss, read_data, validated
 
 import preference_datasets
 from dpo.errors import UserError
@@ -85,6 +86,31 @@ def test_the_table_of_losses_has_all_of_them_with_what_they_need_and_their_optio
 @pytest.mark.parametrize("command", ORIGINAL)
 def test_every_command_of_the_original_composes_and_validates(command):
     assert [line for line in problems_of(command) if "trainer=FSDPTrainer: is not built yet" not in line] == []
+
+
+RECIPES = re.findall(r"^\| .* \| `((?:loss=sft )?datasets=[^`]*)` \|$", README, re.MULTILINE)
+
+
+def test_the_recipes_for_data_compose():
+    assert len(RECIPES) == 5
+    for recipe in RECIPES:
+        assert problems_of(f"model=gpt2 {recipe if 'loss=' in recipe else f'loss=dpo {recipe}'}") == []
+
+
+@pytest.mark.parametrize(
+    "name, content, prompt, responses",
+    [
+        ("scored.jsonl", '{"prompt": "Hi", "response_1": "a", "response_2": "b", "score_1": 1, "score_2": 4}', "Hi", "ba"),  # noqa: E501
+        ("pairs.csv", "ask,good,bad\nHi.,a,b\n", "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n",
+         ["a<|im_end|>", "b<|im_end|>"]),
+    ],
+)  # fmt: skip
+def test_the_recipes_columns_are_those_of_their_files(name, content, prompt, responses, tmp_path):
+    (tmp_path / name).write_text(content)
+    (recipe,) = [recipe for recipe in RECIPES if name in recipe]
+    options = dict(word.removeprefix("columns.").split("=") for word in shlex.split(recipe) if "datasets" not in word)
+    (group,) = read_data(tmp_path / name, tokenizer=FAMILIES["ChatML"].tokenizer(), **options)["train"]
+    assert (group[0].prompt, group[0].responses) == (prompt, tuple(responses))
 
 
 def test_the_worked_example_runs_as_it_stands(tmp_path):

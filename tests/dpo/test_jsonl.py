@@ -1,12 +1,11 @@
-"""Files of JSON lines: tolerance, row numbers, and notes of what is ignored."""
+"""Files of JSON lines: tolerance, row numbers, and rows that are read when they are needed."""
 
 import gzip
-from collections import Counter
 
 import pytest
 
 from dpo.errors import UserError
-from dpo.jsonl import note_ignored_columns, note_ignored_files, read_jsonl
+from dpo.jsonl import read_jsonl
 
 BOM = b"\xef\xbb\xbf"
 
@@ -45,28 +44,3 @@ def test_a_malformed_row_is_named_by_its_line_though_blank_lines_come_before_it(
 def test_a_byte_order_mark_of_another_encoding_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"row 1: is not UTF-8"):
         read(tmp_path, '{"a": 1}'.encode("utf-16"))
-
-
-def test_data_files_that_are_not_read_are_listed_in_one_line(tmp_path):
-    for name in ("train.jsonl", "validation.jsonl", "train.csv", "dev.jsonl.gz", "README.md", ".hidden.jsonl"):
-        (tmp_path / name).touch()
-    (tmp_path / "old.json").mkdir()
-    read_ones = "train.jsonl and test.jsonl (or .jsonl.gz) are read"
-    assert note_ignored_files(tmp_path, ["train.jsonl"]) == [
-        f"{tmp_path}: files ignored: dev.jsonl.gz, train.csv, validation.jsonl; {read_ones}"
-    ]
-    assert note_ignored_files(tmp_path, ["train.jsonl", "validation.jsonl", "train.csv", "dev.jsonl.gz"]) == []
-
-
-def test_columns_that_are_not_read_are_listed_in_one_line_with_their_rows(tmp_path):
-    n_rows = Counter({"chosen": 2000, "system": 1500, "id": 2000})
-    assert note_ignored_columns(tmp_path, n_rows, ("prompt", "chosen")) == [
-        f"{tmp_path}: columns ignored: id (in 2,000 rows), system (in 1,500 rows); prompt, chosen are read"
-    ]
-    assert note_ignored_columns(tmp_path, Counter(chosen=1), ("prompt", "chosen")) == []
-
-
-def test_a_note_is_one_short_line_whatever_the_names(tmp_path):
-    names = [f"{i:02}\n\x1b[31merror: forged" for i in range(30)]
-    (line,) = note_ignored_columns(tmp_path, Counter(names), ())
-    assert line.isprintable() and line.count("forged") == 8 and "and 22 more" in line

@@ -7,18 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.errors import UserError
-from dpo.preferences import PreferenceData, as_preference_data, make_groups, reading_row
-
-ONE_TARGET = "left out: SFT trains on one target per prompt, and a later row has the same prompt"
-SAME_TARGET = "left out: an earlier row has the same prompt and chosen response"
+from dpo.preferences import ONE_TARGET, PreferenceData, as_preference_data, make_groups, n_left_out, reading_row
 
 
-def data_of(*rows, every_target, drop_unusable=True):
+def data_of(*rows, drop_unusable=True):
     """Make a data set of rows (prompt, chosen, rejected)."""
     data = PreferenceData("keep_end", drop_unusable)
     for row in rows:
-        with reading_row(data, "data"):
-            data.add_pair(*row, every_target=every_target)
+        with reading_row(data.counts, "data"):
+            data.add_pair(*row)
     return data
 
 
@@ -36,21 +33,14 @@ def examples(data, sft, empty_prompts=()):
 ROWS = [("p", "1", "x"), ("q", "1", "x"), ("p", "2", "x"), ("p", "1", "y"), ("p", "1", "x")]
 
 
-def test_sft_trains_on_every_distinct_target_where_it_is_asked_to():
-    data = data_of(*ROWS, every_target=True)
-    assert examples(data, sft=True) == [(1, ("1",)), (3, ("2",)), (2, ("1",))]
-    assert counts(data) == {"read": 5, "kept": 3, SAME_TARGET: 2}
-
-
-def test_sft_trains_on_the_last_target_of_a_prompt_otherwise():
-    data = data_of(*ROWS, every_target=False)
+def test_sft_trains_on_the_last_target_of_a_prompt():
+    data = data_of(*ROWS)
     assert examples(data, sft=True) == [(5, ("1",)), (2, ("1",))]
     assert counts(data) == {"read": 5, "kept": 2, ONE_TARGET: 3}
 
 
-@pytest.mark.parametrize("every_target", [True, False])
-def test_a_preference_loss_trains_on_every_row_whatever_sft_would(every_target):
-    data = data_of(*ROWS, every_target=every_target)
+def test_a_preference_loss_trains_on_every_row():
+    data = data_of(*ROWS)
     assert [row for row, _ in examples(data, sft=False)] == [1, 3, 4, 5, 2]
     assert counts(data) == {"read": 5, "kept": 5, "kept although it repeats an earlier row": 1}
 
@@ -59,19 +49,17 @@ def test_a_preference_loss_trains_on_every_row_whatever_sft_would(every_target):
 @pytest.mark.parametrize("sft", [True, False])
 def test_a_prompt_without_a_token_is_dropped_and_counted_in_every_data_set(sft, drop_unusable):
     """Where the original's order counts, its empty group stays in the shuffle."""
-    data = data_of(("p", "1", "2"), ("zw", "1", "2"), ("zw", "3", "4"), every_target=True, drop_unusable=drop_unusable)
+    data = data_of(("p", "1", "2"), ("zw", "1", "2"), ("zw", "3", "4"), drop_unusable=drop_unusable)
     groups = make_groups(data, "data", sft, "<eos>", {"zw"})
     assert [len(group) for group in groups] == ([1] if drop_unusable else [1, 0])
     assert counts(data) == {"read": 3, "kept": 1, "dropped: the tokenizer turns the prompt into no token": 2}
 
 
-def test_rows_are_named_by_their_line_in_the_file_where_it_is_known():
+def test_a_row_is_named_by_its_number_in_the_file_where_it_is_known():
     data = PreferenceData("keep_end")
-    for line in (3, 7):
-        with reading_row(data, "data", line):
-            data.add_pair("p", f"{line}", "x")
-    assert [row for row, _ in examples(data, sft=False)] == [3, 7]
-    with pytest.raises(UserError, match="data, row 9: has another form"), reading_row(data, "data", 9):
+    with pytest.raises(UserError, match="data, row 9: has another form"), reading_row(data.counts, "data", 9):
+        raise KeyError("chosen")
+    with pytest.raises(UserError, match="data, row 2: has another form"), reading_row(data.counts, "data"):
         raise KeyError("chosen")
 
 
@@ -80,29 +68,13 @@ KINDS = st.sampled_from([True, False])
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.tuples(TEXTS, TEXTS, TEXTS, KINDS), max_size=12), KINDS, KINDS, st.sets(TEXTS))
-def test_rows_read_are_rows_kept_and_rows_left_out_in_every_mode(rows, sft, drop_unusable, removed):
-    data = PreferenceData("keep_end", drop_unusable)
-    for prompt, chosen, rejected, every_target in rows:
-        with reading_row(data, "data"):
-            data.add_pair(prompt, chosen, rejected, every_target)
-    for prompt in removed & set(data):
-        data.remove(prompt, "left out: held out")
+@given(st.lists(st.tuples(TEXTS, TEXTS, TEXTS), max_size=12), KINDS, KINDS)
+def test_rows_read_are_rows_kept_and_rows_left_out_in_every_mode(rows, sft, drop_unusable):
+    data = data_of(*rows, drop_unusable=drop_unusable)
     n_examples = len(examples(data, sft, {"zw"}))
-    assert data.counts["read"] == len(rows) == data.counts["kept"] + data.n_left_out
+    assert data.counts["read"] == len(rows) == data.counts["kept"] + n_left_out(data.counts)
     assert data.counts["kept"] == n_examples
     assert min(data.counts.values(), default=0) >= 0
-
-
-def test_remarks_on_removed_prompts_are_removed_too():
-    data = data_of(("p", "1", "2"), ("p", "1", "2"), ("q", "1", "2"), ("q", "1", "2"), every_target=False)
-    data.remove("q", "left out: held out")
-    assert counts(data) == {
-        "read": 4,
-        "kept": 2,
-        "kept although it repeats an earlier row": 1,
-        "left out: held out": 2,
-    }
 
 
 def test_an_unknown_truncation_mode_of_a_data_set_is_refused():

@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import TINY, inputs_of
 from tiny_models import respond, tiny
+from transformers import GenerationConfig
 
-from dpo.sampling import Sampler, distinct_prompts
+from dpo.sampling import Sampler, add_stops, distinct_prompts
 
 
 class Tokens:
@@ -124,3 +125,18 @@ def test_a_prompt_with_several_rows_is_sampled_for_once(tmp_path):
     assert sorted(order) == ["one", "three", "two"]
     for n in (1, 2, 3, 4):
         assert [example.text.prompt for example in distinct_prompts(batches, n)] == order[:n]
+
+
+def test_a_text_also_ends_at_further_stops(model):
+    """As in the test above: the first token that the greedy continuation has not had before is made a stop."""
+    (whole,) = GREEDY.generate(model, [respond(PROMPT, [1])], "sampling")
+    n = next(i for i in range(1, len(whole)) if whole[i] not in whole[:i])
+    (ended,) = replace(GREEDY, stops=[whole[n]]).generate(model, [respond(PROMPT, [1])], "sampling")
+    assert [token for token in ended if token != whole[n]] == whole[:n]
+
+
+@pytest.mark.parametrize("own, expected", [(None, [5, 2]), (2, [2, 5]), ([9, 5], [9, 5, 2])])
+def test_stops_are_added_to_those_of_a_model(own, expected):
+    config = GenerationConfig(eos_token_id=own)
+    add_stops(config, [5, 2])
+    assert config.eos_token_id == expected

@@ -122,6 +122,8 @@ def test_a_setting_of_another_trainer_is_answered_with_the_value_that_was_typed(
         (["compile=true", "activation_checkpointing=true"], "cannot be compiled; set one of the two to false"),
         (["batch_size=6", "gradient_accumulation_steps=4"], "must be divisible by gradient_accumulation_steps"),
         (["max_prompt_length=160"], "max_prompt_length=160 max_length=160: max_prompt_length must be below"),
+        (["inspect_ids=true"], "inspect_ids=True inspect=0: nothing is printed without inspect=N"),
+        (["columns.score_chosen=a"], "columns.score_chosen=a columns.score_rejected=null: set both or neither"),
         (["trainer=FSDPTrainer"], "trainer=FSDPTrainer: is not built yet"),
         (["precision=float32", "model.policy_dtype=bfloat16"], "computing in float32 needs"),
         (

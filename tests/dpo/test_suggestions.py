@@ -169,7 +169,7 @@ UNRELATED = """
     apple river stone cloud window garden mirror bridge candle forest rocket pencil bottle ladder hammer jacket kitten
     lemon magnet napkin orange parrot quartz ribbon saddle tunnel umbrella violin walnut yellow zebra anchor basket
     camera dragon engine feather guitar helmet island jungle kettle lantern mountain needle ocean pepper queen rabbit
-    silver ticket uncle valley winter yogurt airport balance cabinet diamond eagle falcon giraffe harbor insect jewel
+    silver ticket uncle valley winter yogurt airport balance cabinet diamond eagle falcon giraffe harbor beetle jewel
     kingdom letter market number office planet question reason school theory under voice weather year zone action
     animal answer arrow autumn beach bird blood board body book bottom box boy brain branch bread brother building
     butter cake call car castle cat chair child church circle city clock coat coffee color corner country cousin cow

@@ -1,0 +1,87 @@
+"""Measures what rows of data cost: the memory that a run holds, and the seconds until its first batch.
+
+    python benchmarks/rows.py 100000 jsonl
+
+Makes N rows of text, loads them as train.py does, and prints one line of JSON. Memory is the process's own (RssAnon on
+Linux), without pages of files, which the system drops when it needs memory.
+"""
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def rows(n: int) -> Iterator[dict[str, str]]:
+    """Yield n pairs, each with a prompt of its own."""
+    for i in range(n):
+        words = " ".join(f"{i * k % 9973}" for k in range(1, 12))
+        yield {"prompt": f"\n\nHuman: Say {words}.\n\nAssistant:", "chosen": f" {words}.", "rejected": f" No: {words}"}
+
+
+def write(folder: Path, n: int, kind: str) -> None:
+    """Write n training rows and a few test rows."""
+    for split, size in (("train", n), ("test", 64)):
+        path = folder / f"{split}.{kind}"
+        if kind == "jsonl":
+            with open(path, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows(size))
+        else:
+            import datasets
+
+            with tempfile.TemporaryDirectory() as cache:
+                table = datasets.Dataset.from_generator(rows, gen_kwargs={"n": size}, cache_dir=cache)
+                table.to_parquet(path)
+
+
+def memory(kind: str) -> int:
+    """Return a kind of memory of this process in megabytes: RssAnon is its own, VmHWM its peak with pages of files."""
+    found = re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(found[1]) // 1024 if found else 0
+
+
+def measure(folder: Path) -> dict[str, float]:
+    """Load a folder as train.py does and make the first batch."""
+    import hydra
+
+    from dpo.settings import default_values, flatten, validate
+    from losses import LOSSES
+    from utils import register_resolvers
+
+    register_resolvers()
+    overrides = ["loss=dpo", "model=tiny", f"datasets=['{folder}']", "device=cpu", "wandb.enabled=false"]
+    overrides += ["max_length=128", "max_prompt_length=64"]
+    with hydra.initialize_config_dir(str(ROOT / "config"), version_base=None):
+        config = hydra.compose("config", overrides=overrides)
+    settings, loss = validate(flatten(config), default_values(ROOT / "config", "dpo"), LOSSES)
+    from build import load_inputs
+
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    own, peak, start = memory("RssAnon"), memory("VmHWM"), time.perf_counter()
+    inputs = load_inputs(settings, loss)
+    inputs.train_batches.fingerprint()
+    next(iter(inputs.train_batches))
+    seconds = round(time.perf_counter() - start, 1)
+    return {"seconds": seconds, "megabytes": memory("RssAnon") - own, "peak": memory("VmHWM") - peak}
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("n", type=int, help="rows")
+    parser.add_argument("kind", choices=("jsonl", "parquet"))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), arguments.n, arguments.kind)
+        print(json.dumps({"rows": arguments.n, "kind": arguments.kind} | measure(Path(folder))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""Rows of preference data: the forms that they may have, and what of a row is the prompt and what the responses."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dpo.errors import UserError
+from dpo.examples import UnusableRow
+from dpo.preferences import checked_text
+
+ASSISTANT = "\n\nAssistant:"
+ROLES = ("system", "developer", "user", "assistant", "tool")
+DIFFERS = "kept although the rejected dialogue's prompt differs"
+
+Message = dict[str, Any]
+
+# Names by which a column is found, by what it is used for; the last four are only used where they are given.
+COLUMN_NAMES = {
+    "prompt": ("prompt", "question", "instruction", "input"),
+    "chosen": ("chosen", "response_j"),
+    "rejected": ("rejected", "response_k"),
+    "completion": ("completion",),
+    "messages": ("messages",),
+    "system": ("system",),
+    "tools": ("tools",),
+    "score_chosen": (),
+    "score_rejected": (),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as a prompt with its responses, (chosen, rejected) or (target,): all of them texts, or all messages.
+
+    every_target: SFT trains on each distinct target of the prompt, not on the last one alone. tools are the functions
+    that a conversation may call, scores those of the responses.
+    """
+
+    prompt: str | list[Message]
+    responses: tuple[Any, ...]
+    every_target: bool = True
+    remark: str | None = None
+    tools: list[Any] | None = None
+    scores: tuple[float, ...] = ()
+    used: frozenset[str] = frozenset()  # what columns were read
+
+    def texts(self) -> tuple[str, list[str]]:
+        """Return the prompt and the responses as texts that tell two rows apart, messages as JSON."""
+        prompt = self.prompt if isinstance(self.prompt, str) else to_json([self.prompt, self.tools])
+        return prompt, [turn if isinstance(turn, str) else answer_text(turn) for turn in self.responses]
+
+
+def find_columns(found: Collection[str], given: Mapping[str, str | None], where: str) -> dict[str, str]:
+    """Return {what a column is used for: its name}; UserError if a given one is missing or several could be meant.
+
+    Without any candidate a column keeps its usual name, which each row must then hold.
+    """
+    columns, listed = {}, ", ".join(sorted(found)) or "none"
+    for use, names in COLUMN_NAMES.items():
+        name = given.get(use)
+        candidates = [known for known in names if known in found]
+        if name is not None and name not in found:
+            raise UserError(f"columns.{use}={name}: {where} has no such column; its columns: {listed}")
+        if name is None and len(candidates) > 1:
+            problem = f"{where}: {' and '.join(candidates)} could each be the {use}; set columns.{use}=NAME"
+            raise UserError(f"{problem}; its columns: {listed}")
+        if name is not None or names:
+            columns[use] = name or [*candidates, names[0]][0]
+    return columns
+
+
+def parse_row(row: object, columns: Mapping[str, str], sft: bool) -> Row:
+    """Return a row's prompt and responses; UserError if it has no known form, UnusableRow if it cannot be trained on.
+
+    SFT needs no rejected response: it takes the chosen one, or a completion, or the last turn of messages.
+    """
+    if not isinstance(row, dict):
+        raise UserError(f"is not an object with the fields chosen and rejected but {type(row).__name__}")
+    fields = {use: row[name] for use, name in columns.items() if name in row}
+    uses = [use for use in ("chosen", "rejected") if use in fields or not sft]
+    if sft and "chosen" not in fields:
+        uses = ["completion"] if "completion" in fields else ["messages"] if "messages" in fields else ["chosen"]
+    missing = [columns[use] for use in uses if use not in fields]
+    if missing:
+        listed = ", ".join(repr(str(name))[1:-1] for name in list(row)[:20])
+        raise UserError(f"{missing[0]} must be a text, not missing; the row's columns: {listed}")
+    kinds = {use: isinstance(fields[use], list) for use in uses}
+    if len(set(kinds.values())) > 1:
+        names = " and ".join(columns[use] for use in uses)
+        raise UserError(f"{names} must both be texts or both be messages")
+    if any(kinds.values()) or isinstance(fields.get("prompt"), list):
+        parsed = parse_conversation(fields, uses, columns)
+    else:
+        parsed = parse_texts(fields, uses, columns)
+    return by_score(parsed, fields, columns)
+
+
+def parse_texts(fields: Mapping[str, Any], uses: Sequence[str], columns: Mapping[str, str]) -> Row:
+    """Return a row of texts: with a prompt, or dialogues as hh has them, which share all but the last answer."""
+    responses = tuple(checked_text(fields[use], columns[use]) for use in uses)
+    if "prompt" in fields:
+        return Row(checked_text(fields["prompt"], columns["prompt"]), responses, used=frozenset(("prompt", *uses)))
+    if uses == ["completion"]:
+        raise UserError(f"{columns['prompt']} must be a text, not missing")
+    chosen = responses[0]
+    if ASSISTANT not in chosen:
+        raise UserError(f"the chosen dialogue has no {ASSISTANT!r}")
+    start = chosen.rfind(ASSISTANT) + len(ASSISTANT)
+    differs = any(response[:start] != chosen[:start] for response in responses)
+    answers = tuple(response[start:] for response in responses)
+    return Row(chosen[:start], answers, False, DIFFERS if differs else None, used=frozenset(uses))
+
+
+def parse_conversation(fields: Mapping[str, Any], uses: Sequence[str], columns: Mapping[str, str]) -> Row:
+    """Return a row of messages: a prompt with one answer each, or whole conversations that differ in the last turn."""
+    responses = [as_messages(fields[use], columns[use], "assistant") for use in uses]
+    whole = [use == "messages" or len(turns) > 1 for use, turns in zip(uses, responses, strict=True)]
+    if len(set(whole)) > 1:
+        names = " and ".join(columns[use] for use in uses)
+        raise UserError(f"{names} must both be whole conversations, or both one answer")
+    if whole[0]:
+        prompts = [turns[:-1] for turns in responses]
+    elif "prompt" in fields:
+        prompts = [as_messages(fields["prompt"], columns["prompt"], "user")]
+    else:
+        raise UserError(f"{columns['prompt']} must be there where the responses are one answer each")
+    prompt = prompts[0]
+    used = {*uses, *(("prompt",) if not whole[0] else ()), *({"system", "tools"} & fields.keys())}
+    if any(turns[-1]["role"] != "assistant" for turns in responses):
+        raise UnusableRow("the last turn of a conversation is not the assistant's")
+    if any(other != prompt for other in prompts):
+        raise UnusableRow("the conversations differ in more than their last turn")
+    if system := fields.get("system"):
+        if prompt[:1] and prompt[0]["role"] in ("system", "developer"):
+            raise UserError(f"{columns['system']} is given, but the conversation has a system turn of its own")
+        prompt = [{"role": "system", "content": checked_text(system, columns["system"])}, *prompt]
+    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
+        raise UserError("the turn before a response must be the user's or a tool's")
+    if any(not str(turn.get("content") or "").strip() and not turn.get("tool_calls") for turn in prompt):
+        raise UnusableRow("a turn is empty")
+    tools = as_tools(fields.get("tools"), columns)
+    return Row(prompt, tuple(turns[-1] for turns in responses), tools=tools, used=frozenset(used))
+
+
+def answer_text(turn: Message) -> str:
+    """Return a response's content, with anything else that it holds as JSON."""
+    return str(turn["content"]) if turn.keys() <= {"role", "content"} else to_json(turn)
+
+
+def to_json(value: object) -> str:
+    """Return nested lists and dicts as JSON."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def as_messages(value: object, name: str, role: str) -> list[Message]:
+    """Return a list of messages, or a text as the one turn of a role; UserError if it has another form."""
+    if isinstance(value, str):
+        return [{"role": role, "content": checked_text(value, name)}]
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{name} must be a list of messages, not {'empty' if value == [] else type(value).__name__}")
+    messages = [as_message(turn, f"{name}, turn {number}") for number, turn in enumerate(value, start=1)]
+    if any(turn["role"] in ("system", "developer") for turn in messages[1:]):
+        raise UserError(f"{name} has a system turn that is not its first turn")
+    return messages
+
+
+def as_message(turn: object, name: str) -> Message:
+    """Return one message without its null fields, which tables add; UserError if it has another form."""
+    if not isinstance(turn, Mapping):
+        raise UserError(f"{name} must be a message with role and content, not {type(turn).__name__}")
+    message: Message = without_nulls(dict(turn))
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise UserError(f"{name} must have one of the roles {', '.join(ROLES)}, not {str(role)[:40]!r}")
+    if content is None and message.get("tool_calls"):
+        message["content"] = content = ""
+    checked_text(content, f"the content of {name}")
+    checked_text(to_json(message), name)
+    return message
+
+
+def as_tools(value: object, columns: Mapping[str, str]) -> list[Any] | None:
+    """Return the functions that a conversation may call, a list or its JSON; None if there are none."""
+    if not value:
+        return None
+    try:
+        tools = json.loads(value) if isinstance(value, str) else without_nulls(value)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{columns['tools']} is not JSON ({error})") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError(f"{columns['tools']} must be a list of functions")
+    return tools or None
+
+
+def without_nulls(value: Any) -> Any:
+    """Return nested dicts and lists without the keys whose value is None."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def by_score(parsed: Row, fields: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
+    """Return a pair with the response of the higher score first, where both scores are given."""
+    names = [columns[use] for use in ("score_chosen", "score_rejected") if use in columns]
+    if len(names) < 2 or len(parsed.responses) < 2:
+        return parsed
+    scores = []
+    for use, name in zip(("score_chosen", "score_rejected"), names, strict=True):
+        try:
+            scores.append(float(fields[use]))
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{name} must be a number, not {str(fields.get(use))[:40]!r}") from None
+    if not scores[0] - scores[1]:
+        raise UnusableRow("both scores are equal")
+    order = (0, 1) if scores[0] > scores[1] else (1, 0)
+    if not scores[order[0]] > scores[order[1]]:
+        raise UserError(f"{' and '.join(names)} must be finite numbers")
+    return replace(
+        parsed,
+        responses=tuple(parsed.responses[i] for i in order),
+        scores=tuple(scores[i] for i in order),
+        used=parsed.used | {"score_chosen", "score_rejected"},
+    )

@@ -1,0 +1,275 @@
+"""What of a table is trained on: its rows checked once and counted, its examples read again when they are needed.
+
+A row that can be trained on costs about 50 bytes of memory: its place, its number, three hashes, and flags.
+"""
+
+import hashlib
+import json
+import random
+from array import array
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dpo.chat import Rendering
+from dpo.console import progress
+from dpo.conversations import COLUMN_NAMES, DIFFERS, Row, find_columns, parse_row
+from dpo.errors import UserError
+from dpo.examples import InconsistentRow, TextExample, Tokenization, UnusableRow
+from dpo.preferences import ONE_TARGET, REPEATED, flaws, reading_row
+from dpo.tables import Table, note_columns
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+HELD_OUT = 0.1  # the share of the prompts that are the test split where there is none
+CHUNK = 1000  # rows whose tokens are looked at together
+SAME_TARGET = "left out: an earlier row has the same prompt and chosen response"
+NO_TOKEN = "dropped: the tokenizer turns the prompt into no token"
+EVERY_TARGET, REMARKED, HOLDS_EOS, REJECTED_HOLDS_EOS, LACKS_TOKEN = (1 << bit for bit in range(5))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the rows of a data set become examples; inconsistent conversations are dropped, or refused by number."""
+
+    name: str
+    columns: Mapping[str, str | None]  # what a user gave, by what it is used for
+    sft: bool
+    render: Rendering
+    tokenize: Tokenization
+    drop_inconsistent: bool
+
+
+class Checked(NamedTuple):
+    """A row whose texts can be trained on, and its place in the tables."""
+
+    place: int
+    row: Row
+    example: TextExample
+
+
+@dataclass
+class RowIndex:
+    """The rows of some tables that can be trained on, as numbers, and the account of all of them.
+
+    For each row: its place in the tables, its number in its file, and hashes of its prompt, of its prompt and first
+    response, and of all of it.
+    """
+
+    reading: Reading
+    tables: Sequence[Table]
+    columns: list[dict[str, str]]  # of each table
+    starts: list[int] = field(default_factory=list)  # the place of each table's first row
+    counts: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+    places: "array[int]" = field(default_factory=lambda: array("q"))
+    numbers: "array[int]" = field(default_factory=lambda: array("q"))
+    prompts: "array[int]" = field(default_factory=lambda: array("Q"))
+    targets: "array[int]" = field(default_factory=lambda: array("Q"))
+    pairs: "array[int]" = field(default_factory=lambda: array("Q"))
+    flags: "array[int]" = field(default_factory=lambda: array("B"))
+
+    @property
+    def eos(self) -> str:
+        """The text of the eos token, which no text may hold."""
+        return str(self.reading.tokenize.tokenizer.eos_token)
+
+    def example(self, kept: int) -> TextExample:
+        """Read the example of the kept row with this index."""
+        place, number = self.places[kept], self.numbers[kept]
+        table = bisect_right(self.starts, place) - 1
+        raw = self.tables[table][place - self.starts[table]]
+        return self.as_example(parse_row(raw, self.columns[table], self.reading.sft), number, self.source(table))
+
+    def as_example(self, row: Row, number: int, source: str) -> TextExample:
+        """Return a row as an example with the responses that are trained on; UnusableRow if it has a flaw."""
+        if found := flaws(*row.texts()):
+            raise UnusableRow(found[0])
+        responses = row.responses[:1] if self.reading.sft else row.responses
+        return self.reading.render(replace(row, responses=responses), number, source)
+
+    def drop(self, error: UnusableRow, where: str = "") -> None:
+        """Count a row that cannot be trained on; UserError if it is one that is to be refused."""
+        if isinstance(error, InconsistentRow) and not self.reading.drop_inconsistent:
+            raise UserError(f"{where}{error.text}; on_inconsistent=drop leaves such rows out")
+        self.counts[f"dropped: {error.reason}"] += 1
+
+    def add(self, chunk: Sequence["Checked"], table: Table) -> None:
+        """Keep rows of a table that their texts allow, after a look at their tokens."""
+        tokenize, eos = self.reading.tokenize, self.eos
+        texts = [row.example for row in chunk if isinstance(row.example.truncation, str)]
+        empty = tokenize.empty_prompts(text.prompt for text in texts)
+        conversations = [row.example for row in chunk if not isinstance(row.example.truncation, str)]
+        unusable = {
+            text.row: found
+            for text, found in zip(conversations, tokenize.attempt(conversations), strict=True)
+            if isinstance(found, UnusableRow)
+        }
+        for place, row, example in chunk:
+            if error := unusable.get(example.row):
+                self.drop(error, f"{table.name}, row {example.row}: ")
+                continue
+            flags = EVERY_TARGET * row.every_target | REMARKED * (row.remark is not None)
+            prompt, responses = row.texts()
+            if isinstance(example.truncation, str):
+                flags |= HOLDS_EOS * (eos in prompt or eos in responses[0]) | LACKS_TOKEN * (example.prompt in empty)
+                flags |= REJECTED_HOLDS_EOS * any(eos in response for response in responses[1:])
+            self.flags.append(flags)
+            self.places.append(place)
+            self.numbers.append(example.row)
+            self.prompts.append(hash_of(prompt))
+            self.targets.append(hash_of(prompt, responses[0]))
+            self.pairs.append(hash_of(prompt, *responses))
+
+    def source(self, table: int) -> str:
+        """Return the name by which messages about rows call a table: the data set's, if it is one table."""
+        return self.reading.name if len(self.tables) == 1 else self.tables[table].name
+
+
+def index_rows(tables: Sequence[Table], reading: Reading, silent: bool = False) -> RowIndex:
+    """Read all rows once, check and count them; UserError that names the row if one has no known form."""
+    columns = [find_columns(table.columns(), reading.columns, table.name) for table in tables]
+    index, place = RowIndex(reading, tables, columns), 0
+    for i, table in enumerate(tables):
+        index.starts.append(place)
+        names: Counter[str] = Counter()
+        used: set[str] = set()
+        chunk: list[Checked] = []
+        for number, raw in progress(table, table.name, silent=silent):
+            with reading_row(index.counts, table.name, number):
+                try:
+                    row = parse_row(raw, columns[i], reading.sft)
+                    chunk.append(Checked(place, row, index.as_example(row, number, index.source(i))))
+                    used |= row.used
+                except UnusableRow as error:
+                    index.drop(error)
+            names.update(raw.keys())
+            place += 1
+            if len(chunk) == CHUNK:
+                index.add(chunk, table)
+                chunk.clear()
+        index.add(chunk, table)
+        index.notes += note_columns(table.name, columns[i], names, [use for use in COLUMN_NAMES if use in used])
+    return index
+
+
+def hash_of(*texts: str) -> int:
+    """Return 64 bits that texts with other words do not share, but for a chance of 1 in 10 million per million rows."""
+    content = json.dumps(texts, ensure_ascii=False).encode()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+
+
+# From all rows to those of a split
+
+
+@dataclass(frozen=True)
+class RowGroup(Sequence[TextExample]):
+    """The examples of one prompt, each read when it is asked for."""
+
+    rows: RowIndex
+    kept: "Ints"
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, item: Any) -> Any:
+        return self.rows.example(int(self.kept[item]))
+
+
+@dataclass(frozen=True)
+class TableData(Sequence[Sequence[TextExample]]):
+    """One split of a data set, one group of examples per prompt, and the account of its rows.
+
+    kept holds the indices of its rows, group after group; ends (groups,) where each group ends.
+    """
+
+    rows: RowIndex
+    kept: "Ints"
+    ends: "Ints"
+    counts: Counter[str]
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, item: Any) -> Any:
+        start = self.ends[item - 1] if item else 0
+        return RowGroup(self.rows, self.kept[start : self.ends[item]])
+
+    def __iter__(self) -> Iterator[RowGroup]:
+        return (self[item] for item in range(len(self)))
+
+
+def choose_rows(index: RowIndex, held_out: str | None = None) -> TableData:
+    """Return the rows that are trained on, or, with held_out, the share of them that is the split train or test."""
+    import numpy as np  # slow to import, and the names of data sets are needed without it
+
+    arrays = (index.prompts, index.targets, index.pairs, index.flags)
+    prompts, targets, pairs, flags = (np.array(values) for values in arrays)
+    _, first, inverse = np.unique(prompts, return_index=True, return_inverse=True)
+    group = np.argsort(np.argsort(first))[inverse]  # the number of each row's prompt, in their order
+    counts, keep = Counter(index.counts), np.ones(len(prompts), dtype=bool)
+    counts["kept"] = len(prompts)
+
+    def leave_out(rows: Any, reason: str) -> None:
+        n = int((keep & rows).sum())
+        counts["kept"] -= n
+        counts[reason] += n
+        keep[rows] = False
+
+    if held_out is not None:
+        test = random.Random(0).sample(range(len(first)), int(len(first) * HELD_OUT))
+        reason = f"left out: no test file, so {len(test):,} of {len(first):,} prompts are held out as the test split"
+        leave_out(np.isin(group, test) != (held_out == "test"), reason)
+    counts[DIFFERS] += int((keep & (flags & REMARKED > 0)).sum())
+    if not index.reading.sft:  # of equal rows SFT keeps one, and counts the others as left out
+        counts[REPEATED] += int((keep & ~first_of_each(pairs)).sum())
+    leave_out(flags & LACKS_TOKEN > 0, NO_TOKEN)
+    if index.reading.sft:
+        takes_every = np.zeros(len(first), dtype=bool)
+        takes_every[group[flags & EVERY_TARGET > 0]] = True
+        leave_out(takes_every[group] & ~first_of_each(targets), SAME_TARGET)
+        leave_out(~takes_every[group] & ~first_of_each(group[::-1])[::-1], ONE_TARGET)
+    holds_eos = HOLDS_EOS if index.reading.sft else HOLDS_EOS | REJECTED_HOLDS_EOS
+    leave_out(flags & holds_eos > 0, f"dropped: the text holds {index.eos}")
+    kept = np.flatnonzero(keep)
+    kept = kept[np.argsort(group[kept], kind="stable")]
+    sizes = np.unique(group[kept], return_counts=True)[1]
+    return TableData(index, kept, np.cumsum(sizes), counts)
+
+
+def first_of_each(values: "Ints") -> Any:
+    """Return for each value whether it is the first of those that equal it, (n,)."""
+    import numpy as np
+
+    is_first = np.zeros(len(values), dtype=bool)
+    is_first[np.unique(values, return_index=True)[1]] = True
+    return is_first
+
+
+@dataclass(frozen=True)
+class Joined(Sequence[Sequence[TextExample]]):
+    """The groups of several data sets, one after the other."""
+
+    parts: Sequence[Sequence[Sequence[TextExample]]]
+    ends: Sequence[int]
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, item: Any) -> Any:
+        part = bisect_right(self.ends, item)
+        return self.parts[part][item - self.ends[part] + len(self.parts[part])]
+
+    def __iter__(self) -> Iterator[Sequence[TextExample]]:
+        return (group for part in self.parts for group in part)
+
+
+def joined(parts: Sequence[Sequence[Sequence[TextExample]]]) -> Sequence[Sequence[TextExample]]:
+    """Return the groups of several data sets as one sequence."""
+    return parts[0] if len(parts) == 1 else Joined(parts, list(accumulate(map(len, parts))))

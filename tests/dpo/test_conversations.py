@@ -1,0 +1,185 @@
+"""The forms that a row may have, and which columns are taken for what."""
+
+import pytest
+
+from dpo.conversations import Row, find_columns, parse_row
+from dpo.errors import UserError
+from dpo.examples import UnusableRow
+
+USER = {"role": "user", "content": "Hi."}
+SYSTEM = {"role": "system", "content": "Be brief."}
+YES, NO = ({"role": "assistant", "content": text} for text in ("Yes.", "No."))
+
+
+def parse(row, sft=False, **given):
+    """Parse a row whose columns are found by their names."""
+    return parse_row(row, find_columns(row, given, "data"), sft)
+
+
+# The usual forms
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [USER], "chosen": [YES], "rejected": [NO]},
+        {"prompt": [USER], "chosen": "Yes.", "rejected": "No."},
+        {"prompt": "Hi.", "chosen": [YES], "rejected": [NO]},
+        {"chosen": [USER, YES], "rejected": [USER, NO]},
+        {"prompt": "Hi.", "chosen": [USER, YES], "rejected": [USER, NO], "messages": [USER, YES], "score_chosen": 1.0},
+        {"question": [USER], "response_j": [YES], "response_k": [NO]},
+        {"chosen": [USER | {"name": None}, YES | {"tool_calls": None}], "rejected": [USER, NO]},  # as Arrow adds them
+    ],
+)
+def test_conversations_come_in_three_forms(row):
+    found = parse(row)
+    assert (found.prompt, found.responses) == ([USER], (YES, NO))
+
+
+def test_the_prompt_of_whole_conversations_is_all_but_their_last_turn():
+    turns = [SYSTEM, USER, YES, USER]
+    assert parse({"chosen": [*turns, YES], "rejected": [*turns, NO]}).prompt == turns
+    with pytest.raises(UnusableRow, match="the conversations differ in more than their last turn"):
+        parse({"chosen": [USER, YES, USER, YES], "rejected": [USER, NO, USER, NO]})
+
+
+@pytest.mark.parametrize(
+    "row, prompt, target",
+    [
+        ({"prompt": "Hi.", "completion": " yes"}, "Hi.", " yes"),
+        ({"prompt": "Hi.", "chosen": " yes"}, "Hi.", " yes"),
+        ({"prompt": "Hi.", "chosen": " yes", "completion": " other"}, "Hi.", " yes"),
+        ({"prompt": [USER], "completion": [YES]}, [USER], YES),
+        ({"prompt": [USER], "completion": "Yes."}, [USER], YES),
+        ({"messages": [SYSTEM, USER, YES]}, [SYSTEM, USER], YES),
+        ({"chosen": [USER, YES]}, [USER], YES),
+        ({"chosen": "\n\nHuman: Hi.\n\nAssistant: yes"}, "\n\nHuman: Hi.\n\nAssistant:", " yes"),
+    ],
+)
+def test_sft_needs_no_rejected_response(row, prompt, target):
+    found = parse(row, sft=True)
+    assert (found.prompt, found.responses) == (prompt, (target,))
+    with pytest.raises(UserError):
+        parse(row)
+
+
+def test_system_and_tools_columns_go_with_the_conversation():
+    row = {"system": "Be brief.", "tools": '[{"name": "clock"}]', "chosen": [USER, YES], "rejected": [USER, NO]}
+    found = parse(row)
+    assert (found.prompt, found.tools) == ([SYSTEM, USER], [{"name": "clock"}])
+    assert found.used == {"chosen", "rejected", "system", "tools"}
+    assert parse(row | {"system": None, "tools": None}).prompt == [USER]
+    listed = parse(row | {"tools": [{"name": "clock", "at": None}]})
+    assert listed.tools == [{"name": "clock"}]
+    texts = parse({"prompt": "Hi.", "chosen": "a", "rejected": "b", "system": "Be brief."})
+    assert texts.used == {"prompt", "chosen", "rejected"}
+
+
+SCORES = {"score_chosen": "first", "score_rejected": "second"}
+
+
+def test_of_two_responses_the_one_with_the_higher_score_is_the_chosen_one():
+    row = {"prompt": "Hi.", "chosen": "a", "rejected": "b"}
+    assert parse(row | {"first": 2, "second": 1.5}, **SCORES).responses == ("a", "b")
+    found = parse(row | {"first": "-1", "second": "3.5"}, **SCORES)  # a CSV file has texts
+    assert (found.responses, found.scores) == (("b", "a"), (3.5, -1.0))
+    with pytest.raises(UnusableRow, match="both scores are equal"):
+        parse(row | {"first": 1, "second": 1.0}, **SCORES)
+    for score in (None, "much", float("nan")):
+        with pytest.raises(UserError, match="first"):
+            parse(row | {"first": score, "second": 1}, **SCORES)
+
+
+# Columns
+
+
+def test_columns_are_found_by_their_names_or_given():
+    found = find_columns(["instruction", "chosen", "worse"], {"rejected": "worse"}, "data")
+    assert (found["prompt"], found["chosen"], found["rejected"]) == ("instruction", "chosen", "worse")
+    assert "score_chosen" not in found
+    assert find_columns([], {}, "data")["prompt"] == "prompt"
+
+
+@pytest.mark.parametrize(
+    "found, given, words",
+    [
+        (
+            ["question", "prompt", "chosen"],
+            {},
+            "data: prompt and question could each be the prompt; set columns",
+        ),
+        (
+            ["instruction", "input"],
+            {},
+            "instruction and input could each be the prompt; .* its columns: input, i",
+        ),
+        (["chosen", "response_j"], {}, "chosen and response_j could each be the chosen"),
+        (["a", "b"], {"prompt": "c"}, "columns.prompt=c: data has no such column; its columns: a, b"),
+    ],
+)
+def test_an_ambiguous_or_missing_column_is_refused_with_the_list_of_columns(found, given, words):
+    with pytest.raises(UserError, match=words):
+        find_columns(found, given, "data")
+    assert find_columns([*found, "c"], {"prompt": "c", "chosen": "c"}, "data")["prompt"] == "c"
+
+
+# What has no known form
+
+PAIR = {"chosen": [USER, YES], "rejected": [USER, NO]}
+BAD = {
+    "an unknown role": (
+        PAIR | {"chosen": [{"role": "bot", "content": "a"}, YES]},
+        "turn 1 must have one of the",
+    ),
+    "no role": (PAIR | {"chosen": [{"content": "a"}, YES]}, "chosen, turn 1 must have one of the roles"),
+    "other names": (PAIR | {"chosen": [{"from": "human", "value": "a"}, YES]}, "turn 1 must have one of the"),
+    "content null": (
+        PAIR | {"chosen": [{"role": "user", "content": None}, YES]},
+        "content of chosen, turn 1 must",
+    ),
+    "content a list": (PAIR | {"rejected": [{"role": "user", "content": ["a"]}, NO]}, "content of rejected, turn 1"),
+    "content a number": (PAIR | {"rejected": [USER, {"role": "assistant", "content": 3}]}, "must be a text, not int"),
+    "a surrogate": (PAIR | {"chosen": [{"role": "user", "content": "\ud800"}, YES]}, "half of a surrogate pair"),
+    "a turn that is text": (PAIR | {"chosen": ["hi", YES]}, "turn 1 must be a message with role and content, not str"),
+    "no turns": (PAIR | {"chosen": []}, "chosen must be a list of messages, not empty"),
+    "a dict": (PAIR | {"chosen": {"role": "user"}}, "chosen and rejected must both be texts or both be messages"),
+    "mixed": (PAIR | {"chosen": "a"}, "chosen and rejected must both be texts or both be messages"),
+    "one whole, one answer": (PAIR | {"chosen": [YES]}, "both be whole conversations, or both one answer"),
+    "no prompt": ({"chosen": [YES], "rejected": [NO]}, "prompt must be there where the responses are one answer each"),
+    "two system turns": (PAIR | {"chosen": [SYSTEM, SYSTEM, USER, YES]}, "a system turn that is not its first turn"),
+    "system twice": ({"system": "a", "chosen": [SYSTEM, USER, YES], "rejected": [SYSTEM, USER, NO]}, "of its own"),
+    "two answers": ({"chosen": [USER, YES, YES], "rejected": [USER, YES, NO]}, "must be the user's or a tool's"),
+    "null": (PAIR | {"chosen": None}, "texts or both be messages"),
+    "tools": (PAIR | {"tools": "{"}, "tools is not JSON"),
+    "tools of text": (PAIR | {"tools": ["clock"]}, "tools must be a list of functions"),
+    "nothing": ({}, "chosen must be a text, not missing"),
+    "a list": ([1], "is not an object"),
+}
+
+
+@pytest.mark.parametrize("row, words", BAD.values(), ids=BAD)
+def test_a_row_of_another_form_is_refused(row, words):
+    columns = find_columns(row if isinstance(row, dict) else (), {}, "data")
+    with pytest.raises(UserError, match=words) as caught:
+        parse_row(row, columns, False)
+    assert not isinstance(caught.value, UnusableRow)
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"chosen": [USER, USER], "rejected": [USER, USER]}, "the last turn of a conversation is not the assistant's"),
+        ({"chosen": [USER | {"content": " "}, YES], "rejected": [USER | {"content": " "}, NO]}, "a turn is empty"),
+    ],
+)
+def test_a_row_that_cannot_be_trained_on_is_told_from_one_of_another_form(row, reason):
+    with pytest.raises(UnusableRow, match=reason):
+        parse(row)
+
+
+def test_two_rows_are_told_apart_by_all_that_a_template_sees():
+    rows = [Row([USER], (YES, NO)), Row([SYSTEM, USER], (YES, NO)), Row([USER], (YES, NO), tools=[{"name": "clock"}])]
+    assert len({row.texts()[0] for row in rows}) == 3
+    assert rows[0].texts()[1] == ["Yes.", "No."]
+    calls = YES | {"tool_calls": [{"name": "clock"}]}
+    assert Row([USER], (calls, YES)).texts()[1][0] != "Yes."
