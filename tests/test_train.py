@@ -71,7 +71,7 @@ MISTYPED = {
     ("loss=dpo",): "model.name_or_path: is missing; set model.name_or_path=VALUE, ",
     ("loss=dpoo",): "loss=dpoo: there is no such file in config/loss/; choose one of apo_down apo_zero bco",
     ("loss=dpo", "model=gpt22"): "model=gpt22: there is no such file in config/model/; choose one of blank_model",
-    ("-m", "loss=dpo,sftt", "model=tiny"): "loss=sftt: there is no such file in config/loss/; choose one of dpo hinge",
+    ("-m", "loss=dpo,sftt", "model=tiny"): "loss=sftt: there is no such file in config/loss/; choose one of apo_down",
     ("loss=dpo", "bacth_size=3"): "bacth_size: there is no such setting; did you mean batch_size?",
     ("loss=sft", "loss.beta=3"): "loss.beta: the chosen loss has no such setting",
     ("loss=dpo", "modle=gpt2"): "modle: there is no such setting; did you mean model?",
