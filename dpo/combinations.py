@@ -95,6 +95,11 @@ def check_loss(check: Callable[[str, Callable[..., Any], str], None]) -> None:
         "without a reference there is no divergence from it; set one of them alone",
     )
     check(
+        "loss.name columns.score_chosen",
+        lambda name, column: name == "odpo" and column is None,
+        "ODPO reads a score of each response; set columns.score_chosen=NAME and columns.score_rejected=NAME",
+    )
+    check(
         "loss.name batch_size",
         lambda name, size: name == "kto" and size == 1,
         "KTO compares each prompt with another example's response, so batch_size must be 2 or more",

@@ -1,6 +1,7 @@
 """Rows of preference data: the forms that they may have, and what of a row is the prompt and what the responses."""
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -205,20 +206,26 @@ def by_score(parsed: Row, fields: Mapping[str, Any], columns: Mapping[str, str])
     names = [columns[use] for use in ("score_chosen", "score_rejected") if use in columns]
     if len(names) < 2 or len(parsed.responses) < 2:
         return parsed
-    scores = []
-    for use, name in zip(("score_chosen", "score_rejected"), names, strict=True):
-        try:
-            scores.append(float(fields[use]))
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{name} must be a number, not {str(fields.get(use))[:40]!r}") from None
-    if not scores[0] - scores[1]:
+    scores = [
+        number(fields.get(use), name) for use, name in zip(("score_chosen", "score_rejected"), names, strict=True)
+    ]
+    if scores[0] == scores[1]:
         raise UnusableRow("both scores are equal")
     order = (0, 1) if scores[0] > scores[1] else (1, 0)
-    if not scores[order[0]] > scores[order[1]]:
-        raise UserError(f"{' and '.join(names)} must be finite numbers")
     return replace(
         parsed,
         responses=tuple(parsed.responses[i] for i in order),
         scores=tuple(scores[i] for i in order),
         used=parsed.used | {"score_chosen", "score_rejected"},
     )
+
+
+def number(value: object, name: str) -> float:
+    """Return a column's number, which may be written as text; UserError if it is not a finite one."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]  # which may fail
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise UserError(f"{name} must be a finite number, not {str(value)[:40]!r}")
+    return found

@@ -316,7 +316,7 @@ def flatten_plain(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]
 def known_keys(losses: Mapping[str, type[BaseModel]]) -> list[str]:
     """Return every dotted key that some config may hold."""
     groups = {name: group_of(Settings, name) for name in Settings.model_fields}
-    keys = [name for name, group in groups.items() if group is None]
+    keys = [name for name, group in groups.items() if group is not Settings.model_fields[name].annotation]
     keys += [f"{name}.{key}" for name, group in groups.items() if group for key in group.model_fields]
     fields = dict.fromkeys(name for loss in losses.values() for name in loss.model_fields)
     return [*keys, "loss.name", *(f"loss.{name}" for name in fields)]

@@ -91,8 +91,9 @@ class RowIndex:
         """Return a row as an example with the responses that are trained on; UnusableRow if it has a flaw."""
         if found := flaws(*row.texts()):
             raise UnusableRow(found[0])
-        responses = row.responses[:1] if self.reading.sft else row.responses
-        return self.reading.render(replace(row, responses=responses), number, source)
+        if self.reading.sft:
+            return self.reading.render(replace(row, responses=row.responses[:1]), number, source)
+        return self.reading.render(row, number, source)._replace(scores=row.scores)
 
     def drop(self, error: UnusableRow, where: str = "") -> None:
         """Count a row that cannot be trained on; UserError if it is one that is to be refused."""

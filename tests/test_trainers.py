@@ -237,6 +237,9 @@ def test_bcos_shift_moves_and_survives_a_checkpoint(make_trainer):
     assert other.loss_state == {}
 
 
+SCORE_COLUMNS = ("columns.score_chosen=score_chosen", "columns.score_rejected=score_rejected")
+
+
 def scored_rows(folder):
     """Write the goldens' pairs with scores that differ by 1/2 to 3, and return the folder."""
     folder.mkdir()
@@ -254,26 +257,24 @@ def scored_rows(folder):
 def test_scores_reach_odpo_and_belong_to_the_runs_identity(make_trainer, tmp_path):
     """At h = 0 the mean loss is that of log(1 + d), d the differences of the scores: -log sigmoid(-log d)."""
     data = scored_rows(tmp_path / "data")
-    trainer = make_trainer("loss=odpo", f"datasets=['{data}']")
+    trainer = make_trainer("loss=odpo", f"datasets=['{data}']", *SCORE_COLUMNS)
     batch = next(iter(trainer.train_batches))
     gaps = [example.text.scores[0] - example.text.scores[1] for example in batch.examples]
     expected = sum(math.log1p(gap) for gap in gaps) / len(gaps)
     assert len(set(gaps)) > 2 and trainer.train_step(batch)["loss/train"] == pytest.approx(expected, rel=1e-6)
     assert "the scores" in trainer.run.identity
-    assert "the scores" not in make_trainer("loss=dpo", f"datasets=['{data}']").run.identity
+    assert "the scores" not in make_trainer("loss=dpo", f"datasets=['{data}']", *SCORE_COLUMNS).run.identity
 
 
 @pytest.mark.parametrize(
     "scores, line",
     [
-        ({}, "loss=odpo: needs rows with a score_chosen above their score_rejected; FILE, row 2 has none"),
+        ({"score_chosen": 1}, "FILE, row 2: score_rejected must be a finite number, not 'None'"),
+        ({"score_chosen": True, "score_rejected": 0}, "FILE, row 2: score_chosen must be a finite number, not 'True'"),
         (
-            {"score_chosen": 1, "score_rejected": 1.5},
-            "loss=odpo: needs rows with a score_chosen above their score_rejected; FILE, row 2 has 1.0 and 1.5",
+            {"score_chosen": math.inf, "score_rejected": 0},
+            "FILE, row 2: score_chosen must be a finite number, not 'inf'",
         ),
-        ({"score_chosen": 1}, "FILE, row 2: score_rejected must be a finite number, not None"),
-        ({"score_chosen": True, "score_rejected": 0}, "FILE, row 2: score_chosen must be a finite number, not True"),
-        ({"score_chosen": math.inf, "score_rejected": 0}, "FILE, row 2: score_chosen must be a finite number, not inf"),
     ],
 )
 def test_rows_without_usable_scores_are_refused_by_number(scores, line, tmp_path):
@@ -285,8 +286,13 @@ def test_rows_without_usable_scores_are_refused_by_number(scores, line, tmp_path
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError) as error:
-        inputs_of(*TINY, "loss=odpo", f"datasets=['{path}']")
+        inputs_of(*TINY, "loss=odpo", f"datasets=['{path}']", *SCORE_COLUMNS)
     assert str(error.value) == line.replace("FILE", str(path))
+
+
+def test_odpo_without_scores_is_refused():
+    with pytest.raises(UserError, match="set columns.score_chosen=NAME and columns.score_rejected=NAME"):
+        inputs_of(*TINY, "loss=odpo")
 
 
 WAYS = (
@@ -299,7 +305,7 @@ WAYS = (
 def test_ten_updates_depend_on_no_layout_budget_or_accumulation(name, make_trainer, tmp_path):
     """From a rate at which the losses move, each metric of each update within rounding, relative to its size."""
     runs = []
-    data = [f"datasets=['{scored_rows(tmp_path / 'scored')}']"] if name == "odpo" else []
+    data = (f"datasets=['{scored_rows(tmp_path / 'scored')}']", *SCORE_COLUMNS) if name == "odpo" else ()
     for way in WAYS:
         trainer = make_trainer(
             f"loss={name}", *way, *data, "batch_size=4", "lr=1e-4", "warmup_steps=0", "optimizer=SGD"

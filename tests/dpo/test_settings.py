@@ -244,7 +244,8 @@ def test_every_field_says_what_it_takes():
 def test_every_config_file_composes_and_validates(group):
     for path in sorted((ROOT / "config" / group).glob("*.yaml")):
         chosen = {"model": "gpt2", "loss": "dpo"} | {group: path.stem}
-        found = problems(*(f"{key}={value}" for key, value in chosen.items()), "max_length=128", "max_prompt_length=64")
+        others = ("max_length=128", "max_prompt_length=64", "columns.score_chosen=a", "columns.score_rejected=b")
+        found = problems(*(f"{key}={value}" for key, value in chosen.items()), *others)
         assert [line.partition(":")[0] for line in found] == ["model.name_or_path"] * (path.stem == "blank_model")
 
 
