@@ -19,6 +19,7 @@ from dpo.console import progress
 from dpo.conversations import COLUMN_NAMES, DIFFERS, Row, find_columns, parse_row
 from dpo.errors import UserError
 from dpo.examples import InconsistentRow, TextExample, Tokenization, UnusableRow
+from dpo.jsonl import JsonRows
 from dpo.preferences import ONE_TARGET, REPEATED, flaws, reading_row
 from dpo.tables import Table, note_columns
 
@@ -204,6 +205,22 @@ class TableData(Sequence[Sequence[TextExample]]):
 
     def __iter__(self) -> Iterator[RowGroup]:
         return (self[item] for item in range(len(self)))
+
+    def digest(self) -> bytes | None:
+        """Return a SHA-256 of the examples in their order and of how they are rendered, by the hashes of their rows.
+
+        None for texts in files of JSON, which have the fingerprint that earlier versions gave their runs.
+        """
+        import numpy as np
+
+        rendering = self.rows.reading.render
+        if rendering.template is None and all(isinstance(table, JsonRows) for table in self.rows.tables):
+            return None
+        template = rendering.template and rendering.template.tokenizer.chat_template
+        found = hashlib.sha256(repr((rendering.prompt_format, template)).encode())
+        hashes = np.array(self.rows.targets if self.rows.reading.sft else self.rows.pairs)
+        found.update(hashes[self.kept].tobytes() + self.ends.tobytes())
+        return found.digest()
 
 
 def choose_rows(index: RowIndex, held_out: str | None = None) -> TableData:

@@ -2,6 +2,7 @@
 
 import json
 from array import array
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -160,6 +161,28 @@ def test_the_fingerprint_tells_conversations_apart(tmp_path):
         batches = BatchIterator(data, data.rows.reading.tokenize, 1, n_epochs=1)
         prints.append(batches.fingerprint())
     assert prints[0] == prints[1] == prints[3] != prints[2]
+    other = FAMILIES["Phi"].tokenizer()
+    other.chat_template = CHATML + " "
+    data.rows.reading.render.template = replace(data.rows.reading.render.template, tokenizer=other)
+    assert data.digest() != read(tmp_path, chat(1)).digest() != read(tmp_path, chat(2)).digest()
+
+
+def test_texts_keep_the_fingerprint_of_earlier_versions_and_tables_need_not_be_read_again_for_theirs(tmp_path):
+    """Earlier versions hashed prompt, responses and truncation of each example, group after group."""
+    rows = [{"prompt": f"{i % 3}", "chosen": f"{i}", "rejected": "no"} for i in range(6)]
+    data = read(tmp_path, *rows)
+    assert data.digest() is None
+    batches = BatchIterator(data, data.rows.reading.tokenize, 1, n_epochs=1)
+    listed = BatchIterator([list(group) for group in data], data.rows.reading.tokenize, 1, n_epochs=1)
+    assert batches.fingerprint() == listed.fingerprint()
+    table = datasets.Dataset.from_list(rows)
+    digests: list[bytes] = []
+    for order in ((0, 1, 2, 3, 4, 5), (1, 0, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)):
+        table.select(order).save_to_disk(tmp_path / f"saved{len(digests)}")
+        saved = read_data(tmp_path / f"saved{len(digests)}", tokenizer=TOKENIZER)["train"]
+        saved.rows.tables = (None,)  # nothing can be read any more
+        digests.append(saved.digest())
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_hashes_and_first_values():
