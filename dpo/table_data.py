@@ -1,6 +1,6 @@
 """What of a table is trained on: its rows checked once and counted, its examples read again when they are needed.
 
-A row that can be trained on costs about 100 bytes of memory: its place, its number, three hashes, flags, and sorting them.
+A row that can be trained on costs about 100 bytes of memory: numbers and hashes, no text.
 """
 
 import hashlib
