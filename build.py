@@ -6,6 +6,7 @@ Apart from train.py because it needs torch, whose import takes longer than answe
 
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from dpo.errors import actionable_errors, raise_problems
 from dpo.examples import BatchIterator, Tokenization, bos_note
 from dpo.layouts import LayoutChoice, choose_layout
 from dpo.logps import ResponseLogps
-from dpo.metrics import MetricLogger, Tracker, WandbTracker
+from dpo.metrics import Tracker, WandbTracker, make_logger
 from dpo.models import (
     compile_layers,
     copy_reference,
@@ -33,14 +34,16 @@ from dpo.models import (
 )
 from dpo.optimizers import bfloat16_note
 from dpo.packing import LAYOUTS, Packer
+from dpo.parallel import reshard
 from dpo.references import CachedReference, ModelReference, Precomputation, Reference
 from dpo.runs import RunDir
 from dpo.sampling import Sampler, distinct_prompts
 from dpo.settings import Settings
 from dpo.signals import Signals
 from losses import Loss
+from parallel_trainers import TRAINERS
 from preference_datasets import DATASETS, load_groups
-from trainers import TRAINERS, BasicTrainer
+from trainers import BasicTrainer
 from utils import local_dir
 
 LOADING = "before the first pass; a smaller model needs less"
@@ -147,7 +150,11 @@ def load_models(settings: Settings, loss: Loss, inputs: Inputs, known: LayoutCho
 
 
 def build_trainer(
-    settings: Settings, loss: Loss, inputs: Inputs, run: RunDir, signals: Signals | None = None
+    settings: Settings,
+    loss: Loss,
+    inputs: Inputs,
+    run: RunDir,
+    signals: Signals | None = None,
 ) -> BasicTrainer:
     """Load the models and build the trainer, which stands where the run directory's checkpoint left it, if any."""
     signals = signals or Signals()
@@ -157,7 +164,10 @@ def build_trainer(
         log_message(note)
     run.identify(identity(loss, inputs, models))
     run.create()
-    logger = MetricLogger(run.path, make_tracker(settings, run), settings.minimum_log_interval_secs)
+    prepare = partial(TRAINERS[settings.trainer].prepare, settings=settings, ranks=run.ranks, dtype=models.dtype)
+    models = replace(models, policy=prepare(models.policy))
+    interval = settings.minimum_log_interval_secs
+    logger = make_logger(run.path, run.ranks, lambda: make_tracker(settings, run), interval)
     run.open_files.callback(logger.close)
     sampler = Sampler(
         tokenizer=inputs.tokenizer,
@@ -172,6 +182,9 @@ def build_trainer(
         before_batch=signals.check,
     )
     reference = make_reference(settings, loss, inputs, models, sampler, run)
+    reshard(models.policy)  # the optimizer is made of sharded parameters
+    if isinstance(reference, ModelReference):
+        reference.module = prepare(reference.module)
     if settings.activation_checkpointing:
         recompute_activations(models.policy.model)
     trainer = TRAINERS[settings.trainer](
@@ -187,6 +200,7 @@ def build_trainer(
         run=run,
         logger=logger,
         signals=signals,
+        ranks=run.ranks,
     )
     resume_trainer(trainer, run)
     return trainer
@@ -240,6 +254,7 @@ def make_reference(
         test,
         n_microbatches=settings.gradient_accumulation_steps,
         compiled=settings.compile,
+        ranks=run.ranks,
     )
     precomputation.run(cache, own, shared)
     return cache

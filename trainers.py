@@ -1,22 +1,23 @@
 """The training loop. BasicTrainer runs on one device; read `train` and `train_step` first."""
 
-import json
 import math
 import time
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import torch
 
 from dpo.archives import load_weights
-from dpo.checkpoints import atomic_write, random_states, save_checkpoint, set_random_states
+from dpo.checkpoints import random_states, save_checkpoint, set_random_states
 from dpo.console import log_message, prefetch, progress, progress_bar
 from dpo.devices import autocast, platform
+from dpo.distributed import Ranks
 from dpo.errors import RunError, Stopped, UserError, actionable_errors, is_out_of_memory
 from dpo.examples import Batch, BatchIterator
 from dpo.export import export_model
 from dpo.logps import ResponseLogps, response_logps
-from dpo.metrics import BatchMetrics, MetricLogger
+from dpo.metrics import BatchMetrics, MetricLogger, check_finite
 from dpo.optimizers import make_optimizer
 from dpo.packing import PackedBatch, Packer
 from dpo.references import Reference
@@ -48,23 +49,25 @@ class BasicTrainer:
         run: RunDir,
         logger: MetricLogger,
         signals: Signals,
+        ranks: Ranks,
     ):
-        self.policy, self.loss, self.reference, self.settings = self.prepare(policy), loss, reference, settings
+        self.policy, self.loss, self.reference, self.settings, self.ranks = policy, loss, reference, settings, ranks
         self.train_batches, self.eval_batches = train_batches, eval_batches
         self.packer, self.sampler, self.dtype, self.device = packer, sampler, dtype, packer.device
-        self.run, self.logger, self.signals = run, logger, signals
+        self.run, self.logger, self.signals = run, logger, ranks.agree(signals)
         self.optimizer = make_optimizer(settings.optimizer, self.policy.parameters(), settings.lr)
         warmup = settings.warmup_steps
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda t: min(1.0, (t + 1) / (warmup + 1)))
         self.examples = self.updates = 0
         self.position = dict(train_batches.position)  # of train_batches, after the last update
         self.next_eval: float = 0 if settings.do_first_eval else settings.eval_every
-        self.next_save = self.next_multiple(settings.save_every)
+        self.next_save = next_multiple(settings.save_every, 0)
         self.truncated: Counter[str] = Counter()
 
-    def prepare(self, policy: ResponseLogps) -> ResponseLogps:
-        """Return the policy as it is trained; the optimizer is made of its parameters."""
-        return policy
+    @staticmethod
+    def prepare(module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype) -> ResponseLogps:
+        """Return the policy, or the reference, as it computes; the optimizer is made of the policy's parameters."""
+        return module
 
     # Training
 
@@ -91,12 +94,14 @@ class BasicTrainer:
         self.policy.train()
         metrics = BatchMetrics()
         with self.autocast():
-            for microbatch in self.packer(batch.examples, self.settings.gradient_accumulation_steps):
+            parts = self.settings.gradient_accumulation_steps
+            for microbatch, scale, is_last in self.ranks.passes(self.packer, batch.examples, parts):
+                self.policy.set_requires_gradient_sync(is_last or self.settings.reduce_every_pass)
                 with self.packer.memory_hint(microbatch):
-                    losses = self.losses(microbatch, metrics)
-                    (losses.sum() / len(batch.examples)).backward()
+                    losses = self.losses(microbatch, metrics if scale else BatchMetrics())
+                    (losses.sum() * scale / len(batch.examples)).backward()
         grad_norm = self.clip_gradient()
-        self.check_finite(metrics, grad_norm)
+        check_finite(metrics, grad_norm, self.updates + 1, self.run.path, self.ranks)
         lr = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -105,8 +110,9 @@ class BasicTrainer:
         self.updates += 1
         self.position = batch.position
         self.truncated.update(what for example in batch.examples for what in example.truncated)
-        means = metrics.means("train")  # reading them waits for the device, so the clock is read after it
+        means = metrics.means("train", self.ranks)  # reading them waits for the device, so the clock is read after it
         seconds = time.perf_counter() - start
+        means |= self.ranks.usage(self.device)
         return means | {
             "grad_norm": float(grad_norm),
             "lr": lr,
@@ -129,28 +135,11 @@ class BasicTrainer:
         """Clip the gradient to max_grad_norm and return its norm before that."""
         return torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
 
-    def check_finite(self, metrics: BatchMetrics, grad_norm: torch.Tensor) -> None:
-        """Stop before an update whose loss or gradient is not finite; write its batch into the run directory."""
-        losses = metrics.column("loss")
-        if torch.cat((losses, grad_norm.reshape(1).to(losses))).isfinite().all():
-            return
-        path = self.run.path / f"not-finite-update-{self.updates + 1}.jsonl"
-        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in metrics.rows())
-        atomic_write(path, rows.encode())
-        found = f"loss {losses.mean():.4g}, gradient norm {grad_norm:.4g}"
-        remedy = "look at its rows, or start a new run with a lower lr or with precision=float32"
-        message = f"update {self.updates + 1} is not finite ({found}), so it was not made; {path}: {remedy}"
-        raise RunError(message, "not finite")
-
     def autocast(self) -> torch.autocast:
         """Compute in self.dtype where the parameters are in float32; one context per update casts each weight once."""
         return autocast(self.policy.model.dtype, self.dtype, self.device)
 
     # Evaluation and samples
-
-    def next_multiple(self, interval: int | None) -> float:
-        """Return the next multiple of an interval that the number of examples has yet to reach; infinity for None."""
-        return math.inf if interval is None else (self.examples // interval + 1) * interval
 
     def eval_due(self) -> bool:
         """Return whether the number of examples has reached a multiple of eval_every since the last evaluation."""
@@ -183,7 +172,7 @@ class BasicTrainer:
             self.save(metrics, logs=before)
             self.export()
         else:
-            self.next_eval = self.next_multiple(self.settings.eval_every)
+            self.next_eval = next_multiple(self.settings.eval_every, self.examples)
             self.save(metrics)
 
     @torch.no_grad()
@@ -194,10 +183,10 @@ class BasicTrainer:
         with self.autocast():
             for batch in progress(self.eval_batches.from_start(), "evaluating"):
                 self.signals.check()
-                for microbatch in self.packer(batch.examples):
+                for microbatch, scale, _ in self.ranks.passes(self.packer, batch.examples):
                     with self.packer.memory_hint(microbatch):
-                        self.losses(microbatch, metrics)
-        return metrics.means("eval")
+                        self.losses(microbatch, metrics if scale else BatchMetrics())
+        return metrics.means("eval", self.ranks)
 
     def sample(self) -> None:
         """Sample from the policy, and from the reference where there is one, for the same prompts every time."""
@@ -216,17 +205,19 @@ class BasicTrainer:
         """
         if self.settings.debug or not self.examples:
             return
-        self.next_save = self.next_multiple(self.settings.save_every)
+        self.next_save = next_multiple(self.settings.save_every, self.examples)
         keep = (self.settings.keep_checkpoints, self.settings.keep_policies)
         with actionable_errors("while saving a checkpoint, which gathers all weights and the optimizer's state"):
             states = self.state_dict(self.logger.sizes() if logs is None else logs)
-            log_message(f"Wrote {save_checkpoint(self.run.path, self.examples, states, metrics or {}, *keep)}")
+            save = partial(save_checkpoint, self.run.path, self.examples, states, metrics or {}, *keep)
+            log_message(f"Wrote {self.ranks.on_main(save)}")
 
     def export(self) -> None:
         """Write the model for from_pretrained into the newest checkpoint, as LATEST/hf."""
         if not self.settings.debug:
             folder = (self.run.path / "LATEST").resolve() / "hf"
-            export_model(folder, self.policy.model, self.sampler.tokenizer)
+            weights, model = self.full_weights(), self.policy.model
+            self.ranks.on_main(lambda: export_model(folder, model, self.sampler.tokenizer, weights))
 
     def state_dict(self, logs: list[int]) -> dict[str, Any]:
         """Return all that a resumed run needs: the states of policy, optimizer and scheduler, and of the run."""
@@ -238,8 +229,15 @@ class BasicTrainer:
             "identity": self.run.identity,
             "surroundings": self.surroundings(),
         }
-        states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(), "run": run}
-        return {"policy": self.policy.model.state_dict()} | states
+        return self.tensors() | {"scheduler": self.scheduler.state_dict(), "run": run}
+
+    def tensors(self) -> dict[str, Any]:
+        """Return the states of policy and optimizer."""
+        return {"policy": self.policy.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """Return the policy's weights under the model's own names; on several devices, on the main rank alone."""
+        return self.policy.model.state_dict()
 
     def surroundings(self) -> dict[str, Any]:
         """Return what decides how numbers are rounded."""
@@ -255,13 +253,12 @@ class BasicTrainer:
         """Go on from the states of a checkpoint; RunError if they have another form than `state_dict` gives them."""
         try:
             run = states["run"]
-            load_weights(self.policy.model, states["policy"], f"resume={self.run.path}")
-            self.optimizer.load_state_dict(states["optimizer"])
+            self.load_tensors(states)
             self.scheduler.load_state_dict(states["scheduler"])
             for name in COUNTERS:
                 setattr(self, name, run["counters"][name])
             self.train_batches.position = dict(self.position)
-            self.next_save = self.next_multiple(self.settings.save_every)
+            self.next_save = next_multiple(self.settings.save_every, self.examples)
             self.truncated = Counter(run["truncated"])
             self.logger.cut(run["logs"])
             now = self.surroundings()
@@ -275,9 +272,16 @@ class BasicTrainer:
             message = f"{self.run.path}: the checkpoint does not fit this run ({type(error).__name__}: {error})"
             raise RunError(message.splitlines()[0], "no checkpoint") from None
 
+    def load_tensors(self, states: dict[str, Any]) -> None:
+        """Load the states of policy and optimizer."""
+        load_weights(self.policy.model, states["policy"], f"resume={self.run.path}")
+        self.optimizer.load_state_dict(states["optimizer"])
+
     def log(self, metrics: dict[str, float], thin: bool = False) -> None:
         """Log metrics with the numbers of examples and updates."""
         self.logger.log({"examples": self.examples, "updates": self.updates} | metrics, thin)
 
 
-TRAINERS: dict[str, type[BasicTrainer]] = {"BasicTrainer": BasicTrainer}
+def next_multiple(interval: int | None, reached: int) -> float:
+    """Return the next multiple of an interval, in examples, after those that are reached; infinity for None."""
+    return math.inf if interval is None else (reached // interval + 1) * interval

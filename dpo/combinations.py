@@ -35,7 +35,6 @@ def combination_problems(values: Mapping[str, Any], wrong_keys: Sequence[str]) -
         "max_prompt_length must be below max_length, or no token is left for a response",
     )
     check("n_epochs n_examples", lambda *limits: limits == (None, None), "set one of them, or training never ends")
-    check("trainer", lambda name: name != "BasicTrainer", "is not built yet; use trainer=BasicTrainer")
     for name in ("precision", "model.fsdp_policy_mp"):
         check(
             f"{name} model.policy_dtype",
@@ -61,10 +60,38 @@ def combination_problems(values: Mapping[str, Any], wrong_keys: Sequence[str]) -
     check("model.archive", lambda path: path and not Path(path).is_file(), "no such file; give the path of a policy.pt")
     positions = max_positions(values.get("model.name_or_path"))
     check("max_length", lambda n: positions and n > positions, f"the model has {positions} positions; lower it")
-    if (processes := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
-        words = "each would train the same model by itself; start one process, without torchrun"
-        problems.append(f"WORLD_SIZE={processes}: training on several processes is not supported yet; {words}")
+    parallel_problems(valid, check)
     return problems
+
+
+Check = Callable[[str, Callable[..., Any], str], None]
+
+
+def parallel_problems(valid: Mapping[str, Any], check: Check) -> None:
+    """Check the settings of several processes, and the processes that torchrun has started."""
+    launched = os.environ.get("WORLD_SIZE") or "1"
+    if valid.get("trainer") == "BasicTrainer":
+        words = "is for several processes; set trainer=FSDPTrainer"
+        for key, default in (("n_processes", ("auto", 1)), ("replicate", (1,)), ("ddp", (False,))):
+            check(f"{key} trainer", lambda value, _, default=default: value not in default, words)
+        words = "set trainer=FSDPTrainer, which shares one model, or start without torchrun"
+        check("trainer", lambda _: launched != "1", f"is for one process, and torchrun has started {launched}; {words}")
+        return
+    check("trainer", lambda name: name == "TensorParallelTrainer", "is not built yet; use trainer=FSDPTrainer")
+    words = "with ddp=true every device holds the whole model; set replicate=1"
+    check("ddp replicate", lambda ddp, copies: ddp and copies > 1, words)
+    words = "with ddp=true whole gradients are kept anyway; set reduce_every_pass=false"
+    check("ddp reduce_every_pass", lambda ddp, reduce: ddp and reduce, words)
+    check("compile", lambda on: on, "trainer=FSDPTrainer cannot compile its layers yet; set it to false")
+    words = "trainer=FSDPTrainer cannot round sharded parameters stochastically yet; set it to float32"
+    check("model.policy_dtype", lambda dtype: dtype == "bfloat16", words)
+    words = "trainer=FSDPTrainer gives every process a GPU of its own, or the CPU; set it to auto, cuda or cpu"
+    check("device", lambda name: name not in ("auto", "cuda", "cpu"), words)
+    n = int(launched) if launched.isdigit() and launched != "1" else valid.get("n_processes")
+    if isinstance(n, int):
+        words = f"each of {n} processes needs an example of every batch; set it to {n} or more"
+        check("batch_size", lambda size: size < n, words)
+        check("replicate", lambda copies: n % copies, f"must divide the number of processes, {n}")
 
 
 def max_positions(model: Any) -> int | None:

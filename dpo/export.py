@@ -5,21 +5,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.checkpoints import atomic_dir
 from dpo.errors import naming_file
 
 
-def export_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the model and its tokenizer into a new folder; RunError if the disk does not take them."""
+def export_model(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Write the model, with weights in place of its own, and its tokenizer into a new folder.
+
+    RunError if the disk does not take them.
+    """
 
     def write(staging: Path) -> None:
         try:
-            model.save_pretrained(staging)
+            model.save_pretrained(staging, state_dict=weights)
         except ValueError:  # settings of generation that came with the model, which transformers refuses to write
             model.generation_config = GenerationConfig.from_model_config(model.config)
-            model.save_pretrained(staging)
+            model.save_pretrained(staging, state_dict=weights)
         tokenizer.save_pretrained(staging)
         rewrite(staging / "config.json", add_rope_of_transformers_4)
         rewrite(staging / "tokenizer_config.json", use_tokenizer_keys_of_transformers_4)

@@ -85,6 +85,9 @@ class ResponseLogps(torch.nn.Module):
         """The model's output embeddings, which turn hidden states into logits."""
         return self.model.get_output_embeddings()
 
+    def set_requires_gradient_sync(self, requires_gradient_sync: bool) -> None:
+        """Do nothing; where several devices share the module, FSDP's method of this name is called instead."""
+
     def forward(self, batch: PackedBatch) -> Tensor:
         """Return the log-probability of each response token, (n,), response after response, in at least float32."""
         if not self.separate_head:
