@@ -157,12 +157,14 @@ def build_trainer(
     signals: Signals | None = None,
 ) -> BasicTrainer:
     """Load the models and build the trainer, which stands where the run directory's checkpoint left it, if any."""
-    signals = signals or Signals()
+    signals = run.ranks.agree(signals or Signals())
     with actionable_errors(LOADING):
         models = load_models(settings, loss, inputs, known_layout(run, inputs.device))
     if note := bfloat16_note(models.policy.parameters(), settings.lr, settings.optimizer):
         log_message(note)
-    run.identify(identity(loss, inputs, models))
+    found = identity(loss, inputs, models)
+    run.ranks.check_same(lambda: found | {"the policy's weights": weights_checksum(models.policy.model)})
+    run.identify(found)
     run.create()
     prepare = partial(TRAINERS[settings.trainer].prepare, settings=settings, ranks=run.ranks, dtype=models.dtype)
     models = replace(models, policy=prepare(models.policy))

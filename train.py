@@ -154,7 +154,10 @@ def start(arguments: Sequence[str], signals: Signals) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from dpo.sweeps import hydra_arguments, name_run
+    from dpo.sweeps import FLAGS, hydra_arguments, name_run
+
+    if "RANK" in os.environ and set(FLAGS) & set(arguments):
+        raise UserError(f"{FLAGS[0]}: the processes of torchrun are those of one run; start one torchrun per run")
 
     def start_run(config: "DictConfig") -> None:
         """Run with a composed config; Hydra calls this once per run of a sweep, and would print a traceback."""
@@ -172,7 +175,8 @@ def start(arguments: Sequence[str], signals: Signals) -> None:
 def main() -> None:
     """Run the command line; Hydra's own flags (--multirun, --cfg, --shell-completion) work as ever."""
     guard_streams()
-    mark_rank(int(os.environ.get("RANK", "0")))
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        mark_rank(os.environ.get("RANK", "0"))
     arguments = sys.argv[1:]
     with ProcessSignals().installed() as signals:
         exit_on_error(lambda: start(arguments, signals))

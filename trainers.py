@@ -54,7 +54,7 @@ class BasicTrainer:
         self.policy, self.loss, self.reference, self.settings, self.ranks = policy, loss, reference, settings, ranks
         self.train_batches, self.eval_batches = train_batches, eval_batches
         self.packer, self.sampler, self.dtype, self.device = packer, sampler, dtype, packer.device
-        self.run, self.logger, self.signals = run, logger, ranks.agree(signals)
+        self.run, self.logger, self.signals = run, logger, signals
         self.optimizer = make_optimizer(settings.optimizer, self.policy.parameters(), settings.lr)
         warmup = settings.warmup_steps
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda t: min(1.0, (t + 1) / (warmup + 1)))

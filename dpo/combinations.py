@@ -64,6 +64,8 @@ def combination_problems(values: Mapping[str, Any], wrong_keys: Sequence[str]) -
     return problems
 
 
+# The values of settings for several processes that mean one process.
+SINGLE = {"n_processes": ("auto", 1), "replicate": (1,), "ddp": (False,), "reduce_every_pass": (False,)}
 Check = Callable[[str, Callable[..., Any], str], None]
 
 
@@ -72,7 +74,7 @@ def parallel_problems(valid: Mapping[str, Any], check: Check) -> None:
     launched = os.environ.get("WORLD_SIZE") or "1"
     if valid.get("trainer") == "BasicTrainer":
         words = "is for several processes; set trainer=FSDPTrainer"
-        for key, default in (("n_processes", ("auto", 1)), ("replicate", (1,)), ("ddp", (False,))):
+        for key, default in SINGLE.items():
             check(f"{key} trainer", lambda value, _, default=default: value not in default, words)
         words = "set trainer=FSDPTrainer, which shares one model, or start without torchrun"
         check("trainer", lambda _: launched != "1", f"is for one process, and torchrun has started {launched}; {words}")
@@ -87,6 +89,9 @@ def parallel_problems(valid: Mapping[str, Any], check: Check) -> None:
     check("model.policy_dtype", lambda dtype: dtype == "bfloat16", words)
     words = "trainer=FSDPTrainer gives every process a GPU of its own, or the CPU; set it to auto, cuda or cpu"
     check("device", lambda name: name not in ("auto", "cuda", "cpu"), words)
+    if launched != "1":
+        words = f"torchrun has started {launched} processes; set it to auto"
+        check("n_processes", lambda n: str(n) not in ("auto", launched), words)
     n = int(launched) if launched.isdigit() and launched != "1" else valid.get("n_processes")
     if isinstance(n, int):
         words = f"each of {n} processes needs an example of every batch; set it to {n} or more"

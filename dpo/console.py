@@ -106,11 +106,11 @@ class RankOutput:
         return getattr(self.stream, name)
 
 
-def mark_rank(rank: int) -> None:
-    """Let any rank but the main one print nothing but errors, and these with its number."""
-    if rank > 0:
+def mark_rank(rank: str) -> None:
+    """Let any rank but the main one, 0, print nothing but errors, and these with its number."""
+    if rank != "0":
         discard(1)
-        sys.stderr = RankOutput(sys.stderr, str(rank))
+        sys.stderr = RankOutput(sys.stderr, rank)
 
 
 def log_message(message: str) -> None:

@@ -82,6 +82,9 @@ class Ranks:
         """Return signals on which all ranks act at the same point."""
         return signals
 
+    def check_same(self, describe: Callable[[], dict[str, str]]) -> None:
+        """Raise UserError if what a rank has read, as fingerprints by name, is not the same on all ranks."""
+
     def usage(self, device: torch.device) -> dict[str, float]:
         """Return metrics of what the ranks use, where there are several."""
         return {}
@@ -102,6 +105,14 @@ class ProcessGroup(Ranks):
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.is_main = self.rank == 0
         self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        if device.type == "cuda":
+            local_rank, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local_rank >= n_gpus:
+                raise UserError(
+                    f"device=cuda: this machine has {n_gpus} GPUs, and one of its processes is number "
+                    f"{local_rank + 1}; start {n_gpus} or fewer"
+                )
+            torch.cuda.set_device(local_rank)
         hosts = self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.store = TCPStore(address, port, is_master=hosts, timeout=timeout, wait_for_workers=False)
@@ -110,8 +121,6 @@ class ProcessGroup(Ranks):
         watched = TCPStore(address, port, is_master=False, timeout=timeout)  # for its thread
         self.watchdog = Watchdog(PrefixStore(prefix, watched), self.rank, self.world_size, hosts)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         store = PrefixStore(f"{prefix}/group", self.store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         self.device_type = device.type
@@ -152,6 +161,12 @@ class ProcessGroup(Ranks):
             else:
                 yield Pass(next(packer([min(examples, key=len)])), 0.0, i == n - 1)
 
+    def check_same(self, describe: Callable[[], dict[str, str]]) -> None:
+        found = self.gather(describe())
+        for rank, name in ((rank, name) for rank, own in enumerate(found) for name in own):
+            if found[rank][name] != found[0][name]:
+                raise UserError(f"{name}: not the same on rank {rank} as on rank 0; give every machine the same files")
+
     def agree(self, signals: Signals) -> Signals:
         return AgreedSignals(signals, self)
 
@@ -174,7 +189,8 @@ class ProcessGroup(Ranks):
         return path, self.on_main((path / "config.yaml").is_file)
 
     def close(self) -> None:
-        """Leave when every rank is done."""
+        """Leave when every rank is done; none exits before all have stopped watching it."""
+        self.barrier()
         self.watchdog.close()
         self.barrier()
         dist.destroy_process_group()
@@ -234,6 +250,7 @@ def joined(make: Callable[[], Ranks]) -> Iterator[Ranks]:
         return
     try:
         yield ranks
+        ranks.close()
     except Stopped:  # on all ranks at once
         ranks.close()
         raise
@@ -244,4 +261,3 @@ def joined(make: Callable[[], Ranks]) -> Iterator[Ranks]:
             raise
         time.sleep(0.2)  # so that what the failed rank prints comes before what torchrun prints of this one
         raise SystemExit(ranks.watchdog.exit_code) from None
-    ranks.close()

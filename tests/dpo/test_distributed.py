@@ -9,7 +9,7 @@ from ranks import run_ranks
 from tiny_models import PLENTY, make_examples
 
 from dpo.distributed import ALONE, AgreedSignals, ProcessGroup, Ranks
-from dpo.errors import Stopped
+from dpo.errors import Stopped, UserError
 from dpo.packing import Packer
 from dpo.signals import Signals
 
@@ -96,6 +96,14 @@ class Others(Ranks):
 
     def gather(self, value):
         return [value, self.others.pop(0)]
+
+
+def test_ranks_that_read_other_files_are_refused():
+    ranks = Others({"the weights": "a"}, {"the weights": "b"})
+    ProcessGroup.check_same(ranks, lambda: {"the weights": "a"})
+    with pytest.raises(UserError, match="the weights: not the same on rank 1 as on rank 0"):
+        ProcessGroup.check_same(ranks, lambda: {"the weights": "a"})
+    ALONE.check_same(lambda: pytest.fail("nothing to compare"))
 
 
 def test_a_signal_of_another_rank_stops_this_one_too():

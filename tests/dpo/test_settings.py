@@ -113,6 +113,7 @@ SEVERAL = ("trainer=FSDPTrainer", "batch_size=8")
         (["n_processes=2"], "n_processes=2 trainer=BasicTrainer: is for several processes; set trainer=FSDPTrainer"),
         (["replicate=2"], "replicate=2 trainer=BasicTrainer: is for several processes"),
         (["ddp=true"], "ddp=True trainer=BasicTrainer: is for several processes"),
+        (["reduce_every_pass=true"], "reduce_every_pass=True trainer=BasicTrainer: is for several processes"),
         ([*SEVERAL, "ddp=true", "replicate=2"], "every device holds the whole model; set replicate=1"),
         ([*SEVERAL, "ddp=true", "reduce_every_pass=true"], "set reduce_every_pass=false"),
         ([*SEVERAL, "compile=true"], "compile=True: trainer=FSDPTrainer cannot compile"),
@@ -151,7 +152,9 @@ def test_processes_of_torchrun_need_a_trainer_for_several(monkeypatch):
     (line,) = problems(*VALID)
     assert line.startswith("trainer=BasicTrainer: is for one process, and torchrun has started 2; set trainer=FSDP")
     assert problems(*VALID, *SEVERAL) == []
-    assert problems(*VALID, *SEVERAL, "n_processes=4", "replicate=2") == []
+    assert problems(*VALID, *SEVERAL, "n_processes=2", "replicate=2") == []
+    (line,) = problems(*VALID, *SEVERAL, "n_processes=4")
+    assert line == "n_processes=4: torchrun has started 2 processes; set it to auto"
     (line,) = problems(*VALID, *SEVERAL, "replicate=4")
     assert line == "replicate=4: must divide the number of processes, 2"
     monkeypatch.setenv("WORLD_SIZE", "1")
