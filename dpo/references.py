@@ -165,7 +165,6 @@ class Precomputation:
             log_message(f"Reference: log-probabilities taken from {found}")
         else:
             self.compute(reference)
-            reference.merge(self.ranks.gather(reference.sums))
             self.ranks.on_main(lambda: reference.save(shared, key))
         reference.sums = self.ranks.on_main(lambda: reference.sums)
         if self.train_batches.walks_beyond_first_epoch:
@@ -181,10 +180,12 @@ class Precomputation:
             self.fill(reference, batch.examples, self.n_microbatches)
         for batch in progress(self.eval_batches.from_start(), "reference, evaluation data"):
             self.fill(reference, batch.examples)
+        reference.merge(self.ranks.gather(reference.sums))  # what other ranks have computed is not missing
         examples = [example for group in train.groups for example in group]
         left = reference.missing(examples) if train.walks_beyond_first_epoch else []
         for start in range(0, len(left), train.batch_size):
             self.fill(reference, train.tokenize(left[start : start + train.batch_size]), self.n_microbatches)
+        reference.merge(self.ranks.gather(reference.sums))
 
     def fill(self, reference: CachedReference, examples: Sequence[TokenizedExample], n_microbatches: int = 1) -> None:
         """Compute the examples' log-probabilities in the passes of a batch."""

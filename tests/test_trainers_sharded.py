@@ -34,7 +34,7 @@ def cases(n: int, soak: bool) -> list[Case]:
     cached = ("loss.precompute_reference=true", "model.reference_dtype=null")
     few = [Case("dpo", ("layout=padded",)), Case("dpo", ("max_tokens_per_pass=300", *cached))]
     few += [Case("sft", ("reduce_every_pass=true",)), Case("dpo", ("ddp=true", "max_tokens_per_pass=300"))]
-    few = few if n == 2 else [Case("dpo", ("replicate=2", "max_tokens_per_pass=300"))]
+    few = few if n == 2 else [Case("dpo", ("replicate=2", "max_tokens_per_pass=300", *cached))]
     if not soak:
         return few
     layouts = ("layout=shared_prefix", "layout=padded", "max_tokens_per_pass=300")
