@@ -150,11 +150,7 @@ def load_models(settings: Settings, loss: Loss, inputs: Inputs, known: LayoutCho
 
 
 def build_trainer(
-    settings: Settings,
-    loss: Loss,
-    inputs: Inputs,
-    run: RunDir,
-    signals: Signals | None = None,
+    settings: Settings, loss: Loss, inputs: Inputs, run: RunDir, signals: Signals | None = None
 ) -> BasicTrainer:
     """Load the models and build the trainer, which stands where the run directory's checkpoint left it, if any."""
     signals = run.ranks.agree(signals or Signals())

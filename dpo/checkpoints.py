@@ -233,7 +233,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | str:
     if problem:
         return problem
     try:
-        in_shards = (folder / INDEX).is_file()
+        in_shards = f"  {INDEX}\n" in (folder / MANIFEST).read_text(encoding="ascii")
         names = SHARDED if in_shards else PARTS
         read = {name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True) for name in names}
         states = {name: part["state"] for name, part in read.items()}
