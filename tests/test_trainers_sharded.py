@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from build import build_trainer, load_inputs
 from dpo.distributed import ProcessGroup
+from dpo.parallel import reshard
 from dpo.runs import RunDir
 
 
@@ -79,6 +80,14 @@ def whole_gradient(trainer) -> torch.Tensor:
     return kept[0]
 
 
+def bytes_held(trainer) -> int:
+    """Return the bytes of weights and of the optimizer's state on this rank, after an update."""
+    reshard(trainer.policy)
+    states = (value for state in trainer.optimizer.state.values() for value in state.values())
+    tensors = (*trainer.policy.parameters(), *states)
+    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+
+
 def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
     """Write the first updates of each case, and one gradient, as n ranks compute them together."""
     ranks = ProcessGroup(torch.device("cpu"), timedelta(seconds=60))
@@ -90,10 +99,13 @@ def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
         records = [trainer.train_step(batch) for batch in islice(trainer.train_batches, None if soak else 3)]
         if rank == 0:
             (folder / f"{i}.json").write_text(json.dumps(records))
+    ranks.arrange(1)
     trainer = build(folder / "gradient", ranks, *TINY, "loss=dpo", "trainer=FSDPTrainer", "max_tokens_per_pass=300")
     found = whole_gradient(trainer)
+    held = ranks.gather(bytes_held(trainer))
     if rank == 0:
         torch.save(found, folder / "gradient.pt")
+        (folder / "held.json").write_text(json.dumps(held))
     ranks.close()
 
 
@@ -119,3 +131,13 @@ def test_the_gradient_is_that_of_one_process(sharded, make_trainer):
     folder = sharded[-1]
     expected = whole_gradient(make_trainer("loss=dpo", "max_tokens_per_pass=300"))
     assert (torch.load(folder / "gradient.pt") - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_each_rank_holds_its_share_of_weights_and_optimizer(sharded, make_trainer, report):
+    """In whole rows, so that the largest share may be a row of each of the 28 tensors above the mean."""
+    n, *_, folder = sharded
+    trainer = make_trainer("loss=dpo")
+    trainer.train_step(next(iter(trainer.train_batches)))
+    total, held = bytes_held(trainer), json.loads((folder / "held.json").read_text())
+    report(f"weights and RMSprop's state: {total:,} bytes on one process, {held} on {n}")
+    assert len(held) == n and max(held) < 1.1 * total / n
