@@ -20,7 +20,8 @@ test: .venv/dev
 	$(BIN)/python -m pytest -n 2
 
 soak: .venv/dev
-	$(BIN)/python -m pytest -n 2 --soak tests/test_resume.py tests/test_hostile.py tests/test_demo.py
+	$(BIN)/python -m pytest -n 2 --soak tests/test_resume.py tests/test_resume_sharded.py tests/test_trainers_sharded.py tests/test_hostile.py \
+		tests/test_demo.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -8,6 +8,7 @@ import hashlib
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from dpo.export import AllWeights
 from dpo.inspection import inspect
 from dpo.layouts import LayoutChoice, choose_layout
 from dpo.logps import ResponseLogps
-from dpo.metrics import MetricLogger, Tracker, WandbTracker
+from dpo.metrics import Tracker, WandbTracker, make_logger
 from dpo.models import (
     compile_layers,
     copy_reference,
@@ -42,6 +43,7 @@ from dpo.models import (
 from dpo.objectives import Loss
 from dpo.optimizers import bfloat16_note, optimizer_problems
 from dpo.packing import LAYOUTS, Packer
+from dpo.parallel import reshard
 from dpo.references import (
     AdapterReference,
     CachedReference,
@@ -56,8 +58,9 @@ from dpo.sampling import Sampler, add_stops, distinct_prompts
 from dpo.settings import Settings
 from dpo.signals import Signals
 from dpo.tables import is_hub_name
+from parallel_trainers import TRAINERS
 from preference_datasets import DATASETS, load_data
-from trainers import TRAINERS, BasicTrainer
+from trainers import BasicTrainer
 from utils import local_dir
 
 LOADING = "before the first pass; a smaller model needs less"
@@ -192,16 +195,21 @@ def build_trainer(
     settings: Settings, loss: Loss, inputs: Inputs, run: RunDir, signals: Signals | None = None
 ) -> BasicTrainer:
     """Load the models and build the trainer, which stands where the run directory's checkpoint left it, if any."""
-    signals = signals or Signals()
+    signals = run.ranks.agree(signals or Signals())
     with actionable_errors(LOADING):
         models = load_models(settings, loss, inputs, known_layout(run, inputs.device))
     if inputs.stops:
         add_stops(models.policy.model.generation_config, inputs.stops)
     if note := bfloat16_note(models.policy.trained_parameters(), settings.lr, settings.optimizer):
         log_message(note)
-    run.identify(identity(loss, inputs, models))
+    found = identity(loss, inputs, models)
+    run.ranks.check_same(lambda: found | {"the policy's weights": weights_checksum(models.policy.model.state_dict())})
+    run.identify(found)
     run.create()
-    logger = MetricLogger(run.path, make_tracker(settings, run), settings.minimum_log_interval_secs)
+    prepare = partial(TRAINERS[settings.trainer].prepare, settings=settings, ranks=run.ranks, dtype=models.dtype)
+    models = replace(models, policy=prepare(models.policy))
+    interval = settings.minimum_log_interval_secs
+    logger = make_logger(run.path, run.ranks, lambda: make_tracker(settings, run), interval)
     run.open_files.callback(logger.close)
     sampler = Sampler(
         tokenizer=inputs.tokenizer,
@@ -217,6 +225,9 @@ def build_trainer(
         stops=inputs.stops,
     )
     reference = make_reference(settings, loss, inputs, models, sampler, run)
+    reshard(models.policy)  # the optimizer is made of sharded parameters
+    if isinstance(reference, ModelReference):
+        reference.module = prepare(reference.module)
     if settings.activation_checkpointing:
         recompute_activations(models.policy.model)
     trainer = TRAINERS[settings.trainer](
@@ -233,6 +244,7 @@ def build_trainer(
         run=run,
         logger=logger,
         signals=signals,
+        ranks=run.ranks,
     )
     resume_trainer(trainer, run)
     return trainer
@@ -301,6 +313,7 @@ def make_reference(
         test,
         n_microbatches=settings.gradient_accumulation_steps,
         compiled=settings.compile,
+        ranks=run.ranks,
     )
     precomputation.run(cache, own, shared)
     return cache

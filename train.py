@@ -5,6 +5,7 @@ Signals are handled before anything slow is imported, and torch after everything
 are why functions import what they use.
 """
 
+import os
 import re
 import shlex
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo.config_files import read_config_files
-from dpo.console import guard_streams, log_message, on_terminal
+from dpo.console import guard_streams, log_message, mark_rank, on_terminal
 from dpo.errors import Stopped, UserError, exit_on_error, raise_problems
 from dpo.help import print_help
 from dpo.signals import ProcessSignals, Signals
@@ -22,11 +23,20 @@ from dpo.suggestions import find_wrong_words, suggest
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from dpo.distributed import Ranks
+    from dpo.objectives import Loss
+    from dpo.settings import Settings
+
 CONFIG = Path(__file__).resolve().parent / "config"
 
 
-def run(config: "DictConfig", signals: Signals, overrides: dict[str, Any] | None = None) -> None:
-    """Validate a config, build the trainer, and train: a new run, or with overrides the one that is resumed."""
+def run(
+    config: "DictConfig", signals: Signals, arguments: Sequence[str], overrides: dict[str, Any] | None = None
+) -> None:
+    """Validate a config and train: a new run, or with overrides the one that is resumed.
+
+    arguments are those with which further processes are started, where the trainer needs them.
+    """
     from omegaconf import OmegaConf
 
     from dpo.settings import REMOVED, default_values, flatten, validate
@@ -38,22 +48,44 @@ def run(config: "DictConfig", signals: Signals, overrides: dict[str, Any] | None
     for key in ("exp_name", "local_run_dir"):  # the time stamp is taken once; other interpolations stay as they are
         config[key] = getattr(settings, key)
 
+    if settings.trainer != "BasicTrainer" and "RANK" not in os.environ:
+        from dpo.launch import count_processes, launch
+
+        names = ("exp_name", "local_run_dir") if overrides is None else ()
+        arguments = [*arguments, *(f"{key}={quoted(config[key])}" for key in names)]
+        return launch(Path(__file__), arguments, count_processes(settings.n_processes, settings.device))
+    from dpo.distributed import join, joined
+
+    with joined(lambda: join(settings)) as ranks:
+        train(settings, loss, config, signals, ranks, overrides)
+
+
+def train(
+    settings: "Settings",
+    loss: "Loss",
+    config: "DictConfig",
+    signals: Signals,
+    ranks: "Ranks",
+    overrides: dict[str, Any] | None,
+) -> None:
+    """Build the trainer and train, in each of the processes."""
+    from omegaconf import OmegaConf
+
     from build import build_trainer, inspect_inputs, load_inputs
-    from dpo.runs import RunDir
+    from dpo.runs import open_run
 
     if not on_terminal():
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-    path = Path(settings.local_run_dir)
-    with RunDir(path, config) if overrides is None else RunDir.reopen(path, config, overrides) as run_dir:
+    with open_run(Path(settings.local_run_dir), config, overrides, ranks) as run_dir:
         inputs = load_inputs(settings, loss)
         if settings.inspect:
             return inspect_inputs(settings, inputs)
         if run_dir.is_complete(len(inputs.train_batches)):
             log_message(f"{run_dir.path}: the run is complete; set n_epochs or n_examples higher to go on.")
             return
-        log_message(f"\n{OmegaConf.to_yaml(config)}\nRun directory: {run_dir.path}")
+        log_message(f"\n{OmegaConf.to_yaml(run_dir.config)}\nRun directory: {run_dir.path}")
         trainer = build_trainer(settings, loss, inputs, run_dir, signals)
         try:
             trainer.train()
@@ -77,7 +109,13 @@ def resume(arguments: Sequence[str], signals: Signals) -> None:
     config.local_run_dir = str(run_dir)
     others = [argument for argument in arguments if not argument.startswith("resume=")]
     taken = override_run_config(config, others, read_config_files(CONFIG).keys())
-    run(config, signals, taken)
+    run(config, signals, arguments, taken)
+
+
+def quoted(value: str) -> str:
+    """Return a value as Hydra's command line takes it, whatever characters it holds."""
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
@@ -118,14 +156,19 @@ def start(arguments: Sequence[str], signals: Signals) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from dpo.sweeps import hydra_arguments, name_run
+    from dpo.sweeps import FLAGS, hydra_arguments, name_run
+
+    if "RANK" in os.environ and set(FLAGS) & set(arguments):
+        raise UserError(f"{FLAGS[0]}: the processes of torchrun are those of one run; start one torchrun per run")
 
     def start_run(config: "DictConfig") -> None:
         """Run with a composed config; Hydra calls this once per run of a sweep, and would print a traceback."""
         hydra_config = HydraConfig.get()
+        own = arguments
         if hydra_config.mode == RunMode.MULTIRUN:
-            name_run(config, hydra_config.overrides.task, arguments)
-        exit_on_error(lambda: run(config, signals))
+            own = hydra_config.overrides.task
+            name_run(config, own, arguments)
+        exit_on_error(lambda: run(config, signals, own))
 
     with hydra_arguments(arguments):
         hydra.main(version_base=None, config_path=str(CONFIG), config_name="config")(start_run)()
@@ -134,6 +177,8 @@ def start(arguments: Sequence[str], signals: Signals) -> None:
 def main() -> None:
     """Run the command line; Hydra's own flags (--multirun, --cfg, --shell-completion) work as ever."""
     guard_streams()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        mark_rank(os.environ.get("RANK", "0"))
     arguments = sys.argv[1:]
     with ProcessSignals().installed() as signals:
         exit_on_error(lambda: start(arguments, signals))

@@ -1,24 +1,23 @@
 """The training loop. BasicTrainer runs on one device; read `train` and `train_step` first."""
 
-import json
 import math
 import time
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpo.checkpoints import atomic_write, random_states, save_checkpoint, set_random_states
+from dpo.checkpoints import random_states, save_checkpoint, set_random_states
 from dpo.console import log_message, prefetch, progress, progress_bar
 from dpo.devices import autocast, platform
+from dpo.distributed import Ranks
 from dpo.errors import RunError, Stopped, UserError, actionable_errors, is_out_of_memory
 from dpo.examples import Batch, BatchIterator, TokenizedExample
 from dpo.export import TrainedWeights
 from dpo.logps import ResponseLogps, response_logps
-from dpo.metrics import BatchMetrics, MetricLogger
+from dpo.metrics import BatchMetrics, MetricLogger, check_finite
 from dpo.objectives import NOTHING, Context, Loss, Sums
 from dpo.optimizers import OptimizerOptions, make_optimizer
 from dpo.packing import PackedBatch, Packer
@@ -53,8 +52,9 @@ class BasicTrainer:
         run: RunDir,
         logger: MetricLogger,
         signals: Signals,
+        ranks: Ranks,
     ):
-        self.policy, self.loss, self.reference, self.settings = self.prepare(policy), loss, reference, settings
+        self.policy, self.loss, self.reference, self.settings, self.ranks = policy, loss, reference, settings, ranks
         self.weights, self.train_batches, self.eval_batches = weights, train_batches, eval_batches
         self.packer, self.sampler, self.dtype, self.device = packer, sampler, dtype, packer.device
         self.run, self.logger, self.signals = run, logger, signals
@@ -68,9 +68,10 @@ class BasicTrainer:
         self.next_save = next_multiple(self.examples, settings.save_every)
         self.truncated: Counter[str] = Counter()
 
-    def prepare(self, policy: ResponseLogps) -> ResponseLogps:
-        """Return the policy as it is trained; the optimizer is made of its parameters."""
-        return policy
+    @staticmethod
+    def prepare(module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype) -> ResponseLogps:
+        """Return the policy, or the reference, as it computes; the optimizer is made of the policy's parameters."""
+        return module
 
     # Training
 
@@ -98,12 +99,14 @@ class BasicTrainer:
         metrics = BatchMetrics()
         with self.autocast():
             sums = self.batch_sums(batch.examples)
-            for microbatch in self.packer(batch.examples, self.settings.gradient_accumulation_steps):
+            parts = self.settings.gradient_accumulation_steps
+            for microbatch, scale, is_last in self.ranks.passes(self.packer, batch.examples, parts):
+                self.policy.set_requires_gradient_sync(is_last or self.settings.reduce_every_pass)
                 with self.packer.memory_hint(microbatch):
-                    losses = self.losses(microbatch, metrics, sums)
-                    (losses.sum() / len(batch.examples)).backward()
+                    losses = self.losses(microbatch, metrics if scale else BatchMetrics(), sums)
+                    (losses.sum() * scale / len(batch.examples)).backward()
         grad_norm = self.clip_gradient()
-        check_finite(metrics, grad_norm, self.updates + 1, self.run.path)
+        check_finite(metrics, grad_norm, self.updates + 1, self.run.path, self.ranks)
         lr = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -114,9 +117,10 @@ class BasicTrainer:
             self.reference.after_update(self.updates)
         self.position = batch.position
         self.truncated.update(what for example in batch.examples for what in example.truncated)
-        means = metrics.means("train")  # reading them waits for the device, so the clock is read after it
+        means = metrics.means("train", self.ranks)  # reading them waits for the device, so the clock is read after it
         self.loss_state = self.loss.next_state(self.loss_state, means)
         seconds = time.perf_counter() - start
+        means |= self.ranks.usage(self.device)
         return means | {
             "grad_norm": float(grad_norm),
             "lr": lr,
@@ -194,10 +198,10 @@ class BasicTrainer:
             sums = self.batch_sums(e for batch in self.eval_batches.from_start() for e in batch.examples)
             for batch in progress(self.eval_batches.from_start(), "evaluating"):
                 self.signals.check()
-                for microbatch in self.packer(batch.examples):
+                for microbatch, scale, _ in self.ranks.passes(self.packer, batch.examples):
                     with self.packer.memory_hint(microbatch):
-                        self.losses(microbatch, metrics, sums)
-        return metrics.means("eval")
+                        self.losses(microbatch, metrics if scale else BatchMetrics(), sums)
+        return metrics.means("eval", self.ranks)
 
     def sample(self) -> None:
         """Sample from the policy, and from the reference where there is one, for the same prompts every time."""
@@ -220,12 +224,14 @@ class BasicTrainer:
         keep = (self.settings.keep_checkpoints, self.settings.keep_policies)
         with actionable_errors("while saving a checkpoint, which gathers all weights and the optimizer's state"):
             states = self.state_dict(self.logger.sizes() if logs is None else logs)
-            log_message(f"Wrote {save_checkpoint(self.run.path, self.examples, states, metrics or {}, *keep)}")
+            save = partial(save_checkpoint, self.run.path, self.examples, states, metrics or {}, *keep)
+            log_message(f"Wrote {self.ranks.on_main(save)}")
 
     def export(self) -> None:
         """Write the model for from_pretrained into the newest checkpoint, as LATEST/hf."""
         if not self.settings.debug:
-            self.weights.export((self.run.path / "LATEST").resolve() / "hf", self.sampler.tokenizer)
+            folder, weights = (self.run.path / "LATEST").resolve() / "hf", self.full_weights()
+            self.ranks.on_main(lambda: self.weights.export(folder, self.sampler.tokenizer, weights))
 
     def state_dict(self, logs: list[int]) -> dict[str, Any]:
         """Return all that a resumed run needs: the states of policy, optimizer and scheduler, and of the run."""
@@ -239,8 +245,15 @@ class BasicTrainer:
             "identity": self.run.identity,
             "surroundings": self.surroundings(),
         }
-        states = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(), "run": run}
-        return {"policy": self.weights.state_dict()} | states
+        return self.tensors() | {"scheduler": self.scheduler.state_dict(), "run": run}
+
+    def tensors(self) -> dict[str, Any]:
+        """Return the states of policy and optimizer."""
+        return {"policy": self.weights.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def full_weights(self) -> dict[str, torch.Tensor] | None:
+        """Return the weights to export on the main rank, where the model holds only a part of them, else None."""
+        return None
 
     def surroundings(self) -> dict[str, Any]:
         """Return what decides how numbers are rounded."""
@@ -256,8 +269,7 @@ class BasicTrainer:
         """Go on from the states of a checkpoint; RunError if they have another form than `state_dict` gives them."""
         try:
             run = states["run"]
-            self.weights.load_state_dict(states["policy"], f"resume={self.run.path}")
-            self.optimizer.load_state_dict(states["optimizer"])
+            self.load_tensors(states)
             self.scheduler.load_state_dict(states["scheduler"])
             for name in COUNTERS:
                 setattr(self, name, run["counters"][name])
@@ -279,6 +291,11 @@ class BasicTrainer:
             message = f"{self.run.path}: the checkpoint does not fit this run ({type(error).__name__}: {error})"
             raise RunError(message.splitlines()[0], "no checkpoint") from None
 
+    def load_tensors(self, states: dict[str, Any]) -> None:
+        """Load the states of policy and optimizer."""
+        self.weights.load_state_dict(states["policy"], f"resume={self.run.path}")
+        self.optimizer.load_state_dict(states["optimizer"])
+
     def log(self, metrics: dict[str, float], thin: bool = False) -> None:
         """Log metrics with the numbers of examples and updates."""
         self.logger.log({"examples": self.examples, "updates": self.updates} | metrics, thin)
@@ -287,20 +304,3 @@ class BasicTrainer:
 def next_multiple(n: int, interval: int | None) -> float:
     """Return the next multiple of an interval above n; infinity for None."""
     return math.inf if interval is None else (n // interval + 1) * interval
-
-
-def check_finite(metrics: BatchMetrics, grad_norm: torch.Tensor, update: int, folder: Path) -> None:
-    """Stop before an update whose loss or gradient is not finite; write its batch into the run directory."""
-    losses = metrics.column("loss")
-    if torch.cat((losses, grad_norm.reshape(1).to(losses))).isfinite().all():
-        return
-    path = folder / f"not-finite-update-{update}.jsonl"
-    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in metrics.rows())
-    atomic_write(path, rows.encode())
-    found = f"loss {losses.mean():.4g}, gradient norm {grad_norm:.4g}"
-    remedy = "look at its rows, or start a new run with a lower lr or with precision=float32"
-    message = f"update {update} is not finite ({found}), so it was not made; {path}: {remedy}"
-    raise RunError(message, "not finite")
-
-
-TRAINERS: dict[str, type[BasicTrainer]] = {"BasicTrainer": BasicTrainer}

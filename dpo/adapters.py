@@ -173,11 +173,14 @@ class AdapterWeights:
         """Copy the weights of a checkpoint; UserError that names the setting and each tensor that does not fit."""
         copy_weights(adapter_parameters(self.model, POLICY), state["weights"], setting)
 
-    def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def export(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+    ) -> None:
         """Write RUN/step-N/hf in peft's format, with the merged model in hf/merged if that is asked for.
 
         Frozen weights that from_pretrained finds nowhere else, as those of model.archive, go to RUN/base.
         """
+        assert weights is None, "adapters of models that several devices share are refused"
         base_name = self.base_name
         if base_name is None:
             base_folder = folder.parent.parent / "base"
@@ -194,7 +197,7 @@ class AdapterWeights:
             save_tokenizer(staging, tokenizer)
             if self.export_merged:
                 save_model(staging / "merged", self.model, tokenizer, self.merged_weights())
-                write_manifest(staging / "merged")
+                write_manifest(staging / "merged", {})
 
         if not folder.exists():
             atomic_dir(folder, write)

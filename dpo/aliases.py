@@ -153,16 +153,23 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ),
     # Several devices
     (
-        "deepspeed deepspeed_config zero_stage fsdp use_fsdp fsdp_config tensor_parallel_size tensor_parallel"
-        " device_map",
-        Note(f"splitting a model over devices is not supported yet; {LESS_MEMORY}"),
+        "deepspeed deepspeed_config zero_stage fsdp use_fsdp fsdp_config device_map",
+        Note("use trainer=FSDPTrainer, which shards the model over all GPUs, under torchrun those of several machines"),
+    ),
+    (
+        "tensor_parallel_size tensor_parallel",
+        Note("tensor parallelism is not supported yet; trainer=FSDPTrainer shards a model over GPUs"),
     ),
     ("offload cpu_offload adam_offload", Note(f"offloading to the CPU is not supported yet; {LESS_MEMORY}")),
     (
-        "n_gpus n_gpu num_gpus ngpu gpus gpu devices gpus_per_node nproc_per_node num_processes nnodes num_nodes"
-        " world_size local_rank ddp",
-        Note("training runs on one device; CUDA_VISIBLE_DEVICES=N in the environment chooses which GPU"),
+        "n_gpus n_gpu num_gpus ngpu gpus devices gpus_per_node nproc_per_node num_processes",
+        Renamed("n_processes", "with trainer=FSDPTrainer; CUDA_VISIBLE_DEVICES in the environment chooses the GPUs"),
     ),
+    (
+        "nnodes num_nodes world_size local_rank",
+        Note("several machines are torchrun's: torchrun --nnodes 2 --nproc-per-node 8 train.py trainer=FSDPTrainer"),
+    ),
+    ("gpu", Note("use device=cuda; CUDA_VISIBLE_DEVICES in the environment chooses the GPUs")),
     ("use_cpu no_cuda", Switch("device=cpu", "device=auto")),
     ("use_gpu cuda", Switch("device=cuda", "device=cpu")),
     # Model and tokenizer

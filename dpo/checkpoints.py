@@ -11,7 +11,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from dpo.errors import RunError, is_out_of_memory, naming_file, summarize_error
 
 MANIFEST = "MANIFEST"
 PARTS = ("policy", "optimizer", "scheduler", "run")
+SHARDED = ("scheduler", "run")  # the parts of a checkpoint whose tensors are in shards
+INDEX = ".metadata"  # of the shards
 
 
 # Writing
@@ -40,27 +42,33 @@ def save_checkpoint(
 ) -> Path:
     """Write RUN/step-N/NAME.pt for each of PARTS, as a dict of step_idx, state and metrics, and point LATEST at it.
 
-    An evaluation's metrics are in metrics.json too. A step that is there already, from which a stopped run went on, is
-    the same and stays. All but the newest `keep` are removed (None: none), perhaps but for the weights of evaluations.
-    RunError, with earlier checkpoints intact, if the disk does not take it.
+    Where the ranks of a run have written the tensors, states["shards"] is the folder from which their files are taken,
+    and states["digests"] has the SHA-256 of each. An evaluation's metrics are in metrics.json too. A step that is there
+    already, from which a stopped run went on, is the same and stays. All but the newest `keep` are removed (None:
+    none), perhaps but for the weights of evaluations. RunError, with earlier checkpoints intact, if the disk does not
+    take it.
     """
     final = run_dir / f"step-{step}"
 
     def write(folder: Path) -> None:
-        for name in PARTS:
+        for name in [name for name in PARTS if name in states]:
             path = folder / f"{name}.pt"
             with naming_file(path):
                 torch.save({"step_idx": step, "state": states[name], "metrics": metrics}, path)
         if metrics:
             write_metrics(folder, metrics)
+        if "shards" in states:
+            for path in states["shards"].iterdir():
+                path.rename(folder / path.name)
+            states["shards"].rmdir()
 
     if not final.exists():
-        atomic_dir(final, write)
+        atomic_dir(final, write, states.get("digests"))
     elif metrics and not (final / "metrics.json").exists():  # a signal asked for this one before its evaluation
         write_metrics(final, metrics)
     point_latest(run_dir, final.name)
     for folder in checkpoints(run_dir)[keep:] if keep else []:
-        if keep_policies and (folder / "metrics.json").is_file():
+        if keep_policies and (folder / "metrics.json").is_file() and (folder / "policy.pt").is_file():
             keep_policy(folder)
         remove_checkpoint(folder)
     return final
@@ -92,14 +100,14 @@ def atomic_write(path: Path, content: Callable[[Path], None] | bytes) -> None:
         raise
 
 
-def atomic_dir(final: Path, write: Callable[[Path], None]) -> None:
+def atomic_dir(final: Path, write: Callable[[Path], None], digests: Mapping[str, str] | None = None) -> None:
     """Let write fill a folder, and make it `final`, whole and on disk, or not at all; RunError that names the file."""
     staging = final.with_name(f".staging-{final.name}")
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir()
         write(staging)
-        write_manifest(staging)
+        write_manifest(staging, digests or {})
         staging.rename(final)
         fsync(final.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as RuntimeError
@@ -112,10 +120,13 @@ def atomic_dir(final: Path, write: Callable[[Path], None]) -> None:
         raise RunError(f"{path}: cannot be written ({reason}); earlier checkpoints are intact", "disk") from None
 
 
-def write_manifest(folder: Path) -> None:
-    """List the SHA-256 of every file in a folder, and flush all of it to disk, readable as the umask says."""
+def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
+    """List the SHA-256 of every file in a folder, and flush all of it to disk, readable as the umask says.
+
+    digests are those that are known already, by the names of files.
+    """
     files = sorted(path for path in folder.iterdir() if path.is_file())
-    lines = "".join(f"{sha256(path)}  {path.name}\n" for path in files)
+    lines = "".join(f"{digests.get(path.name) or sha256(path)}  {path.name}\n" for path in files)
     own = hashlib.sha256(lines.encode()).hexdigest()
     manifest = folder / MANIFEST
     with naming_file(manifest):
@@ -198,7 +209,7 @@ def find_corruption(folder: Path) -> str | None:
     if own != hashlib.sha256(lines.encode()).hexdigest() + "\n":
         return f"{MANIFEST} is damaged"
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())}
-    missing = {f"{name}.pt" for name in PARTS} - set(listed)
+    missing = {f"{name}.pt" for name in (SHARDED if INDEX in listed else PARTS)} - set(listed)
     if missing or any(Path(name).name != name for name in listed):
         return f"{MANIFEST} lists {', '.join(sorted(listed)) or 'nothing'}"
     for name, digest in listed.items():
@@ -214,13 +225,19 @@ def find_corruption(folder: Path) -> str | None:
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | str:
-    """Return the state of each of PARTS, plain numbers and tensors alone, or what is wrong with the checkpoint."""
+    """Return the state of each of PARTS, plain numbers and tensors alone, or what is wrong with the checkpoint.
+
+    Shards are left to whoever shares them out: their state is the folder that they are in.
+    """
     problem = find_corruption(folder)
     if problem:
         return problem
     try:
-        read = {name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True) for name in PARTS}
-        return {name: part["state"] for name, part in read.items()}
+        in_shards = f"  {INDEX}\n" in (folder / MANIFEST).read_text(encoding="ascii")
+        names = SHARDED if in_shards else PARTS
+        read = {name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True) for name in names}
+        states = {name: part["state"] for name, part in read.items()}
+        return states | {"shards": folder} if in_shards else states
     except Exception as error:  # a forged file, which torch refuses in many ways
         if is_out_of_memory(error):
             raise

@@ -9,6 +9,7 @@ from typing import Any
 
 from dpo.suggestions import written
 
+Check = Callable[[str, Callable[..., Any], str], None]
 WITHOUT_REFERENCE = ("sft", "simpo", "orpo", "cpo")  # losses; a test compares it with the losses themselves
 
 
@@ -40,7 +41,6 @@ def combination_problems(values: Mapping[str, Any], wrong_keys: Sequence[str]) -
     check("columns.score_chosen columns.score_rejected", lambda *both: both.count(None) == 1, "set both or neither")
     check("inspect_ids inspect", lambda ids, n: ids and not n, "nothing is printed without inspect=N; set it")
     check("n_epochs n_examples", lambda *limits: limits == (None, None), "set one of them, or training never ends")
-    check("trainer", lambda name: name != "BasicTrainer", "is not built yet; use trainer=BasicTrainer")
     for name in ("precision", "model.fsdp_policy_mp"):
         check(
             f"{name} model.policy_dtype",
@@ -61,13 +61,11 @@ def combination_problems(values: Mapping[str, Any], wrong_keys: Sequence[str]) -
     check("max_length", lambda n: positions and n > positions, f"the model has {positions} positions; lower it")
     if "lora.r" in values:
         problems += lora_problems(valid)
-    if (processes := os.environ.get("WORLD_SIZE", "1")) not in ("", "1"):
-        words = "each would train the same model by itself; start one process, without torchrun"
-        problems.append(f"WORLD_SIZE={processes}: training on several processes is not supported yet; {words}")
+    parallel_problems(valid, check)
     return problems
 
 
-def check_loss(check: Callable[[str, Callable[..., Any], str], None]) -> None:
+def check_loss(check: Check) -> None:
     """Check what a loss's settings need of each other and of the run's."""
     check(
         "loss.precompute_reference model.reference_dtype",
@@ -106,7 +104,7 @@ def check_loss(check: Callable[[str, Callable[..., Any], str], None]) -> None:
     )
 
 
-def check_optimizer(check: Callable[[str, Callable[..., Any], str], None]) -> None:
+def check_optimizer(check: Check) -> None:
     """Check what schedule, optimizer and a reference that follows the policy need."""
     check(
         "scheduler min_lr_ratio",
@@ -117,11 +115,6 @@ def check_optimizer(check: Callable[[str, Callable[..., Any], str], None]) -> No
         "optimizer model.policy_dtype",
         lambda name, dtype: name == "Muon" and dtype == "bfloat16",
         "Muon's steps cannot be rounded stochastically; use model.policy_dtype=float32",
-    )
-    check(
-        "optimizer trainer",
-        lambda name, trainer: name == "Muon" and trainer != "BasicTrainer",
-        "Muon needs whole matrices; use trainer=BasicTrainer",
     )
 
 
@@ -177,6 +170,48 @@ def lora_problems(valid: Mapping[str, Any]) -> list[str]:
 def is_installed(library: str) -> bool:
     """Return whether a library can be imported, without importing it."""
     return find_spec(library) is not None
+
+
+# The values of settings for several processes that mean one process.
+SINGLE = {"n_processes": ("auto", 1), "replicate": (1,), "ddp": (False,), "reduce_every_pass": (False,)}
+
+
+def parallel_problems(valid: Mapping[str, Any], check: Check) -> None:
+    """Check the settings of several processes, and the processes that torchrun has started."""
+    launched = os.environ.get("WORLD_SIZE") or "1"
+    if valid.get("trainer") == "BasicTrainer":
+        words = "is for several processes; set trainer=FSDPTrainer"
+        for key, default in SINGLE.items():
+            check(f"{key} trainer", lambda value, _, default=default: value not in default, words)
+        words = "set trainer=FSDPTrainer, which shares one model, or start without torchrun"
+        check("trainer", lambda _: launched != "1", f"is for one process, and torchrun has started {launched}; {words}")
+        return
+    check("trainer", lambda name: name == "TensorParallelTrainer", "is not built yet; use trainer=FSDPTrainer")
+    words = "with ddp=true every device holds the whole model; set replicate=1"
+    check("ddp replicate", lambda ddp, copies: ddp and copies > 1, words)
+    words = "with ddp=true whole gradients are kept anyway; set reduce_every_pass=false"
+    check("ddp reduce_every_pass", lambda ddp, reduce: ddp and reduce, words)
+    check("compile", lambda on: on, "trainer=FSDPTrainer cannot compile its layers yet; set it to false")
+    words = (
+        "trainer=FSDPTrainer shards matrices, of which this optimizer needs whole ones or blocks; choose another one"
+    )
+    check("optimizer", lambda name: name in ("Muon", "AdamW8bit"), words)
+    words = "trainer=FSDPTrainer keeps the reference sharded apart from the policy, so it must be null"
+    check("sync_reference", lambda n: n is not None, words)
+    words = "trainer=FSDPTrainer cannot share a frozen model with an adapter yet; leave lora out"
+    check("lora.r", lambda r: r is not None, words)
+    words = "trainer=FSDPTrainer cannot round sharded parameters stochastically yet; set it to float32"
+    check("model.policy_dtype", lambda dtype: dtype == "bfloat16", words)
+    words = "trainer=FSDPTrainer gives every process a GPU of its own, or the CPU; set it to auto, cuda or cpu"
+    check("device", lambda name: name not in ("auto", "cuda", "cpu"), words)
+    if launched != "1":
+        words = f"torchrun has started {launched} processes; set it to auto"
+        check("n_processes", lambda n: str(n) not in ("auto", launched), words)
+    n = int(launched) if launched.isdigit() and launched != "1" else valid.get("n_processes")
+    if isinstance(n, int):
+        words = f"each of {n} processes needs an example of every batch; set it to {n} or more"
+        check("batch_size", lambda size: size < n, words)
+        check("replicate", lambda copies: n % copies, f"must divide the number of processes, {n}")
 
 
 def max_positions(model: Any) -> int | None:

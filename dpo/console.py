@@ -83,6 +83,36 @@ def guard_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+class RankOutput:
+    """Stands for stderr on one of several ranks: each line begins with the rank, and no bar is drawn there."""
+
+    def __init__(self, stream: TextIO, rank: str):
+        self.stream, self.prefix = stream, f"[rank {rank}] "
+        self.at_start = True
+
+    def write(self, text: str) -> int:
+        """Write text, with the rank before each of its lines."""
+        lines = text.splitlines(keepends=True)
+        parts = [line if i == 0 and not self.at_start else self.prefix + line for i, line in enumerate(lines)]
+        self.at_start = text.endswith("\n") if text else self.at_start
+        self.stream.write("".join(parts))
+        return len(text)
+
+    def isatty(self) -> bool:
+        """Return False: several processes would draw over each other's bars."""
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def mark_rank(rank: str) -> None:
+    """Let any rank but the main one, 0, print nothing but errors, and these with its number."""
+    if rank != "0":
+        discard(1)
+        sys.stderr = RankOutput(sys.stderr, rank)
+
+
 def log_message(message: str) -> None:
     """Print a message to stdout, above a progress bar if one is drawn, with control characters escaped."""
     tqdm = sys.modules.get("tqdm")  # imported if there is a bar

@@ -10,12 +10,18 @@ from dpo.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called `name` (cuda, mps, cpu), or the best there is for auto; UserError if it is not there."""
+    """Return the device called `name`, or the best there is for auto; UserError if it is not there.
+
+    The GPU that cuda:N names becomes the process's current one.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
-    if not available.get(name, False):
+    kind, _, index = name.partition(":")
+    if not available.get(kind, False) or (index and int(index) >= torch.cuda.device_count()):
         raise UserError(f"device={name}: not available here; use device=auto or device=cpu")
+    if index:
+        torch.cuda.set_device(int(index))  # kernels that Triton makes run there
     return torch.device(name)
 
 

@@ -12,7 +12,7 @@ from dpo.console import log_message, printable, write_text
 
 # Why a run ended, and its exit code.
 EXIT_CODES = {
-    **{"refused": 2, "no checkpoint": 3, "disk": 4, "not finite": 5, "memory": 6},
+    **{"refused": 2, "no checkpoint": 3, "disk": 4, "not finite": 5, "memory": 6, "rank": 7},
     **{"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143},  # 128 plus the signal's number, as in a shell
 }
 
@@ -99,6 +99,21 @@ def explain_os_error(error: OSError) -> str:
     """Return an OSError in words: the file if it is known, and the reason without the error's number."""
     named = f"{error.filename}: " if error.filename else "a file "
     return f"{named}cannot be read or written ({error.strerror or summarize_error(error)})"
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the code with which exit_on_error would exit; 1 for an error that it does not expect."""
+    if isinstance(error, UserError):
+        return EXIT_CODES["refused"]
+    if isinstance(error, (RunError, Stopped)):
+        return error.exit_code
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_CODES["SIGINT"]
+    if is_out_of_memory(error):
+        return EXIT_CODES["memory"]
+    return EXIT_CODES["disk"] if isinstance(error, OSError) else 1
 
 
 def exit_on_error(work: Callable[[], None]) -> None:

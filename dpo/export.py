@@ -22,8 +22,13 @@ class TrainedWeights(Protocol):
     def load_state_dict(self, state: dict[str, Any], setting: str) -> None:
         """Take the state of a checkpoint; UserError that names the setting if it does not fit."""
 
-    def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write RUN/step-N/hf, for from_pretrained, unless it is there; RunError if the disk does not take it."""
+    def export(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write RUN/step-N/hf, for from_pretrained, unless it is there; RunError if the disk does not take it.
+
+        weights are all of the model's where it holds only a part of them itself.
+        """
 
 
 class AllWeights:
@@ -40,9 +45,11 @@ class AllWeights:
         """Copy weights into the model; UserError that names the setting and each tensor that does not fit."""
         load_weights(self.model, state, setting)
 
-    def export(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the model and its tokenizer into a new folder."""
-        export_model(folder, self.model, tokenizer)
+    def export(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write the model, with weights in place of its own, and its tokenizer into a new folder."""
+        export_model(folder, self.model, tokenizer, weights)
 
 
 def export_model(

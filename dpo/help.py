@@ -16,7 +16,7 @@ COLUMN = 34  # where comments begin
 
 INTRODUCTION = (
     "Trains a language model on preferences: supervised fine-tuning (SFT), then direct preference optimization (DPO) "
-    "or a variant of it, on one GPU, on Apple silicon or on a CPU."
+    "or a variant of it, on one or more GPUs, on Apple silicon or on a CPU."
 )
 COMMANDS = (
     ("python train.py loss=sft model=gpt2", "SFT; it prints its run directory, RUN"),

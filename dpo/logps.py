@@ -94,6 +94,9 @@ class ResponseLogps(torch.nn.Module):
         """Return the parameters that are not frozen: all of them, or those of an adapter."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def set_requires_gradient_sync(self, requires_gradient_sync: bool) -> None:
+        """Do nothing; where several devices share the module, FSDP's method of this name is called instead."""
+
     def forward(self, batch: PackedBatch) -> Tensor:
         """Return the log-probability of each response token, (n,), response after response, in at least float32.
 

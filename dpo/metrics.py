@@ -7,7 +7,7 @@ import os
 import time
 import urllib.parse
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from dpo.checkpoints import atomic_write
 from dpo.console import log_message, on_terminal, printable
-from dpo.errors import naming_file, summarize_error
+from dpo.distributed import ALONE, Ranks
+from dpo.errors import RunError, naming_file, summarize_error
 from dpo.examples import TokenizedExample
 from dpo.network import is_reachable
 
@@ -34,13 +36,15 @@ class BatchMetrics:
         for name, value in values.items():
             self.values[name].append(value)
 
-    def means(self, split: str) -> dict[str, float]:
-        """Return the means over all examples under the original's names: rewards_train/chosen, loss/train."""
+    def means(self, split: str, ranks: Ranks = ALONE) -> dict[str, float]:
+        """Return the means over all ranks' examples under the original's names: rewards_train/chosen, loss/train."""
+        columns = {name: torch.cat(values).cpu().double() for name, values in self.values.items()}  # MPS has no float64
+        parts = ranks.gather({name: (column.sum().item(), len(column)) for name, column in columns.items()})
         means = {}
-        for name, values in self.values.items():
+        for name in dict.fromkeys(name for part in parts for name in part):
             kind, slash, side = name.partition("/")
-            name = f"{kind}_{split}/{side}" if slash else f"{kind}/{split}"
-            means[name] = torch.cat(values).cpu().double().mean().item()  # MPS has no float64
+            sums, counts = zip(*(part[name] for part in parts if name in part), strict=True)
+            means[f"{kind}_{split}/{side}" if slash else f"{kind}/{split}"] = sum(sums) / sum(counts)
         return means
 
     def column(self, name: str) -> torch.Tensor:
@@ -55,6 +59,23 @@ class BatchMetrics:
             | {name: column[i] if math.isfinite(column[i]) else str(column[i]) for name, column in values.items()}
             for i, text in enumerate(example.text for example in self.examples)
         ]
+
+
+def check_finite(
+    metrics: BatchMetrics, grad_norm: torch.Tensor, update: int, run_dir: Path, ranks: Ranks = ALONE
+) -> None:
+    """Raise RunError before an update whose loss or gradient is not finite; write its batch into the run directory."""
+    losses = metrics.column("loss")
+    if not ranks.any(not torch.cat((losses, grad_norm.reshape(1).to(losses))).isfinite().all()):
+        return
+    path = run_dir / f"not-finite-update-{update}.jsonl"
+    rows = [json.dumps(row, ensure_ascii=False) + "\n" for rows in ranks.gather(metrics.rows()) for row in rows]
+    ranks.on_main(lambda: atomic_write(path, "".join(rows).encode()))
+    mean = torch.cat(ranks.gather(losses.detach().cpu())).mean()
+    found = f"loss {mean:.4g}, gradient norm {grad_norm:.4g}"
+    remedy = "look at its rows, or start a new run with a lower lr or with precision=float32"
+    message = f"update {update} is not finite ({found}), so it was not made; {path}: {remedy}"
+    raise RunError(message, "not finite")
 
 
 class MetricLogger:
@@ -137,6 +158,28 @@ class MetricLogger:
             with suppress(OSError):  # a record that could not be written, which has been reported
                 file.close()
         self.tracker.finish()
+
+
+class NoLogger(MetricLogger):
+    """The logger of a rank that writes nothing, since the main one does."""
+
+    def __init__(self) -> None:
+        self.paths, self.files = [], []
+        self.tracker = Tracker()
+
+    def log(self, record: dict[str, float], thin: bool = False) -> None:
+        """Do nothing."""
+
+    def log_samples(self, examples: int, prompts: Sequence[str], samples: Mapping[str, Sequence[str]]) -> None:
+        """Do nothing."""
+
+    def cut(self, sizes: list[int]) -> None:
+        """Do nothing."""
+
+
+def make_logger(run_dir: Path, ranks: Ranks, make_tracker: Callable[[], "Tracker"], interval: float) -> MetricLogger:
+    """Return the logger of a run, which writes on the main rank alone; interval is that between shown updates."""
+    return MetricLogger(run_dir, make_tracker(), interval) if ranks.is_main else NoLogger()
 
 
 def end_of_last_line(path: Path) -> int:

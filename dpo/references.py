@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 import transformers
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
@@ -16,6 +17,7 @@ from dpo.adapters import AdapterWeights, reference_weights
 from dpo.checkpoints import atomic_write
 from dpo.console import log_message, prefetch, progress
 from dpo.devices import autocast
+from dpo.distributed import Ranks
 from dpo.errors import RunError, UserError
 from dpo.examples import BatchIterator, TextExample, TokenizedExample
 from dpo.logps import Logps, ResponseLogps, response_logps
@@ -187,6 +189,11 @@ class CachedReference(Reference):
         """Store the log-probabilities of a batch."""
         self.sums[self.rows(batch)] = logps.sums.float().cpu()
 
+    def merge(self, sums: Iterable[torch.Tensor]) -> None:
+        """Take the numbers of several caches, each of which lacks those that another one has."""
+        for other in sums:
+            self.sums = torch.where(self.sums.isnan(), other, self.sums)
+
     def save(self, path: Path, key: str) -> None:
         """Write the cache, whole or not at all, under the fingerprint of all that its numbers depend on."""
         content = {"values": self.sums, "key": key, "sha256": checksum(self.sums)}
@@ -228,6 +235,7 @@ class Precomputation:
     eval_batches: BatchIterator
     n_microbatches: int
     compiled: bool
+    ranks: Ranks
 
     @torch.no_grad()
     def run(self, reference: CachedReference, own: Path | None, shared_dir: Path) -> None:
@@ -235,16 +243,17 @@ class Precomputation:
         key = self.key(reference)
         shared = shared_dir / f"{key}.pt"
         paths = [path for path in (own, shared) if path is not None]
-        found = next((path for path in paths if reference.load(path, key)), None)
+        found = self.ranks.on_main(lambda: next((path for path in paths if reference.load(path, key)), None))
         if found is not None:
             log_message(f"Reference: log-probabilities taken from {found}")
         else:
             self.compute(reference)
-            reference.save(shared, key)
+            self.ranks.on_main(lambda: reference.save(shared, key))
+        reference.sums = self.ranks.on_main(lambda: reference.sums)
         if self.train_batches.walks_beyond_first_epoch:
             self.log_rounding(reference)
         if own is not None and found != own:
-            reference.save(own, key)
+            self.ranks.on_main(lambda: reference.save(own, key))
 
     def compute(self, reference: CachedReference) -> None:
         """Compute the log-probabilities of all examples that the run will meet."""
@@ -254,17 +263,21 @@ class Precomputation:
             self.fill(reference, batch.examples, self.n_microbatches)
         for batch in progress(self.eval_batches.from_start(), "reference, evaluation data"):
             self.fill(reference, batch.examples)
+        reference.merge(self.ranks.gather(reference.sums))  # what other ranks have computed is not missing
         examples = [example for group in train.groups for example in group]
         left = reference.missing(examples) if train.walks_beyond_first_epoch else []
         for start in range(0, len(left), train.batch_size):
             self.fill(reference, train.tokenize(left[start : start + train.batch_size]), self.n_microbatches)
+        reference.merge(self.ranks.gather(reference.sums))
 
     def fill(self, reference: CachedReference, examples: Sequence[TokenizedExample], n_microbatches: int = 1) -> None:
         """Compute the examples' log-probabilities in the passes of a batch."""
         with autocast(self.policy.model.dtype, self.dtype, self.packer.device):
-            for batch in self.packer(examples, n_microbatches):
+            for batch, scale, _ in self.ranks.passes(self.packer, examples, n_microbatches):
                 with self.packer.memory_hint(batch):
-                    reference.fill(batch, response_logps(self.policy, batch))
+                    logps = response_logps(self.policy, batch)
+                if scale:
+                    reference.fill(batch, logps)
 
     def log_rounding(self, reference: CachedReference) -> None:
         """Print how far the numbers of a few examples move when they share no pass, as in later epochs' passes."""
@@ -282,7 +295,8 @@ class Precomputation:
         packer, model = self.packer, self.policy.model
         kind = (self.dtype, packer.device.type, self.compiled, self.policy.float32_head)
         how = (CACHE_VERSION, self.n_microbatches, packer.layout, packer.max_tokens, *kind)
-        settings = (self.train_batches.settings(), self.eval_batches.settings(), how)
+        several = (self.ranks.world_size,) if self.ranks.world_size > 1 else ()  # which share a batch's passes
+        settings = (self.train_batches.settings(), self.eval_batches.settings(), (*how, *several))
         versions = (torch.__version__, transformers.__version__)
         return fingerprint(model, reference.row, (settings, versions))
 
@@ -293,7 +307,8 @@ def fingerprint(model: PreTrainedModel, examples: Iterable[TextExample], setting
     digest = hashlib.sha256(repr((settings, config, model.config._attn_implementation)).encode())
     for name, value in reference_weights(model).items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        whole: torch.Tensor = value.full_tensor() if isinstance(value, DTensor) else value
+        digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     for example in examples:
         digest.update(repr(tuple(example)[:5]).encode("utf-8", "backslashreplace"))  # scores change no log-probability
     return digest.hexdigest()

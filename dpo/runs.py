@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dpo.checkpoints import atomic_write, checkpoints, clear_leftovers, newest_checkpoint
 from dpo.console import log_message
+from dpo.distributed import ALONE, Ranks
 from dpo.errors import RunError, UserError, naming_file, raise_problems, summarize_error
 from dpo.settings import flatten, flatten_plain
 from dpo.suggestions import suggest, written
@@ -30,6 +31,7 @@ MAY_CHANGE = (
     *("sample_during_eval", "n_eval_model_samples", "sample_temperature", "sample_top_k", "sample_top_p"),
     *("save_every", "keep_checkpoints", "keep_policies", "eval_batch_size"),
     *("max_tokens_per_pass", "activation_checkpointing", "device", "lora.export_merged"),
+    *("n_processes", "replicate", "ddp", "reduce_every_pass", "collective_timeout"),
 )
 MAY_GROW = ("n_epochs", "n_examples")
 MAY_MOVE = (
@@ -52,8 +54,8 @@ class RunDir:
     `identity` names what a resumed run must find again (data, settings, reference), each by a fingerprint.
     """
 
-    def __init__(self, path: Path, config: DictConfig):
-        self.path, self.config = path, config
+    def __init__(self, path: Path, config: DictConfig, ranks: Ranks = ALONE):
+        self.path, self.config, self.ranks = path, config, ranks
         self.identity: dict[str, str] = {}
         self.resumed = False
         self.checkpoint: Checkpoint | None = None
@@ -61,13 +63,17 @@ class RunDir:
         self.open_files = ExitStack()
 
     @classmethod
-    def reopen(cls, path: Path, config: DictConfig, overrides: dict[str, Any]) -> "RunDir":
+    def reopen(cls, path: Path, config: DictConfig, overrides: dict[str, Any], ranks: Ranks = ALONE) -> "RunDir":
         """Lock a run's directory, clear what a killed process left there, and read the newest checkpoint."""
-        run = cls(path, config)
+        run = cls(path, config, ranks)
         run.resumed, run.overrides = True, overrides
-        run.open_files.enter_context(lock_run_dir(path))
-        clear_leftovers(path)
-        found = newest_checkpoint(path)
+
+        def find() -> tuple[Path, dict[str, Any]] | None:
+            run.open_files.enter_context(lock_run_dir(path))
+            clear_leftovers(path)
+            return newest_checkpoint(path)
+
+        found = run.ranks.on_main(find)
         run.checkpoint = None if found is None else Checkpoint(*found)
         if found is None:
             log_message(f"{path} holds no checkpoint yet, so the run begins again.")
@@ -81,9 +87,13 @@ class RunDir:
 
     def create(self) -> None:
         """Make, lock and record the directory of a new run; UserError if it holds anything or cannot be made."""
-        if not self.resumed:
+
+        def make() -> None:
             make_run_dir(self.path)
             self.open_files.enter_context(lock_run_dir(self.path))
+
+        if not self.resumed:
+            self.ranks.on_main(make)
             self.record()
 
     def identify(self, identity: Mapping[str, str]) -> None:
@@ -106,14 +116,18 @@ class RunDir:
         if self.checkpoint is None:
             return False
         export = self.checkpoint.folder / "hf"
+        is_exported = self.ranks.on_main(lambda: export.is_dir() and not export.is_symlink())
         try:
-            updates = self.checkpoint.states["run"]["counters"]["updates"]
-            return export.is_dir() and not export.is_symlink() and updates >= n_updates
+            return is_exported and self.checkpoint.states["run"]["counters"]["updates"] >= n_updates
         except (KeyError, TypeError):  # a forged one, which is refused when its states are loaded
             return False
 
     def record(self) -> None:
         """Write config.yaml, and, of a resumed run, from where and with which overrides it goes on."""
+        self.ranks.on_main(self.write_record)
+
+    def write_record(self) -> None:
+        """Write what record does, on the main rank."""
         text = OmegaConf.to_yaml(self.config)
         atomic_write(self.path / "config.yaml", text.encode())
         if self.resumed:
@@ -122,6 +136,18 @@ class RunDir:
             path = self.path / "resumed.jsonl"
             with naming_file(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": time, "from": start, "overrides": self.overrides}) + "\n")
+
+
+def open_run(path: Path, config: DictConfig, overrides: dict[str, Any] | None, ranks: Ranks) -> RunDir:
+    """Return a new run's directory, or with overrides that of the run that is resumed.
+
+    A run that torchrun has started again goes on from its newest checkpoint.
+    """
+    path, restarted = ranks.same_run(path)
+    if restarted and overrides is None:
+        config, overrides = read_run_config(path), {}
+    config.local_run_dir = str(path)
+    return RunDir(path, config, ranks) if overrides is None else RunDir.reopen(path, config, overrides, ranks)
 
 
 def make_run_dir(path: Path) -> None:

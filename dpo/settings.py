@@ -124,7 +124,14 @@ class Settings(Group):
     n_examples: int | None = whole("examples", ge=1)
 
     trainer: Literal["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"]
-    device: Literal["auto", "cuda", "mps", "cpu"]
+    n_processes: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] = Field(
+        description="auto, or a whole number of processes"
+    )
+    replicate: int = whole("copies", ge=1)
+    ddp: Flag
+    reduce_every_pass: Flag
+    collective_timeout: int = whole("seconds", ge=1)
+    device: str = Field(pattern=r"^(auto|cuda(:\d+)?|mps|cpu)$", description="one of auto, cuda, cuda:N, mps, cpu")
     precision: Literal["auto", "float32", "bfloat16"]
     layout: Literal["shared_prefix", "padded"]
     max_tokens_per_pass: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] = Field(

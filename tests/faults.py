@@ -62,6 +62,11 @@ def command_line(folder: Path, arguments: tuple[str, ...], *faults: Fault, timeo
 
 def be_the_command_line(arguments: tuple[str, ...], faults: tuple[Fault, ...], out: int, err: int) -> None:
     """Become the command line; never returns."""
+    os._exit(run_command_line(arguments, faults, out, err))
+
+
+def run_command_line(arguments: tuple[str, ...], faults: tuple[Fault, ...], out: int, err: int) -> int:
+    """Run the command line in this process, and return its exit code."""
     code = 70
     try:
         os.dup2(out, 1)
@@ -84,7 +89,7 @@ def be_the_command_line(arguments: tuple[str, ...], faults: tuple[Fault, ...], o
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # a fault may have limited the files that they are
                 stream.flush()
-        os._exit(code)
+    return code
 
 
 def wait(pid: int, timeout: float) -> int:
@@ -213,10 +218,10 @@ def limit_file(name: str, size: int, examples: int) -> Fault:
             limit()
         write(value, path)
 
-    def manifested(folder: Path) -> None:
+    def manifested(*args: Any) -> None:
         if now[0] and name == "MANIFEST":
             limit()
-        manifest(folder)
+        manifest(*args)
 
     def exported(self: Any) -> None:
         if name == "hf":
@@ -306,9 +311,9 @@ def kill_in_save(point: str, nth: int) -> Fault:
         if saves[0] >= nth and name == event and re.search(f"{ending}$", path):
             kill()
 
-    def half(value: Any, path: Path) -> None:
-        write(value, path)
-        if saves[0] >= nth and point == f"half of {path.name}":
+    def half(value: Any, path: Path, **options: Any) -> None:
+        write(value, path, **options)
+        if saves[0] >= nth and point == f"half of {getattr(path, 'name', path)}":
             os.truncate(path, path.stat().st_size // 2)
             kill()
 

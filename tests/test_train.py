@@ -142,12 +142,12 @@ def test_wrong_words_and_values_come_together_one_line_each(arguments, starts, a
 # What is noted, and what a sweep leaves
 
 
-def test_several_processes_are_refused_before_anything_is_made(tmp_path, monkeypatch):
+def test_several_processes_of_the_trainer_for_one_are_refused_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     run = command_line(tmp_path / "run", fresh(tmp_path / "run", "loss=sft", *SHORT))
     assert run.returncode == 2 and not run.folder.exists()
     (line,) = errors(run)
-    assert line.startswith("WORLD_SIZE=2: training on several processes is not supported yet; ")
+    assert line.startswith("trainer=BasicTrainer: is for one process, and torchrun has started 2; set trainer=FSDP")
 
 
 @pytest.mark.parametrize("warmup, note", [(2, None), (3, "ends at 7.5e-05"), (9, "ends at 3e-05")])

@@ -3,7 +3,7 @@
 import pytest
 from tiny_models import make_examples, respond
 
-from dpo.packing import LAYOUTS, make_microbatches
+from dpo.packing import LAYOUTS, balance, make_microbatches
 
 PLENTY = 2**30  # tokens a pass
 EOS = 4
@@ -53,3 +53,15 @@ def test_every_example_lies_in_exactly_one_pass_within_the_budget(layout):
     assert sorted(e.text.row for p in passes for e in p.examples) == list(range(len(examples)))
     assert all(p.inputs["input_ids"].numel() <= 100 or len(p.examples) == 1 for p in passes)
     assert 1 < len(passes) < len(examples)
+
+
+def test_ranks_get_nearly_equal_numbers_of_tokens():
+    """9 to rank 0, 8 to 1, 5 to 1 (8 < 9): 13, 4 to 0: 13, 2 to either, the first: 15; all in the batch's order."""
+    assert balance([5, 9, 2, 8, 4], 2) == [[1, 2, 4], [0, 3]]
+    assert balance([3], 2) == [[0], []]
+    assert balance([1, 1, 1, 1], 4) == [[0], [1], [2], [3]]
+    assert balance([7, 1, 5], 1) == [[0, 1, 2]]
+
+
+def test_each_of_as_many_ranks_as_examples_gets_one_even_if_examples_are_empty():
+    assert sorted(balance([0, 0, 100], 3)) == [[0], [1], [2]]

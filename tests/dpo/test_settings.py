@@ -116,6 +116,9 @@ def test_a_setting_of_another_trainer_is_answered_with_the_value_that_was_typed(
     assert problems(*VALID, "+learning_rate=0.001") == [expected]
 
 
+SEVERAL = ("trainer=FSDPTrainer", "batch_size=8")
+
+
 @pytest.mark.parametrize(
     "overrides, line",
     [
@@ -124,7 +127,21 @@ def test_a_setting_of_another_trainer_is_answered_with_the_value_that_was_typed(
         (["max_prompt_length=160"], "max_prompt_length=160 max_length=160: max_prompt_length must be below"),
         (["inspect_ids=true"], "inspect_ids=True inspect=0: nothing is printed without inspect=N"),
         (["columns.score_chosen=a"], "columns.score_chosen=a columns.score_rejected=null: set both or neither"),
-        (["trainer=FSDPTrainer"], "trainer=FSDPTrainer: is not built yet"),
+        (["trainer=TensorParallelTrainer"], "is not built yet; use trainer=FSDPTrainer"),
+        (["n_processes=2"], "n_processes=2 trainer=BasicTrainer: is for several processes; set trainer=FSDPTrainer"),
+        (["replicate=2"], "replicate=2 trainer=BasicTrainer: is for several processes"),
+        (["ddp=true"], "ddp=True trainer=BasicTrainer: is for several processes"),
+        (["reduce_every_pass=true"], "reduce_every_pass=True trainer=BasicTrainer: is for several processes"),
+        ([*SEVERAL, "ddp=true", "replicate=2"], "every device holds the whole model; set replicate=1"),
+        ([*SEVERAL, "ddp=true", "reduce_every_pass=true"], "set reduce_every_pass=false"),
+        ([*SEVERAL, "compile=true"], "compile=True: trainer=FSDPTrainer cannot compile"),
+        (
+            [*SEVERAL, "precision=auto", "model.policy_dtype=bfloat16"],
+            "cannot round sharded parameters stochastically yet",
+        ),
+        ([*SEVERAL, "device=mps"], "device=mps: trainer=FSDPTrainer gives every process a GPU of its own"),
+        ([*SEVERAL, "n_processes=3", "replicate=2"], "replicate=2: must divide the number of processes, 3"),
+        ([*SEVERAL, "n_processes=9"], "each of 9 processes needs an example of every batch; set it to 9 or more"),
         (["precision=float32", "model.policy_dtype=bfloat16"], "computing in float32 needs"),
         (
             ["precision=auto", "model.fsdp_policy_mp=float32", "model.policy_dtype=bfloat16"],
@@ -166,10 +183,16 @@ def test_a_wrong_value_makes_no_second_line_about_its_combinations():
     ]
 
 
-def test_more_than_one_process_is_refused(monkeypatch):
+def test_processes_of_torchrun_need_a_trainer_for_several(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     (line,) = problems(*VALID)
-    assert line.startswith("WORLD_SIZE=2: training on several processes is not supported yet")
+    assert line.startswith("trainer=BasicTrainer: is for one process, and torchrun has started 2; set trainer=FSDP")
+    assert problems(*VALID, *SEVERAL) == []
+    assert problems(*VALID, *SEVERAL, "n_processes=2", "replicate=2") == []
+    (line,) = problems(*VALID, *SEVERAL, "n_processes=4")
+    assert line == "n_processes=4: torchrun has started 2 processes; set it to auto"
+    (line,) = problems(*VALID, *SEVERAL, "replicate=4")
+    assert line == "replicate=4: must divide the number of processes, 2"
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert problems(*VALID) == []
 

@@ -1,0 +1,263 @@
+"""One process of several: who it is, what it agrees on with the others, and which part of a batch is its own.
+
+`Ranks` is a process alone, for which all of this does nothing; `ProcessGroup` is one of several that torchrun, or
+anything else that sets torchrun's environment variables, has started.
+"""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from dpo.console import log_message
+from dpo.devices import pick_device
+from dpo.errors import RunError, Stopped, UserError, print_errors, summarize_error
+from dpo.examples import TokenizedExample
+from dpo.packing import PackedBatch, Packer, balance
+from dpo.settings import Settings
+from dpo.signals import Signals
+from dpo.watchdog import Watchdog
+
+T = TypeVar("T")
+
+
+class Pass(NamedTuple):
+    """A forward pass of a rank's part of a batch.
+
+    scale: the factor of its loss, 0 for a pass that is only made because another rank has one more; is_last: whether
+    the gradients of all ranks are summed after it.
+    """
+
+    batch: PackedBatch
+    scale: float
+    is_last: bool
+
+
+class Ranks:
+    """A process that trains alone."""
+
+    rank = 0
+    world_size = 1
+    is_main = True  # whether this process is the one that writes files
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in their order."""
+        return [value]
+
+    def sum(self, value: float) -> float:
+        """Return the sum of the ranks' values."""
+        return sum(self.gather(value))
+
+    def mean(self, value: float) -> float:
+        """Return the mean of the ranks' values."""
+        return self.sum(value) / self.world_size
+
+    def any(self, flag: object) -> bool:
+        """Return whether any rank's flag is true."""
+        return any(self.gather(bool(flag)))
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Call work on the main rank and return its result on every rank; if it raises there, every rank ends."""
+        return work()
+
+    def passes(self, packer: Packer, examples: Sequence[TokenizedExample], n_parts: int = 1) -> Iterator[Pass]:
+        """Yield the forward passes of this rank's part of a batch, as many on every rank."""
+        for batch in packer(examples, n_parts):
+            yield Pass(batch, 1.0, True)
+
+    def agree(self, signals: Signals) -> Signals:
+        """Return signals on which all ranks act at the same point."""
+        return signals
+
+    def check_same(self, describe: Callable[[], dict[str, str]]) -> None:
+        """Raise UserError if what a rank has read, as fingerprints by name, is not the same on all ranks."""
+
+    def usage(self, device: torch.device) -> dict[str, float]:
+        """Return metrics of what the ranks use, where there are several."""
+        return {}
+
+    def same_run(self, path: Path) -> tuple[Path, bool]:
+        """Return the main rank's run directory, and whether an earlier start of torchrun has begun it."""
+        return path, False
+
+
+ALONE = Ranks()
+
+
+class ProcessGroup(Ranks):
+    """One of several processes that train one model."""
+
+    def __init__(self, device: torch.device, timeout: timedelta):
+        """Join the processes that torchrun's environment variables name; call it once per process."""
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.is_main = self.rank == 0
+        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        if device.type == "cuda":
+            local_rank, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if local_rank >= n_gpus:
+                raise UserError(
+                    f"device=cuda: this machine has {n_gpus} GPUs, and one of its processes is number "
+                    f"{local_rank + 1}; start {n_gpus} or fewer"
+                )
+            torch.cuda.set_device(local_rank)
+        hosts = self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self.store = TCPStore(address, port, is_master=hosts, timeout=timeout, wait_for_workers=False)
+        # Keys of an attempt that failed would mislead the next one: torchrun's store outlives its restarts.
+        prefix = f"attempt-{self.restarts}"
+        watched = TCPStore(address, port, is_master=False, timeout=timeout)  # for its thread
+        self.watchdog = Watchdog(PrefixStore(prefix, watched), self.rank, self.world_size, hosts)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = PrefixStore(f"{prefix}/group", self.store)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
+        self.device_type = device.type
+        self.arrange(replicate=1)
+
+    def arrange(self, replicate: int) -> None:
+        """Let the ranks hold `replicate` sharded copies of a model (HSDP), or as many as there are ranks whole ones."""
+        shape = (replicate, self.world_size // replicate)
+        self.mesh: DeviceMesh = init_device_mesh(self.device_type, shape, mesh_dim_names=("replicate", "shard"))
+        self.data_rank, self.data_size = self.rank, self.world_size
+
+    def gather(self, value: T) -> list[T]:
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return found
+
+    def barrier(self) -> None:
+        self.gather(None)
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        result: list[Any] = [None]
+        if self.is_main:
+            result = [work()]  # a failure is published by the watchdog, and ends the ranks that wait here
+        dist.broadcast_object_list(result, src=0)
+        return result[0]
+
+    def passes(self, packer: Packer, examples: Sequence[TokenizedExample], n_parts: int = 1) -> Iterator[Pass]:
+        """Yield the passes of this rank's part; where another has more, the shortest example again, with scale 0.
+
+        FSDP averages gradients over the ranks, so the loss is scaled by their number (gloo takes no other divisor).
+        """
+        own = [examples[i] for i in balance(list(map(len, examples)), self.data_size)[self.data_rank]]
+        batches = list(packer(own, n_parts)) if own else []
+        n = max(self.gather(len(batches)))
+        for i in range(n):
+            if i < len(batches):
+                yield Pass(batches[i], float(self.data_size), i == n - 1)
+            else:
+                yield Pass(next(packer([min(examples, key=len)])), 0.0, i == n - 1)
+
+    def check_same(self, describe: Callable[[], dict[str, str]]) -> None:
+        found = self.gather(describe())
+        for rank, name in ((rank, name) for rank, own in enumerate(found) for name in own):
+            if found[rank][name] != found[0][name]:
+                raise UserError(f"{name}: not the same on rank {rank} as on rank 0; give every machine the same files")
+
+    def agree(self, signals: Signals) -> Signals:
+        return AgreedSignals(signals, self)
+
+    def usage(self, device: torch.device) -> dict[str, float]:
+        """Return the largest and the mean peak of the ranks' memory, in GB: of the GPU, or of the process."""
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peaks = [value / 1e9 for value in self.gather(peak)]
+        return {"memory_gb/max": max(peaks), "memory_gb/mean": sum(peaks) / len(peaks)}
+
+    def same_run(self, path: Path) -> tuple[Path, bool]:
+        path = self.on_main(lambda: path)
+        if self.restarts == 0:
+            if self.is_main:
+                self.store.set("run", str(path))
+            return path, False
+        path = Path(self.store.get("run").decode()) if self.store.check(["run"]) else path
+        return path, self.on_main((path / "config.yaml").is_file)
+
+    def close(self) -> None:
+        """Leave when every rank is done; none exits before all have stopped watching it."""
+        self.barrier()
+        self.watchdog.close()
+        self.barrier()
+        dist.destroy_process_group()
+
+
+class AgreedSignals(Signals):
+    """Signals that every rank acts upon at the same point, whichever rank got them."""
+
+    def __init__(self, signals: Signals, ranks: Ranks):
+        self.signals, self.ranks = signals, ranks
+        self.is_fresh = self.save = False
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        with self.signals.deferred():
+            yield
+
+    def exchange(self) -> None:
+        """Agree on whether to stop, and on whether to write a checkpoint."""
+        asked = self.ranks.gather((self.signals.take_save(), self.signals.stop))
+        found = [(name, rank) for rank, (_, name) in enumerate(asked) if name]
+        if found and self.stop is None:
+            self.stop = found[0][0]
+            log_message(f"{self.stop} on rank {', '.join(str(rank) for _, rank in found)}: all ranks stop.")
+        self.save = self.save or any(save for save, _ in asked)
+
+    def take_save(self) -> bool:
+        self.exchange()
+        self.is_fresh, asked, self.save = True, self.save, False
+        return asked
+
+    def check(self) -> None:
+        if not self.is_fresh:  # right after take_save: a signal in between would end the run without the checkpoint
+            self.exchange()
+        self.is_fresh = False
+        super().check()
+
+
+def join(settings: Settings) -> Ranks:
+    """Join the ranks that settings name, in the processes that torchrun has started."""
+    if settings.trainer == "BasicTrainer":
+        return ALONE
+    ranks = ProcessGroup(pick_device(settings.device), timedelta(seconds=settings.collective_timeout))
+    ranks.arrange(ranks.world_size if settings.ddp else settings.replicate)
+    return ranks
+
+
+@contextmanager
+def joined(make: Callable[[], Ranks]) -> Iterator[Ranks]:
+    """Join the other ranks, and end with them: when all are done, or when one of them has failed.
+
+    The rank that fails first prints why; the others exit with its code. RunError if a rank is gone.
+    """
+    ranks = make()
+    if not isinstance(ranks, ProcessGroup):
+        yield ranks
+        return
+    try:
+        yield ranks
+        ranks.close()
+    except Stopped:  # on all ranks at once
+        ranks.close()
+        raise
+    except BaseException as error:
+        if ranks.watchdog.fail(error, delay=0.0 if ranks.is_main else 0.5):
+            if not isinstance(error, (UserError, RunError, KeyboardInterrupt, SystemExit)):
+                print_errors([f"rank {ranks.rank}: {type(error).__name__}: {summarize_error(error)}; all ranks end"])
+            raise
+        time.sleep(0.2)  # so that what the failed rank prints comes before what torchrun prints of this one
+        raise SystemExit(ranks.watchdog.exit_code) from None

@@ -1,0 +1,89 @@
+"""Trainers for several devices: the loop of BasicTrainer, with parameters that the processes share.
+
+They override how a module is prepared, how its gradient is clipped and how its state is gathered, nothing else.
+"""
+
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from dpo.checkpoints import random_states, set_random_states
+from dpo.distributed import ProcessGroup, Ranks
+from dpo.logps import ResponseLogps
+from dpo.parallel import distinct_tensors, full_weights, reshard, shard
+from dpo.settings import Settings
+from dpo.shards import load_shards, save_shards
+from trainers import BasicTrainer
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class FSDPTrainer(BasicTrainer):
+    """Trains a policy that is sharded over the devices of several processes, as torchrun starts them."""
+
+    ranks: ProcessGroup
+
+    @staticmethod
+    def prepare(module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype) -> ResponseLogps:
+        """Shard the parameters."""
+        assert isinstance(ranks, ProcessGroup)
+        return shard(module, ranks.mesh, dtype, settings.model.block_name)
+
+    def clip_gradient(self) -> torch.Tensor:
+        """Clip the gradient of all shards, and return the norm of the whole."""
+        norm = super().clip_gradient()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def tensors(self) -> dict[str, Any]:
+        """Write the shards of policy and optimizer, each rank its own, and return their folder and checksums."""
+        tensors, values = self.sharded_state()
+        folder = self.run.path / ".staging-shards"
+        digests = save_shards(tensors, folder, self.ranks)
+        states = {"shards": folder, "digests": digests, "values": values}
+        if self.settings.keep_policies or self.updates == len(self.train_batches):
+            states["policy"] = self.full_weights()
+        return states
+
+    def sharded_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return the tensors of policy and optimizer under distinct names, and the other values of the optimizer."""
+        reshard(self.policy)
+        state: dict[str, Any] = get_optimizer_state_dict(self.policy, self.optimizer, options=FLAT)
+        tensors = {f"optimizer.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        tensors |= {f"policy.{name}": value.detach() for name, value in distinct_tensors(self.policy.model).items()}
+        return tensors, {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
+
+    def state_dict(self, logs: list[int]) -> dict[str, Any]:
+        """Return all that a resumed run needs, with the random states of all ranks."""
+        states = super().state_dict(logs)
+        states["run"] |= {"optimizer": states.pop("values"), "ranks": self.ranks.gather(random_states())}
+        return states
+
+    def load_state_dict(self, states: dict[str, Any]) -> None:
+        """Go on from the states of a checkpoint, also of another number of ranks."""
+        super().load_state_dict(states)
+        stored = states["run"]["ranks"]
+        set_random_states(stored[self.ranks.rank % len(stored)])
+
+    def load_tensors(self, states: dict[str, Any]) -> None:
+        """Read this rank's shards of policy and optimizer."""
+        tensors, _ = self.sharded_state()
+        load_shards(tensors, states["shards"])
+        optimizer = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+        set_optimizer_state_dict(self.policy, self.optimizer, optimizer | states["run"]["optimizer"], options=FLAT)
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """Gather the weights on the main rank's host."""
+        return full_weights(self.policy.model, self.ranks.is_main)
+
+    def surroundings(self) -> dict[str, Any]:
+        """Return what decides how numbers are rounded, the number of processes among it."""
+        return super().surroundings() | {"the number of processes": self.ranks.world_size}
+
+
+TRAINERS: dict[str, type[BasicTrainer]] = {"BasicTrainer": BasicTrainer, "FSDPTrainer": FSDPTrainer}

@@ -1,0 +1,143 @@
+"""FSDPTrainer on several processes gives the numbers of one, and those of the original."""
+
+import json
+from datetime import timedelta
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from conftest import TINY, compose, validated
+from ranks import run_ranks
+from test_goldens import compare_steps, overrides_of, read
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from build import build_trainer, load_inputs
+from dpo.distributed import ProcessGroup
+from dpo.parallel import reshard
+from dpo.runs import RunDir
+
+
+class Case(NamedTuple):
+    """What is trained, and how: settings beside those of the golden trace."""
+
+    trace: str
+    settings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "-".join((self.trace, *self.settings))
+
+
+def cases(n: int, soak: bool) -> list[Case]:
+    """Return the cases for a number of ranks: for each thing that shards differently one, or with soak all."""
+    cached = ("loss.precompute_reference=true", "model.reference_dtype=null")
+    few = [Case("dpo", ("layout=padded",)), Case("dpo", ("max_tokens_per_pass=300", *cached))]
+    few += [Case("sft", ("reduce_every_pass=true",)), Case("dpo", ("ddp=true", "max_tokens_per_pass=300"))]
+    few = few if n == 2 else [Case("dpo", ("replicate=2", "max_tokens_per_pass=300", *cached))]
+    if not soak:
+        return few
+    layouts = ("layout=shared_prefix", "layout=padded", "max_tokens_per_pass=300")
+    kinds = [("sft", ()), ("dpo", ()), ("dpo", cached)]
+    found = few + [Case(trace, (layout, *own)) for layout in layouts for trace, own in kinds]
+    found += [Case("dpo", (setting,)) for setting in ("ddp=true", "reduce_every_pass=true", "precision=bfloat16")]
+    return [*found, Case("dpo_accum4", ("activation_checkpointing=true",))]
+
+
+def build(folder: Path, ranks, *overrides: str):
+    """Build the trainer of a command line."""
+    overrides = (*overrides, f"local_run_dir='{folder}'", f"local_dirs=['{folder.parent}']")
+    settings, loss = validated(*overrides)
+    run = RunDir(Path(settings.local_run_dir), compose(*overrides), ranks)
+    return build_trainer(settings, loss, load_inputs(settings, loss), run)
+
+
+def move(policy) -> None:
+    """Move the policy away from the reference, so that each pair has a weight of its own, alike on all ranks."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            noise = 0.05 * torch.randn(parameter.shape, generator=generator)
+            if isinstance(parameter, DTensor):
+                noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements)
+            parameter += noise
+
+
+def whole_gradient(trainer) -> torch.Tensor:
+    """Return the gradient of the first batch before it is clipped, as one vector."""
+    kept, clip = [], trainer.clip_gradient
+
+    def keep():
+        gradients = (parameter.grad for parameter in trainer.policy.parameters())
+        whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
+        kept.append(torch.cat([gradient.flatten().double() for gradient in whole]))
+        return clip()
+
+    trainer.clip_gradient = keep
+    move(trainer.policy)
+    trainer.train_step(next(iter(trainer.train_batches)))
+    return kept[0]
+
+
+def bytes_held(trainer) -> int:
+    """Return the bytes of weights and of the optimizer's state on this rank, after an update."""
+    reshard(trainer.policy)
+    states = (value for state in trainer.optimizer.state.values() for value in state.values())
+    tensors = (*trainer.policy.parameters(), *states)
+    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+
+
+def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
+    """Write the first updates of each case, and one gradient, as n ranks compute them together."""
+    ranks = ProcessGroup(torch.device("cpu"), timedelta(seconds=60))
+    for i, case in enumerate(cases(n, soak)):
+        overrides = (*overrides_of(read(f"trace_{case.trace}")), "trainer=FSDPTrainer", *case.settings)
+        copies = {"ddp=true": n, "replicate=2": 2}
+        ranks.arrange(max((copies.get(setting, 1) for setting in case.settings), default=1))
+        trainer = build(folder / f"run{i}", ranks, *overrides)
+        records = [trainer.train_step(batch) for batch in islice(trainer.train_batches, None if soak else 3)]
+        if rank == 0:
+            (folder / f"{i}.json").write_text(json.dumps(records))
+    ranks.arrange(1)
+    trainer = build(folder / "gradient", ranks, *TINY, "loss=dpo", "trainer=FSDPTrainer", "max_tokens_per_pass=300")
+    found = whole_gradient(trainer)
+    held = ranks.gather(bytes_held(trainer))
+    if rank == 0:
+        torch.save(found, folder / "gradient.pt")
+        (folder / "held.json").write_text(json.dumps(held))
+    ranks.close()
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def sharded(request, tmp_path_factory) -> tuple[int, bool, Path]:
+    """Return a number of ranks, whether all cases are tried, and the folder with what they computed."""
+    folder = tmp_path_factory.mktemp("sharded")
+    soak = request.config.getoption("--soak")
+    run_ranks(request.param, partial(train_cases, soak), folder, timeout=1200)
+    return request.param, soak, folder
+
+
+def test_every_update_is_the_originals(sharded):
+    n, soak, folder = sharded
+    for i, case in enumerate(cases(n, soak)):
+        steps = json.loads((folder / f"{i}.json").read_text())
+        golden = read(f"trace_{case.trace}")["steps"][: None if soak else 3]
+        tolerance = 2e-2 if "precision=bfloat16" in case.settings else 1e-3
+        compare_steps(f"{case} on {n} ranks", steps, golden, tolerance)
+
+
+def test_the_gradient_is_that_of_one_process(sharded, make_trainer):
+    folder = sharded[-1]
+    expected = whole_gradient(make_trainer("loss=dpo", "max_tokens_per_pass=300"))
+    assert (torch.load(folder / "gradient.pt") - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_each_rank_holds_its_share_of_weights_and_optimizer(sharded, make_trainer, report):
+    """In whole rows, so that the largest share may be a row of each of the 28 tensors above the mean."""
+    n, *_, folder = sharded
+    trainer = make_trainer("loss=dpo")
+    trainer.train_step(next(iter(trainer.train_batches)))
+    total, held = bytes_held(trainer), json.loads((folder / "held.json").read_text())
+    report(f"weights and RMSprop's state: {total:,} bytes on one process, {held} on {n}")
+    assert len(held) == n and max(held) < 1.1 * total / n
