@@ -460,7 +460,7 @@ def test_sides_made_equal_by_truncation_are_counted_and_reported(tmp_path, capsy
     folder = write(tmp_path / "data", rows, rows[:3])
     run = tmp_path / "run"
     overrides = ["loss=dpo", f"datasets=['{folder}']", f"local_run_dir='{run}'", "debug=true", "eval_batch_size=8"]
-    train.run(compose(*TINY, *overrides), Signals())
+    train.run(compose(*TINY, *overrides), Signals(), ())
     assert "of 8 training examples: prompt 8, response 8, sides made equal 5" in capsys.readouterr().out
 
 

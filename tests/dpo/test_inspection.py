@@ -33,7 +33,7 @@ def inspect(tmp_path, capsys, monkeypatch):
             "batch_size=2",
             f"local_run_dir='{tmp_path / 'run'}'",
         ]
-        train.run(compose(*settings, "max_length=20", "max_prompt_length=10", *overrides), Signals())
+        train.run(compose(*settings, "max_length=20", "max_prompt_length=10", *overrides), Signals(), ())
         assert not (tmp_path / "run").exists()
         return capsys.readouterr().out
 
