@@ -81,9 +81,5 @@ class FSDPTrainer(BasicTrainer):
         """Gather the weights on the main rank's host."""
         return full_weights(self.policy.model, self.ranks.is_main)
 
-    def surroundings(self) -> dict[str, Any]:
-        """Return what decides how numbers are rounded, the number of processes among it."""
-        return super().surroundings() | {"the number of processes": self.ranks.world_size}
-
 
 TRAINERS: dict[str, type[BasicTrainer]] = {"BasicTrainer": BasicTrainer, "FSDPTrainer": FSDPTrainer}

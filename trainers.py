@@ -3,8 +3,10 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from dpo.console import log_message, prefetch, progress, progress_bar
 from dpo.devices import autocast, platform
 from dpo.distributed import Ranks
 from dpo.errors import RunError, Stopped, UserError, actionable_errors, is_out_of_memory
-from dpo.examples import Batch, BatchIterator, TokenizedExample
+from dpo.examples import Batch, BatchIterator
 from dpo.export import TrainedWeights
 from dpo.logps import ResponseLogps, response_logps
 from dpo.metrics import BatchMetrics, MetricLogger, check_finite
@@ -62,6 +64,7 @@ class BasicTrainer:
         self.optimizer = make_optimizer(settings.optimizer, self.policy.trained_parameters(), settings.lr, options)
         self.scheduler = make_scheduler(settings, self.optimizer, len(train_batches))
         self.loss_state: Sums = {}  # what the loss keeps of earlier batches
+        self.sums_of_logps = partial(sums_of_logps, policy, reference, packer)  # for what it depends on in a batch
         self.examples = self.updates = 0
         self.position = dict(train_batches.position)  # of train_batches, after the last update
         self.next_eval: float = 0 if settings.do_first_eval else settings.eval_every
@@ -98,7 +101,7 @@ class BasicTrainer:
         self.policy.train()
         metrics = BatchMetrics()
         with self.autocast():
-            sums = self.batch_sums(batch.examples)
+            sums = self.loss.batch_sums(batch.examples, self.sums_of_logps)
             parts = self.settings.gradient_accumulation_steps
             for microbatch, scale, is_last in self.ranks.passes(self.packer, batch.examples, parts):
                 self.policy.set_requires_gradient_sync(is_last or self.settings.reduce_every_pass)
@@ -129,11 +132,6 @@ class BasicTrainer:
             "counters/examples": self.examples,
             "counters/updates": self.updates,
         }
-
-    def batch_sums(self, examples: Iterable[TokenizedExample]) -> dict[str, float]:
-        """Return the sums over a batch that its losses depend on, before any of its passes."""
-        compute = partial(sums_of_logps, self.policy, self.reference, self.packer)
-        return self.loss.batch_sums(examples, compute)
 
     def losses(self, batch: PackedBatch, metrics: BatchMetrics, sums: Sums = NOTHING) -> torch.Tensor:
         """Return the losses of a microbatch, (examples,), and add its metrics, one value per example."""
@@ -195,7 +193,8 @@ class BasicTrainer:
         self.policy.eval()
         metrics = BatchMetrics()
         with self.autocast():
-            sums = self.batch_sums(e for batch in self.eval_batches.from_start() for e in batch.examples)
+            examples = (example for batch in self.eval_batches.from_start() for example in batch.examples)
+            sums = self.loss.batch_sums(examples, self.sums_of_logps)
             for batch in progress(self.eval_batches.from_start(), "evaluating"):
                 self.signals.check()
                 for microbatch, scale, _ in self.ranks.passes(self.packer, batch.examples):
@@ -243,7 +242,7 @@ class BasicTrainer:
             "logs": logs,
             "random": random_states(),
             "identity": self.run.identity,
-            "surroundings": self.surroundings(),
+            "surroundings": surroundings(self),
         }
         return self.tensors() | {"scheduler": self.scheduler.state_dict(), "run": run}
 
@@ -255,19 +254,9 @@ class BasicTrainer:
         """Return the weights to export on the main rank, where the model holds only a part of them, else None."""
         return None
 
-    def surroundings(self) -> dict[str, Any]:
-        """Return what decides how numbers are rounded."""
-        return platform(self.device) | {
-            "the number of threads": torch.get_num_threads(),
-            "the layout": f"{self.packer.layout}, {self.policy.model.config._attn_implementation} attention",
-            "the dtype of the computation": str(self.dtype),
-            "max_tokens_per_pass": self.packer.max_tokens,
-            "activation_checkpointing": self.settings.activation_checkpointing,
-        }
-
     def load_state_dict(self, states: dict[str, Any]) -> None:
         """Go on from the states of a checkpoint; RunError if they have another form than `state_dict` gives them."""
-        try:
+        with fitting(self.run.path):
             run = states["run"]
             self.load_tensors(states)
             self.scheduler.load_state_dict(states["scheduler"])
@@ -280,16 +269,11 @@ class BasicTrainer:
             if self.reference is not None:
                 self.reference.load_state_dict(run.get("reference", {}))
             self.logger.cut(run["logs"])
-            now = self.surroundings()
+            now = surroundings(self)
             changed = [f"{k} was {v}, is {now.get(k)}" for k, v in run["surroundings"].items() if now.get(k) != v]
             if changed:
                 log_message(f"Not bit for bit what it would have been without the stop: {'; '.join(changed)}.")
             set_random_states(run["random"])
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, UserError) or is_out_of_memory(error):
-                raise
-            message = f"{self.run.path}: the checkpoint does not fit this run ({type(error).__name__}: {error})"
-            raise RunError(message.splitlines()[0], "no checkpoint") from None
 
     def load_tensors(self, states: dict[str, Any]) -> None:
         """Load the states of policy and optimizer."""
@@ -304,3 +288,28 @@ class BasicTrainer:
 def next_multiple(n: int, interval: int | None) -> float:
     """Return the next multiple of an interval above n; infinity for None."""
     return math.inf if interval is None else (n // interval + 1) * interval
+
+
+def surroundings(trainer: BasicTrainer) -> dict[str, Any]:
+    """Return what decides how a trainer's numbers are rounded."""
+    packer, attention = trainer.packer, trainer.policy.model.config._attn_implementation
+    return platform(trainer.device) | {
+        "the number of threads": torch.get_num_threads(),
+        "the number of processes": trainer.ranks.world_size,
+        "the layout": f"{packer.layout}, {attention} attention",
+        "the dtype of the computation": str(trainer.dtype),
+        "max_tokens_per_pass": packer.max_tokens,
+        "activation_checkpointing": trainer.settings.activation_checkpointing,
+    }
+
+
+@contextmanager
+def fitting(run_dir: Path) -> Iterator[None]:
+    """Turn what goes wrong with states of another form than `state_dict` gives them into a RunError."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        message = f"{run_dir}: the checkpoint does not fit this run ({type(error).__name__}: {error})"
+        raise RunError(message.splitlines()[0], "no checkpoint") from None

@@ -201,7 +201,7 @@ def test_ktos_divergence_comes_from_all_mismatched_pairs_of_the_batch(make_train
             for response in example.responses:
                 expected += sum_of_logps(policy, example.prompt, response).item()
                 expected -= sum_of_logps(reference, example.prompt, response).item()
-    sums = trainer.batch_sums(iter(examples))
+    sums = trainer.loss.batch_sums(iter(examples), trainer.sums_of_logps)
     assert sums["responses"] == 2 * len(examples) and sums["log_ratios"] == pytest.approx(expected, rel=1e-5)
 
 
