@@ -90,11 +90,11 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     raise_problems(model_problems(settings, model_config, tokenizer, device))
     lengths, add_bos = (settings.max_length, settings.max_prompt_length), settings.model.add_bos
     tokenize = Tokenization(tokenizer, *lengths, add_bos, model_config.get_text_config().vocab_size)
-    if note := bos_note(tokenizer, add_bos):
-        log_message(note)
     sft = loss.n_responses == 1
     rendering = Rendering(settings.prompt_format, tokenizer)
     train, test = load_data(settings, sft, tokenize, rendering)
+    if rendering.template is None and (note := bos_note(tokenizer, add_bos)):  # a chat template writes its own BOS
+        log_message(note)
     limits = (settings.n_epochs, settings.n_examples)
     train_batches = BatchIterator(train, tokenize, settings.batch_size, settings.seed, *limits)
     eval_batches = BatchIterator(test, tokenize, settings.eval_batch_size, 0, 1, settings.n_eval_examples, True)

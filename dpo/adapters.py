@@ -58,10 +58,10 @@ def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeigh
     if stored is not None:
         check_shape(settings, shape, stored.shape)
         check_base(stored.base, base, f"lora.path={settings.path}")
-    model.eval()  # until training begins, an adapter's dropout is off
     configs: dict[str, PeftConfig] = {} if stored is None else {REFERENCE: shape.peft_config(model)}
     configs[POLICY] = shape.peft_config(model, settings.dropout, True if settings.init == "kaiming" else "gaussian")
     inject(model, configs)
+    model.eval()  # until training begins, an adapter's dropout is off
     if stored is not None:
         for name in configs:
             copy_weights(adapter_parameters(model, name), stored.weights, f"lora.path={settings.path}")

@@ -66,6 +66,8 @@ def save_checkpoint(
         atomic_dir(final, write, states.get("digests"))
     elif metrics and not (final / "metrics.json").exists():  # a signal asked for this one before its evaluation
         write_metrics(final, metrics)
+    if "shards" in states:  # still there if the step was
+        shutil.rmtree(states["shards"], ignore_errors=True)
     point_latest(run_dir, final.name)
     for folder in checkpoints(run_dir)[keep:] if keep else []:
         if keep_policies and (folder / "metrics.json").is_file() and (folder / "policy.pt").is_file():

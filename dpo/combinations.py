@@ -93,6 +93,11 @@ def check_loss(check: Check) -> None:
         "without a reference there is no divergence from it; set one of them alone",
     )
     check(
+        "model.reference_dtype loss.name",
+        lambda dtype, name: dtype and name in WITHOUT_REFERENCE,
+        "the loss has no reference; set model.reference_dtype=null",
+    )
+    check(
         "loss.name columns.score_chosen",
         lambda name, column: name == "odpo" and column is None,
         "ODPO reads a score of each response; set columns.score_chosen=NAME and columns.score_rejected=NAME",
@@ -106,6 +111,8 @@ def check_loss(check: Check) -> None:
 
 def check_optimizer(check: Check) -> None:
     """Check what schedule, optimizer and a reference that follows the policy need."""
+    words = "mixes nothing without sync_reference=N; set it"
+    check("sync_mix sync_reference", lambda mix, n: mix != 1 and n is None, words)
     check(
         "scheduler min_lr_ratio",
         lambda name, ratio: name == "constant" and ratio,

@@ -103,6 +103,8 @@ def make_muon(parameters: Sequence[Parameter], lr: float, options: OptimizerOpti
     others = [parameter for parameter in parameters if id(parameter) not in taken]
     arguments = {"adjust_lr_fn": "match_rms_adamw"} | dict(options.arguments)
     muon = torch.optim.Muon(decay_groups(matrices, options.weight_decay), lr=lr, **arguments)
+    if not others:  # all weights of an adapter are matrices
+        return CombinedOptimizer([muon])
     return CombinedOptimizer([muon, torch.optim.AdamW(decay_groups(others, options.weight_decay), lr=lr)])
 
 

@@ -526,8 +526,8 @@ def test_a_number_that_is_not_finite_stops_before_the_update(position, where, ma
     before = {name: value.clone() for name, value in trainer.policy.state_dict().items()}
     losses, calls = trainer.losses, iter(range(100))
 
-    def broken(layout, metrics):
-        values = losses(layout, metrics)
+    def broken(layout, metrics, sums):
+        values = losses(layout, metrics, sums)
         if next(calls) != position:
             return values
         if where == "loss":

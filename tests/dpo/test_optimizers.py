@@ -476,3 +476,12 @@ def test_8_bit_adamw_is_that_of_the_library_that_is_there(library, stochastic, m
     module = policy_of((3, 4), (4,)).to(torch.bfloat16)
     optimizer = make_optimizer("AdamW8bit", module.layers, 0.1, OptimizerOptions.of(settings, module))
     assert optimizer.kept == (stochastic, 64)
+
+
+def test_muon_alone_updates_an_adapter_whose_weights_are_all_matrices():
+    matrices = [torch.nn.Parameter(torch.eye(4)), torch.nn.Parameter(torch.eye(4))]
+    optimizer = make_optimizer("Muon", matrices, 0.1)
+    sum(matrix.sum() for matrix in matrices).backward()
+    optimizer.step()
+    assert all((matrix != torch.eye(4)).any() for matrix in matrices)
+    optimizer.load_state_dict(optimizer.state_dict())
