@@ -573,7 +573,7 @@ def test_an_evaluation_that_is_not_finite_saves_nothing(tmp_path):
 
 @pytest.mark.parametrize("n, key", [(8, "max_tokens_per_pass, which is 768"), (1, "max_length in a new run")])
 def test_a_lack_of_memory_is_one_line_that_names_the_key_to_lower(n, key, tmp_path):
-    def greedy(self, layout, metrics):
+    def greedy(self, layout, metrics, sums):
         torch.empty(10**16)
 
     folder = tmp_path / "run"
@@ -591,7 +591,7 @@ def test_a_lack_of_memory_while_the_model_loads_is_one_line(tmp_path):
 
 
 def test_a_failure_that_is_not_of_memory_is_no_message_about_memory(tmp_path):
-    def broken(self, layout, metrics):
+    def broken(self, layout, metrics, sums):
         raise RuntimeError("an illegal memory access was encountered")
 
     folder = tmp_path / "run"
