@@ -183,7 +183,7 @@ UNREADABLE = [
     ("batch_size", "batch_size"),
     ("=3", ""),
     ("lr=[1", ""),
-    ("+loss.gamma=3", "loss.gamma: there is no such setting"),
+    ("+loss.gamna=3", "loss.gamna: there is no such setting"),
     ("~lr", "lr: is missing"),
     ("lr={a:1}", "lr"),
     ("datasets=[nowhere]", "datasets=[nowhere]"),
@@ -238,7 +238,7 @@ def forged(folder: Path, canary: Path, name: str, how: str) -> None:
         part["state"] = part["state"] | {"x": Bomb(canary)}
         torch.save(part, path)
     (folder / "MANIFEST").unlink()
-    checkpoints.write_manifest(folder)
+    checkpoints.write_manifest(folder, {})
 
 
 @pytest.fixture(scope="module")
