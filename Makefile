@@ -17,7 +17,8 @@ demo: .venv/train
 	$(BIN)/python demo.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --ignore tests/test_trainers_sharded.py
+	$(BIN)/python -m pytest tests/test_trainers_sharded.py  # in a fresh process: its forks hang in one that ran others
 
 soak: .venv/dev
 	$(BIN)/python -m pytest -n 2 --soak tests/test_resume.py tests/test_resume_sharded.py tests/test_trainers_sharded.py tests/test_hostile.py \
