@@ -18,7 +18,7 @@ demo: .venv/train
 
 test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --ignore tests/test_trainers_sharded.py
-	$(BIN)/python -m pytest tests/test_trainers_sharded.py  # in a fresh process: its forks hang in one that ran others
+	$(BIN)/python -m pytest tests/test_trainers_sharded.py  # apart: each test forks 2 or 4 ranks
 
 soak: .venv/dev
 	$(BIN)/python -m pytest -n 2 --soak tests/test_resume.py tests/test_resume_sharded.py tests/test_trainers_sharded.py tests/test_hostile.py \

@@ -93,11 +93,6 @@ def check_loss(check: Check) -> None:
         "without a reference there is no divergence from it; set one of them alone",
     )
     check(
-        "model.reference_dtype loss.name",
-        lambda dtype, name: dtype and name in WITHOUT_REFERENCE,
-        "the loss has no reference; set model.reference_dtype=null",
-    )
-    check(
         "loss.name columns.score_chosen",
         lambda name, column: name == "odpo" and column is None,
         "ODPO reads a score of each response; set columns.score_chosen=NAME and columns.score_rejected=NAME",

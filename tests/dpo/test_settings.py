@@ -126,7 +126,6 @@ SEVERAL = ("trainer=FSDPTrainer", "batch_size=8")
         (["batch_size=6", "gradient_accumulation_steps=4"], "must be divisible by gradient_accumulation_steps"),
         (["max_prompt_length=160"], "max_prompt_length=160 max_length=160: max_prompt_length must be below"),
         (["sync_mix=0.5"], "sync_mix=0.5 sync_reference=null: mixes nothing without sync_reference=N"),
-        (["loss=simpo", "model.reference_dtype=float16"], "the loss has no reference; set model.reference_dtype=null"),
         (["inspect_ids=true"], "inspect_ids=True inspect=0: nothing is printed without inspect=N"),
         (["columns.score_chosen=a"], "columns.score_chosen=a columns.score_rejected=null: set both or neither"),
         (["trainer=TensorParallelTrainer"], "is not built yet; use trainer=FSDPTrainer"),
