@@ -47,7 +47,7 @@ class Row:
     used: frozenset[str] = frozenset()  # what columns were read
 
     def texts(self) -> tuple[str, list[str]]:
-        """Return the prompt and the responses as texts that tell two rows apart, messages as JSON."""
+        """Return the prompt and the responses as texts that identify it, messages as JSON."""
         prompt = self.prompt if isinstance(self.prompt, str) else to_json([self.prompt, self.tools])
         return prompt, [turn if isinstance(turn, str) else answer_text(turn) for turn in self.responses]
 

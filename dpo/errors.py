@@ -90,7 +90,7 @@ def naming_file(path: Path) -> Iterator[None]:
             raise
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror or summarize_error(error), str(path)) from error
-        disk = os.statvfs(path.parent)  # torch's message does not say that the disk is full
+        disk = os.statvfs(path.parent)  # torch's message does not name a full disk
         free = disk.f_bavail * disk.f_frsize / 1e9
         raise OSError(errno.EIO, f"{summarize_error(error)}; {free:.1f} GB free", str(path)) from error
 

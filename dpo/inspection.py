@@ -165,7 +165,7 @@ def doubt_lines(train: BatchIterator, test: BatchIterator) -> Iterator[str]:
         shared += hash((example.prompt, example.responses)) in seen
         shared_prompts += hash(example.prompt) in prompts
     yield f"Of {train.n_items:,} training examples {repeated:,} repeat an earlier one."
-    yield f"{conflicts:,} say the opposite of an earlier one: the same pair the other way round."
+    yield f"{conflicts:,} contradict an earlier one: the same pair the other way round."
     also = f"{shared:,} are training examples too, {shared_prompts:,} have the prompt of one"
     yield f"Of {n_test:,} test examples {also}."
 

@@ -75,7 +75,7 @@ def test_doubtful_pairs_lengths_and_the_cost_of_layouts_are_counted(inspect):
     out = inspect(rows, [("c", " d", " e"), ("a", " new", " e")], "inspect=1")
     assert "The chosen response is the longer one in 50.0% of the pairs, as long in 25.0%." in out
     assert "Of 4 training examples 1 repeat an earlier one." in out
-    assert "1 say the opposite of an earlier one: the same pair the other way round." in out
+    assert "1 contradict an earlier one: the same pair the other way round." in out
     assert "Of 2 test examples 1 are training examples too, 2 have the prompt of one." in out
     packed, padded = (int(n) for n in re.search(r"computed: (\d+) packed .*, (\d+) padded", out).groups())
     assert packed < padded
