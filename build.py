@@ -325,7 +325,7 @@ def resume_trainer(trainer: BasicTrainer, run: RunDir) -> None:
         trainer.load_state_dict(run.checkpoint.states)
         run.checkpoint = replace(run.checkpoint, states={})  # tensors as large as the model, which are needed no more
     elif run.resumed:
-        trainer.logger.cut([0, 0])
+        trainer.logger.cut([])
     if run.resumed:
         run.record()
 

@@ -14,6 +14,7 @@ import torch
 from dpo.checkpoints import random_states, save_checkpoint, set_random_states
 from dpo.console import log_message, prefetch, progress, progress_bar
 from dpo.devices import autocast, platform
+from dpo.diagnosis import diagnose, lengths, log_ratios
 from dpo.distributed import Ranks
 from dpo.errors import RunError, Stopped, UserError, actionable_errors, is_out_of_memory
 from dpo.examples import Batch, BatchIterator
@@ -30,6 +31,7 @@ from dpo.schedules import make_scheduler
 from dpo.settings import Settings
 from dpo.signals import Signals
 from losses import preference_loss  # noqa: F401  (the original's users import preference_loss from here)
+from report import update_report
 
 COUNTERS = ("examples", "updates", "position", "next_eval")  # of a trainer, kept in its checkpoints
 NO_MEMORY = "outside of a forward pass; a smaller model or fewer parameters to train need less"
@@ -136,11 +138,9 @@ class BasicTrainer:
     def losses(self, batch: PackedBatch, metrics: BatchMetrics, sums: Sums = NOTHING) -> torch.Tensor:
         """Return the losses of a microbatch, (examples,), and add its metrics, one value per example."""
         reference_logps = None if self.reference is None else self.reference.logps(batch)
-        context = Context(batch.examples, sums, self.loss_state)
-        losses, values = self.loss(response_logps(self.policy, batch), reference_logps, context)
-        lengths = batch.lengths.float().unbind(1)
-        values |= {f"lengths/{side}": n for side, n in zip(("chosen", "rejected"), lengths, strict=False)}
-        metrics.add(batch.examples, values)
+        policy_logps, context = response_logps(self.policy, batch), Context(batch.examples, sums, self.loss_state)
+        losses, values = self.loss(policy_logps, reference_logps, context)
+        metrics.add(batch.examples, values | log_ratios(policy_logps, reference_logps) | lengths(batch))
         return losses
 
     def clip_gradient(self) -> torch.Tensor:
@@ -174,6 +174,8 @@ class BasicTrainer:
             self.log(metrics)
             if self.settings.sample_during_eval:
                 self.sample()
+            if self.settings.report:
+                self.ranks.on_main(lambda: update_report(self.run.path))
         except Stopped:  # a resumed run evaluates again, from the start
             self.save(logs=before)
             raise
@@ -189,7 +191,7 @@ class BasicTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return the mean metrics of the evaluation examples."""
+        """Return the mean metrics of the evaluation examples and what they say of the training; log each pair."""
         self.policy.eval()
         metrics = BatchMetrics()
         with self.autocast():
@@ -200,7 +202,9 @@ class BasicTrainer:
                 for microbatch, scale, _ in self.ranks.passes(self.packer, batch.examples):
                     with self.packer.memory_hint(microbatch):
                         self.losses(microbatch, metrics if scale else BatchMetrics(), sums)
-        return metrics.means("eval", self.ranks)
+        metrics = metrics.gathered(self.ranks)
+        self.logger.log_pairs(self.examples, metrics)
+        return metrics.means("eval") | diagnose(metrics)
 
     def sample(self) -> None:
         """Sample from the policy, and from the reference where there is one, for the same prompts every time."""

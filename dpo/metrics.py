@@ -47,6 +47,14 @@ class BatchMetrics:
             means[f"{kind}_{split}/{side}" if slash else f"{kind}/{split}"] = sum(sums) / sum(counts)
         return means
 
+    def gathered(self, ranks: Ranks) -> "BatchMetrics":
+        """Return the examples and values of all ranks, on the host."""
+        merged = BatchMetrics()
+        values = {name: torch.cat(parts).cpu() for name, parts in self.values.items()}
+        for examples, columns in ranks.gather((self.examples, values)):
+            merged.add(examples, columns)
+        return merged
+
     def column(self, name: str) -> torch.Tensor:
         """Return one metric of all examples, (examples,)."""
         return torch.cat(self.values[name])
@@ -82,8 +90,8 @@ class MetricLogger:
     """Writes every record to metrics.jsonl as it happens, and thinned ones to the console and to wandb."""
 
     def __init__(self, run_dir: Path, tracker: "Tracker", minimum_interval_secs: float = 0.0):
-        self.paths = [run_dir / "metrics.jsonl", run_dir / "samples.jsonl"]
-        self.file, self.samples = self.files = [open(path, "a", encoding="utf-8") for path in self.paths]
+        self.paths = [run_dir / name for name in ("metrics.jsonl", "samples.jsonl", "pairs.jsonl")]
+        self.file, self.samples, self.pairs = self.files = [open(path, "a", encoding="utf-8") for path in self.paths]
         self.tracker = tracker
         self.minimum_interval_secs = minimum_interval_secs
         self.last_shown = float("-inf")
@@ -127,6 +135,20 @@ class MetricLogger:
             shown = "".join(f"\n  {name}: {printable(text.strip(), indent='    ')}" for name, text in lines.items())
             log_message(f"\n--- sample {i + 1}, after {examples:,} examples ---{shown}")
 
+    def log_pairs(self, examples: int, metrics: BatchMetrics) -> None:
+        """Append the rewards and log-ratios of each evaluated pair to pairs.jsonl; nothing where there are no pairs.
+
+        OSError that names the file if the disk does not take it.
+        """
+        names = [name for name in metrics.values if name.startswith(("rewards/", "log_ratios/", "lengths/"))]
+        if "rewards/margins" not in names:
+            return
+        with naming_file(self.paths[2]):
+            for row in metrics.rows():
+                record = {"examples": examples} | {name: row[name] for name in ("source", "row", *names)}
+                self.pairs.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self.pairs.flush()
+
     def sizes(self) -> list[int]:
         """Return the sizes of the files in bytes, once all of it is on disk."""
         for path, file in zip(self.paths, self.files, strict=True):
@@ -135,7 +157,8 @@ class MetricLogger:
         return [os.fstat(file.fileno()).st_size for file in self.files]
 
     def cut(self, sizes: list[int]) -> None:
-        """Cut the files back to sizes that they had; what was written after a checkpoint will be written again."""
+        """Cut the files back to sizes that they had, 0 where there was none; what is cut will be written again."""
+        sizes = [*sizes, *[0] * (len(self.files) - len(sizes))]
         for file, size in zip(self.files, sizes, strict=True):
             if os.fstat(file.fileno()).st_size < size:
                 log_message(f"{file.name} is shorter than when the checkpoint was written; it lacks records.")
@@ -171,6 +194,9 @@ class NoLogger(MetricLogger):
         """Do nothing."""
 
     def log_samples(self, examples: int, prompts: Sequence[str], samples: Mapping[str, Sequence[str]]) -> None:
+        """Do nothing."""
+
+    def log_pairs(self, examples: int, metrics: BatchMetrics) -> None:
         """Do nothing."""
 
     def cut(self, sizes: list[int]) -> None:

@@ -166,6 +166,7 @@ class Settings(Group):
     sample_temperature: Positive
     sample_top_k: int = whole("tokens", ge=0)
     sample_top_p: Probability
+    report: Flag
     minimum_log_interval_secs: NotNegative
 
     model: ModelSettings

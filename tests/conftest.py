@@ -58,6 +58,7 @@ TINY = (
     "precision=float32",
     "device=cpu",
     "sample_during_eval=false",
+    "report=false",
 )
 
 

@@ -184,7 +184,7 @@ def test_a_sweep_names_its_runs_by_what_differs_and_leaves_nothing_else(fixed, t
     else:
         assert all(f"_{name}_" in path.parent.name for path, name in zip(configs, names, strict=True))
     files = {path.relative_to(path.parents[0]).name for path in tmp_path.rglob("*") if path.is_file()}
-    assert files == {"config.yaml", "metrics.jsonl", "samples.jsonl", ".lock"}
+    assert files == {"config.yaml", "metrics.jsonl", "samples.jsonl", "pairs.jsonl", ".lock"}
     assert all(any(folder.iterdir()) for folder in tmp_path.rglob("*") if folder.is_dir())
     assert [path.name for path in tmp_path.iterdir()] == ["sweep" if fixed else "runs"]
 
@@ -344,7 +344,17 @@ def sft_run(tmp_path_factory):
 def test_a_run_directory_holds_what_the_readme_says(sft_run):
     folder, _ = sft_run
     there = {path.name for path in folder.iterdir()}
-    assert there == {"config.yaml", "metrics.jsonl", "samples.jsonl", "step-16", "step-24", "LATEST", "wandb", ".lock"}
+    assert there == {
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "pairs.jsonl",
+        "step-16",
+        "step-24",
+        "LATEST",
+        "wandb",
+        ".lock",
+    }
     assert (folder / "LATEST").resolve().name == "step-24"
     for step in (16, 24):
         for name in ("policy", "optimizer", "scheduler", "run"):
@@ -412,7 +422,13 @@ def test_latest_of_sft_serves_as_the_archive_of_dpo(sft_run, run_forked):
 def test_debug_writes_neither_checkpoints_nor_wandb(run_forked):
     run = run_forked("loss=sft", *SHORT, "debug=true", "wandb.enabled=true")
     assert run.returncode == 0, run.stderr
-    assert {path.name for path in run.folder.iterdir()} == {"config.yaml", "metrics.jsonl", "samples.jsonl", ".lock"}
+    assert {path.name for path in run.folder.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "pairs.jsonl",
+        ".lock",
+    }
 
 
 def test_a_run_directory_that_holds_a_run_is_refused(run_forked):

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
-from dpo.metrics import MetricLogger, Tracker, WandbTracker
+from dpo.examples import TextExample, TokenizedExample
+from dpo.metrics import BatchMetrics, MetricLogger, Tracker, WandbTracker
 
 
 def test_metrics_are_all_written_although_the_console_is_thinned(tmp_path, capsys):
@@ -37,7 +39,25 @@ def test_a_wandb_that_fails_in_the_middle_is_said_once_and_touches_nothing(tmp_p
     assert capsys.readouterr().out.count("switched off after RuntimeError: no space left on device") == 1
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def one_pair():
+    """Return the metrics of one evaluated pair."""
+    metrics, text = BatchMetrics(), TextExample("p", ("a", "b"), "keep_end", 7, "mine")
+    values = {"rewards/margins": torch.tensor([0.5]), "lengths/chosen": torch.tensor([3.0]), "loss": torch.ones(1)}
+    metrics.add([TokenizedExample(text, [1], ([2], [3]))], values)
+    return metrics
+
+
+def test_a_pair_is_logged_with_its_row_rewards_and_lengths_alone(tmp_path):
+    logger, sft = MetricLogger(tmp_path, Tracker()), BatchMetrics()
+    sft.add(one_pair().examples, {"loss": torch.ones(1)})
+    logger.log_pairs(8, one_pair())
+    logger.log_pairs(8, sft)
+    logger.close()
+    (record,) = map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines())
+    assert record == {"examples": 8, "source": "mine", "row": 7, "rewards/margins": 0.5, "lengths/chosen": 3.0}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "pairs.jsonl"])
 @pytest.mark.parametrize("partial", ['{"examples": 3, "upd', "x" * 200_000])
 @pytest.mark.parametrize("whole", ["", '{"a": 1}\n', '{"a": 1}\n' * 20_000])
 def test_a_record_that_a_kill_cut_is_dropped_and_the_next_one_has_its_own_line(name, whole, partial, tmp_path, capsys):
@@ -46,6 +66,7 @@ def test_a_record_that_a_kill_cut_is_dropped_and_the_next_one_has_its_own_line(n
     assert f"{name}: dropped its last record, {len(partial):,} bytes" in capsys.readouterr().out
     logger.log({"examples": 8, "updates": 1})
     logger.log_samples(8, ["p"], {"policy": ["s"]})
+    logger.log_pairs(8, one_pair())
     logger.close()
     written = (tmp_path / name).read_text()
     assert written.startswith(whole)
@@ -72,13 +93,14 @@ def test_a_cut_in_the_middle_of_a_record_drops_it(tmp_path, capsys):
     assert "dropped its last record, 5 bytes" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "pairs.jsonl"])
 def test_a_full_disk_names_the_log(name, tmp_path):
     (tmp_path / name).symlink_to("/dev/full")
     logger = MetricLogger(tmp_path, Tracker())
     with pytest.raises(OSError, match="No space left on device") as failure:
         logger.log({"examples": 8, "updates": 1})
         logger.log_samples(8, ["p"], {"policy": ["s"]})
+        logger.log_pairs(8, one_pair())
     assert failure.value.filename == str(tmp_path / name)
     logger.close()  # does not raise it again
 

@@ -1,0 +1,117 @@
+"""Charts as SVG text that takes its colours from the page around it."""
+
+import html
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK = "#010203"  # what matplotlib draws in this colour takes the text colour of the page
+SERIES = ("#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04", "#0a0a05", "#0a0a06")  # become the page's --series-1 to -6
+MAX_POINTS = 600  # of a line; more would not be seen
+SIZE = (4.6, 2.6)  # inches, of which the SVG keeps the proportion alone
+
+
+@dataclass(frozen=True)
+class Line:
+    """Points that a line connects, in the order of x; band holds the lower and the upper edge of an area around it."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+    faint: bool = False
+
+
+def line_chart(title: str, lines: Sequence[Line], log_y: bool = False, share: bool = False) -> str:
+    """Return a chart of lines over examples as SVG; share: of values from 0 to 1.
+
+    Lines of the same label have the same colour and one entry in the legend.
+    """
+    figure = new_figure(title, "examples")
+    colors: dict[str, str] = {}
+    (axes,) = figure.axes
+    for line in lines:
+        known = line.label in colors
+        color = colors.setdefault(line.label, SERIES[len(colors) % len(SERIES)])
+        step = max(1, len(line.x) // MAX_POINTS)
+        axes.plot(
+            line.x[::step],
+            line.y[::step],
+            color=color,
+            linewidth=0.8 if line.faint else 1.6,
+            alpha=0.45 if line.faint else 1.0,
+            marker="" if line.faint or len(line.x) > 30 else "o",
+            markersize=3,
+            label=None if known else line.label,
+        )
+        if line.band is not None:
+            axes.fill_between(line.x, *line.band, color=color, alpha=0.15, linewidth=0)
+    axes.set_xlim(left=0)
+    if log_y:
+        axes.set_yscale("log")
+    if share:
+        axes.set_ylim(-0.03, 1.03)
+    if len(colors) > 1:
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    return to_svg(figure, title)
+
+
+def scatter_chart(
+    title: str, x: Sequence[float], y: Sequence[float], x_label: str, y_label: str, diagonal: bool = False
+) -> str:
+    """Return a chart of points as SVG, with lines at 0 and, if asked for, where x equals y."""
+    figure = new_figure(title, x_label, y_label)
+    (axes,) = figure.axes
+    axes.axhline(0, color=INK, linewidth=0.5, alpha=0.5)
+    axes.axvline(0, color=INK, linewidth=0.5, alpha=0.5)
+    if diagonal:
+        axes.axline((0, 0), slope=1, color=INK, linewidth=0.5, alpha=0.5, linestyle="--")
+    axes.scatter(x, y, s=9, color=SERIES[0], alpha=0.6, linewidths=0)
+    return to_svg(figure, title)
+
+
+def new_figure(title: str, x_label: str, y_label: str = "") -> "Figure":
+    """Return a figure with one pair of axes in the page's text colour."""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10, loc="left", color=INK)
+    axes.set_xlabel(x_label, fontsize=8, color=INK)
+    axes.set_ylabel(y_label, fontsize=8, color=INK)
+    axes.tick_params(which="both", labelsize=8, color=INK, labelcolor=INK)
+    axes.grid(color=INK, alpha=0.12, linewidth=0.6)
+    axes.patch.set_visible(False)
+    figure.patch.set_visible(False)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+        spine.set_alpha(0.5)
+    return figure
+
+
+def to_svg(figure: "Figure", label: str) -> str:
+    """Return a figure as an <svg> element with a label for screen readers; its texts stay texts."""
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": label}):
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(
+        r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>",
+        rf'<svg \1 role="img" aria-label="{html.escape(label)}">',
+        svg,
+        count=1,
+    )
+    svg = re.sub(r"font-family: [^;\"]*; ", "", svg)
+    for number, color in enumerate(SERIES, start=1):
+        svg = svg.replace(color, f"var(--series-{number})")
+    return svg.replace(INK, "currentColor")

@@ -1,0 +1,139 @@
+"""Figures of an evaluation's pairs, against numbers derived by hand and against policies that do one thing alone."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from dpo.diagnosis import calibration_error, correlation, diagnose, edit_distance, log_ratios, wilson_interval
+from dpo.examples import TextExample, TokenizedExample
+from dpo.logps import Logps
+from dpo.metrics import BatchMetrics
+
+
+def pairs(responses, chosen, rejected, beta=0.1, truncated=()):
+    """Return the metrics of pairs of responses, as token ids, whose log-ratios are given."""
+    metrics = BatchMetrics()
+    examples = [
+        TokenizedExample(TextExample("", ("", ""), "keep_end", i, "x"), [1], pair, ("response",) * (i in truncated))
+        for i, pair in enumerate(responses)
+    ]
+    lengths = torch.tensor([[len(response) for response in pair] for pair in responses]).float()
+    chosen, rejected = torch.tensor(chosen), torch.tensor(rejected)
+    values = {"log_ratios/chosen": chosen, "log_ratios/rejected": rejected, "loss": chosen}
+    values |= {"rewards/chosen": beta * chosen, "rewards/rejected": beta * rejected}
+    values |= {"rewards/margins": beta * (chosen - rejected), "rewards/accuracies": (chosen > rejected).float()}
+    values |= {"lengths/chosen": lengths[:, 0], "lengths/rejected": lengths[:, 1]}
+    metrics.add(examples, values)
+    return metrics
+
+
+def tokens(*lengths):
+    """Return a pair of responses of two lengths that share no token."""
+    return [2] * lengths[0], [3] * lengths[1]
+
+
+def test_log_ratios_are_the_differences_of_the_sums_and_carry_no_gradient():
+    lengths = torch.tensor([[1, 1]])
+    policy = Logps(torch.tensor([[-1.0, -5.0]], requires_grad=True), lengths)
+    found = log_ratios(policy, Logps(torch.tensor([[-2.0, -3.0]]), lengths))
+    assert {name: value.tolist() for name, value in found.items()} == {
+        "log_ratios/chosen": [1.0],
+        "log_ratios/rejected": [-2.0],
+    }
+    assert not any(value.requires_grad for value in found.values())
+    assert log_ratios(policy, None) == {}
+    assert log_ratios(Logps(torch.zeros(1, 1), lengths[:, :1]), Logps(torch.zeros(1, 1), lengths[:, :1])) == {}
+
+
+def test_a_policy_that_only_displaces_has_a_full_accuracy_and_shows_in_the_share_of_displaced_pairs():
+    """Both responses fall, the rejected one further: margins are right, yet every chosen response is less likely."""
+    found = diagnose(pairs([tokens(4, 4)] * 4, [-2.0, -2.0, -4.0, -4.0], [-6.0, -6.0, -8.0, -8.0]))
+    assert found["diagnosis/displaced"] == 1.0
+    assert found["diagnosis/chosen_log_ratio_per_token"] == pytest.approx(-12 / 16)
+    assert found["diagnosis/rejected_log_ratio_per_token"] == pytest.approx(-28 / 16)
+    assert found["diagnosis/margin_p50"] == pytest.approx(0.4)
+
+
+def test_a_policy_that_learns_displaces_nothing():
+    found = diagnose(pairs([tokens(4, 4)] * 4, [1.0, 2.0, 1.0, 2.0], [-1.0, -1.0, -1.0, -1.0]))
+    assert found["diagnosis/displaced"] == 0.0
+    assert found["diagnosis/chosen_log_ratio_per_token"] > 0
+
+
+def test_a_policy_that_only_shortens_has_margins_that_fall_with_the_length_of_the_chosen_response():
+    """Each token costs 1 nat, so the margin is beta (rejected length - chosen length), whatever the label."""
+    lengths = [(2, 6), (5, 3), (4, 9), (7, 7)]
+    found = diagnose(
+        pairs([tokens(*n) for n in lengths], [-float(n) for n, _ in lengths], [-float(n) for _, n in lengths])
+    )
+    assert found["diagnosis/length_correlation"] == pytest.approx(-1.0)
+
+
+def test_displacement_is_split_by_truncation_and_by_similarity():
+    """Pairs 0 and 1 differ in one of four tokens, 2 and 3 in all; 0 and 2 are truncated."""
+    near, far = ([5, 6, 7, 8], [5, 6, 7, 9]), tokens(4, 4)
+    found = diagnose(pairs([near, near, far, far], [-1.0, -1.0, -1.0, 1.0], [-2.0] * 4, truncated=(0, 2)))
+    shares = {name.rpartition("/")[2]: value for name, value in found.items() if "displaced" in name}
+    assert shares == {
+        "displaced": 0.75,
+        "displaced_truncated": 1.0,
+        "displaced_whole": 0.5,
+        "displaced_similar": 1.0,
+        "displaced_different": 0.5,
+    }
+
+
+def test_a_share_of_no_pairs_and_a_correlation_of_constants_are_left_out():
+    found = diagnose(pairs([tokens(4, 4)] * 2, [0.0, 0.0], [0.0, 0.0]))
+    missing = {"displaced_truncated", "displaced_different", "length_correlation", "calibration_error"}
+    assert not any(f"diagnosis/{name}" in found for name in missing)
+    assert found["diagnosis/displaced"] == 0.0 and not any(map(math.isnan, found.values()))
+
+
+def test_sft_and_losses_without_a_reference_have_no_figures_that_need_one():
+    metrics = pairs([tokens(4, 4)] * 2, [1.0, 2.0], [0.0, 0.0])
+    for name in ("log_ratios/chosen", "log_ratios/rejected"):
+        del metrics.values[name]
+    found = diagnose(metrics)
+    assert "diagnosis/margin_p50" in found and not any("displaced" in name for name in found)
+    del metrics.values["rewards/margins"]
+    assert diagnose(metrics) == {}
+
+
+@pytest.mark.parametrize(
+    "hits, n, low, high", [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (50, 100, 0.4038, 0.5962)]
+)
+def test_the_interval_is_wilsons(hits, n, low, high):
+    """From (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n) with z = 1.96."""
+    assert wilson_interval(hits, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_calibration_error_is_the_gap_between_confidence_and_the_share_of_right_pairs():
+    """Margin log 3 means a chance of 3/4. Of four pairs three are right: no gap; all right: a gap of 1/4."""
+    margin = math.log(3)
+    assert calibration_error(np.array([margin, margin, margin, -margin])) == pytest.approx(0.0)
+    assert calibration_error(np.array([margin] * 4)) == pytest.approx(0.25)
+    two_bins = np.array([margin] * 4 + [-math.log(1.5)] * 4)  # 4 at 0.75, all right; 4 at 0.6, none
+    assert calibration_error(two_bins) == pytest.approx((0.25 + 0.6) / 2)
+    assert math.isnan(calibration_error(np.zeros(3)))
+
+
+def test_a_margin_of_any_size_has_a_bin():
+    assert calibration_error(np.array([1e6, 800.0])) == pytest.approx(0.0)
+
+
+def test_correlation_of_a_constant_is_unknown():
+    assert correlation(np.array([1.0, 2.0, 4.0]), np.array([2.0, 4.0, 8.0])) == pytest.approx(1.0)
+    assert math.isnan(correlation(np.ones(3), np.arange(3.0)))
+
+
+@pytest.mark.parametrize(
+    "one, other, edits",
+    [("kitten", "sitting", 3), ("flaw", "lawn", 2), ("abc", "abc", 0), ("", "ab", 2), ("ab", "", 2), ("ab", "ba", 2)],
+)
+def test_the_edit_distance_counts_replaced_removed_and_inserted_tokens(one, other, edits):
+    length = max(len(one), len(other))
+    assert edit_distance([*map(ord, one)], [*map(ord, other)]) == pytest.approx(edits / length)
+    assert edit_distance([], []) == 0.0

@@ -1,0 +1,153 @@
+"""A run as one page, and the pairs that are likely mislabelled."""
+
+import json
+import re
+
+import pytest
+import yaml
+
+import report
+from dpo.errors import UserError
+from report import RunFiles, Suspect, page, run_files, suspects, update_report
+
+SETTINGS = {"exp_name": "first", "lr": 1e-3, "loss": {"name": "dpo", "beta": 0.1}}
+
+
+def record(examples, **metrics):
+    return {"examples": examples, "updates": examples // 8} | {
+        name.replace("__", "/"): v for name, v in metrics.items()
+    }
+
+
+def evaluated(examples, margins):
+    """Return the lines of pairs.jsonl of one evaluation, a row per margin."""
+    return [
+        {"examples": examples, "source": "mine", "row": row, "rewards/margins": margin, "lengths/chosen": 9.0 + row,
+         "lengths/rejected": 7.0, "log_ratios/chosen": margin, "log_ratios/rejected": -margin}
+        for row, margin in enumerate(margins)
+    ]  # fmt: skip
+
+
+def write_run(folder, settings=SETTINGS, samples=()):
+    """Write the files of a run that a report reads."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    evaluation = {"loss__eval": 0.4, "rewards_eval__accuracies": 0.75, "rewards_eval__margins": 0.5}
+    evaluation |= {"diagnosis__accuracy_low": 0.41, "diagnosis__accuracy_high": 0.93, "diagnosis__displaced": 0.25}
+    metrics = [record(n, loss__train=loss, grad_norm=3.0, lr=1e-3) for n, loss in ((8, 0.69), (16, 0.5))]
+    metrics.append(record(16, **evaluation))
+    lines = {
+        "metrics": metrics,
+        "samples": samples,
+        "pairs": evaluated(0, [0, 0, 0]) + evaluated(16, [0.5, -0.2, -0.9]),
+    }
+    for name, rows in lines.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return RunFiles(folder)
+
+
+def sample(model, text, examples=16, prompt="Hi"):
+    return {"examples": examples, "model": model, "prompt": prompt, "sample": text}
+
+
+def test_the_page_shows_the_newest_figures_with_their_interval(tmp_path):
+    text = page([write_run(tmp_path / "run")])
+    tiles = dict(re.findall(r'<div class="tile"><b>(.*?)</b><span>(.*?)</span>', text))
+    assert tiles == {
+        "16": "examples",
+        "2": "updates",
+        "0.4": "loss, evaluation",
+        "75%": "reward accuracy, 95% interval 41 to 93%",
+        "0.5": "reward margin",
+        "25%": "chosen responses that are less likely than under the reference",
+    }
+
+
+def test_the_page_needs_no_network_and_runs_no_script(tmp_path):
+    text = page([write_run(tmp_path / "run", samples=[sample("policy", "<script>alert(1)</script> & so on")])])
+    assert "<script" not in text and "&lt;script&gt;alert(1)&lt;/script&gt; &amp; so on" in text
+    assert not re.findall(r"<(?:link|img|iframe)|\bsrc=|@import|url\((?!#)", text)
+    assert len(text) < 1_000_000
+
+
+def test_samples_stand_side_by_side_the_reference_first(tmp_path):
+    texts = [sample("policy", "one", 8), sample("reference", "none", 8), sample("policy", "two", 16)]
+    text = page([write_run(tmp_path / "run", samples=texts)])
+    heads = re.search(r"<thead><tr>(.*?)</tr></thead>\s*<tbody><tr>(.*?)</tr>", text, re.DOTALL)
+    assert re.findall(r">([^<>]+)</th>", heads[1]) == ["reference", "after 8", "after 16"]
+    assert re.findall(r"<pre>(.*?)</pre>", heads[2]) == ["none", "one", "two"]
+
+
+def test_every_chart_has_a_label_and_pairs_have_two(tmp_path):
+    labels = re.findall(r'aria-label="([^"]*)"', page([write_run(tmp_path / "run")]))
+    assert {"Loss", "Reward accuracy", "Gradient norm", "Learning rate"} <= set(labels)
+    assert {"Log-ratios to the reference (nats)", "Margin and length"} <= set(labels)
+    assert "Rewards, evaluation" not in labels  # which this run did not record
+
+
+def test_several_runs_are_laid_over_each_other_and_only_settings_that_differ_are_listed(tmp_path):
+    other = {**SETTINGS, "exp_name": "second", "loss": {"name": "dpo", "beta": 0.5}}
+    text = page([write_run(tmp_path / "one"), write_run(tmp_path / "other", other)])
+    listed = re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td><td>(.*?)</td>', text)
+    assert listed == [("exp_name", "first", "second"), ("loss.beta", "0.1", "0.5")]
+    assert ">first, evaluation<" in text and ">second, evaluation<" in text
+
+
+def test_a_pair_is_suspect_if_its_margin_was_negative_at_every_evaluation_after_an_update():
+    pairs = evaluated(0, [-9, -9, -9, -9]) + evaluated(8, [-1, -1, 1, 0]) + evaluated(16, [-3, 1, -1, -1])
+    assert suspects(pairs) == [Suspect("mine", 0, -2.0)]
+    assert suspects(evaluated(8, [-1, -3])) == [Suspect("mine", 1, -3.0), Suspect("mine", 0, -1.0)]
+    assert suspects(evaluated(0, [-1])) == []
+
+
+def test_suspects_are_printed_as_lines(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "run")
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path / "run"), "--suspects"])
+    report.main()
+    assert capsys.readouterr().out == "mine\t2\t-0.9\nmine\t1\t-0.2\n"
+    (tmp_path / "run" / "pairs.jsonl").write_text("")
+    with pytest.raises(UserError, match="holds no pairs.jsonl with evaluated pairs"):
+        report.main()
+
+
+def test_a_report_of_one_run_lies_in_its_folder_and_one_of_several_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "other"):
+        write_run(tmp_path / name)
+    monkeypatch.setattr("sys.argv", ["report.py", "one"])
+    report.main()
+    assert (tmp_path / "one" / "report.html").exists() and not (tmp_path / "report.html").exists()
+    monkeypatch.setattr("sys.argv", ["report.py", "one", "other"])
+    report.main()
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="not a run directory"):
+        run_files(tmp_path)
+
+
+def test_a_record_that_is_being_written_is_left_out(tmp_path):
+    run = write_run(tmp_path / "run")
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"examples": 24, "upd')
+    assert [row["examples"] for row in RunFiles(run.path).metrics] == [8, 16, 16]
+
+
+def test_a_report_that_cannot_be_written_is_one_line_and_stops_nothing(tmp_path, capsys):
+    update_report(tmp_path / "nowhere")
+    assert re.fullmatch(r"report\.html was not written \(.*\)\n", capsys.readouterr().out)
+
+
+def test_a_run_writes_its_report_at_each_evaluation_unless_it_is_switched_off(make_trainer):
+    settings = ("loss=dpo", "n_examples=16", "n_eval_examples=8", "eval_every=8", "debug=true")
+    trainer = make_trainer(*settings, "report=true")
+    trainer.evaluate_and_save()
+    first = (trainer.run.path / "report.html").read_text()
+    trainer.train()
+    assert "<b>16</b><span>examples</span>" in (trainer.run.path / "report.html").read_text() != first
+    evaluations = [json.loads(line)["examples"] for line in (trainer.run.path / "pairs.jsonl").read_text().splitlines()]
+    assert sorted(set(evaluations)) == [0, 8, 16]
+    silent = make_trainer(*settings)
+    silent.evaluate_and_save()
+    assert not (silent.run.path / "report.html").exists()
