@@ -201,7 +201,7 @@ def curve_charts(runs: Sequence[RunFiles]) -> list[str]:
 
 
 def pair_charts(run: RunFiles) -> dict[str, list[str]]:
-    """Return what the newest evaluation says of each pair, under a heading."""
+    """Return charts of the pairs of the newest evaluation, under a heading."""
     from dpo.figures import scatter_chart
 
     newest = [pair for pair in run.pairs if pair["examples"] == run.pairs[-1]["examples"]]

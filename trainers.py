@@ -191,7 +191,7 @@ class BasicTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return the mean metrics of the evaluation examples and what they say of the training; log each pair."""
+        """Return the mean metrics of the evaluation examples and the diagnosis of the training; log each pair."""
         self.policy.eval()
         metrics = BatchMetrics()
         with self.autocast():

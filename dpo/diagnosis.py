@@ -1,4 +1,4 @@
-"""What an evaluation of preference pairs says beyond its means: displacement, length, and how sure its figures are."""
+"""What an evaluation of preference pairs shows beyond its means: displacement, length, and how sure its figures are."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def lengths(batch: PackedBatch) -> dict[str, Tensor]:
 
 
 def diagnose(metrics: BatchMetrics) -> dict[str, float]:
-    """Return figures of an evaluation's pairs, docs/metrics.md explains each; none where there are no pairs."""
+    """Return figures of an evaluation's pairs, docs/report.md explains each; none where there are no pairs."""
     columns = {name: metrics.column(name).double().cpu().numpy() for name in metrics.values}
     if "rewards/margins" not in columns:
         return {}
