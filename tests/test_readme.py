@@ -18,6 +18,7 @@ from losses import LOSSES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+CODE = PAGES[ROOT / "docs" / "code.md"]
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 COMMAND = re.compile(r"^(?: {4})?python train\.py (.+)$|`python train\.py ([^`]+)`", re.MULTILINE)
 COMMANDS = sorted({a or b for text in PAGES.values() for a, b in COMMAND.findall(text)})
@@ -77,7 +78,7 @@ def test_the_table_of_losses_has_all_of_them_with_what_they_need_and_their_optio
     for name, loss in LOSSES.items():
         assert (rows[name][3].strip() == "yes") == make_loss(name).needs_reference, name
         assert all(paper in rows[name][5] for paper in re.findall(r"arXiv ([\d.]+\d)", loss.__doc__)), name
-    assert str(len(LOSSES) - 2) + " other losses" in README
+    assert f"[all {len(LOSSES)}, with their formulas]" in README
     options = {"nll_weight", "token_weights", "length_normalize", "ld_alpha", "divergence"}
     taken = {option for loss in LOSSES.values() for option in loss.model_fields} & options
     assert taken == options == {option for option in options if f"| `loss.{option}=" in text}
@@ -88,7 +89,7 @@ def test_every_command_of_the_original_composes_and_validates(command):
     assert problems_of(command) == []
 
 
-RECIPES = re.findall(r"^\| .* \| `((?:loss=sft )?datasets=[^`]*)` \|$", README, re.MULTILINE)
+RECIPES = re.findall(r"^\| .* \| `((?:loss=sft )?datasets=[^`]*)` \|$", PAGES[ROOT / "docs" / "data.md"], re.MULTILINE)
 
 
 def test_the_recipes_for_data_compose():
@@ -129,8 +130,8 @@ def test_the_worked_example_runs_as_it_stands(tmp_path):
     assert (tmp_path / "runs" / "dpo" / "LATEST" / "hf" / "model.safetensors").exists()
 
 
-def test_every_path_in_the_readme_exists():
-    tree = re.search(r"## Files\n\n```\n(.*?)```", README, re.DOTALL)[1]
+def test_every_path_in_the_pages_exists_and_every_file_is_listed():
+    tree = re.search(r"Every file:\n\n```\n(.*?)```", CODE, re.DOTALL)[1]
     for name in re.findall(r"^(\S+)", tree, re.MULTILINE):
         assert (ROOT / name).exists(), name
     for page, text in PAGES.items():
@@ -141,8 +142,8 @@ def test_every_path_in_the_readme_exists():
     assert listed == {path.relative_to(ROOT).as_posix() for path in files}
 
 
-def test_the_readmes_diagram_names_functions_that_exist_in_at_most_ten_steps():
-    diagram = re.search(r"```\n(main .*?)```", README, re.DOTALL)[1]
+def test_the_diagram_of_the_code_names_functions_that_exist_in_at_most_ten_steps():
+    diagram = re.search(r"```\n(main .*?)```", CODE, re.DOTALL)[1]
     steps = [line.split()[0].split(".")[-1] for line in diagram.splitlines()]
     source = "".join(path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.py"), *(ROOT / "dpo").glob("*.py")))
     assert len(steps) <= 10
