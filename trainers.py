@@ -20,7 +20,7 @@ from dpo.errors import RunError, Stopped, UserError, actionable_errors, is_out_o
 from dpo.examples import Batch, BatchIterator
 from dpo.export import TrainedWeights
 from dpo.logps import ResponseLogps, response_logps
-from dpo.metrics import BatchMetrics, MetricLogger, check_finite
+from dpo.metrics import BatchMetrics, MetricLogger, check_evaluation, check_finite
 from dpo.objectives import NOTHING, Context, Loss, Sums
 from dpo.optimizers import OptimizerOptions, make_optimizer
 from dpo.packing import PackedBatch, Packer
@@ -168,9 +168,6 @@ class BasicTrainer:
         before = self.logger.sizes()
         try:
             metrics = self.evaluate()
-            if not math.isfinite(metrics["loss/eval"]):
-                found = f"the evaluation after {self.examples:,} examples gave a loss of {metrics['loss/eval']}"
-                raise RunError(f"{found}; nothing was saved since the last checkpoint", "not finite")
             self.log(metrics)
             if self.settings.sample_during_eval:
                 self.sample()
@@ -191,7 +188,7 @@ class BasicTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return the mean metrics of the evaluation examples and the diagnosis of the training; log each pair."""
+        """Return the evaluation's mean metrics and diagnosis, and log each pair; RunError if the loss is not finite."""
         self.policy.eval()
         metrics = BatchMetrics()
         with self.autocast():
@@ -203,8 +200,10 @@ class BasicTrainer:
                     with self.packer.memory_hint(microbatch):
                         self.losses(microbatch, metrics if scale else BatchMetrics(), sums)
         metrics = metrics.gathered(self.ranks)
+        means = metrics.means("eval")
+        check_evaluation(means["loss/eval"], self.examples)
         self.logger.log_pairs(self.examples, metrics)
-        return metrics.means("eval") | diagnose(metrics)
+        return means | diagnose(metrics)
 
     def sample(self) -> None:
         """Sample from the policy, and from the reference where there is one, for the same prompts every time."""

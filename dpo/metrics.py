@@ -86,6 +86,13 @@ def check_finite(
     raise RunError(message, "not finite")
 
 
+def check_evaluation(loss: float, examples: int) -> None:
+    """Raise RunError if an evaluation's mean loss is not finite."""
+    if not math.isfinite(loss):
+        found = f"the evaluation after {examples:,} examples gave a loss of {loss}"
+        raise RunError(f"{found}; nothing was saved since the last checkpoint", "not finite")
+
+
 class MetricLogger:
     """Writes every record to metrics.jsonl as it happens, and thinned ones to the console and to wandb."""
 

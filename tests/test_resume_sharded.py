@@ -64,7 +64,7 @@ def drop_memory(record: dict) -> dict:
 
 def test_only_the_main_rank_writes_and_the_end_can_be_opened_by_anyone(whole):
     names = {path.name for path in whole.iterdir()}
-    assert names == {"LATEST", "config.yaml", "metrics.jsonl", "samples.jsonl", ".lock"} | {
+    assert names == {"LATEST", "config.yaml", "metrics.jsonl", "samples.jsonl", "pairs.jsonl", ".lock"} | {
         f"step-{n}" for n in range(8, 56, 8)
     }
     updates = [record["updates"] for record in logs_of(whole)[0] if "loss/train" in record]
