@@ -235,7 +235,7 @@ def overrides_of(trace):
     """Return a trace's config, every key, as a command line; its data and model are in goldens/."""
     config = trace["config"] | {"datasets": "[tests/goldens/data]"}
     config["model"] = config["model"] | {"name_or_path": "tests/goldens/tiny-gpt2"}
-    groups = [f"loss={config['loss']['name']}", "precision=float32", "device=cpu"]
+    groups = [f"loss={config['loss']['name']}", "precision=float32", "device=cpu", "report=false"]
     flat = {key: value for key, value in config.items() if key not in ("model", "loss")}
     flat |= {f"{group}.{key}": value for group in ("model", "loss") for key, value in config[group].items()}
     words = {None: "null", True: "true", False: "false"}
