@@ -17,8 +17,8 @@ demo: .venv/train
 	$(BIN)/python demo.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --ignore tests/test_trainers_sharded.py
-	$(BIN)/python -m pytest tests/test_trainers_sharded.py  # apart: each test forks 2 or 4 ranks
+	$(BIN)/python -m pytest -n 2 --ignore tests/test_trainers_sharded.py --ignore tests/test_trainers_tensor_parallel.py
+	$(BIN)/python -m pytest tests/test_trainers_sharded.py tests/test_trainers_tensor_parallel.py  # apart: each test forks 2 or 4 ranks
 
 soak: .venv/dev
 	$(BIN)/python -m pytest -n 2 --soak tests/test_resume.py tests/test_resume_sharded.py tests/test_trainers_sharded.py tests/test_hostile.py \

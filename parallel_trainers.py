@@ -19,6 +19,7 @@ from dpo.logps import ResponseLogps
 from dpo.parallel import distinct_tensors, full_weights, reshard, shard
 from dpo.settings import Settings
 from dpo.shards import load_shards, save_shards
+from dpo.tensor_parallel import clip_gradient, parallelize
 from trainers import BasicTrainer
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -82,4 +83,21 @@ class FSDPTrainer(BasicTrainer):
         return full_weights(self.policy.model, self.ranks.is_main)
 
 
-TRAINERS: dict[str, type[BasicTrainer]] = {"BasicTrainer": BasicTrainer, "FSDPTrainer": FSDPTrainer}
+class TensorParallelTrainer(FSDPTrainer):
+    """Trains a policy each of whose layers several ranks compute together, sharded over such groups of ranks."""
+
+    @staticmethod
+    def prepare(module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype) -> ResponseLogps:
+        """Split the layers over the ranks of a group, and shard the parameters over the groups."""
+        assert isinstance(ranks, ProcessGroup)
+        parallelize(module.model, ranks.mesh["tensor"])
+        return FSDPTrainer.prepare(module, settings, ranks, dtype)
+
+    def clip_gradient(self) -> torch.Tensor:
+        """Clip the gradient of all parts, of split and of whole layers, and return the norm of the whole."""
+        return clip_gradient(self.policy.trained_parameters(), self.settings.max_grad_norm)
+
+
+TRAINERS: dict[str, type[BasicTrainer]] = {
+    trainer.__name__: trainer for trainer in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)
+}

@@ -157,8 +157,8 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         Note("use trainer=FSDPTrainer, which shards the model over all GPUs, under torchrun those of several machines"),
     ),
     (
-        "tensor_parallel_size tensor_parallel",
-        Note("tensor parallelism is not supported yet; trainer=FSDPTrainer shards a model over GPUs"),
+        "tensor_parallel_size tp_size tp",
+        Renamed("tensor_parallel", "with trainer=TensorParallelTrainer"),
     ),
     ("offload cpu_offload adam_offload", Note(f"offloading to the CPU is not supported yet; {LESS_MEMORY}")),
     (

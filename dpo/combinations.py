@@ -175,7 +175,13 @@ def is_installed(library: str) -> bool:
 
 
 # The values of settings for several processes that mean one process.
-SINGLE = {"n_processes": ("auto", 1), "replicate": (1,), "ddp": (False,), "reduce_every_pass": (False,)}
+SINGLE = {
+    "n_processes": ("auto", 1),
+    "replicate": (1,),
+    "tensor_parallel": ("auto",),
+    "ddp": (False,),
+    "reduce_every_pass": (False,),
+}
 
 
 def parallel_problems(valid: Mapping[str, Any], check: Check) -> None:
@@ -188,31 +194,36 @@ def parallel_problems(valid: Mapping[str, Any], check: Check) -> None:
         words = "set trainer=FSDPTrainer, which shares one model, or start without torchrun"
         check("trainer", lambda _: launched != "1", f"is for one process, and torchrun has started {launched}; {words}")
         return
-    check("trainer", lambda name: name == "TensorParallelTrainer", "is not built yet; use trainer=FSDPTrainer")
+    trainer = valid.get("trainer")
+    words = "is for trainer=TensorParallelTrainer; set it to auto"
+    check("tensor_parallel", lambda n: n != "auto" and trainer == "FSDPTrainer", words)
+    words = "trainer=TensorParallelTrainer splits every layer; set it to false"
+    check("ddp", lambda ddp: ddp and trainer == "TensorParallelTrainer", words)
     words = "with ddp=true every device holds the whole model; set replicate=1"
     check("ddp replicate", lambda ddp, copies: ddp and copies > 1, words)
     words = "with ddp=true whole gradients are kept anyway; set reduce_every_pass=false"
     check("ddp reduce_every_pass", lambda ddp, reduce: ddp and reduce, words)
-    check("compile", lambda on: on, "trainer=FSDPTrainer cannot compile its layers yet; set it to false")
-    words = (
-        "trainer=FSDPTrainer shards matrices, of which this optimizer needs whole ones or blocks; choose another one"
-    )
+    check("compile", lambda on: on, f"trainer={trainer} cannot compile its layers yet; set it to false")
+    words = f"trainer={trainer} shards matrices, of which this optimizer needs whole ones or blocks; choose another one"
     check("optimizer", lambda name: name in ("Muon", "AdamW8bit"), words)
-    words = "trainer=FSDPTrainer keeps the reference sharded apart from the policy, so it must be null"
+    words = f"trainer={trainer} keeps the reference sharded apart from the policy, so it must be null"
     check("sync_reference", lambda n: n is not None, words)
-    words = "trainer=FSDPTrainer cannot share a frozen model with an adapter yet; leave lora out"
+    words = f"trainer={trainer} cannot share a frozen model with an adapter yet; leave lora out"
     check("lora.r", lambda r: r is not None, words)
-    words = "trainer=FSDPTrainer cannot round sharded parameters stochastically yet; set it to float32"
+    words = f"trainer={trainer} cannot round sharded parameters stochastically yet; set it to float32"
     check("model.policy_dtype", lambda dtype: dtype == "bfloat16", words)
-    words = "trainer=FSDPTrainer gives every process a GPU of its own, or the CPU; set it to auto, cuda or cpu"
+    words = f"trainer={trainer} gives every process a GPU of its own, or the CPU; set it to auto, cuda or cpu"
     check("device", lambda name: name not in ("auto", "cuda", "cpu"), words)
     if launched != "1":
         words = f"torchrun has started {launched} processes; set it to auto"
         check("n_processes", lambda n: str(n) not in ("auto", launched), words)
     n = int(launched) if launched.isdigit() and launched != "1" else valid.get("n_processes")
     if isinstance(n, int):
-        words = f"each of {n} processes needs an example of every batch; set it to {n} or more"
-        check("batch_size", lambda size: size < n, words)
+        tensor = valid.get("tensor_parallel") if trainer == "TensorParallelTrainer" else 1
+        groups = max(1, n // tensor) if isinstance(tensor, int) else 1
+        who = f"{n} processes" if groups == n else f"{groups} groups of processes"
+        words = f"each of {who} needs an example of every batch; set it to {groups} or more"
+        check("batch_size", lambda size: size < groups, words)
         check("replicate", lambda copies: n % copies, f"must divide the number of processes, {n}")
 
 

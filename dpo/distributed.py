@@ -58,6 +58,10 @@ class Ranks:
         """Return the sum of the ranks' values."""
         return sum(self.gather(value))
 
+    def gather_parts(self, value: T) -> list[T]:
+        """Return the values of the ranks that hold different parts of a batch, in their order."""
+        return self.gather(value)
+
     def mean(self, value: float) -> float:
         """Return the mean of the ranks' values."""
         return self.sum(value) / self.world_size
@@ -126,16 +130,24 @@ class ProcessGroup(Ranks):
         self.device_type = device.type
         self.arrange(replicate=1)
 
-    def arrange(self, replicate: int) -> None:
-        """Let the ranks hold `replicate` sharded copies of a model (HSDP), or as many as there are ranks whole ones."""
-        shape = (replicate, self.world_size // replicate)
-        self.mesh: DeviceMesh = init_device_mesh(self.device_type, shape, mesh_dim_names=("replicate", "shard"))
-        self.data_rank, self.data_size = self.rank, self.world_size
+    def arrange(self, replicate: int, tensor: int = 1) -> None:
+        """Let the ranks hold `replicate` sharded copies of a model (HSDP), and `tensor` of them compute it together.
+
+        The product of both must divide the number of ranks.
+        """
+        shape = (replicate, self.world_size // (replicate * tensor), tensor)
+        names = ("replicate", "shard", "tensor")
+        self.mesh: DeviceMesh = init_device_mesh(self.device_type, shape, mesh_dim_names=names)
+        self.tensor_size = tensor
+        self.data_rank, self.data_size = self.rank // tensor, self.world_size // tensor
 
     def gather(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, value)
         return found
+
+    def gather_parts(self, value: T) -> list[T]:
+        return self.gather(value)[:: self.tensor_size]
 
     def barrier(self) -> None:
         self.gather(None)
@@ -234,8 +246,23 @@ def join(settings: Settings) -> Ranks:
     if settings.trainer == "BasicTrainer":
         return ALONE
     ranks = ProcessGroup(pick_device(settings.device), timedelta(seconds=settings.collective_timeout))
-    ranks.arrange(ranks.world_size if settings.ddp else settings.replicate)
+    tensor = tensor_size(settings)
+    if settings.ddp:
+        ranks.arrange(ranks.world_size)
+    elif ranks.world_size % (settings.replicate * tensor):
+        product = f"tensor_parallel={tensor} replicate={settings.replicate}"
+        raise UserError(f"{product}: their product must divide the number of processes, {ranks.world_size}")
+    else:
+        ranks.arrange(settings.replicate, tensor)
     return ranks
+
+
+def tensor_size(settings: Settings) -> int:
+    """Return how many ranks compute each layer together; auto means those of a machine."""
+    if settings.trainer != "TensorParallelTrainer":
+        return 1
+    size = settings.tensor_parallel
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if size == "auto" else int(size)
 
 
 @contextmanager

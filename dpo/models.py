@@ -23,10 +23,12 @@ from dpo.adapter_shapes import find_targets
 from dpo.adapters import merge_adapter
 from dpo.archives import DROPPABLE, is_adapter, load_archive, load_weights
 from dpo.console import log_message
+from dpo.distributed import tensor_size
 from dpo.errors import UserError, is_out_of_memory, summarize_error
 from dpo.examples import special_token_problems
 from dpo.network import is_reachable
 from dpo.settings import ModelSettings, Settings
+from dpo.tensor_parallel import plan_problem
 
 T = TypeVar("T")
 
@@ -81,6 +83,8 @@ def model_problems(
         problems.append(problem)
     if settings.lora is not None and (problem := target_problem(config, settings.lora.targets)):
         problems.append(problem)
+    if settings.trainer == "TensorParallelTrainer" and (problem := plan_problem(config, tensor_size(settings))):
+        problems.append(f"trainer=TensorParallelTrainer: {problem}; use trainer=FSDPTrainer")
     return problems + special_token_problems(tokenizer, text_config.vocab_size, settings.model.add_bos)
 
 

@@ -19,8 +19,9 @@ from dpo.logps import ResponseLogps
 def shard(module: ResponseLogps, mesh: DeviceMesh, dtype: torch.dtype, block_name: str | None) -> ResponseLogps:
     """Shard a module's parameters in place: each layer by itself, then what is left (embeddings, norm and head).
 
-    mesh has the dimensions replicate and shard: within shard every rank holds a part of each parameter, and gathers a
-    layer when it computes it; over replicate such groups repeat. With shard of size 1 every rank holds all of it.
+    mesh has the dimensions replicate and shard, and perhaps others: within shard every rank holds a part of each
+    parameter, and gathers a layer when it computes it; over replicate such groups repeat. With shard of size 1 every
+    rank holds all of it.
     """
     options: dict[str, Any] = {"mesh": mesh["replicate", "shard"], "mp_policy": mixed_precision(mesh, dtype)}
     apply: Any = fully_shard

@@ -31,7 +31,7 @@ MAY_CHANGE = (
     *("sample_during_eval", "n_eval_model_samples", "sample_temperature", "sample_top_k", "sample_top_p"),
     *("save_every", "keep_checkpoints", "keep_policies", "eval_batch_size"),
     *("max_tokens_per_pass", "activation_checkpointing", "device", "lora.export_merged"),
-    *("n_processes", "replicate", "ddp", "reduce_every_pass", "collective_timeout"),
+    *("n_processes", "replicate", "tensor_parallel", "ddp", "reduce_every_pass", "collective_timeout"),
 )
 MAY_GROW = ("n_epochs", "n_examples")
 MAY_MOVE = (

@@ -128,6 +128,9 @@ class Settings(Group):
         description="auto, or a whole number of processes"
     )
     replicate: int = whole("copies", ge=1)
+    tensor_parallel: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] = Field(
+        description="auto, or a whole number of processes"
+    )
     ddp: Flag
     reduce_every_pass: Flag
     collective_timeout: int = whole("seconds", ge=1)

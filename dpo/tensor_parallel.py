@@ -1,0 +1,68 @@
+"""Splitting the linear layers of a model over ranks that compute each layer together, by the model's own plan.
+
+A transformers config names which projections are split by their columns (outputs) and which by their rows (inputs),
+after Megatron-LM (arXiv 1909.08053): one all-reduce per attention and per MLP. PyTorch's parallelize_module does the
+work. Embeddings, norms and the head are computed whole on every rank.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from transformers import PreTrainedConfig, PreTrainedModel
+
+# By transformers' names. Norms of q and k see one rank's heads alone, as those of sequence parallelism its tokens.
+STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "rowwise": RowwiseParallel,
+    "colwise_gather_output": partial(ColwiseParallel, output_layouts=Replicate()),
+    "rowwise_split_input": partial(RowwiseParallel, input_layouts=Replicate()),
+    "replicated_with_grad_allreduce": partial(SequenceParallel, use_local_output=True),
+}
+
+
+def plan_problem(config: PreTrainedConfig, n: int) -> str | None:
+    """Return why n ranks cannot share the layers of a model of this config, or None."""
+    text = config.get_text_config()
+    plan = getattr(text, "base_model_tp_plan", None)
+    if not plan:
+        return f"transformers has no tensor-parallel plan for {text.model_type} models"
+    unknown = sorted(set(plan.values()) - STYLES.keys())
+    if unknown:
+        return f"the tensor-parallel plan of {text.model_type} models needs what is not built: {', '.join(unknown)}"
+    for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        size = getattr(text, key, None)
+        if isinstance(size, int) and size % n:
+            return f"the model's {key}, {size}, is no multiple of {n}"
+    return None
+
+
+def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Split a model's linear layers over a mesh of one dimension, in place, by the plan of its config."""
+    plan = model.config.get_text_config().base_model_tp_plan or {}
+    parallelize_module(model.base_model, mesh, {name: STYLES[style]() for name, style in plan.items()})
+
+
+def clip_gradient(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients in place to at most max_norm, whatever meshes they lie on, and return their norm before that."""
+    meshes: dict[DeviceMesh, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if isinstance(parameter.grad, DTensor):
+            meshes[parameter.grad.device_mesh].append(parameter.grad)
+    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in meshes.values()]
+    norm = torch.stack([part.full_tensor() if isinstance(part, DTensor) else part for part in norms]).norm()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).item()  # as torch.nn.utils.clip_grad_norm_
+    for gradients in meshes.values():
+        torch._foreach_mul_(gradients, scale)
+    return norm
