@@ -5,6 +5,7 @@ after Megatron-LM (arXiv 1909.08053): one all-reduce per attention and per MLP. 
 work. Embeddings, norms and the head are computed whole on every rank.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -50,6 +51,8 @@ def plan_problem(config: PreTrainedConfig, n: int) -> str | None:
 
 def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Split a model's linear layers over a mesh of one dimension, in place, by the plan of its config."""
+    # Gathering a tensor over two dimensions of a mesh takes two steps, of which DTensor warns.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     plan = model.config.get_text_config().base_model_tp_plan or {}
     parallelize_module(model.base_model, mesh, {name: STYLES[style]() for name, style in plan.items()})
 
