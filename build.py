@@ -300,7 +300,7 @@ def make_reference(
     samples = None
     if settings.sample_during_eval:
         prompts = distinct_prompts(test, settings.n_eval_model_samples)
-        samples = sampler.generate(models.policy.model, prompts, "sampling the reference")
+        samples = sampler.sample(models.policy.model, prompts, "sampling the reference")
     examples = (example for batches in (train, test) for group in batches.groups for example in group)
     cache = CachedReference(examples, loss.n_responses, samples)
     own = None if settings.debug else run.path / "reference.pt"

@@ -7,6 +7,7 @@ python report.py RUN --suspects     list the pairs whose reward margin stayed ne
 
 import argparse
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from dpo.errors import UserError, exit_on_error, summarize_error
 
 TEMPLATE = Path(__file__).with_name("dpo") / "report.html.jinja"
 Record = Mapping[str, Any]
+Z = 1.96  # standard errors on each side of a 95% interval
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,9 @@ CURVES = {
     "Log-ratio to the reference per token, evaluation": chosen_and_rejected("diagnosis/{}_log_ratio_per_token"),
     SHARES[1]: [Curve("evaluation", "diagnosis/displaced")],
     LOGARITHMIC: [Curve("before clipping", "grad_norm", True)],
+    "KL from the reference, nats per response": [Curve("samples", "diagnosis/kl")],
+    "Entropy of the policy, nats per token": [Curve("samples", "diagnosis/entropy_per_token")],
+    "Length of samples minus the reference's, tokens": [Curve("samples", "diagnosis/sample_length_difference")],
     "Learning rate": [Curve("", "lr", True)],
 }
 
@@ -174,6 +179,9 @@ def tiles(run: RunFiles) -> dict[str, str]:
     if "diagnosis/displaced" in evaluation:
         share = 100 * evaluation["diagnosis/displaced"]
         found["chosen responses that are less likely than under the reference"] = f"{share:.0f}%"
+    if "diagnosis/kl" in evaluation:
+        kl, spread = evaluation["diagnosis/kl"], Z * evaluation.get("diagnosis/kl_stderr", math.nan)
+        found[f"KL from the reference in nats per response, 95% interval ±{spread:.2g}"] = f"{kl:.3g}"
     return found
 
 
@@ -189,15 +197,25 @@ def curve_charts(runs: Sequence[RunFiles]) -> list[str]:
         for run in runs:
             for curve in curves:
                 x, y = run.column(curve.metric)
-                low, high = (run.column(f"diagnosis/accuracy_{side}")[1] for side in ("low", "high"))
-                has_band = curve.metric == "rewards_eval/accuracies" and len(low) == len(x)
                 label = ", ".join(filter(None, (run.name if len(runs) > 1 else "", curve.label)))
                 if x:
-                    band = (low, high) if has_band else None
+                    band = interval(run, curve.metric)
                     lines.append(Line(label, x, y, band, faint=curve.every_update and len(curves) > 1))
         if lines:
             figures.append(line_chart(title, lines, log_y=title == LOGARITHMIC, share=title in SHARES))
     return figures
+
+
+def interval(run: RunFiles, metric: str) -> tuple[list[float], list[float]] | None:
+    """Return the lower and the upper ends of a metric's 95% intervals, where each of its values has one."""
+    _, values = run.column(metric)
+    if metric == "rewards_eval/accuracies":
+        low, high = (run.column(f"diagnosis/accuracy_{side}")[1] for side in ("low", "high"))
+    else:
+        spreads = [Z * error for error in run.column(f"{metric}_stderr")[1]]
+        low = [value - spread for value, spread in zip(values, spreads, strict=False)]
+        high = [value + spread for value, spread in zip(values, spreads, strict=False)]
+    return (low, high) if len(low) == len(values) else None
 
 
 def pair_charts(run: RunFiles) -> dict[str, list[str]]:

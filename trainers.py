@@ -14,7 +14,7 @@ import torch
 from dpo.checkpoints import random_states, save_checkpoint, set_random_states
 from dpo.console import log_message, prefetch, progress, progress_bar
 from dpo.devices import autocast, platform
-from dpo.diagnosis import diagnose, lengths, log_ratios
+from dpo.diagnosis import diagnose, diagnose_samples, lengths, log_ratios
 from dpo.distributed import Ranks
 from dpo.errors import RunError, Stopped, UserError, actionable_errors, is_out_of_memory
 from dpo.examples import Batch, BatchIterator
@@ -26,7 +26,7 @@ from dpo.optimizers import OptimizerOptions, make_optimizer
 from dpo.packing import PackedBatch, Packer
 from dpo.references import Reference, sums_of_logps
 from dpo.runs import RunDir
-from dpo.sampling import Sampler, distinct_prompts
+from dpo.sampling import Sampler, distinct_prompts, texts_of
 from dpo.schedules import make_scheduler
 from dpo.settings import Settings
 from dpo.signals import Signals
@@ -168,9 +168,9 @@ class BasicTrainer:
         before = self.logger.sizes()
         try:
             metrics = self.evaluate()
-            self.log(metrics)
             if self.settings.sample_during_eval:
-                self.sample()
+                metrics |= self.sample()
+            self.log(metrics)
             if self.settings.report:
                 self.ranks.on_main(lambda: update_report(self.run.path))
         except Stopped:  # a resumed run evaluates again, from the start
@@ -205,13 +205,19 @@ class BasicTrainer:
         self.logger.log_pairs(self.examples, metrics)
         return means | diagnose(metrics)
 
-    def sample(self) -> None:
-        """Sample from the policy, and from the reference where there is one, for the same prompts every time."""
+    def sample(self) -> dict[str, float]:
+        """Log samples of the policy, and of the reference where there is one, and return figures of them.
+
+        They are for the same prompts every time.
+        """
         prompts = distinct_prompts(self.eval_batches, self.settings.n_eval_model_samples)
-        samples = {"policy": self.sampler.generate(self.policy.model, prompts, "sampling the policy")}
+        samples = {"policy": self.sampler.sample(self.policy.model, prompts, "sampling the policy")}
         if self.reference is not None:
             samples["reference"] = self.reference.generate(prompts)
-        self.logger.log_samples(self.examples, [example.text.prompt for example in prompts], samples)
+        texts = {name: texts_of(drawn) for name, drawn in samples.items()}
+        self.logger.log_samples(self.examples, [example.text.prompt for example in prompts], texts)
+        with self.autocast():
+            return diagnose_samples(samples, self.policy, self.reference, self.packer, self.ranks)
 
     # State
 

@@ -1,15 +1,18 @@
-"""What an evaluation of preference pairs shows beyond its means: displacement, length, and how sure its figures are."""
+"""What an evaluation shows beyond its means: displacement, length, divergence, and how sure its figures are."""
 
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from dpo.distributed import Ranks
 from dpo.examples import TokenizedExample
-from dpo.logps import Logps
+from dpo.logps import Logps, ResponseLogps, response_logps
 from dpo.metrics import BatchMetrics
-from dpo.packing import PackedBatch
+from dpo.packing import PackedBatch, Packer
+from dpo.references import Reference
 
 QUANTILES = (5, 25, 50, 75, 95)  # percent
 BINS = 10  # of the calibration error
@@ -66,6 +69,55 @@ def displacement(columns: Mapping[str, np.ndarray], examples: Sequence[Tokenized
         per_token = columns[f"log_ratios/{side}"].sum() / columns[f"lengths/{side}"].sum()
         found[f"{side}_log_ratio_per_token"] = float(per_token)
     return found
+
+
+@torch.no_grad()
+def diagnose_samples(
+    samples: Mapping[str, Sequence[TokenizedExample]],
+    policy: ResponseLogps,
+    reference: Reference | None,
+    packer: Packer,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Return figures of what the policy sampled ("policy"): entropy, length, and divergence from the reference.
+
+    samples["reference"] holds what the reference sampled for the same prompts, where there is a reference.
+    """
+    metrics = BatchMetrics()
+    for batch, scale, _ in ranks.passes(packer, samples["policy"]):
+        with packer.memory_hint(batch):
+            values = {"lengths": batch.lengths[:, 0], "policy": response_logps(policy, batch).sums[:, 0]}
+            if reference is not None and reference.knows_any_response:
+                values["reference"] = reference.logps(batch).sums[:, 0]
+        if scale:
+            metrics.add(batch.examples, values)
+    metrics = metrics.gathered(ranks)
+    columns = {name: metrics.column(name).double().numpy() for name in metrics.values}
+    found = {"sample_length": float(columns["lengths"].mean())}
+    found |= mean_per_token("entropy_per_token", -columns["policy"], columns["lengths"])
+    if "reference" in columns:
+        ratios = columns["policy"] - columns["reference"]
+        found |= mean("kl", ratios) | mean_per_token("kl_per_token", ratios, columns["lengths"])
+    if "reference" in samples:
+        own, other = (np.array([len(s.responses[0]) for s in samples[name]]) for name in ("policy", "reference"))
+        found |= mean("sample_length_difference", own - other)
+    return {f"diagnosis/{name}": value for name, value in found.items() if not math.isnan(value)}
+
+
+def mean(name: str, values: np.ndarray) -> dict[str, float]:
+    """Return the mean of values, (n,), and its standard error, NaN of a single value."""
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return {name: float(values.mean()), f"{name}_stderr": error}
+
+
+def mean_per_token(name: str, sums: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
+    """Return the mean over all tokens of responses' sums, (n,), and its standard error.
+
+    It is a ratio of two means, whose error is that of its residuals (Cochran, Sampling Techniques, 1977, eq. 6.13).
+    """
+    per_token = sums.sum() / lengths.sum()
+    residuals = mean(name, (sums - per_token * lengths) / lengths.mean())
+    return residuals | {name: float(per_token)}
 
 
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:

@@ -30,11 +30,13 @@ CACHE_VERSION = 3  # part of a cache's key; raise it where the code begins to co
 class Reference(Protocol):
     """The frozen model that a policy is compared with, as a trainer sees it."""
 
+    knows_any_response: bool = True  # whether `logps` takes responses beyond those of the data, such as samples
+
     def logps(self, batch: PackedBatch) -> Logps:
         """Return the log-probabilities of the batch's responses."""
 
-    def generate(self, prompts: Sequence[TokenizedExample]) -> list[str]:
-        """Return one sampled continuation per prompt, the same at every call while the reference stays."""
+    def generate(self, prompts: Sequence[TokenizedExample]) -> list[TokenizedExample]:
+        """Return each prompt with one sampled response, the same at every call while the reference stays."""
 
     def after_update(self, n_updates: int) -> None:
         """Follow the policy, of which n_updates have been made; most references stay."""
@@ -65,7 +67,7 @@ class ModelReference(Reference):
     def __init__(self, module: ResponseLogps, dtype: torch.dtype, sampler: Sampler | None = None):
         self.module, self.sampler = module, sampler
         self.in_float32 = module.model.dtype == torch.float32
-        self.samples: list[str] | None = None
+        self.samples: list[TokenizedExample] | None = None
         if self.in_float32 and dtype != torch.float32:
             store_linear_weights(module.model, dtype)
 
@@ -77,11 +79,11 @@ class ModelReference(Reference):
         with torch.autocast(batch.targets.device.type, enabled=False):
             return response_logps(self.module, batch)
 
-    def generate(self, prompts: Sequence[TokenizedExample]) -> list[str]:
-        """Return one sampled continuation per prompt; the model never changes, so they are sampled once."""
+    def generate(self, prompts: Sequence[TokenizedExample]) -> list[TokenizedExample]:
+        """Return each prompt with one sampled response; the model never changes, so they are sampled once."""
         assert self.sampler is not None
         if self.samples is None:
-            self.samples = self.sampler.generate(self.module.model, prompts, "sampling the reference")
+            self.samples = self.sampler.sample(self.module.model, prompts, "sampling the reference")
         return self.samples
 
 
@@ -128,7 +130,7 @@ class AdapterReference(Reference):
 
     def __init__(self, policy: ResponseLogps, adapter: AdapterWeights, sampler: Sampler):
         self.policy, self.adapter, self.sampler = policy, adapter, sampler
-        self.samples: list[str] | None = None
+        self.samples: list[TokenizedExample] | None = None
 
     @torch.no_grad()
     def logps(self, batch: PackedBatch) -> Logps:
@@ -136,11 +138,11 @@ class AdapterReference(Reference):
         with self.adapter.as_reference():
             return response_logps(self.policy, batch)
 
-    def generate(self, prompts: Sequence[TokenizedExample]) -> list[str]:
-        """Return one sampled continuation per prompt; the frozen weights never change, so they are sampled once."""
+    def generate(self, prompts: Sequence[TokenizedExample]) -> list[TokenizedExample]:
+        """Return each prompt with one sampled response; the frozen weights never change, so they are sampled once."""
         if self.samples is None:
             with self.adapter.as_reference():
-                self.samples = self.sampler.generate(self.policy.model, prompts, "sampling the reference")
+                self.samples = self.sampler.sample(self.policy.model, prompts, "sampling the reference")
         return self.samples
 
 
@@ -162,7 +164,11 @@ class CachedReference(Reference):
     `sums` has one row per distinct example, (examples, n_responses); NaN where nothing is computed yet.
     """
 
-    def __init__(self, examples: Iterable[TextExample], n_responses: int, samples: list[str] | None = None):
+    knows_any_response = False
+
+    def __init__(
+        self, examples: Iterable[TextExample], n_responses: int, samples: list[TokenizedExample] | None = None
+    ):
         self.row = {example: row for row, example in enumerate(dict.fromkeys(examples))}
         self.sums = torch.full((len(self.row), n_responses), torch.nan)
         self.samples = samples
@@ -172,8 +178,8 @@ class CachedReference(Reference):
         sums = self.sums[self.rows(batch)].to(batch.targets.device, non_blocking=True)
         return Logps(sums=sums, lengths=batch.lengths)
 
-    def generate(self, prompts: Sequence[TokenizedExample]) -> list[str]:
-        """Return the continuations that were sampled before the first update."""
+    def generate(self, prompts: Sequence[TokenizedExample]) -> list[TokenizedExample]:
+        """Return the samples that were drawn before the first update."""
         assert self.samples is not None and len(self.samples) == len(prompts)
         return self.samples
 

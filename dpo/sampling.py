@@ -30,11 +30,18 @@ class Sampler:
     before_batch: Callable[[], None] = lambda: None  # raises to stop the run
     stops: Sequence[int] = ()  # ids besides eos at which a text ends
 
-    @torch.no_grad()
     def generate(self, model: PreTrainedModel, prompts: Sequence[TokenizedExample], title: str) -> list[str]:
         """Return one sampled continuation per prompt, the same for the same model and seed."""
+        return texts_of(self.sample(model, prompts, title))
+
+    @torch.no_grad()
+    def sample(self, model: PreTrainedModel, prompts: Sequence[TokenizedExample], title: str) -> list[TokenizedExample]:
+        """Return each prompt with one sampled continuation as its response, the same for the same model and seed.
+
+        A response has the token that ended it, if it did end; its text has no special tokens.
+        """
         model.eval()
-        size, texts = self.batch_size, []
+        size, samples = self.batch_size, []
         batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
         devices = [self.device] if self.device.type == "cuda" else []
         hint = f"while sampling for {min(size, len(prompts))} prompts at a time; lower eval_batch_size"
@@ -43,10 +50,15 @@ class Sampler:
             with default_generation_config(model), torch_attention(model):
                 for batch in progress(batches, title):
                     self.before_batch()
-                    texts += self.generate_batch(model, [example.prompt for example in batch])
-        return texts
+                    responses = self.generate_batch(model, [example.prompt for example in batch])
+                    texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+                    samples += [
+                        TokenizedExample(example.text._replace(responses=(text,)), example.prompt, (response,))
+                        for example, text, response in zip(batch, texts, responses, strict=True)
+                    ]
+        return samples
 
-    def generate_batch(self, model: PreTrainedModel, prompts: Sequence[list[int]]) -> list[str]:
+    def generate_batch(self, model: PreTrainedModel, prompts: Sequence[list[int]]) -> list[list[int]]:
         """Return the continuations of token ids, padded on the left; padding is masked by position."""
         width, pad_id = max(map(len, prompts)), padding_id(self.tokenizer, model.config.get_text_config().vocab_size)
         ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts])
@@ -54,7 +66,7 @@ class Sampler:
         inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
         config = self.generation_config(width, pad_id)
         output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]  # known to causal models
-        return self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        return [up_to_stop(row, config.eos_token_id) for row in output[:, width:].tolist()]
 
     def generation_config(self, prompt_length: int, pad_id: int) -> GenerationConfig:
         """Return the settings of generation after prompts of a length in tokens."""
@@ -67,6 +79,16 @@ class Sampler:
             pad_token_id=pad_id,
             eos_token_id=list(dict.fromkeys((self.tokenizer.eos_token_id, *self.stops))),
         )
+
+
+def up_to_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
+    """Return ids up to the first stop, that included: what follows in a batch of longer texts is padding."""
+    return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids)) + 1]
+
+
+def texts_of(samples: Sequence[TokenizedExample]) -> list[str]:
+    """Return the texts of samples."""
+    return [sample.text.responses[0] for sample in samples]
 
 
 def add_stops(config: GenerationConfig, stops: Sequence[int]) -> None:

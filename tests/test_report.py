@@ -8,7 +8,7 @@ import yaml
 
 import report
 from dpo.errors import UserError
-from report import RunFiles, Suspect, page, run_files, suspects, update_report
+from report import RunFiles, Suspect, interval, page, run_files, suspects, update_report
 
 SETTINGS = {"exp_name": "first", "lr": 1e-3, "loss": {"name": "dpo", "beta": 0.1}}
 
@@ -34,6 +34,7 @@ def write_run(folder, settings=SETTINGS, samples=()):
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     evaluation = {"loss__eval": 0.4, "rewards_eval__accuracies": 0.75, "rewards_eval__margins": 0.5}
     evaluation |= {"diagnosis__accuracy_low": 0.41, "diagnosis__accuracy_high": 0.93, "diagnosis__displaced": 0.25}
+    evaluation |= {"diagnosis__kl": 3.0, "diagnosis__kl_stderr": 0.5}
     metrics = [record(n, loss__train=loss, grad_norm=3.0, lr=1e-3) for n, loss in ((8, 0.69), (16, 0.5))]
     metrics.append(record(16, **evaluation))
     lines = {
@@ -60,7 +61,17 @@ def test_the_page_shows_the_newest_figures_with_their_interval(tmp_path):
         "75%": "reward accuracy, 95% interval 41 to 93%",
         "0.5": "reward margin",
         "25%": "chosen responses that are less likely than under the reference",
+        "3": "KL from the reference in nats per response, 95% interval ±0.98",
     }
+
+
+def test_curves_have_the_intervals_that_were_recorded(tmp_path):
+    """Wilson's of the accuracy; 1.96 standard errors of others; none where one of the values has no error."""
+    run = write_run(tmp_path / "run")
+    assert interval(run, "rewards_eval/accuracies") == ([0.41], [0.93])
+    low, high = interval(run, "diagnosis/kl")
+    assert (low, high) == (pytest.approx([2.02]), pytest.approx([3.98]))
+    assert interval(run, "diagnosis/displaced") is None
 
 
 def test_the_page_needs_no_network_and_runs_no_script(tmp_path):

@@ -342,6 +342,26 @@ def test_checkpoints_that_are_due_between_two_updates_come_after_the_second(make
     assert {path.name for path in trainer.run.path.glob("step-*")} == {f"step-{step}" for step in saved}
 
 
+# Samples
+
+
+def test_each_evaluation_records_the_divergence_of_its_samples_which_is_zero_before_the_first_update(make_trainer):
+    settings = ("sample_during_eval=true", "n_eval_model_samples=4", "n_eval_examples=8", "lr=1e-3", "warmup_steps=0")
+    trainer = make_trainer("loss=dpo", "n_examples=16", "eval_every=8", "debug=true", *settings)
+    trainer.train()
+    records = [json.loads(line) for line in (trainer.run.path / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [record for record in records if "loss/eval" in record]
+    assert [record["examples"] for record in evaluations] == [0, 8, 16]
+    assert [record["diagnosis/kl"] == 0.0 for record in evaluations] == [True, False, False]
+    assert [record["diagnosis/sample_length_difference"] == 0.0 for record in evaluations][0]
+
+
+def test_a_cached_reference_gives_lengths_of_its_samples_but_no_divergence(make_trainer):
+    trainer = make_trainer("loss=dpo", "loss.precompute_reference=true", "sample_during_eval=true")
+    found = trainer.sample()
+    assert found["diagnosis/sample_length_difference"] == 0.0 and "diagnosis/kl" not in found
+
+
 # State
 
 

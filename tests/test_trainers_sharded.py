@@ -19,6 +19,8 @@ from dpo.distributed import ProcessGroup
 from dpo.parallel import reshard
 from dpo.runs import RunDir
 
+PLAIN = ("loss=dpo", "max_tokens_per_pass=300", "n_eval_model_samples=3")  # of 4 ranks, one has no sample of its own
+
 
 class Case(NamedTuple):
     """What is trained, and how: settings beside those of the golden trace."""
@@ -100,10 +102,12 @@ def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
         if rank == 0:
             (folder / f"{i}.json").write_text(json.dumps(records))
     ranks.arrange(1)
-    trainer = build(folder / "gradient", ranks, *TINY, "loss=dpo", "trainer=FSDPTrainer", "max_tokens_per_pass=300")
+    trainer = build(folder / "gradient", ranks, *TINY, *PLAIN, "trainer=FSDPTrainer")
     found = whole_gradient(trainer)
     held = ranks.gather(bytes_held(trainer))
+    sampled = trainer.sample()
     if rank == 0:
+        (folder / "sampled.json").write_text(json.dumps(sampled))
         torch.save(found, folder / "gradient.pt")
         (folder / "held.json").write_text(json.dumps(held))
     ranks.close()
@@ -129,8 +133,15 @@ def test_every_update_is_the_originals(sharded):
 
 def test_the_gradient_is_that_of_one_process(sharded, make_trainer):
     folder = sharded[-1]
-    expected = whole_gradient(make_trainer("loss=dpo", "max_tokens_per_pass=300"))
+    expected = whole_gradient(make_trainer(*PLAIN))
     assert (torch.load(folder / "gradient.pt") - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_samples_and_their_divergence_are_those_of_one_process(sharded, make_trainer):
+    trainer = make_trainer(*PLAIN)
+    whole_gradient(trainer)
+    expected, found = trainer.sample(), json.loads((sharded[-1] / "sampled.json").read_text())
+    assert found == pytest.approx(expected, rel=1e-4) and expected["diagnosis/kl"] != 0.0
 
 
 def test_each_rank_holds_its_share_of_weights_and_optimizer(sharded, make_trainer, report):

@@ -209,9 +209,9 @@ def test_the_reference_samples_what_the_base_model_samples(make_trainer):
     settings = ("n_eval_model_samples=2", "max_length=48", "max_prompt_length=24")
     trainer = make_trainer("loss=dpo", *LORA, *settings)
     prompts = next(iter(trainer.eval_batches.from_start())).examples[:2]
-    base = trainer.sampler.generate(trainer.policy.model, prompts, "base")
+    base = trainer.sampler.sample(trainer.policy.model, prompts, "base")
     move(trainer.weights, 0.3)
-    assert trainer.reference.generate(prompts) == base != trainer.sampler.generate(trainer.policy.model, prompts, "now")
+    assert trainer.reference.generate(prompts) == base != trainer.sampler.sample(trainer.policy.model, prompts, "now")
 
 
 def test_a_cached_reference_gives_the_updates_of_a_live_one_and_one_cache_serves_all_adapters(

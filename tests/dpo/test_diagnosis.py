@@ -5,11 +5,24 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny_models import respond, tiny
 
-from dpo.diagnosis import calibration_error, correlation, diagnose, edit_distance, log_ratios, wilson_interval
+from dpo.diagnosis import (
+    calibration_error,
+    correlation,
+    diagnose,
+    diagnose_samples,
+    edit_distance,
+    log_ratios,
+    mean_per_token,
+    wilson_interval,
+)
+from dpo.distributed import ALONE
 from dpo.examples import TextExample, TokenizedExample
-from dpo.logps import Logps
+from dpo.logps import Logps, ResponseLogps
 from dpo.metrics import BatchMetrics
+from dpo.packing import Packer
+from dpo.references import ModelReference
 
 
 def pairs(responses, chosen, rejected, beta=0.1, truncated=()):
@@ -137,3 +150,93 @@ def test_the_edit_distance_counts_replaced_removed_and_inserted_tokens(one, othe
     length = max(len(one), len(other))
     assert edit_distance([*map(ord, one)], [*map(ord, other)]) == pytest.approx(edits / length)
     assert edit_distance([], []) == 0.0
+
+
+# Samples
+
+PACKER = Packer("shared_prefix", 12, torch.device("cpu"))  # tokens: two of the samples below share no pass
+
+
+class Constant:
+    """Stands for a policy and for a reference that give every token the same log-probability."""
+
+    knows_any_response = True
+
+    def __init__(self, logp):
+        self.logp = logp
+
+    def __call__(self, batch):
+        return torch.full((len(batch.targets),), self.logp)
+
+    def logps(self, batch):
+        return Logps(self.logp * batch.lengths.float(), batch.lengths)
+
+
+def samples_of(*lengths):
+    """Return samples of some lengths in tokens."""
+    return [respond([5, 6], [7] * n) for n in lengths]
+
+
+def test_the_divergence_is_the_mean_log_ratio_of_the_policys_own_samples_with_its_standard_error():
+    """Half a nat per token: 1 nat of two tokens, 4 of eight. Mean 2.5, deviation 3 / sqrt(2), error 3 / 2.
+
+    The same half a nat for every token, so that the mean per token has no error.
+    """
+    samples = {"policy": samples_of(2, 8), "reference": samples_of(3, 3)}
+    found = diagnose_samples(samples, Constant(-1.0), Constant(-1.5), PACKER, ALONE)
+    assert found == pytest.approx(
+        {
+            "diagnosis/kl": 2.5,
+            "diagnosis/kl_stderr": 1.5,
+            "diagnosis/kl_per_token": 0.5,
+            "diagnosis/kl_per_token_stderr": 0.0,
+            "diagnosis/entropy_per_token": 1.0,
+            "diagnosis/entropy_per_token_stderr": 0.0,
+            "diagnosis/sample_length": 5.0,
+            "diagnosis/sample_length_difference": 2.0,  # -1 and 5
+            "diagnosis/sample_length_difference_stderr": 3.0,
+        }
+    )
+
+
+def test_the_error_per_token_counts_that_long_responses_weigh_more():
+    """Sums 1 and 4 over 2 and 2 tokens: 5/4 per token, residuals -1.5 and 1.5, over the mean length 0.75 each way.
+
+    Their deviation is 1.5 / sqrt(2), and the error 0.75. Against sums of 1 and 4 over 2 and 8 tokens: none.
+    """
+    found = mean_per_token("x", np.array([1.0, 4.0]), np.array([2.0, 2.0]))
+    assert found == pytest.approx({"x": 1.25, "x_stderr": 0.75})
+
+
+def test_identical_models_have_a_divergence_of_exactly_zero():
+    models = [tiny("Llama"), tiny("Llama")]
+    policy, reference = (ResponseLogps.wrap(model) for model in models)
+    samples = [respond([5, 6, 7], [8, 9, 2]), respond([11], [12] * 9), respond([13, 14], [2])]
+    found = diagnose_samples(
+        {"policy": samples, "reference": samples}, policy, ModelReference(reference, torch.float32), PACKER, ALONE
+    )
+    names = ("kl", "kl_stderr", "kl_per_token", "kl_per_token_stderr", "sample_length_difference")
+    assert [found[f"diagnosis/{name}"] for name in names] == [0.0] * 5
+    with torch.no_grad():
+        sums = []
+        for sample in samples:
+            ids = torch.tensor([sample.prompt + sample.responses[0]])
+            logps = models[0](ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+            sums.append(logps[len(sample.prompt) - 1 :].sum().item())
+    assert found["diagnosis/entropy_per_token"] == pytest.approx(-sum(sums) / 13, rel=1e-5)  # the ends count as tokens
+
+
+def test_without_a_reference_or_with_a_cached_one_there_is_no_divergence():
+    cached = Constant(-1.5)
+    cached.knows_any_response = False
+    for reference in (None, cached):
+        found = diagnose_samples({"policy": samples_of(2, 8)}, Constant(-1.0), reference, PACKER, ALONE)
+        assert {name.removeprefix("diagnosis/").removesuffix("_stderr") for name in found} == {
+            "entropy_per_token",
+            "sample_length",
+        }
+
+
+def test_a_single_sample_has_no_standard_error():
+    found = diagnose_samples({"policy": samples_of(4)}, Constant(-1.0), Constant(-1.5), PACKER, ALONE)
+    assert found["diagnosis/kl"] == 2.0 and not any("stderr" in name for name in found)

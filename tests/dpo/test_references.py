@@ -196,7 +196,7 @@ def test_a_second_model_samples_once():
     class CountingSampler:
         calls = 0
 
-        def generate(self, model, prompts, title):
+        def sample(self, model, prompts, title):
             self.calls += 1
             return [f"sample {self.calls}" for _ in prompts]
 

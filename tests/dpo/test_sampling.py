@@ -17,9 +17,9 @@ class Tokens:
 
     eos_token_id, pad_token_id = 96, 0
 
-    def batch_decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> list[list[int]]:
+    def batch_decode(self, ids: list[list[int]], skip_special_tokens: bool) -> list[list[int]]:
         assert skip_special_tokens
-        return [[i for i in row if i not in (self.eos_token_id, self.pad_token_id)] for row in ids.tolist()]
+        return [[i for i in row if i not in (self.eos_token_id, self.pad_token_id)] for row in ids]
 
 
 SAMPLER = Sampler(
@@ -113,6 +113,18 @@ def test_a_sample_ends_at_the_end_token_and_other_samples_of_its_batch_go_on(mod
     texts = sampler.generate(model, [respond(PROMPT, [1]), other], "sampling")
     assert texts[0] == sample[:n] and 2 <= n < 7
     assert texts[1:] == sampler.generate(model, [other], "sampling") and len(texts[1]) > n
+
+
+def test_a_sample_is_an_example_whose_response_holds_the_token_that_ended_it(model):
+    """As in the test above; the other sample of the batch is cut at max_length, and ends with no stop."""
+    (whole,) = GREEDY.generate(model, [respond(PROMPT, [1])], "sampling")
+    n = max(i for i, token in enumerate(whole) if token not in whole[:i])
+    prompts = [respond(PROMPT, [1], [2]), respond((60, 61, 62), [1], [2])]
+    sampler = replace(GREEDY, stops=[whole[n]])
+    ended, cut = sampler.sample(model, prompts, "sampling")
+    assert (ended.prompt, ended.responses) == (list(PROMPT), (whole[: n + 1],))
+    assert len(cut.responses[0]) == 7 and whole[n] not in cut.responses[0]
+    assert [sample.text.responses[0] for sample in (ended, cut)] == sampler.generate(model, prompts, "sampling")
 
 
 def test_a_prompt_with_several_rows_is_sampled_for_once(tmp_path):
