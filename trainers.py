@@ -18,9 +18,10 @@ from dpo.diagnosis import diagnose, diagnose_samples, lengths, log_ratios
 from dpo.distributed import Ranks
 from dpo.errors import RunError, Stopped, UserError, actionable_errors, is_out_of_memory
 from dpo.examples import Batch, BatchIterator
-from dpo.export import TrainedWeights
+from dpo.export import TrainedWeights, upload
 from dpo.logps import ResponseLogps, response_logps
 from dpo.metrics import BatchMetrics, MetricLogger, check_evaluation, check_finite
+from dpo.model_card import Outcome, model_card
 from dpo.objectives import NOTHING, Context, Loss, Sums
 from dpo.optimizers import OptimizerOptions, make_optimizer
 from dpo.packing import PackedBatch, Packer
@@ -30,6 +31,7 @@ from dpo.sampling import Sampler, distinct_prompts, texts_of
 from dpo.schedules import make_scheduler
 from dpo.settings import Settings
 from dpo.signals import Signals
+from dpo.stopwatch import Stopwatch
 from losses import preference_loss  # noqa: F401  (the original's users import preference_loss from here)
 from report import update_report
 
@@ -61,7 +63,7 @@ class BasicTrainer:
         self.policy, self.loss, self.reference, self.settings, self.ranks = policy, loss, reference, settings, ranks
         self.weights, self.train_batches, self.eval_batches = weights, train_batches, eval_batches
         self.packer, self.sampler, self.dtype, self.device = packer, sampler, dtype, packer.device
-        self.run, self.logger, self.signals = run, logger, signals
+        self.run, self.logger, self.signals, self.clock = run, logger, signals, Stopwatch()
         options = OptimizerOptions.of(settings, self.policy)
         self.optimizer = make_optimizer(settings.optimizer, self.policy.trained_parameters(), settings.lr, options)
         self.scheduler = make_scheduler(settings, self.optimizer, len(train_batches))
@@ -84,7 +86,7 @@ class BasicTrainer:
         """Walk the batches that are left, evaluating and saving whenever due, then evaluate and save once more."""
         bar = progress_bar("training", "update", len(self.train_batches), initial=self.updates)
         with bar, actionable_errors(NO_MEMORY), self.signals.deferred():
-            for batch in prefetch(self.train_batches):
+            for batch in self.clock.waiting("data", prefetch(self.train_batches)):
                 if self.eval_due():
                     self.evaluate_and_save()
                 metrics = self.train_step(batch)
@@ -93,8 +95,7 @@ class BasicTrainer:
                     self.save()
                 self.signals.check()
                 bar.update()
-                loss, speed = metrics["loss/train"], metrics["examples_per_second"]
-                bar.set_postfix(loss=f"{loss:.4g}", pairs_per_s=f"{speed:.3g}")
+                bar.set_postfix(loss=f"{metrics['loss/train']:.4g}", pairs_per_s=f"{metrics['examples_per_second']:.3}")
             self.evaluate_and_save(final=True)
 
     def train_step(self, batch: Batch) -> dict[str, float]:
@@ -102,7 +103,7 @@ class BasicTrainer:
         start = time.perf_counter()
         self.policy.train()
         metrics = BatchMetrics()
-        with self.autocast():
+        with self.clock("forward_backward"), self.autocast():
             sums = self.loss.batch_sums(batch.examples, self.sums_of_logps)
             parts = self.settings.gradient_accumulation_steps
             for microbatch, scale, is_last in self.ranks.passes(self.packer, batch.examples, parts):
@@ -110,12 +111,14 @@ class BasicTrainer:
                 with self.packer.memory_hint(microbatch):
                     losses = self.losses(microbatch, metrics if scale else BatchMetrics(), sums)
                     (losses.sum() * scale / len(batch.examples)).backward()
-        grad_norm = self.clip_gradient()
-        check_finite(metrics, grad_norm, self.updates + 1, self.run.path, self.ranks)
-        lr = float(self.scheduler.get_last_lr()[0])
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
+        with self.clock("forward_backward"):  # whose end the host waits for where it reads the norm
+            grad_norm = self.clip_gradient()
+            check_finite(metrics, grad_norm, self.updates + 1, self.run.path, self.ranks)
+        with self.clock("optimizer"):
+            lr = float(self.scheduler.get_last_lr()[0])
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.scheduler.step()
         self.examples += len(batch.examples)
         self.updates += 1
         if self.reference is not None:
@@ -125,7 +128,6 @@ class BasicTrainer:
         means = metrics.means("train", self.ranks)  # reading them waits for the device, so the clock is read after it
         self.loss_state = self.loss.next_state(self.loss_state, means)
         seconds = time.perf_counter() - start
-        means |= self.ranks.usage(self.device)
         return means | {
             "grad_norm": float(grad_norm),
             "lr": lr,
@@ -137,7 +139,8 @@ class BasicTrainer:
 
     def losses(self, batch: PackedBatch, metrics: BatchMetrics, sums: Sums = NOTHING) -> torch.Tensor:
         """Return the losses of a microbatch, (examples,), and add its metrics, one value per example."""
-        reference_logps = None if self.reference is None else self.reference.logps(batch)
+        with self.clock("reference"):
+            reference_logps = None if self.reference is None else self.reference.logps(batch)
         policy_logps, context = response_logps(self.policy, batch), Context(batch.examples, sums, self.loss_state)
         losses, values = self.loss(policy_logps, reference_logps, context)
         metrics.add(batch.examples, values | log_ratios(policy_logps, reference_logps) | lengths(batch))
@@ -176,12 +179,10 @@ class BasicTrainer:
         except Stopped:  # a resumed run evaluates again, from the start
             self.save(logs=before)
             raise
-        if self.truncated:
-            counts = ", ".join(f"{what} {n:,}" for what, n in sorted(self.truncated.items()))
-            log_message(f"Truncated so far, of {self.examples:,} training examples: {counts}")
+        log_truncated(self.truncated, self.examples)
         if final:  # a longer run would not know this evaluation, and one that was killed before the export repeats it
             self.save(metrics, logs=before)
-            self.export()
+            self.export(metrics)
         else:
             self.next_eval = next_multiple(self.examples, self.settings.eval_every)
             self.save(metrics)
@@ -191,7 +192,7 @@ class BasicTrainer:
         """Return the evaluation's mean metrics and diagnosis, and log each pair; RunError if the loss is not finite."""
         self.policy.eval()
         metrics = BatchMetrics()
-        with self.autocast():
+        with self.clock("evaluation"), self.autocast():
             examples = (example for batch in self.eval_batches.from_start() for example in batch.examples)
             sums = self.loss.batch_sums(examples, self.sums_of_logps)
             for batch in progress(self.eval_batches.from_start(), "evaluating"):
@@ -206,17 +207,14 @@ class BasicTrainer:
         return means | diagnose(metrics)
 
     def sample(self) -> dict[str, float]:
-        """Log samples of the policy, and of the reference where there is one, and return figures of them.
-
-        They are for the same prompts every time.
-        """
+        """Log samples of policy and reference for the same prompts every time, and return figures of them."""
         prompts = distinct_prompts(self.eval_batches, self.settings.n_eval_model_samples)
-        samples = {"policy": self.sampler.sample(self.policy.model, prompts, "sampling the policy")}
-        if self.reference is not None:
-            samples["reference"] = self.reference.generate(prompts)
-        texts = {name: texts_of(drawn) for name, drawn in samples.items()}
-        self.logger.log_samples(self.examples, [example.text.prompt for example in prompts], texts)
-        with self.autocast():
+        with self.clock("sampling"), self.autocast():
+            samples = {"policy": self.sampler.sample(self.policy.model, prompts, "sampling the policy")}
+            if self.reference is not None:
+                samples["reference"] = self.reference.generate(prompts)
+            texts = {name: texts_of(drawn) for name, drawn in samples.items()}
+            self.logger.log_samples(self.examples, [example.text.prompt for example in prompts], texts)
             return diagnose_samples(samples, self.policy, self.reference, self.packer, self.ranks)
 
     # State
@@ -230,16 +228,19 @@ class BasicTrainer:
             return
         self.next_save = next_multiple(self.examples, self.settings.save_every)
         keep = (self.settings.keep_checkpoints, self.settings.keep_policies)
-        with actionable_errors("while saving a checkpoint, which gathers all weights and the optimizer's state"):
+        hint = "while saving a checkpoint, which gathers all weights and the optimizer's state"
+        with self.clock("saving"), actionable_errors(hint):
             states = self.state_dict(self.logger.sizes() if logs is None else logs)
             save = partial(save_checkpoint, self.run.path, self.examples, states, metrics or {}, *keep)
             log_message(f"Wrote {self.ranks.on_main(save)}")
 
-    def export(self) -> None:
-        """Write the model for from_pretrained into the newest checkpoint, as LATEST/hf."""
+    def export(self, metrics: dict[str, float]) -> None:
+        """Write the model for from_pretrained into the newest checkpoint, as LATEST/hf; upload it if that is asked."""
         if not self.settings.debug:
             folder, weights = (self.run.path / "LATEST").resolve() / "hf", self.full_weights()
-            self.ranks.on_main(lambda: self.weights.export(folder, self.sampler.tokenizer, weights))
+            card = model_card(self.settings, self.loss, outcome(self, metrics))
+            self.ranks.on_main(lambda: self.weights.export(folder, self.sampler.tokenizer, card, weights))
+            self.ranks.on_main(lambda: upload(folder, self.settings.push_to_hub))
 
     def state_dict(self, logs: list[int]) -> dict[str, Any]:
         """Return all that a resumed run needs: the states of policy, optimizer and scheduler, and of the run."""
@@ -273,15 +274,11 @@ class BasicTrainer:
                 setattr(self, name, run["counters"][name])
             self.train_batches.position = dict(self.position)
             self.next_save = next_multiple(self.examples, self.settings.save_every)
-            self.truncated = Counter(run["truncated"])
-            self.loss_state = dict(run.get("loss", {}))  # checkpoints of earlier versions have none
+            self.truncated, self.loss_state = Counter(run["truncated"]), dict(run.get("loss", {}))  # older ones lack it
             if self.reference is not None:
                 self.reference.load_state_dict(run.get("reference", {}))
             self.logger.cut(run["logs"])
-            now = surroundings(self)
-            changed = [f"{k} was {v}, is {now.get(k)}" for k, v in run["surroundings"].items() if now.get(k) != v]
-            if changed:
-                log_message(f"Not bit for bit what it would have been without the stop: {'; '.join(changed)}.")
+            log_changes(run["surroundings"], surroundings(self))
             set_random_states(run["random"])
 
     def load_tensors(self, states: dict[str, Any]) -> None:
@@ -290,8 +287,9 @@ class BasicTrainer:
         self.optimizer.load_state_dict(states["optimizer"])
 
     def log(self, metrics: dict[str, float], thin: bool = False) -> None:
-        """Log metrics with the numbers of examples and updates."""
-        self.logger.log({"examples": self.examples, "updates": self.updates} | metrics, thin)
+        """Log metrics with the numbers of examples and updates, and the time and the memory that they took."""
+        usage = self.clock.take() | self.ranks.usage(self.device)
+        self.logger.log({"examples": self.examples, "updates": self.updates} | metrics | usage, thin)
 
 
 def next_multiple(n: int, interval: int | None) -> float:
@@ -310,6 +308,27 @@ def surroundings(trainer: BasicTrainer) -> dict[str, Any]:
         "max_tokens_per_pass": packer.max_tokens,
         "activation_checkpointing": trainer.settings.activation_checkpointing,
     }
+
+
+def outcome(trainer: BasicTrainer, metrics: dict[str, float]) -> Outcome:
+    """Return what a trainer's model card tells of its run."""
+    n, limit = trainer.eval_batches.n_items, trainer.settings.n_eval_examples
+    name, identity = trainer.run.config.loss.name, trainer.run.identity
+    return Outcome(name, trainer.examples, trainer.updates, min(n, limit), metrics, identity)
+
+
+def log_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Print what rounds a resumed run's numbers otherwise than before its stop."""
+    changed = [f"{name} was {value}, is {new.get(name)}" for name, value in old.items() if new.get(name) != value]
+    if changed:
+        log_message(f"Not bit for bit what it would have been without the stop: {'; '.join(changed)}.")
+
+
+def log_truncated(truncated: Counter[str], n_examples: int) -> None:
+    """Print how much of the training examples so far was truncated."""
+    if truncated:
+        counts = ", ".join(f"{what} {n:,}" for what, n in sorted(truncated.items()))
+        log_message(f"Truncated so far, of {n_examples:,} training examples: {counts}")
 
 
 @contextmanager

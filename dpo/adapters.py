@@ -34,7 +34,7 @@ from dpo.checkpoints import atomic_dir, write_manifest
 from dpo.combinations import is_installed
 from dpo.console import log_message
 from dpo.errors import UserError, naming_file, summarize_error
-from dpo.export import export_model, save_model, save_tokenizer
+from dpo.export import export_model, save_card, save_model, save_tokenizer
 from dpo.settings import ModelSettings, Settings
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class AdapterWeights:
         copy_weights(adapter_parameters(self.model, POLICY), state["weights"], setting)
 
     def export(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, weights: dict[str, Tensor] | None = None
     ) -> None:
         """Write RUN/step-N/hf in peft's format, with the merged model in hf/merged if that is asked for.
 
@@ -195,6 +195,7 @@ class AdapterWeights:
             with naming_file(staging / "adapter_config.json"):
                 (staging / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             save_tokenizer(staging, tokenizer)
+            save_card(staging, card)
             if self.export_merged:
                 save_model(staging / "merged", self.model, tokenizer, self.merged_weights())
                 write_manifest(staging / "merged", {})

@@ -295,7 +295,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         "resume_from_checkpoint auto_resume resume_from resume_path",
         Note("use resume=RUN, where RUN is a run directory, whose own settings hold"),
     ),
-    ("push_to_hub hub_model_id", Note("nothing is uploaded; at the end, RUN/LATEST/hf opens with from_pretrained")),
+    ("hub_model_id hub_repo_id", Renamed("push_to_hub")),
     # Samples
     ("generate_during_eval", Renamed("sample_during_eval")),
     ("num_samples", Renamed("n_eval_model_samples")),

@@ -56,6 +56,7 @@ def combination_problems(values: Mapping[str, Any], wrong_keys: Sequence[str]) -
         "every checkpoint is kept anyway; set keep_checkpoints to a number, or keep_policies=false",
     )
     check("save_every debug", lambda n, debug: n and debug, "debug=true writes no checkpoints; set save_every=null")
+    check("push_to_hub debug", lambda name, debug: name and debug, "debug=true exports nothing; set push_to_hub=null")
     check("model.archive", lambda path: path and not Path(path).is_file(), "no such file; give the path of a policy.pt")
     positions = max_positions(values.get("model.name_or_path"))
     check("max_length", lambda n: positions and n > positions, f"the model has {positions} positions; lower it")
@@ -165,6 +166,11 @@ def lora_problems(valid: Mapping[str, Any]) -> list[str]:
         and own_weights,
         "lora.quantize=nf4 lora.export_merged=true: an adapter cannot be merged into weights of 4 bits": quantized
         and valid.get("lora.export_merged"),
+        "push_to_hub: this machine alone has the adapter's base; set it to null, or lora.export_merged=true": bool(
+            valid.get("push_to_hub")
+        )
+        and not valid.get("lora.export_merged")
+        and (own_weights or Path(str(valid.get("model.name_or_path"))).is_dir()),
     }
     return [line for line, is_wrong in found.items() if is_wrong]
 

@@ -90,8 +90,13 @@ class Ranks:
         """Raise UserError if what a rank has read, as fingerprints by name, is not the same on all ranks."""
 
     def usage(self, device: torch.device) -> dict[str, float]:
-        """Return metrics of what the ranks use, where there are several."""
-        return {}
+        """Return the largest and the mean peak of the ranks' memory, in GB: of the GPU, or of the process."""
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peaks = [value / 1e9 for value in self.gather(peak)]
+        return {"memory_gb/max": max(peaks), "memory_gb/mean": sum(peaks) / len(peaks)}
 
     def same_run(self, path: Path) -> tuple[Path, bool]:
         """Return the main rank's run directory, and whether an earlier start of torchrun has begun it."""
@@ -181,15 +186,6 @@ class ProcessGroup(Ranks):
 
     def agree(self, signals: Signals) -> Signals:
         return AgreedSignals(signals, self)
-
-    def usage(self, device: torch.device) -> dict[str, float]:
-        """Return the largest and the mean peak of the ranks' memory, in GB: of the GPU, or of the process."""
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        peaks = [value / 1e9 for value in self.gather(peak)]
-        return {"memory_gb/max": max(peaks), "memory_gb/mean": sum(peaks) / len(peaks)}
 
     def same_run(self, path: Path) -> tuple[Path, bool]:
         path = self.on_main(lambda: path)

@@ -1,6 +1,7 @@
-"""The export: a model and its tokenizer as from_pretrained opens them, in transformers 5 and 4."""
+"""The export: a model and its tokenizer as from_pretrained opens them, in transformers 5 and 4, and its upload."""
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dpo.archives import load_weights
 from dpo.checkpoints import atomic_dir
-from dpo.errors import naming_file
+from dpo.console import log_message
+from dpo.errors import naming_file, summarize_error
 
 
 class TrainedWeights(Protocol):
@@ -23,11 +25,11 @@ class TrainedWeights(Protocol):
         """Take the state of a checkpoint; UserError that names the setting if it does not fit."""
 
     def export(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, weights: dict[str, Tensor] | None = None
     ) -> None:
         """Write RUN/step-N/hf, for from_pretrained, unless it is there; RunError if the disk does not take it.
 
-        weights are all of the model's where it holds only a part of them itself.
+        card is the text of its README.md; weights are all of the model's where it holds only a part of them itself.
         """
 
 
@@ -46,18 +48,28 @@ class AllWeights:
         load_weights(self.model, state, setting)
 
     def export(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, weights: dict[str, Tensor] | None = None
     ) -> None:
-        """Write the model, with weights in place of its own, and its tokenizer into a new folder."""
-        export_model(folder, self.model, tokenizer, weights)
+        """Write the model, with weights in place of its own, its tokenizer and its card into a new folder."""
+        export_model(folder, self.model, tokenizer, weights, card)
 
 
 def export_model(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, Tensor] | None = None,
+    card: str | None = None,
 ) -> None:
     """Write a model and its tokenizer into a new folder; RunError if the disk does not take them."""
+
+    def write(staging: Path) -> None:
+        save_model(staging, model, tokenizer, weights)
+        if card is not None:
+            save_card(staging, card)
+
     if not folder.exists():
-        atomic_dir(folder, lambda staging: save_model(staging, model, tokenizer, weights))
+        atomic_dir(folder, write)
 
 
 def save_model(
@@ -79,6 +91,34 @@ def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Save a tokenizer."""
     tokenizer.save_pretrained(folder)
     rewrite(folder / "tokenizer_config.json", use_tokenizer_keys_of_transformers_4)
+
+
+def save_card(folder: Path, card: str) -> None:
+    """Save the text of a model card."""
+    with naming_file(folder / "README.md"):
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def upload(folder: Path, repository: str | None) -> None:
+    """Upload an export to a repository on the Hub, a private one if it is new; nothing for None.
+
+    What goes wrong is printed in one line, since the export on disk loses nothing by it.
+    """
+    if repository is None:
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except Exception as error:  # whatever it is: no network, no token, no such user
+        log_message(
+            f"push_to_hub={repository}: not uploaded ({summarize_error(error)}). To upload it: "
+            f"hf upload {repository} {shlex.quote(str(folder))}"
+        )
+    else:
+        log_message(f"Uploaded {folder} to {repository} on the Hub.")
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

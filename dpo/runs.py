@@ -27,7 +27,7 @@ from dpo.suggestions import suggest, written
 
 # What may change in a resumed run: it touches no trained number, but for the rounding of the last three settings.
 MAY_CHANGE = (
-    *("wandb.enabled", "wandb.entity", "wandb.project", "minimum_log_interval_secs", "report"),
+    *("wandb.enabled", "wandb.entity", "wandb.project", "minimum_log_interval_secs", "report", "push_to_hub"),
     *("sample_during_eval", "n_eval_model_samples", "sample_temperature", "sample_top_k", "sample_top_p"),
     *("save_every", "keep_checkpoints", "keep_policies", "eval_batch_size"),
     *("max_tokens_per_pass", "activation_checkpointing", "device", "lora.export_merged"),

@@ -170,6 +170,7 @@ class Settings(Group):
     sample_top_k: int = whole("tokens", ge=0)
     sample_top_p: Probability
     report: Flag
+    push_to_hub: str | None = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="a repository on the Hub, as in me/name")
     minimum_log_interval_secs: NotNegative
 
     model: ModelSettings

@@ -67,6 +67,12 @@ def golden_rows(split: str) -> list[dict[str, str]]:
     return [row for _, row in read_jsonl(GOLDENS / "data" / f"{split}.jsonl")]
 
 
+def without_measurements(record: dict) -> dict:
+    """Return a record of metrics.jsonl without what a clock or the system measured."""
+    measured = ("seconds/", "memory_gb/")
+    return {k: v for k, v in record.items() if not (k.endswith("_per_second") or k.startswith(measured))}
+
+
 # Small counts in `make test`, full ones in `make soak`
 
 

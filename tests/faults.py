@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import GOLDENS, ROOT, TINY, Run
+from conftest import GOLDENS, ROOT, TINY, Run, without_measurements
 
 import trainers
 from dpo import checkpoints
@@ -145,8 +145,8 @@ def digest(value: Any) -> str:
 
 def logs_of(folder: Path) -> tuple[list[dict[str, Any]], str]:
     """Return a run's metrics without what a clock measured, and its samples."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    records = [{k: v for k, v in record.items() if not k.endswith("_per_second")} for record in records]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [without_measurements(json.loads(line)) for line in lines]
     return records, (folder / "samples.jsonl").read_text()
 
 

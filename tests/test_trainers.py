@@ -4,11 +4,12 @@ import copy
 import dataclasses
 import json
 import math
+import time
 
 import pytest
 import torch
 from chat_families import FAMILIES, TURNS, answer
-from conftest import TINY, golden_rows, inputs_of, tiny_config, tiny_tokenizer
+from conftest import TINY, golden_rows, inputs_of, tiny_config, tiny_tokenizer, without_measurements
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 import losses
@@ -59,6 +60,26 @@ def test_throughput_is_counted_in_the_examples_and_tokens_of_a_second(make_train
     tokens = sum(len(part.prompt) + sum(map(len, part.responses)) for part in batch.examples)
     assert metrics["examples_per_second"] == len(batch.examples) / 4
     assert metrics["tokens_per_second"] == tokens / 4
+
+
+def test_each_record_has_the_seconds_and_the_memory_that_went_into_it(make_trainer):
+    """A batch of the data takes 0.2 seconds longer, a pass of the reference 0.3: of an evaluation, too."""
+    trainer = make_trainer("loss=dpo", "n_examples=16", "n_eval_examples=8", "sample_during_eval=true", "eval_every=8")
+    logps, batches = trainer.reference.logps, iter(trainer.train_batches)
+    trainer.reference.logps = lambda batch: time.sleep(0.3) or logps(batch)
+    slow = (time.sleep(0.2) or batch for batch in batches)
+    for batch in trainer.clock.waiting("data", slow):
+        trainer.log(trainer.train_step(batch))
+    trainer.evaluate_and_save()
+    trainer.log({})
+    records = [json.loads(line) for line in (trainer.run.path / "metrics.jsonl").read_text().splitlines()]
+    spent = [{k.removeprefix("seconds/"): v for k, v in r.items() if k.startswith("seconds/")} for r in records]
+    for update in spent[:2]:
+        assert set(update) == {"data", "reference", "forward_backward", "optimizer"}
+        assert update["data"] > 0.2 and update["reference"] > 0.3 > update["forward_backward"] > 0
+    assert set(spent[2]) == {"data", "reference", "evaluation", "sampling"} and spent[2]["reference"] > 0.6
+    assert set(spent[3]) == {"saving"} and spent[3]["saving"] > 0
+    assert all(record["memory_gb/max"] > 0.05 for record in records)
 
 
 @pytest.mark.parametrize("precomputed", [True, False])
@@ -372,7 +393,7 @@ BUSY += ("warmup_steps=2", "sample_during_eval=true", "n_eval_model_samples=2", 
 def without_clocks(path):
     """Return the records of metrics.jsonl without what depends on the time."""
     records = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in record.items() if not k.endswith("per_second")} for record in records]
+    return [without_measurements(record) for record in records]
 
 
 def test_a_trainer_that_loads_a_state_goes_on_as_the_one_that_gave_it(make_trainer, capsys):

@@ -21,7 +21,8 @@ def test_a_process_alone_agrees_with_itself():
     assert (ALONE.rank, ALONE.world_size, ALONE.is_main) == (0, 1, True)
     assert ALONE.gather("a") == ["a"] and ALONE.sum(3) == ALONE.mean(3) == 3
     assert ALONE.any(torch.tensor(True)) and not ALONE.any(0)
-    assert ALONE.on_main(lambda: 7) == 7 and ALONE.usage(torch.device("cpu")) == {}
+    usage = ALONE.usage(torch.device("cpu"))
+    assert ALONE.on_main(lambda: 7) == 7 and usage["memory_gb/max"] == usage["memory_gb/mean"] > 0.05
     signals = Signals()
     assert ALONE.agree(signals) is signals
 

@@ -1,13 +1,15 @@
 """The export, as transformers 5 opens it, and with the keys that transformers 4 needs."""
 
 import json
+import re
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import FAMILIES, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo.export import export_model
+from dpo.export import export_model, upload
 
 KEYS_OF_5 = {"backend", "is_local", "local_files_only", "extra_special_tokens"}
 
@@ -70,3 +72,60 @@ def test_rotary_embeddings_are_written_in_the_keys_of_transformers_4_too(family,
     ids = torch.arange(5, 205)[None]
     with torch.no_grad():
         assert torch.equal(opened(ids).logits, model(ids).logits)
+
+
+# The upload
+
+
+class FakeHub:
+    """Stands for huggingface_hub.HfApi: records what is asked of it, and fails where it is told to."""
+
+    def __init__(self, failing=""):
+        self.failing, self.calls = failing, []
+
+    def __call__(self):
+        return self
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            self.calls.append((name, args, kwargs))
+            if name == self.failing:
+                raise ConnectionError("no route to the hub\nwith a second line")
+
+        return call
+
+
+def test_an_export_is_uploaded_into_a_repository_that_is_private_if_it_is_new(tmp_path, monkeypatch, capsys):
+    hub = FakeHub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    upload(tmp_path / "hf", "me/name")
+    assert hub.calls == [
+        ("create_repo", ("me/name",), {"private": True, "exist_ok": True}),
+        ("upload_folder", (), {"repo_id": "me/name", "folder_path": tmp_path / "hf"}),
+    ]
+    assert capsys.readouterr().out == f"Uploaded {tmp_path / 'hf'} to me/name on the Hub.\n"
+
+
+@pytest.mark.parametrize("step", ["create_repo", "upload_folder"])
+def test_an_upload_that_fails_is_one_line_that_names_the_command_to_try_again(step, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub(step))
+    upload(tmp_path / "my run", "me/name")
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert re.match(r"push_to_hub=me/name: not uploaded \(.*no route to the hub.*\)\. To upload it: hf upload", printed)
+    assert printed.endswith(f"hf upload me/name '{tmp_path / 'my run'}'\n")
+
+
+@pytest.mark.parametrize("settings", [(), ("push_to_hub=me/name",)])
+def test_a_run_uploads_its_export_at_the_end_if_it_is_asked_to_and_loses_nothing_by_a_failure(
+    settings, make_trainer, monkeypatch, capsys
+):
+    hub = FakeHub("upload_folder")
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    trainer = make_trainer("loss=sft", "n_examples=8", "n_eval_examples=8", "do_first_eval=false", *settings)
+    trainer.train()
+    folder = (trainer.run.path / "LATEST").resolve() / "hf"
+    assert (folder / "model.safetensors").exists() and (folder / "README.md").exists()
+    uploads = [call[2]["folder_path"] for call in hub.calls if call[0] == "upload_folder"]
+    assert uploads == ([folder] if settings else [])
+    assert ("push_to_hub=me/name: not uploaded" in capsys.readouterr().out) == bool(settings)

@@ -172,6 +172,7 @@ SEVERAL = ("trainer=FSDPTrainer", "batch_size=8")
         (["optimizer=Muon", "precision=auto", "model.policy_dtype=bfloat16"], "Muon's steps cannot be rounded"),
         (["keep_policies=true"], "every checkpoint is kept anyway"),
         (["save_every=8", "debug=true"], "debug=true writes no checkpoints"),
+        (["push_to_hub=me/name", "debug=true"], "debug=true exports nothing; set push_to_hub=null"),
         (["model.archive=nowhere/policy.pt"], "model.archive=nowhere/policy.pt: no such file"),
     ],
 )

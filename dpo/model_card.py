@@ -1,0 +1,94 @@
+"""The model card of an export, README.md, as the Hub reads it; what an own folder's path would tell is left out."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo.objectives import Loss
+from dpo.settings import Settings
+from dpo.tables import is_hub_name
+
+TEMPLATE = Path(__file__).with_suffix(".md.jinja")
+Z = 1.96  # standard errors on each side of a 95% interval
+EVALUATION = ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "diagnosis/kl")
+ACCURACY = ("diagnosis/accuracy_low", "diagnosis/accuracy_high")
+TRAINING = (
+    *("lr", "scheduler", "warmup_steps", "optimizer", "weight_decay", "max_grad_norm", "batch_size", "n_epochs"),
+    *("n_examples", "max_length", "max_prompt_length", "precision", "seed"),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to: its counters, its last evaluation, and the fingerprints of what it was trained on."""
+
+    loss_name: str
+    examples: int
+    updates: int
+    n_evaluated: int
+    metrics: Mapping[str, float]
+    identity: Mapping[str, str]
+
+
+def model_card(settings: Settings, loss: Loss, outcome: Outcome) -> str:
+    """Return the card as Markdown with a front matter in YAML."""
+    from huggingface_hub import ModelCardData
+    from jinja2 import Environment
+
+    lora, model = settings.lora, settings.model.name_or_path
+    data = ModelCardData(
+        base_model=None if Path(model).exists() else model,
+        datasets=[name.partition(":")[0] for name in settings.datasets if is_hub_name(name)] or None,
+        library_name="transformers" if lora is None else "peft",
+        pipeline_tag="text-generation",
+        tags=[*(["preference-optimization"] if loss.n_responses == 2 else []), outcome.loss_name],
+    )
+    metrics = outcome.metrics
+    evaluation = {name: (f"{metrics[name]:.4g}", interval(metrics, name)) for name in EVALUATION if name in metrics}
+    left = {name: value for name, value in metrics.items() if name not in (*EVALUATION, *ACCURACY)}
+    diagnosis = {name.partition("/")[2]: f"{v:.4g}" for name, v in left.items() if name.startswith("diagnosis/")}
+    template = Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        front_matter=data.to_yaml().strip(),
+        name=settings.exp_name,
+        base=shown(model),
+        loss_name=outcome.loss_name,
+        datasets=[shown(name) for name in settings.datasets],
+        examples=outcome.examples,
+        updates=outcome.updates,
+        is_adapter=lora is not None,
+        is_merged=lora is not None and lora.export_merged,
+        path=settings.push_to_hub or "PATH/OF/THIS/FOLDER",
+        n_evaluated=outcome.n_evaluated,
+        evaluation=evaluation,
+        diagnosis=diagnosis,
+        hashes={what: digest for what, digest in outcome.identity.items() if what != "the settings"},
+        equation=inspect.cleandoc(type(loss).__doc__ or ""),
+        settings=training_settings(settings, loss),
+    )
+
+
+def shown(name: str) -> str:
+    """Return a name of the Hub as it is, and of a path on this machine its last part."""
+    return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
+
+
+def interval(metrics: Mapping[str, float], name: str) -> str:
+    """Return the 95% interval of a metric in words, or nothing where none was recorded."""
+    if name == "rewards_eval/accuracies" and ACCURACY[0] in metrics:
+        return " to ".join(f"{metrics[end]:.4g}" for end in ACCURACY)
+    if f"{name}_stderr" in metrics:
+        spread = Z * metrics[f"{name}_stderr"]
+        return f"{metrics[name] - spread:.4g} to {metrics[name] + spread:.4g}"
+    return ""
+
+
+def training_settings(settings: Settings, loss: Loss) -> dict[str, Any]:
+    """Return the settings of the training under their dotted keys, without any path."""
+    found: dict[str, Any] = {f"loss.{key}": value for key, value in loss.model_dump().items()}
+    found |= {key: getattr(settings, key) for key in TRAINING} | {"model.policy_dtype": settings.model.policy_dtype}
+    if settings.lora is not None:
+        found |= {f"lora.{key}": value for key, value in settings.lora.model_dump(exclude={"path"}).items()}
+    return {key: value for key, value in found.items() if value is not None}
