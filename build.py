@@ -6,7 +6,7 @@ Apart from train.py because it needs torch, whose import takes longer than answe
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -29,7 +29,7 @@ from dpo.export import AllWeights
 from dpo.inspection import inspect
 from dpo.layouts import LayoutChoice, choose_layout
 from dpo.logps import ResponseLogps
-from dpo.metrics import Tracker, WandbTracker, make_logger
+from dpo.metrics import make_logger
 from dpo.models import (
     compile_layers,
     copy_reference,
@@ -58,6 +58,7 @@ from dpo.sampling import Sampler, add_stops, distinct_prompts
 from dpo.settings import Settings
 from dpo.signals import Signals
 from dpo.tables import is_hub_name
+from dpo.trackers import TensorBoardTracker, Tracker, Trackers, TrackioTracker, WandbTracker
 from parallel_trainers import TRAINERS
 from preference_datasets import DATASETS, load_data
 from trainers import BasicTrainer
@@ -331,9 +332,15 @@ def resume_trainer(trainer: BasicTrainer, run: RunDir) -> None:
 
 
 def make_tracker(settings: Settings, run: RunDir) -> Tracker:
-    """Start wandb unless it is switched off."""
-    if settings.debug or not settings.wandb.enabled:
+    """Start the trackers of a run; wandb.enabled=false leaves wandb out."""
+    if settings.debug:
         return Tracker()
-    names = {"entity": settings.wandb.entity, "project": settings.wandb.project, "name": settings.exp_name}
-    config = {"config": OmegaConf.to_container(run.config, resolve=False)}
-    return WandbTracker(run.path, names | config)
+    project, config = settings.wandb.project, OmegaConf.to_container(run.config, resolve=False)
+    start = int(run.checkpoint.folder.name.removeprefix("step-")) if run.checkpoint else 0
+    names = {"entity": settings.wandb.entity, "project": project, "name": settings.exp_name, "config": config}
+    makers: dict[str, Callable[[], Tracker]] = {
+        "wandb": lambda: WandbTracker(run.path, names),
+        "tensorboard": lambda: TensorBoardTracker(run.path, start if run.resumed else None),
+        "trackio": lambda: TrackioTracker(project, run.path, config, run.resumed),
+    }
+    return Trackers([makers[name]() for name in settings.trackers if name != "wandb" or settings.wandb.enabled])

@@ -50,6 +50,7 @@ DTYPES = {
 TRACKERS = {
     **dict.fromkeys(("wandb", "all"), "wandb.enabled=true"),
     **dict.fromkeys(("none", "null", "false", ""), "wandb.enabled=false"),
+    **{name: f"trackers=[{name}]" for name in ("tensorboard", "trackio")},
 }
 
 # Each line: names from elsewhere, and the answer to all of them. Dots, underscores and capitals make no difference.
@@ -265,11 +266,11 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     ("no_wandb disable_wandb", Switch("wandb.enabled=false", "wandb.enabled=true")),
     (
         "report_to logger metric_logger tensorboard",
-        Choice(TRACKERS, "wandb.enabled=true is the only tracker; metrics.jsonl gets every number in any case"),
+        Choice(TRACKERS, "use trackers, a list of wandb, tensorboard, trackio; metrics.jsonl gets every number"),
     ),
     (
         "logging_steps log_steps log_every_n_steps log_interval log_every",
-        Note("metrics.jsonl gets every update; minimum_log_interval_secs limits the console and wandb"),
+        Note("metrics.jsonl gets every update; minimum_log_interval_secs limits the console and trackers"),
     ),
     ("eval_steps eval_interval eval_freq val_check_interval", Steps("eval_every")),
     (

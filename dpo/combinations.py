@@ -60,6 +60,8 @@ def combination_problems(values: Mapping[str, Any], wrong_keys: Sequence[str]) -
     check("model.archive", lambda path: path and not Path(path).is_file(), "no such file; give the path of a policy.pt")
     positions = max_positions(values.get("model.name_or_path"))
     check("max_length", lambda n: positions and n > positions, f"the model has {positions} positions; lower it")
+    optional = [name for name in valid.get("trackers", ()) if name != "wandb" and not is_installed(name)]
+    problems += [f"trackers: the library {name} is not installed; pip install {name}" for name in optional]
     if "lora.r" in values:
         problems += lora_problems(valid)
     parallel_problems(valid, check)

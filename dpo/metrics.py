@@ -1,16 +1,13 @@
-"""Metrics of a batch; metrics.jsonl, samples.jsonl, the console and wandb."""
+"""Metrics of a batch; metrics.jsonl, samples.jsonl, pairs.jsonl and the console."""
 
 import json
 import math
-import netrc
 import os
 import time
-import urllib.parse
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,9 +15,9 @@ import torch
 from dpo.checkpoints import atomic_write
 from dpo.console import log_message, on_terminal, printable
 from dpo.distributed import ALONE, Ranks
-from dpo.errors import RunError, naming_file, summarize_error
+from dpo.errors import RunError, naming_file
 from dpo.examples import TokenizedExample
-from dpo.network import is_reachable
+from dpo.trackers import Tracker
 
 
 class BatchMetrics:
@@ -94,9 +91,9 @@ def check_evaluation(loss: float, examples: int) -> None:
 
 
 class MetricLogger:
-    """Writes every record to metrics.jsonl as it happens, and thinned ones to the console and to wandb."""
+    """Writes every record to metrics.jsonl as it happens, and thinned ones to the console and to trackers."""
 
-    def __init__(self, run_dir: Path, tracker: "Tracker", minimum_interval_secs: float = 0.0):
+    def __init__(self, run_dir: Path, tracker: Tracker, minimum_interval_secs: float = 0.0):
         self.paths = [run_dir / name for name in ("metrics.jsonl", "samples.jsonl", "pairs.jsonl")]
         self.file, self.samples, self.pairs = self.files = [open(path, "a", encoding="utf-8") for path in self.paths]
         self.tracker = tracker
@@ -124,7 +121,7 @@ class MetricLogger:
     def log_samples(self, examples: int, prompts: Sequence[str], samples: Mapping[str, Sequence[str]]) -> None:
         """Append the texts that each model ("policy", "reference") sampled for some prompts; print the first three.
 
-        They go, verbatim, to samples.jsonl and to a wandb table per model, policy_samples and reference_samples.
+        They go, verbatim, to samples.jsonl and to a tracker's table per model, policy_samples and reference_samples.
         OSError that names the file if the disk does not take it.
         """
         for model, texts in samples.items():
@@ -183,7 +180,7 @@ class MetricLogger:
                 log_message(f"{path}: dropped its last record, {partial:,} bytes that were not written to the end.")
 
     def close(self) -> None:
-        """Close the files and finish the wandb run."""
+        """Close the files and end the trackers' runs."""
         for file in self.files:
             with suppress(OSError):  # a record that could not be written, which has been reported
                 file.close()
@@ -210,7 +207,7 @@ class NoLogger(MetricLogger):
         """Do nothing."""
 
 
-def make_logger(run_dir: Path, ranks: Ranks, make_tracker: Callable[[], "Tracker"], interval: float) -> MetricLogger:
+def make_logger(run_dir: Path, ranks: Ranks, make_tracker: Callable[[], Tracker], interval: float) -> MetricLogger:
     """Return the logger of a run, which writes on the main rank alone; interval is that between shown updates."""
     return MetricLogger(run_dir, make_tracker(), interval) if ranks.is_main else NoLogger()
 
@@ -237,85 +234,3 @@ def console_line(record: dict[str, float], shown: Iterable[str]) -> str:
     head = f"{record['examples']:,} examples, {record['updates']:,} updates:"
     values = [f"{k} {record[k]:.4g}" for k in shown if k in record and k not in ("examples", "updates")]
     return f"{head} {', '.join(values)}"
-
-
-class Tracker:
-    """The tracker of a run without wandb: does nothing."""
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Log metrics at a step, counted in examples."""
-
-    def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
-        """Log a table at a step, counted in examples."""
-
-    def finish(self) -> None:
-        """End the run."""
-
-
-class WandbTracker(Tracker):
-    """Sends metrics to wandb; whatever wandb raises is logged once and never reaches the training."""
-
-    def __init__(self, run_dir: Path, settings: dict[str, Any]):
-        """Start a run with wandb.init's settings: online if there is a key and its server answers, else offline.
-
-        A resumed run goes on under the id that it has in the run directory.
-        """
-        self.run = None
-        with self.guard():
-            import wandb  # slow to import, and not needed by runs that switch it off
-
-            mode = os.environ.get("WANDB_MODE", "online")
-            mode = "offline" if mode == "online" and not can_reach_wandb(wandb) else mode
-            settings = {**settings, "dir": str(run_dir), "settings": wandb.Settings(init_timeout=3, silent=True)}
-            settings["id"] = next((folder.name.rsplit("-", 1)[1] for folder in wandb_folders(run_dir)), None)
-            settings |= {"mode": mode, "resume": "allow" if settings["id"] and mode == "online" else None}
-            try:
-                self.run = wandb.init(**settings)
-            except Exception:  # the server answered once and then not in time, or refused the key
-                mode = "offline"
-                self.run = wandb.init(**settings | {"mode": mode, "resume": None})
-            if mode == "offline":
-                folders = " ".join(map(str, wandb_folders(run_dir)))
-                log_message(f"wandb: no key or no network, so it records offline; to upload it: wandb sync {folders}")
-
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Turn any failure of wandb into one printed line, after which nothing more is sent."""
-        try:
-            yield
-        except Exception as error:  # whatever it is, a broken monitor must not stop a training
-            self.run = None
-            reason = summarize_error(error)
-            log_message(f"wandb: switched off after {type(error).__name__}: {reason}")
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        if self.run is not None:
-            with self.guard():
-                self.run.log(metrics, step=step)
-
-    def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
-        if self.run is not None:
-            with self.guard():
-                import wandb
-
-                self.run.log({name: wandb.Table(columns=list(columns), data=list(rows))}, step=step)
-
-    def finish(self) -> None:
-        if self.run is not None:
-            with self.guard():
-                self.run.finish()
-
-
-def wandb_folders(run_dir: Path) -> list[Path]:
-    """Return the folders in which wandb recorded a run and its resumes, the first one first."""
-    return sorted((run_dir / "wandb").glob("*run-*_*-*"), key=lambda folder: folder.name.removeprefix("offline-"))
-
-
-def can_reach_wandb(wandb: ModuleType) -> bool:
-    """Return whether wandb has a key and its server answers within 2 seconds; never asks for a key."""
-    url = wandb.setup().settings.base_url
-    try:
-        in_netrc = netrc.netrc().authenticators(urllib.parse.urlparse(url).hostname) is not None
-    except (OSError, netrc.NetrcParseError):
-        in_netrc = False
-    return (in_netrc or bool(os.environ.get("WANDB_API_KEY"))) and is_reachable(url)

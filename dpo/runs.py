@@ -27,9 +27,9 @@ from dpo.suggestions import suggest, written
 
 # What may change in a resumed run: it touches no trained number, but for the rounding of the last three settings.
 MAY_CHANGE = (
-    *("wandb.enabled", "wandb.entity", "wandb.project", "minimum_log_interval_secs", "report", "push_to_hub"),
+    *("trackers", "wandb.enabled", "wandb.entity", "wandb.project", "minimum_log_interval_secs", "report"),
     *("sample_during_eval", "n_eval_model_samples", "sample_temperature", "sample_top_k", "sample_top_p"),
-    *("save_every", "keep_checkpoints", "keep_policies", "eval_batch_size"),
+    *("save_every", "keep_checkpoints", "keep_policies", "eval_batch_size", "push_to_hub"),
     *("max_tokens_per_pass", "activation_checkpointing", "device", "lora.export_merged"),
     *("n_processes", "replicate", "tensor_parallel", "ddp", "reduce_every_pass", "collective_timeout"),
 )

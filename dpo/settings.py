@@ -108,6 +108,9 @@ class Settings(Group):
     local_run_dir: Text
     resume: None = Field(description="given without Hydra's flags: python train.py resume=RUN_DIR")
     debug: Flag
+    trackers: list[Literal["wandb", "tensorboard", "trackio"]] = Field(
+        description="a list of wandb, tensorboard and trackio, as in [wandb,tensorboard]"
+    )
     wandb: WandbSettings
 
     datasets: list[Text] = Field(min_length=1, description="a list, as in [hh] or [hh,shp]")
