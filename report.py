@@ -50,6 +50,11 @@ class RunFiles:
         return flatten(read_run_config(self.path))
 
     @property
+    def evaluation(self) -> Record:
+        """The record of the newest evaluation."""
+        return next((record for record in reversed(self.metrics) if "loss/eval" in record), {})
+
+    @property
     def name(self) -> str:
         return str(self.settings["exp_name"])
 
@@ -126,6 +131,7 @@ CURVES = {
     "Entropy of the policy, nats per token": [Curve("samples", "diagnosis/entropy_per_token")],
     "Length of samples minus the reference's, tokens": [Curve("samples", "diagnosis/sample_length_difference")],
     "Learning rate": [Curve("", "lr", True)],
+    "Pairs per second": [Curve("", "examples_per_second", True)],
 }
 
 
@@ -148,6 +154,8 @@ def page(runs: Sequence[RunFiles]) -> str:
     """Return the page as HTML, which needs neither a network nor JavaScript."""
     from jinja2 import Environment
 
+    from dpo.diagnosis import displacement_advice
+
     several = len(runs) > 1
     template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     charts = {"Curves": curve_charts(runs)}
@@ -156,6 +164,7 @@ def page(runs: Sequence[RunFiles]) -> str:
     return template.render(
         title=", ".join(run.name for run in runs),
         tiles={"runs": len(runs)} if several else tiles(runs[0]),
+        advice=None if several else displacement_advice(runs[0].evaluation),
         charts={heading: figures for heading, figures in charts.items() if figures},
         samples={f"Samples of {run.name}" if several else "Samples": samples(run) for run in runs if run.samples},
         suspects=[] if several else suspects(runs[0].pairs),
@@ -166,7 +175,7 @@ def page(runs: Sequence[RunFiles]) -> str:
 
 def tiles(run: RunFiles) -> dict[str, str]:
     """Return the newest figures of a run, by what they are."""
-    evaluation = next((record for record in reversed(run.metrics) if "loss/eval" in record), {})
+    evaluation = run.evaluation
     newest = run.metrics[-1] if run.metrics else {}
     found = {name: f"{newest.get(name, 0):,}" for name in ("examples", "updates")}
     if evaluation.get("loss/eval") is not None:

@@ -14,7 +14,7 @@ import torch
 from dpo.checkpoints import random_states, save_checkpoint, set_random_states
 from dpo.console import log_message, prefetch, progress, progress_bar
 from dpo.devices import autocast, platform
-from dpo.diagnosis import diagnose, diagnose_samples, lengths, log_ratios
+from dpo.diagnosis import diagnose, diagnose_samples, displacement_advice, lengths, log_ratios
 from dpo.distributed import Ranks
 from dpo.errors import RunError, Stopped, UserError, actionable_errors, is_out_of_memory
 from dpo.examples import Batch, BatchIterator
@@ -179,7 +179,7 @@ class BasicTrainer:
         except Stopped:  # a resumed run evaluates again, from the start
             self.save(logs=before)
             raise
-        log_truncated(self.truncated, self.examples)
+        log_notes(self.truncated, self.examples, displacement_advice(metrics))
         if final:  # a longer run would not know this evaluation, and one that was killed before the export repeats it
             self.save(metrics, logs=before)
             self.export(metrics)
@@ -324,8 +324,10 @@ def log_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
         log_message(f"Not bit for bit what it would have been without the stop: {'; '.join(changed)}.")
 
 
-def log_truncated(truncated: Counter[str], n_examples: int) -> None:
-    """Print how much of the training examples so far was truncated."""
+def log_notes(truncated: Counter[str], n_examples: int, advice: str | None) -> None:
+    """Print how much of the training examples so far was truncated, and advice on an evaluation if there is some."""
+    if advice is not None:
+        log_message(f"Advice: {advice}.")
     if truncated:
         counts = ", ".join(f"{what} {n:,}" for what, n in sorted(truncated.items()))
         log_message(f"Truncated so far, of {n_examples:,} training examples: {counts}")

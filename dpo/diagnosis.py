@@ -17,6 +17,9 @@ from dpo.references import Reference
 QUANTILES = (5, 25, 50, 75, 95)  # percent
 BINS = 10  # of the calibration error
 Z = 1.96  # standard errors on each side of a 95% interval
+# Displacement is out of the ordinary beyond both; docs/report.md has the measurements from which they were chosen.
+DISPLACED_SHARE = 0.75  # of the pairs
+FALL_PER_TOKEN = 0.1  # nats by which a token of a chosen response is less likely than under the reference, in the mean
 
 
 def log_ratios(policy: Logps, reference: Logps | None) -> dict[str, Tensor]:
@@ -69,6 +72,17 @@ def displacement(columns: Mapping[str, np.ndarray], examples: Sequence[Tokenized
         per_token = columns[f"log_ratios/{side}"].sum() / columns[f"lengths/{side}"].sum()
         found[f"{side}_log_ratio_per_token"] = float(per_token)
     return found
+
+
+def displacement_advice(metrics: Mapping[str, float]) -> str | None:
+    """Return a line with a remedy where chosen responses fell out of the ordinary, by the figures of an evaluation."""
+    share, fall = metrics.get("diagnosis/displaced", 0.0), -metrics.get("diagnosis/chosen_log_ratio_per_token", 0.0)
+    if share < DISPLACED_SHARE or fall < FALL_PER_TOKEN:
+        return None
+    return (
+        f"{share:.0%} of the chosen responses are less likely than under the reference, by {fall:.2g} nats per token, "
+        "which is more than DPO's usual fall: try loss=dpop, loss.nll_weight=1 or a lower lr"
+    )
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def line_chart(title: str, lines: Sequence[Line], log_y: bool = False, share: bo
             line.y[::step],
             color=color,
             linewidth=0.8 if line.faint else 1.6,
-            alpha=0.45 if line.faint else 1.0,
+            alpha=0.6 if line.faint else 1.0,
             marker="" if line.faint or len(line.x) > 30 else "o",
             markersize=3,
             label=None if known else line.label,

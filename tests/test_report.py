@@ -65,6 +65,15 @@ def test_the_page_shows_the_newest_figures_with_their_interval(tmp_path):
     }
 
 
+def test_advice_stands_below_the_figures_where_there_is_some(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert 'class="advice"' not in page([run])
+    with open(run.path / "metrics.jsonl", "a") as file:
+        figures = {"diagnosis__displaced": 0.9, "diagnosis__chosen_log_ratio_per_token": -0.5}
+        file.write(json.dumps(record(24, loss__eval=0.4, **figures)) + "\n")
+    assert '<p class="advice" role="note">90% of the chosen responses are less likely' in page([RunFiles(run.path)])
+
+
 def test_curves_have_the_intervals_that_were_recorded(tmp_path):
     """Wilson's of the accuracy; 1.96 standard errors of others; none where one of the values has no error."""
     run = write_run(tmp_path / "run")

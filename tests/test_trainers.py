@@ -363,6 +363,15 @@ def test_checkpoints_that_are_due_between_two_updates_come_after_the_second(make
     assert {path.name for path in trainer.run.path.glob("step-*")} == {f"step-{step}" for step in saved}
 
 
+def test_an_evaluation_prints_its_advice_if_there_is_some(make_trainer, monkeypatch, capsys):
+    trainer = make_trainer("loss=dpo", "n_eval_examples=8", "debug=true")
+    trainer.evaluate_and_save()
+    assert "Advice:" not in capsys.readouterr().out
+    monkeypatch.setattr("trainers.displacement_advice", lambda metrics: f"of {metrics['diagnosis/displaced']:.0f}")
+    trainer.evaluate_and_save()
+    assert "Advice: of 0.\n" in capsys.readouterr().out
+
+
 # Samples
 
 

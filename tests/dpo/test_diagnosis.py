@@ -12,6 +12,7 @@ from dpo.diagnosis import (
     correlation,
     diagnose,
     diagnose_samples,
+    displacement_advice,
     edit_distance,
     log_ratios,
     mean_per_token,
@@ -82,6 +83,38 @@ def test_a_policy_that_only_shortens_has_margins_that_fall_with_the_length_of_th
         pairs([tokens(*n) for n in lengths], [-float(n) for n, _ in lengths], [-float(n) for _, n in lengths])
     )
     assert found["diagnosis/length_correlation"] == pytest.approx(-1.0)
+
+
+def advice(*args, **settings):
+    """Return the advice on an evaluation of pairs."""
+    return displacement_advice(diagnose(pairs(*args, **settings)))
+
+
+def test_a_policy_that_only_displaces_gets_one_line_that_names_the_remedies():
+    """Of 20 tokens each the chosen lose 4 nats, the rejected 8: 0.2 nats per token."""
+    line = advice([tokens(20, 20)] * 4, [-4.0] * 4, [-8.0] * 4)
+    assert line.startswith("100% of the chosen responses are less likely than under the reference, by 0.2 nats per")
+    assert "\n" not in line and all(remedy in line for remedy in ("loss=dpop", "loss.nll_weight=1", "a lower lr"))
+
+
+def test_a_policy_that_learns_gets_no_advice_though_its_chosen_responses_fall_as_usual():
+    """All of them fall, by 0.05 nats per token, and the rejected by 0.4; or far, but only half of them."""
+    assert advice([tokens(20, 20)] * 4, [-1.0] * 4, [-8.0] * 4) is None
+    assert advice([tokens(20, 20)] * 4, [-9.0, -9.0, 3.0, 3.0], [-12.0] * 4) is None
+    assert advice([tokens(20, 20)] * 4, [1.0] * 4, [-8.0] * 4) is None
+
+
+def test_a_policy_that_only_shortens_gets_no_advice_on_displacement():
+    """Each end is 2 nats likelier, each token before it 0.05 less: n tokens move by 2 - 0.05 (n - 1)."""
+    lengths = [(40, 60), (60, 40), (80, 90), (90, 100)]
+    moved = [[2 - 0.05 * (n - 1) for n in side] for side in zip(*lengths, strict=True)]
+    found = diagnose(pairs([tokens(*n) for n in lengths], *moved))
+    assert found["diagnosis/displaced"] == 0.75 and found["diagnosis/length_correlation"] < -0.9
+    assert displacement_advice(found) is None
+
+
+def test_without_pairs_or_a_reference_there_is_no_advice():
+    assert displacement_advice({"loss/eval": 1.0}) is None
 
 
 def test_displacement_is_split_by_truncation_and_by_similarity():
