@@ -27,7 +27,7 @@ from dpo.optimizers import OptimizerOptions, make_optimizer
 from dpo.packing import PackedBatch, Packer
 from dpo.references import Reference, sums_of_logps
 from dpo.runs import RunDir
-from dpo.sampling import Sampler, distinct_prompts, texts_of
+from dpo.sampling import Sampler, distinct_prompts
 from dpo.schedules import make_scheduler
 from dpo.settings import Settings
 from dpo.signals import Signals
@@ -36,6 +36,7 @@ from losses import preference_loss  # noqa: F401  (the original's users import p
 from report import update_report
 
 COUNTERS = ("examples", "updates", "position", "next_eval")  # of a trainer, kept in its checkpoints
+SAVING = "while saving a checkpoint, which gathers all weights and the optimizer's state"
 NO_MEMORY = "outside of a forward pass; a smaller model or fewer parameters to train need less"
 
 
@@ -213,8 +214,7 @@ class BasicTrainer:
             samples = {"policy": self.sampler.sample(self.policy.model, prompts, "sampling the policy")}
             if self.reference is not None:
                 samples["reference"] = self.reference.generate(prompts)
-            texts = {name: texts_of(drawn) for name, drawn in samples.items()}
-            self.logger.log_samples(self.examples, [example.text.prompt for example in prompts], texts)
+            self.logger.log_samples(self.examples, samples)
             return diagnose_samples(samples, self.policy, self.reference, self.packer, self.ranks)
 
     # State
@@ -228,8 +228,7 @@ class BasicTrainer:
             return
         self.next_save = next_multiple(self.examples, self.settings.save_every)
         keep = (self.settings.keep_checkpoints, self.settings.keep_policies)
-        hint = "while saving a checkpoint, which gathers all weights and the optimizer's state"
-        with self.clock("saving"), actionable_errors(hint):
+        with self.clock("saving"), actionable_errors(SAVING):
             states = self.state_dict(self.logger.sizes() if logs is None else logs)
             save = partial(save_checkpoint, self.run.path, self.examples, states, metrics or {}, *keep)
             log_message(f"Wrote {self.ranks.on_main(save)}")
@@ -274,7 +273,8 @@ class BasicTrainer:
                 setattr(self, name, run["counters"][name])
             self.train_batches.position = dict(self.position)
             self.next_save = next_multiple(self.examples, self.settings.save_every)
-            self.truncated, self.loss_state = Counter(run["truncated"]), dict(run.get("loss", {}))  # older ones lack it
+            self.truncated = Counter(run["truncated"])
+            self.loss_state = dict(run.get("loss", {}))  # checkpoints of earlier versions have none
             if self.reference is not None:
                 self.reference.load_state_dict(run.get("reference", {}))
             self.logger.cut(run["logs"])

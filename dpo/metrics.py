@@ -118,24 +118,24 @@ class MetricLogger:
         if not (thin and on_terminal()):  # on a terminal the bar shows what an update brought
             log_message(console_line(record, SHOWN if thin else record))
 
-    def log_samples(self, examples: int, prompts: Sequence[str], samples: Mapping[str, Sequence[str]]) -> None:
-        """Append the texts that each model ("policy", "reference") sampled for some prompts; print the first three.
+    def log_samples(self, examples: int, samples: Mapping[str, Sequence[TokenizedExample]]) -> None:
+        """Append what each model ("policy", "reference") sampled for the same prompts; print the first three.
 
         They go, verbatim, to samples.jsonl and to a tracker's table per model, policy_samples and reference_samples.
         OSError that names the file if the disk does not take it.
         """
-        for model, texts in samples.items():
+        for model, drawn in samples.items():
+            texts = [(sample.text.prompt, sample.text.responses[0]) for sample in drawn]
             with naming_file(self.paths[1]):
-                for prompt, text in zip(prompts, texts, strict=True):
+                for prompt, text in texts:
                     row = {"examples": examples, "model": model, "prompt": prompt, "sample": text}
                     self.samples.write(json.dumps(row, ensure_ascii=False) + "\n")
                 self.samples.flush()
-            rows: list[list[int | str]] = [
-                [examples, prompt, text] for prompt, text in zip(prompts, texts, strict=True)
-            ]
+            rows: list[list[int | str]] = [[examples, prompt, text] for prompt, text in texts]
             self.tracker.table(f"{model}_samples", examples, ["step", "prompt", "sample"], rows)
-        for i, prompt in enumerate(prompts[:3]):
-            lines = {"prompt": prompt} | {model: texts[i] for model, texts in samples.items()}
+        for i, sample in enumerate(samples["policy"][:3]):
+            lines = {"prompt": sample.text.prompt}
+            lines |= {model: drawn[i].text.responses[0] for model, drawn in samples.items()}
             shown = "".join(f"\n  {name}: {printable(text.strip(), indent='    ')}" for name, text in lines.items())
             log_message(f"\n--- sample {i + 1}, after {examples:,} examples ---{shown}")
 
@@ -197,7 +197,7 @@ class NoLogger(MetricLogger):
     def log(self, record: dict[str, float], thin: bool = False) -> None:
         """Do nothing."""
 
-    def log_samples(self, examples: int, prompts: Sequence[str], samples: Mapping[str, Sequence[str]]) -> None:
+    def log_samples(self, examples: int, samples: Mapping[str, Sequence[TokenizedExample]]) -> None:
         """Do nothing."""
 
     def log_pairs(self, examples: int, metrics: BatchMetrics) -> None:

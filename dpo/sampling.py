@@ -32,7 +32,7 @@ class Sampler:
 
     def generate(self, model: PreTrainedModel, prompts: Sequence[TokenizedExample], title: str) -> list[str]:
         """Return one sampled continuation per prompt, the same for the same model and seed."""
-        return texts_of(self.sample(model, prompts, title))
+        return [sample.text.responses[0] for sample in self.sample(model, prompts, title)]
 
     @torch.no_grad()
     def sample(self, model: PreTrainedModel, prompts: Sequence[TokenizedExample], title: str) -> list[TokenizedExample]:
@@ -84,11 +84,6 @@ class Sampler:
 def up_to_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
     """Return ids up to the first stop, that included: what follows in a batch of longer texts is padding."""
     return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids)) + 1]
-
-
-def texts_of(samples: Sequence[TokenizedExample]) -> list[str]:
-    """Return the texts of samples."""
-    return [sample.text.responses[0] for sample in samples]
 
 
 def add_stops(config: GenerationConfig, stops: Sequence[int]) -> None:

@@ -1,10 +1,12 @@
 """A run as one page, and the pairs that are likely mislabelled."""
 
 import json
+import random
 import re
 
 import pytest
 import yaml
+from conftest import golden_rows
 
 import report
 from dpo.errors import UserError
@@ -118,6 +120,25 @@ def test_a_pair_is_suspect_if_its_margin_was_negative_at_every_evaluation_after_
     assert suspects(pairs) == [Suspect("mine", 0, -2.0)]
     assert suspects(evaluated(8, [-1, -3])) == [Suspect("mine", 1, -3.0), Suspect("mine", 0, -1.0)]
     assert suspects(evaluated(0, [-1])) == []
+
+
+def test_flipped_labels_of_held_out_pairs_are_suspects(make_trainer, tmp_path, report):
+    """A tenth of the labels is flipped, of the pairs that are trained on too; what is preferred can be learned."""
+    flipped = set()
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        rows = golden_rows(split)
+        wrong = set(random.Random(0).sample(range(len(rows)), len(rows) // 10))
+        lines = [{"chosen": r["rejected"], "rejected": r["chosen"]} if i in wrong else r for i, r in enumerate(rows)]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        flipped = {i + 1 for i in wrong}  # rows are counted from 1
+    settings = ("n_eval_examples=40", "eval_every=80", "lr=3e-4", "warmup_steps=5", "debug=true")
+    trainer = make_trainer("loss=dpo", f"datasets=['{tmp_path / 'data'}']", *settings)
+    trainer.train()
+    found = {suspect.row for suspect in suspects(RunFiles(trainer.run.path).pairs)}
+    precision, recall = (len(found & flipped) / max(1, len(group)) for group in (found, flipped))
+    report(f"--suspects, 4 of 40 labels flipped: precision {precision:.2f}, recall {recall:.2f}")
+    assert len(flipped) == 4 and precision >= 0.75 and recall >= 0.75
 
 
 def test_suspects_are_printed_as_lines(tmp_path, monkeypatch, capsys):

@@ -24,6 +24,11 @@ def test_metrics_are_all_written_although_the_console_is_thinned(tmp_path, capsy
     ]
 
 
+def drawn(text):
+    """Return a sampled text of the prompt p."""
+    return TokenizedExample(TextExample("p", (text,), "keep_end", 7, "mine"), [1], ([2],))
+
+
 def one_pair():
     """Return the metrics of one evaluated pair."""
     metrics, text = BatchMetrics(), TextExample("p", ("a", "b"), "keep_end", 7, "mine")
@@ -50,7 +55,7 @@ def test_a_record_that_a_kill_cut_is_dropped_and_the_next_one_has_its_own_line(n
     logger = MetricLogger(tmp_path, Tracker())
     assert f"{name}: dropped its last record, {len(partial):,} bytes" in capsys.readouterr().out
     logger.log({"examples": 8, "updates": 1})
-    logger.log_samples(8, ["p"], {"policy": ["s"]})
+    logger.log_samples(8, {"policy": [drawn("s")]})
     logger.log_pairs(8, one_pair())
     logger.close()
     written = (tmp_path / name).read_text()
@@ -84,7 +89,7 @@ def test_a_full_disk_names_the_log(name, tmp_path):
     logger = MetricLogger(tmp_path, Tracker())
     with pytest.raises(OSError, match="No space left on device") as failure:
         logger.log({"examples": 8, "updates": 1})
-        logger.log_samples(8, ["p"], {"policy": ["s"]})
+        logger.log_samples(8, {"policy": [drawn("s")]})
         logger.log_pairs(8, one_pair())
     assert failure.value.filename == str(tmp_path / name)
     logger.close()  # does not raise it again
@@ -93,7 +98,7 @@ def test_a_full_disk_names_the_log(name, tmp_path):
 def test_samples_are_kept_verbatim(tmp_path):
     sample = "\x1b[31mred\r\nerror: forged\u2028 ☕"
     logger = MetricLogger(tmp_path, Tracker())
-    logger.log_samples(8, ["p"], {"policy": [sample]})
+    logger.log_samples(8, {"policy": [drawn(sample)]})
     logger.close()
     (line,) = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     assert json.loads(line)["sample"] == sample
