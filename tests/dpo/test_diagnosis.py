@@ -91,16 +91,16 @@ def advice(*args, **settings):
 
 
 def test_a_policy_that_only_displaces_gets_one_line_that_names_the_remedies():
-    """Of 20 tokens each the chosen lose 4 nats, the rejected 8: 0.2 nats per token."""
-    line = advice([tokens(20, 20)] * 4, [-4.0] * 4, [-8.0] * 4)
-    assert line.startswith("100% of the chosen responses are less likely than under the reference, by 0.2 nats per")
+    """Of 20 tokens each the chosen lose 6 nats, the rejected 8: 0.3 nats per token."""
+    line = advice([tokens(20, 20)] * 4, [-6.0] * 4, [-8.0] * 4)
+    assert line.startswith("100% of the chosen responses are less likely than under the reference, by 0.3 nats per")
     assert "\n" not in line and all(remedy in line for remedy in ("loss=dpop", "loss.nll_weight=1", "a lower lr"))
 
 
 def test_a_policy_that_learns_gets_no_advice_though_its_chosen_responses_fall_as_usual():
-    """All of them fall, by 0.05 nats per token, and the rejected by 0.4; or far, but only half of them."""
-    assert advice([tokens(20, 20)] * 4, [-1.0] * 4, [-8.0] * 4) is None
-    assert advice([tokens(20, 20)] * 4, [-9.0, -9.0, 3.0, 3.0], [-12.0] * 4) is None
+    """All of them fall, by 0.15 nats per token, and the rejected by 0.4; or half of them, the mean by 0.25."""
+    assert advice([tokens(20, 20)] * 4, [-3.0] * 4, [-8.0] * 4) is None
+    assert advice([tokens(20, 20)] * 4, [-11.0, -11.0, 1.0, 1.0], [-12.0] * 4) is None
     assert advice([tokens(20, 20)] * 4, [1.0] * 4, [-8.0] * 4) is None
 
 
