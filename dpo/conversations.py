@@ -3,8 +3,7 @@
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo.errors import UserError
 from dpo.examples import UnusableRow
@@ -13,6 +12,9 @@ from dpo.preferences import checked_text
 ASSISTANT = "\n\nAssistant:"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 DIFFERS = "kept although the rejected dialogue's prompt differs"
+
+ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one per call
+PAIR: tuple[str, ...] = ("chosen", "rejected")
 
 Message = dict[str, Any]
 
@@ -30,8 +32,7 @@ COLUMN_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A row as a prompt with its responses, (chosen, rejected) or (target,): all of them texts, or all messages.
 
     every_target: SFT trains on each distinct target of the prompt, not on the last one alone. tools are the functions
@@ -46,10 +47,11 @@ class Row:
     scores: tuple[float, ...] = ()
     used: frozenset[str] = frozenset()  # what columns were read
 
-    def texts(self) -> tuple[str, list[str]]:
+    def texts(self) -> tuple[str, tuple[str, ...]]:
         """Return the prompt and the responses as texts that identify it, messages as JSON."""
-        prompt = self.prompt if isinstance(self.prompt, str) else to_json([self.prompt, self.tools])
-        return prompt, [turn if isinstance(turn, str) else answer_text(turn) for turn in self.responses]
+        if isinstance(self.prompt, str):
+            return self.prompt, self.responses
+        return to_json([self.prompt, self.tools]), tuple(map(answer_text, self.responses))
 
 
 def find_columns(found: Collection[str], given: Mapping[str, str | None], where: str) -> dict[str, str]:
@@ -79,18 +81,19 @@ def parse_row(row: object, columns: Mapping[str, str], sft: bool) -> Row:
     if not isinstance(row, dict):
         raise UserError(f"is not an object with the fields chosen and rejected but {type(row).__name__}")
     fields = {use: row[name] for use, name in columns.items() if name in row}
-    uses = [use for use in ("chosen", "rejected") if use in fields or not sft]
-    if sft and "chosen" not in fields:
-        uses = ["completion"] if "completion" in fields else ["messages"] if "messages" in fields else ["chosen"]
+    if not sft or fields.keys() >= set(PAIR):
+        uses = PAIR
+    else:
+        uses = next(((use,) for use in ("chosen", "completion", "messages") if use in fields), ("chosen",))
     missing = [columns[use] for use in uses if use not in fields]
     if missing:
         listed = ", ".join(repr(str(name))[1:-1] for name in list(row)[:20])
         raise UserError(f"{missing[0]} must be a text, not missing; the row's columns: {listed}")
-    kinds = {use: isinstance(fields[use], list) for use in uses}
-    if len(set(kinds.values())) > 1:
+    kinds = {isinstance(fields[use], list) for use in uses}
+    if len(kinds) > 1:
         names = " and ".join(columns[use] for use in uses)
         raise UserError(f"{names} must both be texts or both be messages")
-    if any(kinds.values()) or isinstance(fields.get("prompt"), list):
+    if True in kinds or isinstance(fields.get("prompt"), list):
         parsed = parse_conversation(fields, uses, columns)
     else:
         parsed = parse_texts(fields, uses, columns)
@@ -102,7 +105,7 @@ def parse_texts(fields: Mapping[str, Any], uses: Sequence[str], columns: Mapping
     responses = tuple(checked_text(fields[use], columns[use]) for use in uses)
     if "prompt" in fields:
         return Row(checked_text(fields["prompt"], columns["prompt"]), responses, used=frozenset(("prompt", *uses)))
-    if uses == ["completion"]:
+    if uses == ("completion",):
         raise UserError(f"{columns['prompt']} must be a text, not missing")
     chosen = responses[0]
     if ASSISTANT not in chosen:
@@ -150,8 +153,8 @@ def answer_text(turn: Message) -> str:
 
 
 def to_json(value: object) -> str:
-    """Return nested lists and dicts as JSON."""
-    return json.dumps(value, ensure_ascii=False)
+    """Return texts, nested lists and dicts as JSON."""
+    return ENCODER.encode(value)
 
 
 def as_messages(value: object, name: str, role: str) -> list[Message]:
@@ -212,8 +215,7 @@ def by_score(parsed: Row, fields: Mapping[str, Any], columns: Mapping[str, str])
     if scores[0] == scores[1]:
         raise UnusableRow("both scores are equal")
     order = (0, 1) if scores[0] > scores[1] else (1, 0)
-    return replace(
-        parsed,
+    return parsed._replace(
         responses=tuple(parsed.responses[i] for i in order),
         scores=tuple(scores[i] for i in order),
         used=parsed.used | {"score_chosen", "score_rejected"},

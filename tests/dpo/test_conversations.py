@@ -180,6 +180,6 @@ def test_a_row_that_cannot_be_trained_on_is_told_from_one_of_another_form(row, r
 def test_two_rows_are_told_apart_by_all_that_a_template_sees():
     rows = [Row([USER], (YES, NO)), Row([SYSTEM, USER], (YES, NO)), Row([USER], (YES, NO), tools=[{"name": "clock"}])]
     assert len({row.texts()[0] for row in rows}) == 3
-    assert rows[0].texts()[1] == ["Yes.", "No."]
+    assert rows[0].texts()[1] == ("Yes.", "No.")
     calls = YES | {"tool_calls": [{"name": "clock"}]}
     assert Row([USER], (calls, YES)).texts()[1][0] != "Yes."
