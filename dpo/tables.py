@@ -1,6 +1,7 @@
 """Where rows lie: files, folders and hub data sets, their splits, and tables that read a row when it is needed."""
 
 import csv
+import io
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from dpo.console import on_terminal
 from dpo.errors import UserError, summarize_error
-from dpo.jsonl import JsonRows
+from dpo.jsonl import COMPRESSED, UNREADABLE, JsonRows, open_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 T = TypeVar("T")
-DATA_FILE = re.compile(r"\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?$")
+DATA_FILE = re.compile(rf"\.(jsonl|json|csv|tsv|parquet)({'|'.join(map(re.escape, COMPRESSED))})?$")
 DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt"}
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 SHARD = re.compile(r"-\d{5}-of-\d{5}.*$")
@@ -130,7 +131,7 @@ def open_file(path: Path) -> Table:
     match = DATA_FILE.search(path.name)
     assert match is not None
     if match[1] in ("jsonl", "json"):
-        return JsonRows(path if match[2] != ".zst" else unpacked(path))
+        return JsonRows(path)
     options: dict[str, Any] = {}
     if match[1] in ("csv", "tsv"):
         delimiter = "\t" if match[1] == "tsv" else ","
@@ -143,23 +144,14 @@ def open_file(path: Path) -> Table:
         return ArrowTable(str(path), rows)
 
 
-def unpacked(path: Path) -> Path:
-    """Return a file without its compression, in the cache of the datasets library."""
-    with reading(str(path)):
-        import datasets
-
-        return Path(str(datasets.DownloadManager().extract(str(path))))
-
-
 def text_columns(path: Path, delimiter: str) -> Any:
     """Return the columns of a CSV file by its first line, all as text: a response may be "12", "NA" or "None"."""
     import datasets
 
     try:
-        source = path if path.suffix not in (".gz", ".zst") else unpacked(path)
-        with open(source, encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
             names = next(csv.reader(file, delimiter=delimiter), [])
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (*UNREADABLE, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}, row 0: cannot be read ({summarize_error(error)})") from None
     if not names or len(set(names)) < len(names):
         raise UserError(f"{path}, row 0: its first line must name the columns, each once, not {listed(names)}")
