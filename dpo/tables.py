@@ -26,6 +26,7 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}.*$")
 FORMS = "a folder or file of .jsonl, .json, .csv, .tsv or .parquet, a folder of save_to_disk, or a hub data set, me/set"
 TEST_NAMES = ("test", "validation", "valid", "val", "dev", "eval", "evaluation")
 SHOWN = 8  # names in a note, at most
+BATCH = 100  # rows of a table that are read together, where all are read
 
 
 class Table(Protocol):
@@ -43,12 +44,11 @@ class Table(Protocol):
         """Return a row."""
 
 
-@dataclass
 class ArrowTable:
-    """A table of the datasets library, whose rows stay on disk until they are read."""
+    """A table of the datasets library, whose rows stay on disk until they are read; images are not decoded."""
 
-    name: str
-    rows: "Dataset"
+    def __init__(self, name: str, rows: "Dataset"):
+        self.name, self.rows = name, rows.with_format("arrow")  # which is faster than one row at a time
 
     def columns(self) -> list[str]:
         """Return the names of the columns."""
@@ -56,11 +56,12 @@ class ArrowTable:
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """Yield (row number from 1, row)."""
-        return enumerate(self.rows, start=1)
+        batches = self.rows.iter(batch_size=BATCH)
+        return enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
 
     def __getitem__(self, index: int) -> Any:
         """Return a row."""
-        return self.rows[index]
+        return self.rows[index].to_pylist()[0]
 
 
 @dataclass
