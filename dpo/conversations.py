@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ DIFFERS = "kept although the rejected dialogue's prompt differs"
 
 ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one per call
 PAIR: tuple[str, ...] = ("chosen", "rejected")
+WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")  # as JSON, or as Python prints them
 
 Message = dict[str, Any]
 
@@ -73,10 +75,11 @@ def find_columns(found: Collection[str], given: Mapping[str, str | None], where:
     return columns
 
 
-def parse_row(row: object, columns: Mapping[str, str], sft: bool) -> Row:
+def parse_row(row: object, columns: Mapping[str, str], sft: bool, chat: bool = False) -> Row:
     """Return a row's prompt and responses; UserError if it has no known form, UnusableRow if it cannot be trained on.
 
-    SFT needs no rejected response: it takes the chosen one, or a completion, or the last turn of messages.
+    SFT needs no rejected response: it takes the chosen one, or a completion, or the last turn of messages. With chat a
+    prompt of text and its responses are a turn each.
     """
     if not isinstance(row, dict):
         raise UserError(f"is not an object with the fields chosen and rejected but {type(row).__name__}")
@@ -85,15 +88,15 @@ def parse_row(row: object, columns: Mapping[str, str], sft: bool) -> Row:
         uses = PAIR
     else:
         uses = next(((use,) for use in ("chosen", "completion", "messages") if use in fields), ("chosen",))
-    missing = [columns[use] for use in uses if use not in fields]
-    if missing:
+    if missing := [use for use in uses if use not in fields]:
         listed = ", ".join(repr(str(name))[1:-1] for name in list(row)[:20])
-        raise UserError(f"{missing[0]} must be a text, not missing; the row's columns: {listed}")
+        what, use = ("chosen, completion or messages", "completion") if sft else (columns[missing[0]], missing[0])
+        raise UserError(f"{what} must be a text, not missing; the row's columns: {listed}; set columns.{use}=NAME")
     kinds = {isinstance(fields[use], list) for use in uses}
     if len(kinds) > 1:
         names = " and ".join(columns[use] for use in uses)
         raise UserError(f"{names} must both be texts or both be messages")
-    if True in kinds or isinstance(fields.get("prompt"), list):
+    if True in kinds or isinstance(fields.get("prompt"), list) or (chat and "prompt" in fields):
         parsed = parse_conversation(fields, uses, columns)
     else:
         parsed = parse_texts(fields, uses, columns)
@@ -104,7 +107,7 @@ def parse_texts(fields: Mapping[str, Any], uses: Sequence[str], columns: Mapping
     """Return a row of texts: with a prompt, or dialogues as hh has them, which share all but the last answer."""
     responses = tuple(checked_text(fields[use], columns[use]) for use in uses)
     if "prompt" in fields:
-        return Row(checked_text(fields["prompt"], columns["prompt"]), responses, used=frozenset(("prompt", *uses)))
+        return Row(checked_prompt(fields["prompt"], columns["prompt"]), responses, used=frozenset(("prompt", *uses)))
     if uses == ("completion",):
         raise UserError(f"{columns['prompt']} must be a text, not missing")
     chosen = responses[0]
@@ -114,6 +117,14 @@ def parse_texts(fields: Mapping[str, Any], uses: Sequence[str], columns: Mapping
     differs = any(response[:start] != chosen[:start] for response in responses)
     answers = tuple(response[start:] for response in responses)
     return Row(chosen[:start], answers, False, DIFFERS if differs else None, used=frozenset(uses))
+
+
+def checked_prompt(value: object, name: str) -> str:
+    """Return a text; UserError if it is none, or if it is a list of messages that was written as a text."""
+    text = checked_text(value, name)
+    if WRITTEN_MESSAGES.match(text):
+        raise UserError(f"{name} holds messages as a text; write them as a list, in .jsonl or .parquet")
+    return text
 
 
 def parse_conversation(fields: Mapping[str, Any], uses: Sequence[str], columns: Mapping[str, str]) -> Row:
@@ -160,7 +171,8 @@ def to_json(value: object) -> str:
 def as_messages(value: object, name: str, role: str) -> list[Message]:
     """Return a list of messages, or a text as the one turn of a role; UserError if it has another form."""
     if isinstance(value, str):
-        return [{"role": role, "content": checked_text(value, name)}]
+        check = checked_prompt if role == "user" else checked_text
+        return [{"role": role, "content": check(value, name)}]
     if not isinstance(value, list) or not value:
         raise UserError(f"{name} must be a list of messages, not {'empty' if value == [] else type(value).__name__}")
     messages = [as_message(turn, f"{name}, turn {number}") for number, turn in enumerate(value, start=1)]

@@ -84,8 +84,12 @@ class RowIndex:
         """Read the example of the kept row with this index."""
         place, number = self.places[kept], self.numbers[kept]
         table = bisect_right(self.starts, place) - 1
-        row = parse_row(self.tables[table][place - self.starts[table]], self.columns[table], self.reading.sft)
+        row = self.parse(self.tables[table][place - self.starts[table]], table)
         return self.as_example(row, row.texts(), number, self.source(table))
+
+    def parse(self, raw: object, table: int) -> Row:
+        """Return the prompt and the responses of a table's row, as parse_row."""
+        return parse_row(raw, self.columns[table], self.reading.sft, self.reading.render.prompt_format == "chat")
 
     def as_example(self, row: Row, texts: tuple[str, tuple[str, ...]], number: int, source: str) -> TextExample:
         """Return a row as an example with the responses that are trained on; UnusableRow if its texts have a flaw."""
@@ -147,7 +151,7 @@ def index_rows(tables: Sequence[Table], reading: Reading, silent: bool = False) 
         for number, raw in progress(table, table.name, silent=silent):
             with reading_row(index.counts, table.name, number):
                 try:
-                    row = parse_row(raw, columns[i], reading.sft)
+                    row = index.parse(raw, i)
                     texts = row.texts()
                     chunk.append(Checked(place, row, texts, index.as_example(row, texts, number, source)))
                     used |= row.used
@@ -159,7 +163,8 @@ def index_rows(tables: Sequence[Table], reading: Reading, silent: bool = False) 
                 index.add(chunk, table)
                 chunk.clear()
         index.add(chunk, table)
-        index.notes += note_columns(table.name, columns[i], names, [use for use in COLUMN_NAMES if use in used])
+        if used:
+            index.notes += note_columns(table.name, columns[i], names, [use for use in COLUMN_NAMES if use in used])
     return index
 
 

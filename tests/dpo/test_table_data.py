@@ -115,6 +115,22 @@ def test_a_last_turn_that_is_too_long_is_dropped_and_counted_before_training(tmp
     assert counts(data) == {"read": 2, "kept": 1, "dropped: the last turn alone is longer than max_prompt_length": 1}
 
 
+def test_texts_are_rendered_as_turns_with_their_system_turn(tmp_path, capsys):
+    rows = [{"system": "Be brief.", "prompt": f"Say {i}.", "chosen": "a", "rejected": "b"} for i in range(3)]
+    data = read(tmp_path, *rows, prompt_format="chat")
+    turns = ("system\nBe brief.<|im_end|>\n", "user\nSay 1.<|im_end|>\n", "assistant\n")
+    assert data[1][0].prompt == "".join(f"<|im_start|>{turn}" for turn in turns)
+    assert data[1][0].responses == ("a<|im_end|>", "b<|im_end|>")
+    assert "ignored" not in capsys.readouterr().out
+    read(tmp_path, *rows)
+    assert "columns ignored: system (in 3 rows)" in capsys.readouterr().out
+
+
+def test_nothing_is_said_of_columns_where_no_row_is_used(tmp_path, capsys):
+    read(tmp_path, *({"chosen": TURNS[:1] * 2, "rejected": TURNS[:1] * 2} for _ in range(3)))
+    assert "columns" not in capsys.readouterr().out
+
+
 def test_texts_and_conversations_may_be_mixed(tmp_path):
     text = {"prompt": "Hi.", "chosen": "a", "rejected": "b"}
     data = read(tmp_path, text, chat(1))
