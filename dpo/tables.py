@@ -48,7 +48,10 @@ class ArrowTable:
     """A table of the datasets library, whose rows stay on disk until they are read; images are not decoded."""
 
     def __init__(self, name: str, rows: "Dataset"):
+        import pyarrow  # which the datasets library has imported; slow to import
+
         self.name, self.rows = name, rows.with_format("arrow")  # which is faster than one row at a time
+        pyarrow.default_memory_pool().release_unused()  # hundreds of megabytes, where a large file was converted
 
     def columns(self) -> list[str]:
         """Return the names of the columns."""
