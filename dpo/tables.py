@@ -45,12 +45,17 @@ class Table(Protocol):
 
 
 class ArrowTable:
-    """A table of the datasets library, whose rows stay on disk until they are read; images are not decoded."""
+    """A table of the datasets library, whose rows stay on disk until they are read.
+
+    Columns of JSON, in which the library keeps values of several types, are decoded; images and the like are not.
+    """
 
     def __init__(self, name: str, rows: "Dataset"):
-        import pyarrow  # which the datasets library has imported; slow to import
+        import datasets
+        import pyarrow
 
         self.name, self.rows = name, rows.with_format("arrow")  # which is faster than one row at a time
+        self.json = datasets.Features({key: kind for key, kind in rows.features.items() if "Json(" in repr(kind)})
         pyarrow.default_memory_pool().release_unused()  # hundreds of megabytes, where a large file was converted
 
     def columns(self) -> list[str]:
@@ -60,11 +65,15 @@ class ArrowTable:
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """Yield (row number from 1, row)."""
         batches = self.rows.iter(batch_size=BATCH)
-        return enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+        return enumerate((self.decoded(row) for batch in batches for row in batch.to_pylist()), start=1)
 
     def __getitem__(self, index: int) -> Any:
         """Return a row."""
-        return self.rows[index].to_pylist()[0]
+        return self.decoded(self.rows[index].to_pylist()[0])
+
+    def decoded(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a row with its columns of JSON as values."""
+        return row | self.json.decode_example({name: row[name] for name in self.json}) if self.json else row
 
 
 @dataclass

@@ -173,6 +173,24 @@ def test_a_folder_of_save_to_disk_is_read(kind, tmp_path, capsys):
     assert said == (kind == "splits")
 
 
+def test_tables_keep_values_of_several_types_and_images_are_not_decoded(tmp_path):
+    """One call of a tool has a number, the other a text, so that the library keeps the turns as JSON."""
+    turns = [{"role": "user", "content": "Hi."}]
+    calls = [
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": x}}]} for x in (1, "a")
+    ]
+    rows = [
+        {"prompt": turns, "chosen": [call], "rejected": "no", "image": {"path": None, "bytes": b"no image"}}
+        for call in calls
+    ]
+    table = datasets.Dataset.from_list(rows, on_mixed_types="use_json").cast_column("image", datasets.Image())
+    table.save_to_disk(tmp_path / "saved")
+    (found,) = open_source(str(tmp_path / "saved"), ANY).train
+    for read in ([row for _, row in found], [found[0], found[1]]):
+        assert [row["chosen"] for row in read] == [[call] for call in calls]
+        assert [row["prompt"] for row in read] == [turns] * 2
+
+
 def test_a_hub_data_set_is_loaded_by_the_datasets_library_with_its_configuration(monkeypatch):
     calls = []
 
