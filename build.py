@@ -205,7 +205,8 @@ def build_trainer(
         log_message(note)
     found = identity(loss, inputs, models)
     run.ranks.check_same(lambda: found | {"the policy's weights": weights_checksum(models.policy.model.state_dict())})
-    run.identify(found)
+    batches = {"the training data": inputs.train_batches, "the evaluation data": inputs.eval_batches}
+    run.identify(found, {name: partial(own.fingerprint, by_text=True) for name, own in batches.items()})
     run.create()
     prepare = partial(TRAINERS[settings.trainer].prepare, settings=settings, ranks=run.ranks, dtype=models.dtype)
     models = replace(models, policy=prepare(models.policy))

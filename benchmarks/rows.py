@@ -1,9 +1,10 @@
-"""Measures what rows of data cost: the memory that a run holds, and the seconds until its first batch.
+"""Measures what rows of data cost: the memory that a run holds, and the time until its first batch.
 
     python benchmarks/rows.py 100000 jsonl
 
 Makes N rows of text, loads them as train.py does, and prints one line of JSON. Memory is the process's own (RssAnon on
-Linux), without pages of files, which the system drops when it needs memory.
+Linux), without pages of files, which the system drops when it needs memory. cpu is the seconds of all threads, which
+other processes on the machine change less than those on the clock.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from multiprocessing import get_context
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 def rows(n: int) -> Iterator[dict[str, str]]:
     """Yield n pairs, each with a prompt of its own."""
     for i in range(n):
-        words = " ".join(f"{i * k % 9973}" for k in range(1, 12))
+        words = " ".join(f"{i * k % 9_973}" for k in range(1, 11)) + f" {i}"
         yield {"prompt": f"\n\nHuman: Say {words}.\n\nAssistant:", "chosen": f" {words}.", "rejected": f" No: {words}"}
 
 
@@ -61,15 +63,17 @@ def measure(folder: Path) -> dict[str, float]:
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base=None):
         config = hydra.compose("config", overrides=overrides)
     settings, loss = validate(flatten(config), default_values(ROOT / "config", "dpo"), LOSSES)
+    import datasets  # noqa: F401  # the library is not a row
+
     from build import load_inputs
 
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    own, peak, start = memory("RssAnon"), memory("VmHWM"), time.perf_counter()
+    own, peak, start, cpu = memory("RssAnon"), memory("VmHWM"), time.perf_counter(), time.process_time()
     inputs = load_inputs(settings, loss)
     inputs.train_batches.fingerprint()
     next(iter(inputs.train_batches))
-    seconds = round(time.perf_counter() - start, 1)
-    return {"seconds": seconds, "megabytes": memory("RssAnon") - own, "peak": memory("VmHWM") - peak}
+    times = {"cpu": round(time.process_time() - cpu, 1), "seconds": round(time.perf_counter() - start, 1)}
+    return times | {"megabytes": memory("RssAnon") - own, "peak": memory("VmHWM") - peak}
 
 
 def main() -> None:
@@ -79,7 +83,10 @@ def main() -> None:
     parser.add_argument("kind", choices=("jsonl", "parquet"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), arguments.n, arguments.kind)
+        own = (Path(folder), arguments.n, arguments.kind)
+        writer = get_context("spawn").Process(target=write, args=own)  # whose memory is not counted
+        writer.start()
+        writer.join()
         print(json.dumps({"rows": arguments.n, "kind": arguments.kind} | measure(Path(folder))))
 
 

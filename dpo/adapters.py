@@ -34,7 +34,7 @@ from dpo.checkpoints import atomic_dir, write_manifest
 from dpo.combinations import is_installed
 from dpo.console import log_message
 from dpo.errors import UserError, naming_file, summarize_error
-from dpo.export import export_model, save_card, save_model, save_tokenizer
+from dpo.export import export_model, save_card, save_generation_config, save_model, save_tokenizer
 from dpo.settings import ModelSettings, Settings
 
 if TYPE_CHECKING:
@@ -195,6 +195,7 @@ class AdapterWeights:
             with naming_file(staging / "adapter_config.json"):
                 (staging / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             save_tokenizer(staging, tokenizer)
+            save_generation_config(staging, self.model)
             save_card(staging, card)
             if self.export_merged:
                 save_model(staging / "merged", self.model, tokenizer, self.merged_weights())

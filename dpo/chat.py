@@ -90,6 +90,7 @@ class ChatTemplate:
         content = str(response.get("content") or "").strip()
         if content not in answer:
             raise InconsistentRow("the chat template changes the response", f"{content[:60]!r} is {answer[:60]!r}")
+        check_calls(response, answer)
         if not self.written:
             return answer.rstrip() + self.end_of_turn
         if answer.count(self.end_of_turn) != 1:
@@ -117,6 +118,11 @@ class Conversation:
             content = str(turn.get("content") or "").strip()
             if turn["role"] in ("system", "user") and content not in prompt:
                 raise InconsistentRow(f"the chat template leaves out or changes a turn of the {turn['role']}")
+            if turn["role"] == "tool" and content not in prompt and to_json(content)[1:-1] not in prompt:
+                raise InconsistentRow("the chat template leaves out or changes what a tool returned")
+            check_calls(turn, prompt)
+        if left_out := [name for name in function_names(tools) if name not in prompt]:
+            raise InconsistentRow("the chat template leaves out the tools", f"{left_out[0]!r} is not in the prompt")
         return [prompt, *answers]
 
     def shorter(self) -> Iterator[list[str]]:
@@ -177,6 +183,19 @@ def with_bos(prompt: list[int], rules: Tokenization) -> list[int]:
     return [bos, *prompt] if rules.add_bos and prompt[:1] != [bos] else prompt
 
 
+def check_calls(turn: Message, text: str) -> None:
+    """Raise InconsistentRow if a rendered text does not name the functions that a turn calls."""
+    if left_out := [name for name in function_names(turn.get("tool_calls")) if name not in text]:
+        raise InconsistentRow("the chat template leaves out a call of a tool", f"{left_out[0]!r} is called")
+
+
+def function_names(functions: object) -> list[str]:
+    """Return the names in a list of functions or of calls, each of which has one by itself or under "function"."""
+    listed = functions if isinstance(functions, list) else []
+    inner = [item.get("function", item) for item in listed if isinstance(item, dict)]
+    return [item["name"] for item in inner if isinstance(item, dict) and isinstance(item.get("name"), str)]
+
+
 def texts_in(value: object) -> Iterator[str]:
     """Yield the texts in nested messages."""
     if isinstance(value, str):
@@ -208,13 +227,11 @@ class Rendering:
     def __call__(self, row: Row, number: int, source: str, truncation: Truncation = "keep_end") -> TextExample:
         """Return a row as an example; UserError if the format has no place for it, UnusableRow if it has a flaw."""
         if isinstance(row.prompt, str):
-            if self.prompt_format != "chat":
-                return TextExample(row.prompt, row.responses, truncation, number, source)
-            if not row.every_target:
+            if self.prompt_format == "chat":
                 raise UserError(
                     "prompt_format=chat needs messages, or a prompt and its responses, not the text of dialogues"
                 )
-            row = as_turns(row)
+            return TextExample(row.prompt, row.responses, truncation, number, source)
         if self.prompt_format == "text":
             raise UserError("holds messages, which prompt_format=text cannot write; use auto, chat or hh")
         if self.prompt_format == "hh":
@@ -222,9 +239,3 @@ class Rendering:
         if self.template is None:
             self.template = ChatTemplate.of(self.tokenizer)
         return self.template.example(row, number, source)
-
-
-def as_turns(row: Row) -> Row:
-    """Return a row of texts as one turn of the user, answered by turns of the assistant."""
-    answers = tuple({"role": "assistant", "content": answer} for answer in row.responses)
-    return Row([{"role": "user", "content": row.prompt}], answers, scores=row.scores)

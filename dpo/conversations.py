@@ -2,9 +2,9 @@
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo.errors import UserError
 from dpo.examples import UnusableRow
@@ -13,6 +13,10 @@ from dpo.preferences import checked_text
 ASSISTANT = "\n\nAssistant:"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 DIFFERS = "kept although the rejected dialogue's prompt differs"
+
+ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one per call
+PAIR: tuple[str, ...] = ("chosen", "rejected")
+WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")  # as JSON, or as Python prints them
 
 Message = dict[str, Any]
 
@@ -30,8 +34,7 @@ COLUMN_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A row as a prompt with its responses, (chosen, rejected) or (target,): all of them texts, or all messages.
 
     every_target: SFT trains on each distinct target of the prompt, not on the last one alone. tools are the functions
@@ -46,10 +49,11 @@ class Row:
     scores: tuple[float, ...] = ()
     used: frozenset[str] = frozenset()  # what columns were read
 
-    def texts(self) -> tuple[str, list[str]]:
+    def texts(self) -> tuple[str, tuple[str, ...]]:
         """Return the prompt and the responses as texts that identify it, messages as JSON."""
-        prompt = self.prompt if isinstance(self.prompt, str) else to_json([self.prompt, self.tools])
-        return prompt, [turn if isinstance(turn, str) else answer_text(turn) for turn in self.responses]
+        if isinstance(self.prompt, str):
+            return self.prompt, self.responses
+        return to_json([self.prompt, self.tools]), tuple(map(answer_text, self.responses))
 
 
 def find_columns(found: Collection[str], given: Mapping[str, str | None], where: str) -> dict[str, str]:
@@ -71,26 +75,28 @@ def find_columns(found: Collection[str], given: Mapping[str, str | None], where:
     return columns
 
 
-def parse_row(row: object, columns: Mapping[str, str], sft: bool) -> Row:
+def parse_row(row: object, columns: Mapping[str, str], sft: bool, chat: bool = False) -> Row:
     """Return a row's prompt and responses; UserError if it has no known form, UnusableRow if it cannot be trained on.
 
-    SFT needs no rejected response: it takes the chosen one, or a completion, or the last turn of messages.
+    SFT needs no rejected response: it takes the chosen one, or a completion, or the last turn of messages. With chat a
+    prompt of text and its responses are a turn each.
     """
     if not isinstance(row, dict):
         raise UserError(f"is not an object with the fields chosen and rejected but {type(row).__name__}")
     fields = {use: row[name] for use, name in columns.items() if name in row}
-    uses = [use for use in ("chosen", "rejected") if use in fields or not sft]
-    if sft and "chosen" not in fields:
-        uses = ["completion"] if "completion" in fields else ["messages"] if "messages" in fields else ["chosen"]
-    missing = [columns[use] for use in uses if use not in fields]
-    if missing:
+    if not sft or fields.keys() >= set(PAIR):
+        uses = PAIR
+    else:
+        uses = next(((use,) for use in ("chosen", "completion", "messages") if use in fields), ("chosen",))
+    if missing := [use for use in uses if use not in fields]:
         listed = ", ".join(repr(str(name))[1:-1] for name in list(row)[:20])
-        raise UserError(f"{missing[0]} must be a text, not missing; the row's columns: {listed}")
-    kinds = {use: isinstance(fields[use], list) for use in uses}
-    if len(set(kinds.values())) > 1:
+        what, use = ("chosen, completion or messages", "completion") if sft else (columns[missing[0]], missing[0])
+        raise UserError(f"{what} must be a text, not missing; the row's columns: {listed}; set columns.{use}=NAME")
+    kinds = {isinstance(fields[use], list) for use in uses}
+    if len(kinds) > 1:
         names = " and ".join(columns[use] for use in uses)
         raise UserError(f"{names} must both be texts or both be messages")
-    if any(kinds.values()) or isinstance(fields.get("prompt"), list):
+    if True in kinds or isinstance(fields.get("prompt"), list) or (chat and "prompt" in fields):
         parsed = parse_conversation(fields, uses, columns)
     else:
         parsed = parse_texts(fields, uses, columns)
@@ -101,8 +107,8 @@ def parse_texts(fields: Mapping[str, Any], uses: Sequence[str], columns: Mapping
     """Return a row of texts: with a prompt, or dialogues as hh has them, which share all but the last answer."""
     responses = tuple(checked_text(fields[use], columns[use]) for use in uses)
     if "prompt" in fields:
-        return Row(checked_text(fields["prompt"], columns["prompt"]), responses, used=frozenset(("prompt", *uses)))
-    if uses == ["completion"]:
+        return Row(checked_prompt(fields["prompt"], columns["prompt"]), responses, used=frozenset(("prompt", *uses)))
+    if uses == ("completion",):
         raise UserError(f"{columns['prompt']} must be a text, not missing")
     chosen = responses[0]
     if ASSISTANT not in chosen:
@@ -111,6 +117,14 @@ def parse_texts(fields: Mapping[str, Any], uses: Sequence[str], columns: Mapping
     differs = any(response[:start] != chosen[:start] for response in responses)
     answers = tuple(response[start:] for response in responses)
     return Row(chosen[:start], answers, False, DIFFERS if differs else None, used=frozenset(uses))
+
+
+def checked_prompt(value: object, name: str) -> str:
+    """Return a text; UserError if it is none, or if it is a list of messages that was written as a text."""
+    text = checked_text(value, name)
+    if WRITTEN_MESSAGES.match(text):
+        raise UserError(f"{name} holds messages as a text; write them as a list, in .jsonl or .parquet")
+    return text
 
 
 def parse_conversation(fields: Mapping[str, Any], uses: Sequence[str], columns: Mapping[str, str]) -> Row:
@@ -150,14 +164,15 @@ def answer_text(turn: Message) -> str:
 
 
 def to_json(value: object) -> str:
-    """Return nested lists and dicts as JSON."""
-    return json.dumps(value, ensure_ascii=False)
+    """Return texts, nested lists and dicts as JSON."""
+    return ENCODER.encode(value)
 
 
 def as_messages(value: object, name: str, role: str) -> list[Message]:
     """Return a list of messages, or a text as the one turn of a role; UserError if it has another form."""
     if isinstance(value, str):
-        return [{"role": role, "content": checked_text(value, name)}]
+        check = checked_prompt if role == "user" else checked_text
+        return [{"role": role, "content": check(value, name)}]
     if not isinstance(value, list) or not value:
         raise UserError(f"{name} must be a list of messages, not {'empty' if value == [] else type(value).__name__}")
     messages = [as_message(turn, f"{name}, turn {number}") for number, turn in enumerate(value, start=1)]
@@ -212,8 +227,7 @@ def by_score(parsed: Row, fields: Mapping[str, Any], columns: Mapping[str, str])
     if scores[0] == scores[1]:
         raise UnusableRow("both scores are equal")
     order = (0, 1) if scores[0] > scores[1] else (1, 0)
-    return replace(
-        parsed,
+    return parsed._replace(
         responses=tuple(parsed.responses[i] for i in order),
         scores=tuple(scores[i] for i in order),
         used=parsed.used | {"score_chosen", "score_rejected"},

@@ -218,6 +218,12 @@ def bos_note(tokenizer: "PreTrainedTokenizerBase", add_bos: bool) -> str | None:
     return None
 
 
+def hash_texts(digest: "hashlib._Hash", groups: Iterable[Iterable[TextExample]]) -> None:
+    """Update a hash by prompt, responses and truncation of all examples."""
+    for group in groups:
+        digest.update(repr([text[:3] for text in group]).encode("utf-8", "backslashreplace"))
+
+
 @dataclass(frozen=True)
 class Batch:
     """Tokenized examples, and the iterator's position after them."""
@@ -256,14 +262,16 @@ class BatchIterator:
         """Whether examples come again in other batches."""
         return len(self) > self.batches_per_epoch
 
-    def fingerprint(self) -> str:
-        """Return a SHA-256 of the examples in their order and of the tokenizer's rules."""
+    def fingerprint(self, by_text: bool = False) -> str:
+        """Return a SHA-256 of the examples in their order and of the tokenizer's rules.
+
+        Tables know hashes of their rows; by_text reads all rows again in their place, as earlier versions did.
+        """
         digest = hashlib.sha256(repr((self.settings()[:2], self.n_items)).encode())
-        own = getattr(self.groups, "digest", None)  # of tables, whose rows need not be read again for it
-        if own is not None and (known := own()) is not None:
-            return hashlib.sha256(digest.digest() + known).hexdigest()
-        for group in self.groups:
-            digest.update(repr([text[:3] for text in group]).encode("utf-8", "backslashreplace"))
+        own = getattr(self.groups, "digest", None)
+        if own is not None and not by_text:
+            return hashlib.sha256(digest.digest() + own()).hexdigest()
+        hash_texts(digest, self.groups)
         return digest.hexdigest()
 
     def settings(self) -> tuple[object, ...]:

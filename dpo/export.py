@@ -76,15 +76,21 @@ def save_model(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
 ) -> None:
     """Save a model, with other weights than its own if some are given, and its tokenizer."""
+    save_generation_config(folder, model)
+    model.save_pretrained(folder, state_dict=weights)
+    rewrite(folder / "config.json", add_rope_of_transformers_4)
+    save_tokenizer(folder, tokenizer)
+
+
+def save_generation_config(folder: Path, model: PreTrainedModel) -> None:
+    """Save a model's settings of generation, or its stops alone where transformers refuses to write the others."""
     try:
-        model.save_pretrained(folder, state_dict=weights)
-    except ValueError:  # settings of generation that came with the model, which transformers refuses to write
+        model.generation_config.save_pretrained(folder)
+    except ValueError:  # some that came with the model
         stops = model.generation_config.eos_token_id
         model.generation_config = GenerationConfig.from_model_config(model.config)
         model.generation_config.eos_token_id = stops
-        model.save_pretrained(folder, state_dict=weights)
-    rewrite(folder / "config.json", add_rope_of_transformers_4)
-    save_tokenizer(folder, tokenizer)
+        model.generation_config.save_pretrained(folder)
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,13 +1,16 @@
 """Files of JSON: their rows by number, each read when it is needed, and errors that name file and row."""
 
+import bz2
 import gzip
+import io
 import json
+import lzma
 import os
 import tempfile
 import weakref
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -15,7 +18,19 @@ from typing import IO, Any
 from dpo.errors import UserError
 
 FIRST = 100  # rows that are looked at for the names of columns
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what a damaged file raises
 BLANK = object()
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """Open a file for reading, without its compression if its suffix names one."""
+    if path.suffix == ".zst":
+        import pyarrow  # which datasets installs; slow to import
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))  # which refuses a cut file
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(path.suffix, open)(path, "rb")
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -31,7 +46,7 @@ def parse_lines(path: Path) -> Iterator[tuple[int, int, bytes, Any]]:
     """Yield (line number, position of its first byte, line, value) for each line that is not blank, as read_jsonl."""
     number = start = 0
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as lines:
+        with open_bytes(path) as lines:
             for number, line in enumerate(lines, start=1):
                 value = parse_line(line)
                 if value is not BLANK:
@@ -42,8 +57,9 @@ def parse_lines(path: Path) -> Iterator[tuple[int, int, bytes, Any]]:
     except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, or a number of over 4,300 digits
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}, row {number}: is not JSON ({error})") from None
-    except (OSError, EOFError, zlib.error) as error:
+        hint = "; a row is one line, and a file that is one list ends in .json" if line.strip() in (b"[", b"{") else ""
+        raise UserError(f"{path}, row {number}: is not JSON ({error}){hint}") from None
+    except UNREADABLE as error:
         raise UserError(f"{path}, after row {number}: cannot be read ({error})") from None
 
 
@@ -76,7 +92,7 @@ class JsonRows:
         The lines of a file that cannot be read by position are copied into a temporary file.
         """
         self.starts, self.lengths = array("q"), array("q")
-        copied = self.path.suffix == ".gz" or self.is_list()
+        copied = self.path.suffix in COMPRESSED or self.is_list()
         self.file = file = tempfile.TemporaryFile() if copied else open(self.path, "rb")
         weakref.finalize(self, file.close)
         self.stamp = None if copied else self.stamp_of(file)
@@ -98,17 +114,17 @@ class JsonRows:
         if ".json" not in self.path.suffixes:
             return False
         try:
-            with gzip.open(self.path) if self.path.suffix == ".gz" else open(self.path, "rb") as file:
+            with open_bytes(self.path) as file:
                 return file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
-        except (OSError, EOFError, zlib.error) as error:
+        except UNREADABLE as error:
             raise UserError(f"{self.path}, after row 0: cannot be read ({error})") from None
 
     def list_items(self) -> Iterator[tuple[int, int, bytes, Any]]:
         """Yield the items of a .json file's list as lines of JSON."""
         try:
-            with gzip.open(self.path) if self.path.suffix == ".gz" else open(self.path, "rb") as file:
+            with open_bytes(self.path) as file:
                 items = json.loads(file.read().decode("utf-8").removeprefix("\ufeff"))
-        except (ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
+        except (ValueError, RecursionError, *UNREADABLE) as error:
             raise UserError(f"{self.path}, row 1 and on: is not a list in JSON ({error})") from None
         for number, item in enumerate(items, start=1):
             yield number, 0, json.dumps(item).encode(), item

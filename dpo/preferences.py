@@ -94,7 +94,7 @@ def flaws(prompt: str, responses: Sequence[str]) -> list[str]:
     """Return the reasons for which a prompt and its responses cannot teach anything."""
     problems = {
         "the prompt is empty": not prompt.strip(),
-        "a response is empty": not all(response.strip() for response in responses),
+        "a response is empty": not all(map(str.strip, responses)),
         "both responses are equal": len(responses) > 1 and responses[0] == responses[1],
     }
     return [problem for problem, is_so in problems.items() if is_so]

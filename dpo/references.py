@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 import transformers
 from torch.distributed.tensor import DTensor
@@ -24,7 +25,7 @@ from dpo.logps import Logps, ResponseLogps, response_logps
 from dpo.packing import PackedBatch, Packer
 from dpo.sampling import Sampler
 
-CACHE_VERSION = 3  # part of a cache's key; raise it where the code begins to compute other log-probabilities
+CACHE_VERSION = 4  # part of a cache's key; raise it where the code computes other numbers or orders them anew
 
 
 class Reference(Protocol):
@@ -161,7 +162,8 @@ def check_first_margin(policy: ResponseLogps, reference: Reference, batch: Packe
 class CachedReference(Reference):
     """Log-probabilities per response, and samples, computed before the first update, when the policy is the reference.
 
-    `sums` has one row per distinct example, (examples, n_responses); NaN where nothing is computed yet.
+    `sums` has one row per distinct example, (examples, n_responses), in the order of their digests; NaN where nothing
+    is computed yet. No text is kept.
     """
 
     knows_any_response = False
@@ -169,31 +171,37 @@ class CachedReference(Reference):
     def __init__(
         self, examples: Iterable[TextExample], n_responses: int, samples: list[TokenizedExample] | None = None
     ):
-        self.row = {example: row for row, example in enumerate(dict.fromkeys(examples))}
-        self.sums = torch.full((len(self.row), n_responses), torch.nan)
+        in_order = np.fromiter(map(digest_of, examples), dtype=np.uint64)
+        self.order = hashlib.sha256(in_order.tobytes()).hexdigest()  # on which the composition of passes depends
+        self.digests = np.unique(in_order)
+        self.sums = torch.full((len(self.digests), n_responses), torch.nan)
         self.samples = samples
 
     def logps(self, batch: PackedBatch) -> Logps:
         """Return the log-probabilities of the batch's responses."""
-        sums = self.sums[self.rows(batch)].to(batch.targets.device, non_blocking=True)
-        return Logps(sums=sums, lengths=batch.lengths)
+        sums = self.sums[self.rows(example.text for example in batch.examples)]
+        return Logps(sums=sums.to(batch.targets.device, non_blocking=True), lengths=batch.lengths)
 
     def generate(self, prompts: Sequence[TokenizedExample]) -> list[TokenizedExample]:
         """Return the samples that were drawn before the first update."""
         assert self.samples is not None and len(self.samples) == len(prompts)
         return self.samples
 
-    def rows(self, batch: PackedBatch) -> list[int]:
-        """Return the row of each of a batch's examples."""
-        return [self.row[example.text] for example in batch.examples]
+    def rows(self, examples: Iterable[TextExample]) -> torch.Tensor:
+        """Return the row of each example, (examples,)."""
+        wanted = np.fromiter(map(digest_of, examples), dtype=np.uint64)
+        rows = np.searchsorted(self.digests, wanted)
+        assert (self.digests[rows] == wanted).all(), "an example is not among those that the cache was made for"
+        return torch.from_numpy(rows)
 
     def missing(self, examples: Iterable[TextExample]) -> list[TextExample]:
         """Return the examples that have no log-probabilities yet."""
-        return [example for example in examples if self.sums[self.row[example]].isnan().any()]
+        left = set(self.digests[self.sums.isnan().any(dim=1).numpy()].tolist())
+        return [example for example in examples if digest_of(example) in left]
 
     def fill(self, batch: PackedBatch, logps: Logps) -> None:
         """Store the log-probabilities of a batch."""
-        self.sums[self.rows(batch)] = logps.sums.float().cpu()
+        self.sums[self.rows(example.text for example in batch.examples)] = logps.sums.float().cpu()
 
     def merge(self, sums: Iterable[torch.Tensor]) -> None:
         """Take the numbers of several caches, each of which lacks those that another one has."""
@@ -219,6 +227,12 @@ class CachedReference(Reference):
             return False
         self.sums = sums if fits else self.sums
         return fits
+
+
+def digest_of(example: TextExample) -> int:
+    """Return 64 bits by which an example is known, without its scores, which change no log-probability."""
+    content = repr(tuple(example)[:5]).encode("utf-8", "backslashreplace")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
 def checksum(values: torch.Tensor) -> str:
@@ -270,8 +284,8 @@ class Precomputation:
         for batch in progress(self.eval_batches.from_start(), "reference, evaluation data"):
             self.fill(reference, batch.examples)
         reference.merge(self.ranks.gather(reference.sums))  # what other ranks have computed is not missing
-        examples = [example for group in train.groups for example in group]
-        left = reference.missing(examples) if train.walks_beyond_first_epoch else []
+        groups = train.groups if train.walks_beyond_first_epoch else []
+        left = reference.missing(example for group in groups for example in group)  # fewer than fill a batch
         for start in range(0, len(left), train.batch_size):
             self.fill(reference, train.tokenize(left[start : start + train.batch_size]), self.n_microbatches)
         reference.merge(self.ranks.gather(reference.sums))
@@ -304,17 +318,15 @@ class Precomputation:
         several = (self.ranks.world_size,) if self.ranks.world_size > 1 else ()  # which share a batch's passes
         settings = (self.train_batches.settings(), self.eval_batches.settings(), (*how, *several))
         versions = (torch.__version__, transformers.__version__)
-        return fingerprint(model, reference.row, (settings, versions))
+        return fingerprint(model, (reference.order, settings, versions))
 
 
-def fingerprint(model: PreTrainedModel, examples: Iterable[TextExample], settings: object) -> str:
-    """Return the SHA-256 of a model's weights and config, of texts in their order, and of settings."""
+def fingerprint(model: PreTrainedModel, settings: object) -> str:
+    """Return the SHA-256 of a model's weights and config, and of settings."""
     config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
     digest = hashlib.sha256(repr((settings, config, model.config._attn_implementation)).encode())
     for name, value in reference_weights(model).items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         whole: torch.Tensor = value.full_tensor() if isinstance(value, DTensor) else value
         digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    for example in examples:
-        digest.update(repr(tuple(example)[:5]).encode("utf-8", "backslashreplace"))  # scores change no log-probability
     return digest.hexdigest()

@@ -4,10 +4,11 @@ import fcntl
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -96,8 +97,11 @@ class RunDir:
             self.ranks.on_main(make)
             self.record()
 
-    def identify(self, identity: Mapping[str, str]) -> None:
-        """Keep the run's identity; UserError if the checkpoint that is resumed from has another."""
+    def identify(self, identity: Mapping[str, str], earlier: Mapping[str, Callable[[], str]]) -> None:
+        """Keep the run's identity; UserError if the checkpoint that is resumed from has another.
+
+        earlier computes what earlier versions stored under some of the names, which is as good.
+        """
         self.identity = dict(identity) | {"the settings": settings_fingerprint(self.config)}
         if self.checkpoint is None:
             return
@@ -105,10 +109,9 @@ class RunDir:
             stored = dict(self.checkpoint.states["run"]["identity"])
         except (KeyError, TypeError):
             raise RunError(f"{self.checkpoint.folder}: is not a checkpoint of a run", "no checkpoint") from None
-        accepted: dict[str, tuple[str, ...]] = {name: (value,) for name, value in self.identity.items()}
-        accepted["the settings"] += (settings_fingerprint(self.config, with_device=True),)
-        for name, values in accepted.items():
-            if stored.get(name) not in values:
+        earlier = {**earlier, "the settings": partial(settings_fingerprint, self.config, with_device=True)}
+        for name, value in self.identity.items():
+            if stored.get(name) != value and (name not in earlier or stored.get(name) != earlier[name]()):
                 raise UserError(f"resume={self.path}: {name} are not those that the run began with")
 
     def is_complete(self, n_updates: int) -> bool:

@@ -4,22 +4,20 @@ A row that can be trained on costs about 100 bytes of memory: numbers and hashes
 """
 
 import hashlib
-import json
 import random
 from array import array
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo.chat import Rendering
 from dpo.console import progress
-from dpo.conversations import COLUMN_NAMES, DIFFERS, Row, find_columns, parse_row
+from dpo.conversations import COLUMN_NAMES, DIFFERS, Row, find_columns, parse_row, to_json
 from dpo.errors import UserError
-from dpo.examples import InconsistentRow, TextExample, Tokenization, UnusableRow
-from dpo.jsonl import JsonRows
+from dpo.examples import InconsistentRow, TextExample, Tokenization, UnusableRow, hash_texts
 from dpo.preferences import ONE_TARGET, REPEATED, flaws, reading_row
 from dpo.tables import Table, note_columns
 
@@ -48,10 +46,11 @@ class Reading:
 
 
 class Checked(NamedTuple):
-    """A row whose texts can be trained on, and its place in the tables."""
+    """A row whose texts can be trained on, its place in the tables, and the texts that identify it."""
 
     place: int
     row: Row
+    texts: tuple[str, tuple[str, ...]]
     example: TextExample
 
 
@@ -85,16 +84,21 @@ class RowIndex:
         """Read the example of the kept row with this index."""
         place, number = self.places[kept], self.numbers[kept]
         table = bisect_right(self.starts, place) - 1
-        raw = self.tables[table][place - self.starts[table]]
-        return self.as_example(parse_row(raw, self.columns[table], self.reading.sft), number, self.source(table))
+        row = self.parse(self.tables[table][place - self.starts[table]], table)
+        return self.as_example(row, row.texts(), number, self.source(table))
 
-    def as_example(self, row: Row, number: int, source: str) -> TextExample:
-        """Return a row as an example with the responses that are trained on; UnusableRow if it has a flaw."""
-        if found := flaws(*row.texts()):
+    def parse(self, raw: object, table: int) -> Row:
+        """Return the prompt and the responses of a table's row, as parse_row."""
+        return parse_row(raw, self.columns[table], self.reading.sft, self.reading.render.prompt_format == "chat")
+
+    def as_example(self, row: Row, texts: tuple[str, tuple[str, ...]], number: int, source: str) -> TextExample:
+        """Return a row as an example with the responses that are trained on; UnusableRow if its texts have a flaw."""
+        if found := flaws(*texts):
             raise UnusableRow(found[0])
         if self.reading.sft:
-            return self.reading.render(replace(row, responses=row.responses[:1]), number, source)
-        return self.reading.render(row, number, source)._replace(scores=row.scores)
+            return self.reading.render(row._replace(responses=row.responses[:1]), number, source)
+        example = self.reading.render(row, number, source)
+        return example._replace(scores=row.scores) if row.scores else example
 
     def drop(self, error: UnusableRow, where: str = "") -> None:
         """Count a row that cannot be trained on; UserError if it is one that is to be refused."""
@@ -113,21 +117,21 @@ class RowIndex:
             for text, found in zip(conversations, tokenize.attempt(conversations), strict=True)
             if isinstance(found, UnusableRow)
         }
-        for place, row, example in chunk:
+        for place, row, (prompt, responses), example in chunk:
             if error := unusable.get(example.row):
                 self.drop(error, f"{table.name}, row {example.row}: ")
                 continue
             flags = EVERY_TARGET * row.every_target | REMARKED * (row.remark is not None)
-            prompt, responses = row.texts()
             if isinstance(example.truncation, str):
                 flags |= HOLDS_EOS * (eos in prompt or eos in responses[0]) | LACKS_TOKEN * (example.prompt in empty)
                 flags |= REJECTED_HOLDS_EOS * any(eos in response for response in responses[1:])
             self.flags.append(flags)
             self.places.append(place)
             self.numbers.append(example.row)
-            self.prompts.append(hash_of(prompt))
-            self.targets.append(hash_of(prompt, responses[0]))
-            self.pairs.append(hash_of(prompt, *responses))
+            hashes = hashes_of(prompt, *responses)
+            self.prompts.append(hashes[0])
+            self.targets.append(hashes[1])
+            self.pairs.append(hashes[-1])
 
     def source(self, table: int) -> str:
         """Return the name by which messages about rows call a table: the data set's, if it is one table."""
@@ -140,14 +144,16 @@ def index_rows(tables: Sequence[Table], reading: Reading, silent: bool = False) 
     index, place = RowIndex(reading, tables, columns), 0
     for i, table in enumerate(tables):
         index.starts.append(place)
+        source = index.source(i)
         names: Counter[str] = Counter()
         used: set[str] = set()
         chunk: list[Checked] = []
         for number, raw in progress(table, table.name, silent=silent):
             with reading_row(index.counts, table.name, number):
                 try:
-                    row = parse_row(raw, columns[i], reading.sft)
-                    chunk.append(Checked(place, row, index.as_example(row, number, index.source(i))))
+                    row = index.parse(raw, i)
+                    texts = row.texts()
+                    chunk.append(Checked(place, row, texts, index.as_example(row, texts, number, source)))
                     used |= row.used
                 except UnusableRow as error:
                     index.drop(error)
@@ -157,14 +163,24 @@ def index_rows(tables: Sequence[Table], reading: Reading, silent: bool = False) 
                 index.add(chunk, table)
                 chunk.clear()
         index.add(chunk, table)
-        index.notes += note_columns(table.name, columns[i], names, [use for use in COLUMN_NAMES if use in used])
+        if used:
+            index.notes += note_columns(table.name, columns[i], names, [use for use in COLUMN_NAMES if use in used])
     return index
 
 
-def hash_of(*texts: str) -> int:
-    """Return 64 bits that texts with other words do not share, but for a chance of 1 in 10 million per million rows."""
-    content = json.dumps(texts, ensure_ascii=False).encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+def hashes_of(*texts: str) -> list[int]:
+    """Return 64 bits of each start of a list of texts, as JSON: of the first text, of the first two, and so on.
+
+    Other texts do not share them, but for a chance of 1 in 10 million per million rows.
+    """
+    hashes, digest, before = [], hashlib.blake2b(digest_size=8), "["
+    for text in texts:
+        digest.update(f"{before}{to_json(text)}".encode())
+        whole = digest.copy()
+        whole.update(b"]")
+        hashes.append(int.from_bytes(whole.digest(), "big"))
+        before = ", "
+    return hashes
 
 
 # From all rows to those of a split
@@ -206,16 +222,11 @@ class TableData(Sequence[Sequence[TextExample]]):
     def __iter__(self) -> Iterator[RowGroup]:
         return (self[item] for item in range(len(self)))
 
-    def digest(self) -> bytes | None:
-        """Return a SHA-256 of the examples in their order and of how they are rendered, by the hashes of their rows.
-
-        None for texts in files of JSON, which have the fingerprint that earlier versions gave their runs.
-        """
+    def digest(self) -> bytes:
+        """Return a SHA-256 of the examples in their order and of how they are rendered, by the hashes of their rows."""
         import numpy as np
 
         rendering = self.rows.reading.render
-        if rendering.template is None and all(isinstance(table, JsonRows) for table in self.rows.tables):
-            return None
         template = rendering.template and rendering.template.tokenizer.chat_template
         found = hashlib.sha256(repr((rendering.prompt_format, template)).encode())
         hashes = np.array(self.rows.targets if self.rows.reading.sft else self.rows.pairs)
@@ -286,6 +297,16 @@ class Joined(Sequence[Sequence[TextExample]]):
 
     def __iter__(self) -> Iterator[Sequence[TextExample]]:
         return (group for part in self.parts for group in part)
+
+    def digest(self) -> bytes:
+        """Return a SHA-256 of the examples in their order."""
+        found = hashlib.sha256()
+        for part in self.parts:
+            if isinstance(part, TableData):
+                found.update(part.digest())
+            else:
+                hash_texts(found, part)
+        return found.digest()
 
 
 def joined(parts: Sequence[Sequence[Sequence[TextExample]]]) -> Sequence[Sequence[TextExample]]:

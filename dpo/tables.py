@@ -1,6 +1,7 @@
 """Where rows lie: files, folders and hub data sets, their splits, and tables that read a row when it is needed."""
 
 import csv
+import io
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,19 +13,20 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from dpo.console import on_terminal
 from dpo.errors import UserError, summarize_error
-from dpo.jsonl import JsonRows
+from dpo.jsonl import COMPRESSED, UNREADABLE, JsonRows, open_bytes
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 T = TypeVar("T")
-DATA_FILE = re.compile(r"\.(jsonl|json|csv|tsv|parquet)(\.gz|\.zst)?$")
+DATA_FILE = re.compile(rf"\.(jsonl|json|csv|tsv|parquet)({'|'.join(map(re.escape, COMPRESSED))})?$")
 DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt"}
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 SHARD = re.compile(r"-\d{5}-of-\d{5}.*$")
 FORMS = "a folder or file of .jsonl, .json, .csv, .tsv or .parquet, a folder of save_to_disk, or a hub data set, me/set"
 TEST_NAMES = ("test", "validation", "valid", "val", "dev", "eval", "evaluation")
 SHOWN = 8  # names in a note, at most
+BATCH = 100  # rows of a table that are read together, where all are read
 
 
 class Table(Protocol):
@@ -42,12 +44,19 @@ class Table(Protocol):
         """Return a row."""
 
 
-@dataclass
 class ArrowTable:
-    """A table of the datasets library, whose rows stay on disk until they are read."""
+    """A table of the datasets library, whose rows stay on disk until they are read.
 
-    name: str
-    rows: "Dataset"
+    Columns of JSON, in which the library keeps values of several types, are decoded; images and the like are not.
+    """
+
+    def __init__(self, name: str, rows: "Dataset"):
+        import datasets
+        import pyarrow
+
+        self.name, self.rows = name, rows.with_format("arrow")  # which is faster than one row at a time
+        self.json = datasets.Features({key: kind for key, kind in rows.features.items() if "Json(" in repr(kind)})
+        pyarrow.default_memory_pool().release_unused()  # hundreds of megabytes, where a large file was converted
 
     def columns(self) -> list[str]:
         """Return the names of the columns."""
@@ -55,11 +64,16 @@ class ArrowTable:
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """Yield (row number from 1, row)."""
-        return enumerate(self.rows, start=1)
+        batches = self.rows.iter(batch_size=BATCH)
+        return enumerate((self.decoded(row) for batch in batches for row in batch.to_pylist()), start=1)
 
     def __getitem__(self, index: int) -> Any:
         """Return a row."""
-        return self.rows[index]
+        return self.decoded(self.rows[index].to_pylist()[0])
+
+    def decoded(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a row with its columns of JSON as values."""
+        return row | self.json.decode_example({name: row[name] for name in self.json}) if self.json else row
 
 
 @dataclass
@@ -130,7 +144,7 @@ def open_file(path: Path) -> Table:
     match = DATA_FILE.search(path.name)
     assert match is not None
     if match[1] in ("jsonl", "json"):
-        return JsonRows(path if match[2] != ".zst" else unpacked(path))
+        return JsonRows(path)
     options: dict[str, Any] = {}
     if match[1] in ("csv", "tsv"):
         delimiter = "\t" if match[1] == "tsv" else ","
@@ -143,23 +157,14 @@ def open_file(path: Path) -> Table:
         return ArrowTable(str(path), rows)
 
 
-def unpacked(path: Path) -> Path:
-    """Return a file without its compression, in the cache of the datasets library."""
-    with reading(str(path)):
-        import datasets
-
-        return Path(str(datasets.DownloadManager().extract(str(path))))
-
-
 def text_columns(path: Path, delimiter: str) -> Any:
     """Return the columns of a CSV file by its first line, all as text: a response may be "12", "NA" or "None"."""
     import datasets
 
     try:
-        source = path if path.suffix not in (".gz", ".zst") else unpacked(path)
-        with open(source, encoding="utf-8-sig", newline="") as file:
+        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
             names = next(csv.reader(file, delimiter=delimiter), [])
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (*UNREADABLE, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}, row 0: cannot be read ({summarize_error(error)})") from None
     if not names or len(set(names)) < len(names):
         raise UserError(f"{path}, row 0: its first line must name the columns, each once, not {listed(names)}")

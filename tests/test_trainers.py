@@ -10,7 +10,7 @@ import pytest
 import torch
 from chat_families import FAMILIES, TURNS, answer
 from conftest import TINY, golden_rows, inputs_of, tiny_config, tiny_tokenizer, without_measurements
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MistralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MistralConfig
 
 import losses
 from dpo import logps
@@ -474,7 +474,8 @@ def test_policy_and_reference_are_sampled_for_the_first_distinct_prompts(make_tr
 # Conversations
 
 
-def test_a_run_on_conversations_stops_at_both_ends_and_exports_them(make_trainer, tmp_path):
+@pytest.mark.parametrize("overrides", [(), ("lora=default",)], ids=["all weights", "LoRA"])
+def test_a_run_on_conversations_stops_at_both_ends_and_exports_them(overrides, make_trainer, tmp_path):
     """The model's own list of two ids is kept; the template ends a turn by id 2, <|im_end|>, a text by 0."""
     tokenizer = FAMILIES["ChatML"].tokenizer()
     tokenizer.save_pretrained(tmp_path / "model")
@@ -485,12 +486,12 @@ def test_a_run_on_conversations_stops_at_both_ends_and_exports_them(make_trainer
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model, data = f"model.name_or_path='{tmp_path / 'model'}'", f"datasets=['{tmp_path}']"
-    trainer = make_trainer("loss=dpo", model, data, "lr=1e-3", "n_eval_examples=8")
+    trainer = make_trainer("loss=dpo", model, data, "lr=1e-3", "n_eval_examples=8", *overrides)
     trainer.train()
     assert tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]) == [2, 0]
     assert trainer.sampler.generation_config(5, 0).eos_token_id == [0, 2]
     folder = trainer.run.path / "LATEST" / "hf"
-    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [7, 0, 2]
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == [7, 0, 2]
     assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
     (record,) = [r for r in without_clocks(trainer.run.path) if "grad_norm" in r]
     assert record["counters/examples"] == 8

@@ -193,9 +193,9 @@ def test_a_template_that_fails_on_any_conversation_or_writes_no_answer_is_refuse
 
 
 def test_tools_and_thoughts_go_to_the_template():
-    template = "{{- (tools | length | string) + ' tools ' if tools else '' -}}" + CHATML
+    template = "{{- (tools | map(attribute='name') | join(' ')) + ' ' if tools else '' -}}" + CHATML
     example = example_of(chatml(template), TURNS, "Yes.", tools=[{"name": "clock"}, {"name": "map"}])
-    assert example.text.prompt.startswith("2 tools <|im_start|>user")
+    assert example.text.prompt.startswith("clock map <|im_start|>user")
     thought = example_of(TOKENIZERS["Qwen"], TURNS, "<think>\nWell.\n</think>\n\nYes.")
     assert thought.text.responses == ("<think>\nWell.\n</think>\n\nYes.<|im_end|>",)
     earlier = [TURNS[0], answer("<think>\nWell.\n</think>\n\nHello."), TURNS[2]]
@@ -203,6 +203,39 @@ def test_tools_and_thoughts_go_to_the_template():
         example_of(TOKENIZERS["Qwen"], earlier, "Yes.").text.prompt
         == example_of(TOKENIZERS["Qwen"], TURNS, "Yes.").text.prompt
     )
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "clock"}}]}
+NAMES = "(m.tool_calls or []) | map(attribute='function.name') | join(' ')"
+WITH_CALLS = CHATML.replace("m.content", f"m.content + ({NAMES})")
+
+
+def test_a_call_of_a_tool_is_trained_on():
+    example = Rendering("auto", chatml(WITH_CALLS))(Row(TURNS[:1], (CALL, answer("Yes."))), 1, "data")
+    assert example.responses == ("clock<|im_end|>", "Yes.<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        (Row(TURNS[:1], (answer("Yes."),), tools=[{"type": "function", "function": {"name": "clock"}}]), "the tools"),
+        (Row(TURNS[:1], (CALL,)), "a call of a tool"),
+        (Row([TURNS[0], CALL, {"role": "tool", "content": "noon"}], (answer("Yes."),)), "a call of a tool"),
+    ],
+)
+def test_a_template_that_has_no_place_for_tools_is_not_trained_on_in_silence(row, reason):
+    """Of a call alone an empty turn would be trained on."""
+    with pytest.raises(InconsistentRow, match=f"the chat template leaves out {reason}"):
+        Rendering("auto", TOKENIZERS["ChatML"])(row, 1, "data")
+
+
+def test_what_a_tool_returned_may_be_written_as_json_and_not_left_out():
+    returned = [TURNS[0], answer("Hello."), {"role": "tool", "content": 'at "noon"'}]
+    as_json = CHATML.replace("m.content + '", "(m.content if m.role != 'tool' else m.content | tojson) + '")
+    assert example_of(chatml(as_json), returned, "Yes.").text.prompt.count('at \\"noon\\"') == 1
+    without = "{%- set messages = messages | rejectattr('role', 'equalto', 'tool') | list -%}" + CHATML
+    with pytest.raises(InconsistentRow, match="leaves out or changes what a tool returned"):
+        example_of(chatml(without), returned, "Yes.")
 
 
 # Truncation
@@ -255,12 +288,9 @@ def test_hh_writes_turns_as_humans_and_assistants_and_eos_comes_after_the_respon
         Rendering("hh", tokenizer)(Row([SYSTEM, *TURNS], row.responses), 1, "data")
 
 
-def test_chat_renders_texts_as_one_turn_and_text_refuses_messages():
+def test_texts_stay_as_they_are_and_text_refuses_messages():
     tokenizer = TOKENIZERS["ChatML"]
     texts = Row("Hi.", ("Yes.", "No."))
-    assert Rendering("chat", tokenizer)(texts, 1, "data") == Rendering("auto", tokenizer)(
-        row_of("Yes.", "No."), 1, "data"
-    )
     for chosen in ("auto", "text", "hh"):
         assert Rendering(chosen, tokenizer)(texts, 1, "data")[:5] == ("Hi.", ("Yes.", "No."), "keep_end", 1, "data")
     with pytest.raises(UserError, match="prompt_format=text cannot write"):

@@ -153,6 +153,15 @@ BAD = {
     "tools": (PAIR | {"tools": "{"}, "tools is not JSON"),
     "tools of text": (PAIR | {"tools": ["clock"]}, "tools must be a list of functions"),
     "nothing": ({}, "chosen must be a text, not missing"),
+    "a response alone": (
+        {"prompt": "a", "chosen": "b", "response": "c"},
+        "rejected must be a text, not missing; the row's columns: prompt, chosen, response; set columns.rejected=NAME",
+    ),
+    "messages as JSON": (
+        {"prompt": '[{"role": "user", ', "chosen": "a", "rejected": "b"},
+        "prompt holds messages as a",
+    ),
+    "messages as printed": ({"prompt": " [ {'content': ", "chosen": [YES], "rejected": [NO]}, "prompt holds messages"),
     "a list": ([1], "is not an object"),
 }
 
@@ -177,9 +186,27 @@ def test_a_row_that_cannot_be_trained_on_is_told_from_one_of_another_form(row, r
         parse(row)
 
 
+def test_sft_names_all_columns_that_it_could_train_on():
+    words = (
+        "chosen, completion or messages must be a text, not missing; the row's columns: text; set columns.completion"
+    )
+    with pytest.raises(UserError, match=words):
+        parse({"text": "a"}, sft=True)
+
+
+def test_texts_that_are_rendered_as_turns_take_system_and_tools_along():
+    row = {"system": "Be brief.", "question": "Hi.", "chosen": "Yes.", "rejected": "No.", "tools": [{"name": "clock"}]}
+    found = parse_row(row, find_columns(row, {}, "data"), sft=False, chat=True)
+    assert found[:2] == ([SYSTEM, USER], (YES, NO)) and found.tools == [{"name": "clock"}]
+    assert found.used == {"prompt", "chosen", "rejected", "system", "tools"}
+    assert parse(row)[:2] == ("Hi.", ("Yes.", "No.")) and parse(row).used == {"prompt", "chosen", "rejected"}
+    pair = {"prompt": "Hi.", "completion": "Yes."}
+    assert parse_row(pair, find_columns(pair, {}, "data"), sft=True, chat=True)[:2] == ([USER], (YES,))
+
+
 def test_two_rows_are_told_apart_by_all_that_a_template_sees():
     rows = [Row([USER], (YES, NO)), Row([SYSTEM, USER], (YES, NO)), Row([USER], (YES, NO), tools=[{"name": "clock"}])]
     assert len({row.texts()[0] for row in rows}) == 3
-    assert rows[0].texts()[1] == ["Yes.", "No."]
+    assert rows[0].texts()[1] == ("Yes.", "No.")
     calls = YES | {"tool_calls": [{"name": "clock"}]}
     assert Row([USER], (calls, YES)).texts()[1][0] != "Yes."

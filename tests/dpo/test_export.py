@@ -74,6 +74,14 @@ def test_rotary_embeddings_are_written_in_the_keys_of_transformers_4_too(family,
         assert torch.equal(opened(ids).logits, model(ids).logits)
 
 
+def test_settings_of_generation_that_cannot_be_written_are_left_out_but_for_the_stops(tmp_path):
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", 300))
+    model.generation_config.eos_token_id, model.generation_config.num_return_sequences = [7, 0], 3
+    export_model(tmp_path / "hf", model, tiny_tokenizer("llama"))
+    written = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == [7, 0] and "num_return_sequences" not in written
+
+
 # The upload
 
 

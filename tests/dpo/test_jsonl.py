@@ -41,6 +41,13 @@ def test_a_malformed_row_is_named_by_its_line_though_blank_lines_come_before_it(
         read(tmp_path, b"1\n\n\n{\n")
 
 
+@pytest.mark.parametrize("content, row", [(b'[\n{"a": 1}\n]', 1), (b'\n{\n  "a": 1\n}', 2)])
+def test_a_row_of_several_lines_is_refused_with_what_a_row_is(content, row, tmp_path):
+    words = rf"row {row}: is not JSON \(.*\); a row is one line, and a file that is one list ends in .json"
+    with pytest.raises(UserError, match=words):
+        read(tmp_path, content)
+
+
 def test_a_byte_order_mark_of_another_encoding_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"row 1: is not UTF-8"):
         read(tmp_path, '{"a": 1}'.encode("utf-16"))

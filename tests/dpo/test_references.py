@@ -3,6 +3,7 @@
 import copy
 import getpass
 import re
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from tiny_models import EXAMPLES, tiny
 
 import build
 from dpo.archives import load_archive
+from dpo.examples import TextExample
 from dpo.logps import ResponseLogps, response_logps
 from dpo.models import copy_reference
 from dpo.packing import Packer, make_microbatches
@@ -85,8 +87,10 @@ def test_each_part_of_a_key_counts_by_itself(precompute, monkeypatch):
         replace(own, eval_batches=replace(own.eval_batches, batch_size=2)),
     ]
     keys = [one.key(reference) for one in (own, *others)]
+    reference.order = "another"
+    keys.append(own.key(reference))
     assert len(set(keys)) == len(keys)
-    assert own.key(reference) == keys[0]
+    assert own.key(reference) == keys[-1]
 
 
 def test_other_weights_have_a_cache_of_their_own(precompute, make_trainer, tmp_path):
@@ -145,6 +149,39 @@ def test_later_epochs_report_how_far_other_passes_move_the_cached_numbers(make_t
             alone = response_logps(trainer.policy, batch).sums
             apart += (alone - trainer.reference.logps(batch).sums).abs().flatten().tolist()
     assert [line[1], line[2]] == [f"{sum(apart) / len(apart):.2g}", f"{max(apart):.2g}"]
+
+
+def texts(*rows):
+    """Make examples of the same prompt and responses, each of which is 60 KB long, in some rows of a file."""
+    return (TextExample("p" * 20_000, ("c" * 20_000, "r" * 20_000), "keep_end", row, "mine") for row in rows)
+
+
+def test_a_cache_keeps_a_digest_of_each_example_and_no_text():
+    """8 bytes of digest and 4 per response; the texts of 500 examples are 30 MB."""
+    tracemalloc.start()
+    cache = CachedReference(texts(*range(500)), 2)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert cache.digests.nbytes + cache.sums.nbytes == 500 * 16
+    assert held < 100_000
+
+
+def test_equal_pairs_of_different_rows_have_numbers_of_their_own_and_one_row_has_them_once():
+    cache = CachedReference(texts(1, 2, 1, 3), 2)
+    assert cache.sums.shape == (3, 2) and cache.rows(texts(1, 1)).unique().numel() == 1
+    for row in (1, 2, 3):
+        cache.sums[cache.rows(texts(row))] = float(row)
+    assert cache.sums[cache.rows(texts(3, 1, 2, 1))].tolist() == [[3, 3], [1, 1], [2, 2], [1, 1]]
+    cache.sums[cache.rows(texts(2)), 1] = torch.nan
+    assert [example.row for example in cache.missing(texts(1, 2, 3))] == [2]
+    with pytest.raises((AssertionError, IndexError)):
+        cache.rows(texts(4))
+
+
+def test_the_order_of_the_examples_counts_for_the_key_and_their_scores_do_not():
+    scored = [example._replace(scores=(2.0, 1.0)) for example in texts(1, 2)]
+    orders = [CachedReference(examples, 2).order for examples in (texts(1, 2), texts(2, 1), scored)]
+    assert orders[0] == orders[2] != orders[1]
 
 
 def test_a_corrupt_cache_is_computed_again(tmp_path):

@@ -20,6 +20,7 @@ from dpo.archives import load_archive
 from dpo.devices import platform
 from dpo.errors import UserError
 from dpo.runs import override_run_config
+from dpo.table_data import TableData
 
 FIXTURES = ROOT / "tests" / "fixtures"
 TINY_GPT2 = GOLDENS / "tiny-gpt2"
@@ -62,6 +63,12 @@ def refusal(folder: Path, *arguments: str) -> str:
     assert run.returncode == 2 and contents(folder) == before, run
     (line,) = run.stderr.splitlines()
     return line.removeprefix("error: ")
+
+
+def stored_identity(folder: Path) -> dict[str, str]:
+    """Return the identity in a run's newest checkpoint."""
+    _, states = checkpoints.newest_checkpoint(folder)
+    return states["run"]["identity"]
 
 
 def resumed(folder: Path, *overrides: str, fault: Callable[[], None] = lambda: None, at: str = "") -> Run:
@@ -139,6 +146,21 @@ def test_data_may_move_and_not_change(copied, tmp_path):
     (data / "train.jsonl").write_text(rows)
     resumed(copied, f"datasets=['{data}']")
     assert f"- {data}\n" in (copied / "config.yaml").read_text()
+
+
+def test_a_run_of_an_earlier_version_which_hashed_the_texts_of_its_data_goes_on(tmp_path):
+    folder, data = tmp_path / "run", few_rows(tmp_path / "data", 40, 8)
+    arguments = fresh(folder, *SETTINGS, f"datasets=['{data}']", f"local_dirs=['{tmp_path}']")
+
+    def as_before() -> None:
+        del TableData.digest
+        at_event(3, kill)()
+
+    assert command_line(folder, arguments, as_before).returncode < 0
+    before = stored_identity(folder)
+    resumed(folder)
+    after = stored_identity(folder)
+    assert {name for name in after if before[name] != after[name]} == {"the training data", "the evaluation data"}
 
 
 # What rounds numbers otherwise

@@ -1,5 +1,6 @@
 """The account of tables, what is read again when it is needed, and 300 malformed tables."""
 
+import hashlib
 import json
 from array import array
 from dataclasses import replace
@@ -14,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.errors import UserError
-from dpo.examples import BatchIterator
+from dpo.examples import BatchIterator, TextExample
 from dpo.preferences import n_left_out
-from dpo.table_data import first_of_each, hash_of, joined
+from dpo.table_data import first_of_each, hashes_of, joined
 
 TOKENIZER = FAMILIES["ChatML"].tokenizer()
 
@@ -114,6 +115,22 @@ def test_a_last_turn_that_is_too_long_is_dropped_and_counted_before_training(tmp
     assert counts(data) == {"read": 2, "kept": 1, "dropped: the last turn alone is longer than max_prompt_length": 1}
 
 
+def test_texts_are_rendered_as_turns_with_their_system_turn(tmp_path, capsys):
+    rows = [{"system": "Be brief.", "prompt": f"Say {i}.", "chosen": "a", "rejected": "b"} for i in range(3)]
+    data = read(tmp_path, *rows, prompt_format="chat")
+    turns = ("system\nBe brief.<|im_end|>\n", "user\nSay 1.<|im_end|>\n", "assistant\n")
+    assert data[1][0].prompt == "".join(f"<|im_start|>{turn}" for turn in turns)
+    assert data[1][0].responses == ("a<|im_end|>", "b<|im_end|>")
+    assert "ignored" not in capsys.readouterr().out
+    read(tmp_path, *rows)
+    assert "columns ignored: system (in 3 rows)" in capsys.readouterr().out
+
+
+def test_nothing_is_said_of_columns_where_no_row_is_used(tmp_path, capsys):
+    read(tmp_path, *({"chosen": TURNS[:1] * 2, "rejected": TURNS[:1] * 2} for _ in range(3)))
+    assert "columns" not in capsys.readouterr().out
+
+
 def test_texts_and_conversations_may_be_mixed(tmp_path):
     text = {"prompt": "Hi.", "chosen": "a", "rejected": "b"}
     data = read(tmp_path, text, chat(1))
@@ -167,14 +184,13 @@ def test_the_fingerprint_tells_conversations_apart(tmp_path):
     assert data.digest() != read(tmp_path, chat(1)).digest() != read(tmp_path, chat(2)).digest()
 
 
-def test_texts_keep_the_fingerprint_of_earlier_versions_and_tables_need_not_be_read_again_for_theirs(tmp_path):
+def test_rows_need_not_be_read_again_for_a_fingerprint_and_that_of_earlier_versions_is_still_known(tmp_path):
     """Earlier versions hashed prompt, responses and truncation of each example, group after group."""
     rows = [{"prompt": f"{i % 3}", "chosen": f"{i}", "rejected": "no"} for i in range(6)]
     data = read(tmp_path, *rows)
-    assert data.digest() is None
     batches = BatchIterator(data, data.rows.reading.tokenize, 1, n_epochs=1)
     listed = BatchIterator([list(group) for group in data], data.rows.reading.tokenize, 1, n_epochs=1)
-    assert batches.fingerprint() == listed.fingerprint()
+    assert batches.fingerprint(by_text=True) == listed.fingerprint() != batches.fingerprint()
     table = datasets.Dataset.from_list(rows)
     digests: list[bytes] = []
     for order in ((0, 1, 2, 3, 4, 5), (1, 0, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5)):
@@ -183,10 +199,20 @@ def test_texts_keep_the_fingerprint_of_earlier_versions_and_tables_need_not_be_r
         saved.rows.tables = (None,)  # nothing can be read any more
         digests.append(saved.digest())
     assert digests[0] == digests[2] != digests[1]
+    lines(tmp_path / "same.jsonl", *(row for row in rows for _ in range(2)))
+    same = read_data(tmp_path / "same.jsonl", tokenizer=TOKENIZER)["train"]
+    same.rows.tables = (None,)
+    texts = [[TextExample("p", ("a", "b"), "keep_end", 1, "hh")]]
+    mixtures = ([same, saved], [saved, same], [same, same, saved], [same, texts], [texts, texts])
+    assert len({joined(parts).digest() for parts in mixtures}) == len(mixtures)
 
 
 def test_hashes_and_first_values():
-    assert hash_of("a", "bc") != hash_of("ab", "c") != hash_of("a", "b", "c")
+    """Those of earlier versions, which resumed runs are compared with: of '["a"]' and of '["a", "ü\\"c"]'."""
+    texts = ("a", 'ü"c')
+    known = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in ('["a"]', '["a", "ü\\"c"]')]
+    assert hashes_of(*texts) == [int.from_bytes(digest, "big") for digest in known]
+    assert len({hashes_of(*texts)[-1] for texts in (("a", "bc"), ("ab", "c"), ("a", "b", "c"))}) == 3
     assert first_of_each(np.array([3, 1, 3, 1, 2])).tolist() == [True, True, False, False, True]
 
 

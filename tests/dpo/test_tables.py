@@ -1,12 +1,16 @@
 """Files, folders, saved data sets and hub data sets: what is opened, which splits, and what is said of it."""
 
+import bz2
 import csv
 import gzip
+import io
 import json
+import lzma
 from collections import Counter
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pytest
 from conftest import golden_rows, read_data, without_measurements
 
@@ -22,15 +26,18 @@ def pairs(n, start=0):
     return [{"prompt": f"Say {i}.", "chosen": f" {i}.", "rejected": " no."} for i in range(start, start + n)]
 
 
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+OPENERS[".zst"] = lambda path, mode: pyarrow.output_stream(str(path), compression="zstd")
+
+
 def write(path, rows):
     """Write rows into a file of the kind that its suffixes name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kind = path.name.partition(".")[2].removesuffix(".gz")
+    kind = path.name.split(".")[1]
     if kind == "parquet":
         datasets.Dataset.from_list(rows).to_parquet(path)
     else:
-        opened = gzip.open(path, "wt", newline="") if path.suffix == ".gz" else open(path, "w", newline="")
-        with opened as file:
+        with io.TextIOWrapper(OPENERS.get(path.suffix, open)(path, "wb"), newline="") as file:
             if kind in ("csv", "tsv"):
                 writer = csv.DictWriter(file, list(rows[0]), delimiter="," if kind == "csv" else "\t")
                 writer.writeheader()
@@ -47,7 +54,9 @@ def texts(data):
     return [(text.prompt, text.responses, text.row) for group in data for text in group]
 
 
-FILES = ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "a.csv", "a.csv.gz", "a.tsv", "a.parquet"]
+FILES = ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet"]
+FILES += [f"a.{kind}.{suffix}" for kind in ("jsonl", "json", "csv") for suffix in ("gz", "bz2", "xz", "zst")]
+FILES.remove("a.csv.zst")  # for which the datasets library needs zstandard
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -164,6 +173,24 @@ def test_a_folder_of_save_to_disk_is_read(kind, tmp_path, capsys):
     assert said == (kind == "splits")
 
 
+def test_tables_keep_values_of_several_types_and_images_are_not_decoded(tmp_path):
+    """One call of a tool has a number, the other a text, so that the library keeps the turns as JSON."""
+    turns = [{"role": "user", "content": "Hi."}]
+    calls = [
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": x}}]} for x in (1, "a")
+    ]
+    rows = [
+        {"prompt": turns, "chosen": [call], "rejected": "no", "image": {"path": None, "bytes": b"no image"}}
+        for call in calls
+    ]
+    table = datasets.Dataset.from_list(rows, on_mixed_types="use_json").cast_column("image", datasets.Image())
+    table.save_to_disk(tmp_path / "saved")
+    (found,) = open_source(str(tmp_path / "saved"), ANY).train
+    for read in ([row for _, row in found], [found[0], found[1]]):
+        assert [row["chosen"] for row in read] == [[call] for call in calls]
+        assert [row["prompt"] for row in read] == [turns] * 2
+
+
 def test_a_hub_data_set_is_loaded_by_the_datasets_library_with_its_configuration(monkeypatch):
     calls = []
 
@@ -210,14 +237,29 @@ def test_a_folder_is_a_folder_though_a_hub_name_could_be_meant(tmp_path, monkeyp
         ("a.csv", b"prompt,chosen\xff,rejected\na,b,c\n", "a.csv, row 0: cannot be read"),
         ("a.json", b"[1, 2", "a.json, row 1 and on: is not a list in JSON"),
         ("a.json", b'[{"a": 1}, 5]', "a.json, row 1: chosen must be a text, not missing; the row's columns: a"),
-        ("a.jsonl.zst", b"12", "a.jsonl.zst"),
+        *((f"a.{kind}.{suffix}", b"12", f"a.{kind}.{suffix}, {at}: cannot be read (")
+          for kind, at in (("jsonl", "after row 0"), ("json", "after row 0"), ("csv", "row 0"))
+          for suffix in ("gz", "bz2", "xz", "zst")),
+        ("a.txt", b"", "neither a known data set"),
     ],
-)
+)  # fmt: skip
 def test_a_file_that_cannot_be_read_is_named_in_one_line(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
         read_data(tmp_path / name)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
+def test_a_compressed_file_that_is_cut_is_refused_and_two_files_in_a_row_are_read_to_the_end(suffix, tmp_path):
+    content = write(tmp_path / f"a.jsonl.{suffix}", pairs(10)).read_bytes()
+    (tmp_path / f"twice.jsonl.{suffix}").write_bytes(content + content)
+    data = read_data(tmp_path / f"twice.jsonl.{suffix}")
+    assert data["train"].counts["read"] == 20
+    for name in ("cut.jsonl", "cut.json"):
+        (tmp_path / f"{name}.{suffix}").write_bytes(content[:-4])
+        with pytest.raises(UserError, match=rf"{name}\.{suffix}, after row \d+: cannot be read"):
+            read_data(tmp_path / f"{name}.{suffix}")
 
 
 def test_a_file_of_json_that_changes_while_it_is_read_is_refused(tmp_path):
