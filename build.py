@@ -211,19 +211,8 @@ def build_trainer(
     interval = settings.minimum_log_interval_secs
     logger = make_logger(run.path, run.ranks, lambda: make_tracker(settings, run), interval)
     run.open_files.callback(logger.close)
-    sampler = Sampler(
-        tokenizer=inputs.tokenizer,
-        device=inputs.device,
-        dtype=models.dtype,
-        max_length=settings.max_length,
-        batch_size=settings.eval_batch_size,
-        temperature=settings.sample_temperature,
-        top_k=settings.sample_top_k,
-        top_p=settings.sample_top_p,
-        seed=settings.seed,
-        before_batch=signals.check,
-        stops=inputs.stops,
-    )
+    sampler = Sampler.of(settings, inputs.tokenizer, inputs.device, models.dtype)
+    sampler = replace(sampler, before_batch=signals.check, stops=inputs.stops)
     reference = make_reference(settings, loss, inputs, models, sampler, run)
     reshard(models.policy)  # the optimizer is made of sharded parameters
     if isinstance(reference, ModelReference):
