@@ -71,7 +71,7 @@ def train(
     """Build the trainer and train, in each of the processes."""
     from omegaconf import OmegaConf
 
-    from build import build_trainer, inspect_inputs, load_inputs
+    from build import build_trainer, dry_run, inspect_inputs, load_inputs
     from dpo.runs import open_run
 
     if not on_terminal():
@@ -82,6 +82,8 @@ def train(
         inputs = load_inputs(settings, loss)
         if settings.inspect:
             return inspect_inputs(settings, inputs)
+        if settings.dry_run:
+            return dry_run(settings, loss, inputs, run_dir.config, signals)
         if run_dir.is_complete(len(inputs.train_batches)):
             log_message(f"{run_dir.path}: the run is complete; set n_epochs or n_examples higher to go on.")
             return

@@ -108,6 +108,7 @@ class Settings(Group):
     local_run_dir: Text
     resume: None = Field(description="given without Hydra's flags: python train.py resume=RUN_DIR")
     debug: Flag
+    dry_run: Flag
     wandb: WandbSettings
 
     datasets: list[Text] = Field(min_length=1, description="a list, as in [hh] or [hh,shp]")
