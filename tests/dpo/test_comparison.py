@@ -30,6 +30,16 @@ def test_length_is_taken_out_of_the_win_rate():
     assert win_rate(scores).value == 0.7
 
 
+def test_differences_of_length_count_in_units_of_their_spread():
+    """A is longer by 3 where it scores 0.9, and shorter by 1 where it scores 0.5: a standard deviation of 2.
+
+    theta + phi tanh(1.5) = log 9 and theta + phi tanh(-0.5) = 0, so phi = 2.1972 / (0.9051 + 0.4621) = 1.6070,
+    theta = 0.4621 phi = 0.7426, and sigmoid(theta) = 0.6776.
+    """
+    scores = [1] * 900 + [0] * 100 + [1] * 500 + [0] * 500
+    assert length_controlled(scores, [8] * 2000, [5] * 1000 + [9] * 1000).value == pytest.approx(0.6776, abs=2e-4)
+
+
 def test_a_judge_of_length_alone_gives_one_half_whoever_is_longer():
     """A wins the 30 prompts on which it is longer and loses the 10 on which it is shorter."""
     rate = length_controlled([1] * 30 + [0] * 10, [50] * 30 + [20] * 10, [35] * 40)
