@@ -1,5 +1,6 @@
 """The example judges: the demo's, a chat model behind a local server, a tiny reward model."""
 
+import itertools
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -137,9 +138,10 @@ def test_a_reward_model_with_a_chat_template_reads_turns(tmp_path):
         ids = tokenizer(f"user: Hi\nassistant: {answer}\n", add_special_tokens=False)["input_ids"]
         return model(torch.tensor([ids])).logits.item()
 
-    expected = "A" if score("Hello.") > score("Go.") else "B"
+    answers = ["Hello.", "Go.", "Yes", "A long answer.", "1", "The Danube", "?", "Good day to you!"]
     for prompt in ("Hi", [{"role": "user", "content": "Hi"}]):
-        assert judge({"prompt": prompt, "a": "Hello.", "b": "Go."}) == expected
+        for a, b in itertools.combinations(answers, 2):
+            assert judge({"prompt": prompt, "a": a, "b": b}) == ("A" if score(a) > score(b) else "B")
 
 
 def test_a_model_that_gives_several_scores_is_refused(tmp_path):
