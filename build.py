@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dpo.adapters import AdapterWeights, add_adapter
@@ -26,6 +27,7 @@ from dpo.devices import autocast, compute_dtype, limit_onednn_cache, pick_device
 from dpo.errors import actionable_errors, raise_problems
 from dpo.examples import BatchIterator, TextExample, Tokenization, bos_note
 from dpo.export import AllWeights
+from dpo.forecast import forecast
 from dpo.inspection import inspect
 from dpo.layouts import LayoutChoice, choose_layout
 from dpo.logps import ResponseLogps
@@ -61,7 +63,7 @@ from dpo.tables import is_hub_name
 from dpo.trackers import TensorBoardTracker, Tracker, Trackers, TrackioTracker, WandbTracker
 from parallel_trainers import TRAINERS
 from preference_datasets import DATASETS, load_data
-from trainers import BasicTrainer
+from trainers import NO_MEMORY, BasicTrainer
 from utils import local_dir
 
 LOADING = "before the first pass; a smaller model needs less"
@@ -213,19 +215,8 @@ def build_trainer(
     interval = settings.minimum_log_interval_secs
     logger = make_logger(run.path, run.ranks, lambda: make_tracker(settings, run), interval)
     run.open_files.callback(logger.close)
-    sampler = Sampler(
-        tokenizer=inputs.tokenizer,
-        device=inputs.device,
-        dtype=models.dtype,
-        max_length=settings.max_length,
-        batch_size=settings.eval_batch_size,
-        temperature=settings.sample_temperature,
-        top_k=settings.sample_top_k,
-        top_p=settings.sample_top_p,
-        seed=settings.seed,
-        before_batch=signals.check,
-        stops=inputs.stops,
-    )
+    sampler = Sampler.of(settings, inputs.tokenizer, inputs.device, models.dtype)
+    sampler = replace(sampler, before_batch=signals.check, stops=inputs.stops)
     reference = make_reference(settings, loss, inputs, models, sampler, run)
     reshard(models.policy)  # the optimizer is made of sharded parameters
     if isinstance(reference, ModelReference):
@@ -250,6 +241,15 @@ def build_trainer(
     )
     resume_trainer(trainer, run)
     return trainer
+
+
+def dry_run(settings: Settings, loss: Loss, inputs: Inputs, config: DictConfig, signals: Signals) -> None:
+    """Print what a run will take; its files go to a temporary folder."""
+    settings = settings.model_copy(update={"debug": True})
+    with TemporaryDirectory() as folder, RunDir(Path(folder), config) as run:
+        trainer = build_trainer(settings, loss, inputs, run, signals)
+        with actionable_errors(NO_MEMORY):
+            forecast(trainer)
 
 
 def known_layout(run: RunDir, device: torch.device) -> LayoutChoice | None:
@@ -300,11 +300,14 @@ def make_reference(
         if not loss.cached_reference:
             return reference
     samples = None
-    if settings.sample_during_eval:
+    if settings.sample_during_eval and not settings.dry_run:
         prompts = distinct_prompts(test, settings.n_eval_model_samples)
         samples = sampler.sample(models.policy.model, prompts, "sampling the reference")
     examples = (example for batches in (train, test) for group in batches.groups for example in group)
     cache = CachedReference(examples, loss.n_responses, samples)
+    if settings.dry_run:  # whose losses mean nothing
+        cache.sums.zero_()
+        return cache
     own = None if settings.debug else run.path / "reference.pt"
     shared = Path(local_dir(settings.local_dirs)) / "reference_cache"
     precomputation = Precomputation(

@@ -137,9 +137,14 @@ CURVES = {
 
 def write_report(path: Path, runs: Sequence[RunFiles]) -> None:
     """Write a page about one run, or about several laid over each other."""
+    write_page(path, page(runs))
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page, whole or not at all."""
     from dpo.checkpoints import atomic_write
 
-    atomic_write(path, page(runs).encode())
+    atomic_write(path, page.encode())
 
 
 def update_report(path: Path) -> None:
@@ -152,16 +157,13 @@ def update_report(path: Path) -> None:
 
 def page(runs: Sequence[RunFiles]) -> str:
     """Return the page as HTML, which needs neither a network nor JavaScript."""
-    from jinja2 import Environment
-
     from dpo.diagnosis import displacement_advice
 
     several = len(runs) > 1
-    template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
     charts = {"Curves": curve_charts(runs)}
     if not several:
         charts |= pair_charts(runs[0])
-    return template.render(
+    return render(
         title=", ".join(run.name for run in runs),
         tiles={"runs": len(runs)} if several else tiles(runs[0]),
         advice=None if several else displacement_advice(runs[0].evaluation),
@@ -171,6 +173,14 @@ def page(runs: Sequence[RunFiles]) -> str:
         names=[run.name for run in runs] if several else [],
         settings=settings(runs),
     )
+
+
+def render(**parts: Any) -> str:
+    """Return the page that is made of some parts, by the names that the template gives them."""
+    from jinja2 import Environment
+
+    template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(**parts)
 
 
 def tiles(run: RunFiles) -> dict[str, str]:

@@ -71,7 +71,7 @@ def train(
     """Build the trainer and train, in each of the processes."""
     from omegaconf import OmegaConf
 
-    from build import build_trainer, inspect_inputs, load_inputs
+    from build import build_trainer, dry_run, inspect_inputs, load_inputs
     from dpo.runs import open_run
 
     if not on_terminal():
@@ -82,6 +82,8 @@ def train(
         inputs = load_inputs(settings, loss)
         if settings.inspect:
             return inspect_inputs(settings, inputs)
+        if settings.dry_run:
+            return dry_run(settings, loss, inputs, run_dir.config, signals)
         if run_dir.is_complete(len(inputs.train_batches)):
             log_message(f"{run_dir.path}: the run is complete; set n_epochs or n_examples higher to go on.")
             return
@@ -156,10 +158,13 @@ def start(arguments: Sequence[str], signals: Signals) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from dpo.sweeps import FLAGS, hydra_arguments, name_run
+    from dpo.sweeps import FLAGS, Sweep, hydra_arguments
+    from frontier import close_sweep
 
     if "RANK" in os.environ and set(FLAGS) & set(arguments):
         raise UserError(f"{FLAGS[0]}: the processes of torchrun are those of one run; start one torchrun per run")
+
+    sweep = Sweep(arguments)
 
     def start_run(config: "DictConfig") -> None:
         """Run with a composed config; Hydra calls this once per run of a sweep, and would print a traceback."""
@@ -167,11 +172,13 @@ def start(arguments: Sequence[str], signals: Signals) -> None:
         own = arguments
         if hydra_config.mode == RunMode.MULTIRUN:
             own = hydra_config.overrides.task
-            name_run(config, own, arguments)
+            sweep.name_run(config, own)
         exit_on_error(lambda: run(config, signals, own))
 
     with hydra_arguments(arguments):
         hydra.main(version_base=None, config_path=str(CONFIG), config_name="config")(start_run)()
+    if len(sweep.runs) > 1:
+        close_sweep(sweep.runs[0].parent, sweep.runs)
 
 
 def main() -> None:

@@ -40,6 +40,8 @@ def combination_problems(values: Mapping[str, Any], wrong_keys: Sequence[str]) -
     )
     check("columns.score_chosen columns.score_rejected", lambda *both: both.count(None) == 1, "set both or neither")
     check("inspect_ids inspect", lambda ids, n: ids and not n, "nothing is printed without inspect=N; set it")
+    check("dry_run inspect", lambda dry, n: dry and n, "each stops before training; set one of them alone")
+    check("dry_run trainer", lambda dry, name: dry and name != "BasicTrainer", "measures one device; set dry_run=false")
     check("n_epochs n_examples", lambda *limits: limits == (None, None), "set one of them, or training never ends")
     for name in ("precision", "model.fsdp_policy_mp"):
         check(

@@ -1,7 +1,14 @@
 """Devices, what they compute in, and how much they take at once."""
 
+import ctypes
+import gc
 import os
+import re
+import resource
+import sys
+from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -79,3 +86,43 @@ def limit_onednn_cache() -> None:
 def tokens_per_pass(setting: int | Literal["auto"], device: torch.device) -> int:
     """Resolve max_tokens_per_pass to a number of tokens."""
     return TOKENS_PER_PASS[device.type] if setting == "auto" else setting
+
+
+# Memory
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of memory that a device has; a CPU's are the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that were in use at once: a GPU's by torch's tensors, else those of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        found = None
+    if found:
+        return 1024 * int(found[1])
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else 1024 * used
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Free what is unused and count peak_memory anew; False where a system cannot, so that the peak stays."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    with suppress(AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+    except OSError:
+        return False
+    return True

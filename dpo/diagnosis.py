@@ -134,7 +134,7 @@ def mean_per_token(name: str, sums: np.ndarray, lengths: np.ndarray) -> dict[str
     return residuals | {name: float(per_token)}
 
 
-def wilson_interval(hits: int, n: int) -> tuple[float, float]:
+def wilson_interval(hits: float, n: int) -> tuple[float, float]:
     """Return the 95% interval of a share, by Wilson's score (1927), which stays between 0 and 1."""
     center, spread = (hits + Z**2 / 2) / (n + Z**2), Z * math.sqrt(hits * (n - hits) / n + Z**2 / 4) / (n + Z**2)
     return max(0.0, center - spread), min(1.0, center + spread)

@@ -18,7 +18,7 @@ SIZE = (4.6, 2.6)  # inches, of which the SVG keeps the proportion alone
 
 @dataclass(frozen=True)
 class Line:
-    """Points that a line connects, in the order of x; band holds the lower and the upper edge of an area around it."""
+    """Points that a line connects in their order; band holds the lower and the upper edge of an area around it."""
 
     label: str
     x: Sequence[float]
@@ -27,12 +27,14 @@ class Line:
     faint: bool = False
 
 
-def line_chart(title: str, lines: Sequence[Line], log_y: bool = False, share: bool = False) -> str:
-    """Return a chart of lines over examples as SVG; share: of values from 0 to 1.
+def line_chart(
+    title: str, lines: Sequence[Line], log_y: bool = False, share: bool = False, x_label: str = "examples"
+) -> str:
+    """Return a chart of lines as SVG; share: of values from 0 to 1.
 
     Lines of the same label have the same colour and one entry in the legend.
     """
-    figure = new_figure(title, "examples")
+    figure = new_figure(title, x_label)
     colors: dict[str, str] = {}
     (axes,) = figure.axes
     for line in lines:
@@ -51,7 +53,7 @@ def line_chart(title: str, lines: Sequence[Line], log_y: bool = False, share: bo
         )
         if line.band is not None:
             axes.fill_between(line.x, *line.band, color=color, alpha=0.15, linewidth=0)
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=min((0.0, *(x for line in lines for x in line.x))))
     if log_y:
         axes.set_yscale("log")
     if share:

@@ -12,6 +12,7 @@ from dpo.console import progress
 from dpo.devices import autocast
 from dpo.errors import actionable_errors
 from dpo.examples import BatchIterator, TokenizedExample, padding_id
+from dpo.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,23 @@ class Sampler:
     seed: int
     before_batch: Callable[[], None] = lambda: None  # raises to stop the run
     stops: Sequence[int] = ()  # ids besides eos at which a text ends
+
+    @classmethod
+    def of(
+        cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype
+    ) -> "Sampler":
+        """Return the sampler that a run's settings describe."""
+        return cls(
+            tokenizer=tokenizer,
+            device=device,
+            dtype=dtype,
+            max_length=settings.max_length,
+            batch_size=settings.eval_batch_size,
+            temperature=settings.sample_temperature,
+            top_k=settings.sample_top_k,
+            top_p=settings.sample_top_p,
+            seed=settings.seed,
+        )
 
     def generate(self, model: PreTrainedModel, prompts: Sequence[TokenizedExample], title: str) -> list[str]:
         """Return one sampled continuation per prompt, the same for the same model and seed."""

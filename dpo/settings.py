@@ -108,6 +108,7 @@ class Settings(Group):
     local_run_dir: Text
     resume: None = Field(description="given without Hydra's flags: python train.py resume=RUN_DIR")
     debug: Flag
+    dry_run: Flag
     trackers: list[Literal["wandb", "tensorboard", "trackio"]] = Field(
         description="a list of wandb, tensorboard and trackio, as in [wandb,tensorboard]"
     )

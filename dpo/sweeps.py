@@ -26,20 +26,30 @@ def first_run(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-def name_run(config: DictConfig, overrides: Sequence[str], arguments: Sequence[str]) -> None:
-    """Add to the names of a sweep's run what differs between its runs, so that each has a directory of its own.
+class Sweep:
+    """The runs of a command line with -m: their folder, and those that have begun.
 
-    overrides are those of the run, arguments those of the command line.
+    The folder is the run directory that the first run would have by itself.
     """
-    parse = OverridesParser.create().parse_overrides
-    given = parse([argument for argument in arguments if not argument.startswith("-")])
-    fixed = {override.key_or_group for override in given if not override.is_sweep_override()}
-    varied = [str(override.input_line) for override in parse(list(overrides)) if override.key_or_group not in fixed]
-    if varied:
-        name = "_".join(re.sub(r"[^\w.+=-]+", "-", text) for text in varied)
-        if "local_run_dir" in fixed:
-            config.local_run_dir = str(Path(config.local_run_dir) / name)
-        config.exp_name = f"{config.exp_name}_{name}"
+
+    def __init__(self, arguments: Sequence[str]):
+        """Take the arguments of the command line."""
+        self.arguments = [argument for argument in arguments if not argument.startswith("-")]
+        self.folder: Path | None = None
+        self.runs: list[Path] = []
+
+    def name_run(self, config: DictConfig, overrides: Sequence[str]) -> None:
+        """Name a run and its directory, unless that is swept itself, by those of its overrides that are swept."""
+        parse = OverridesParser.create().parse_overrides
+        fixed = {o.key_or_group for o in parse(self.arguments) if not o.is_sweep_override()}
+        varied = {o.key_or_group: str(o.input_line) for o in parse(list(overrides)) if o.key_or_group not in fixed}
+        self.folder = self.folder or Path(config.local_run_dir)
+        if varied:
+            name = "_".join(re.sub(r"[^\w.+=-]+", "-", text) for text in varied.values())
+            if "local_run_dir" not in varied:
+                config.local_run_dir = str(self.folder / name)
+            config.exp_name = f"{config.exp_name}_{name}"
+        self.runs.append(Path(config.local_run_dir))
 
 
 @contextmanager

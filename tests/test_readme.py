@@ -58,10 +58,13 @@ def test_every_command_of_the_pages_composes_and_validates(command):
     assert problems_of(command) == []
 
 
-def test_each_run_of_the_readmes_sweep_composes_and_validates():
-    (sweep,) = [command for command in COMMANDS if command.startswith("-m ")]
-    for beta in ("0.1", "0.5"):
-        assert problems_of(sweep.removeprefix("-m ").replace("0.1,0.5", beta)) == []
+def test_each_run_of_the_pages_sweeps_composes_and_validates():
+    sweeps = [command.removeprefix("-m ") for command in COMMANDS if command.startswith("-m ")]
+    assert len(sweeps) == 2
+    for command in sweeps:
+        (values,) = re.findall(r"=([\d.]+(?:,[\d.]+)+)", command)
+        for value in values.split(","):
+            assert problems_of(command.replace(values, value)) == []
 
 
 def test_the_readmes_answers_to_names_of_other_trainers_are_what_is_printed():

@@ -3,11 +3,11 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import hydra
 import pytest
@@ -179,14 +179,22 @@ def test_a_sweep_names_its_runs_by_what_differs_and_leaves_nothing_else(fixed, t
     values = [yaml.safe_load(path.read_text()) for path in configs]
     assert [value["exp_name"] for value in values] == [f"dpo_tiny-gpt2_{name}" for name in names]
     assert [value["loss"]["beta"] for value in values] == [0.1, 0.5]
+    folders = {path.parent.parent for path in configs}
+    assert [path.parent.name for path in configs] == names and len(folders) == 1
+    (folder,) = folders
     if fixed:
-        assert [path.parent.relative_to(tmp_path) for path in configs] == [Path("sweep", name) for name in names]
+        assert folder == tmp_path / "sweep"
     else:
-        assert all(f"_{name}_" in path.parent.name for path, name in zip(configs, names, strict=True))
-    files = {path.relative_to(path.parents[0]).name for path in tmp_path.rglob("*") if path.is_file()}
+        assert re.fullmatch(r"dpo_tiny-gpt2_[\d_-]+", folder.name) and folder.parent.parent == tmp_path / "runs"
+    files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {"config.yaml", "metrics.jsonl", "samples.jsonl", "pairs.jsonl", ".lock"}
     assert all(any(folder.iterdir()) for folder in tmp_path.rglob("*") if folder.is_dir())
     assert [path.name for path in tmp_path.iterdir()] == ["sweep" if fixed else "runs"]
+    lines = [
+        line for line in swept.stdout.splitlines() if re.match(r"loss\.beta=\S+: loss [\d.]+, accuracy [\d.]+", line)
+    ]
+    assert [line.split(":")[0] for line in lines] == names
+    assert "No frontier.html: no evaluation recorded a KL" in swept.stdout
 
 
 # Signals before training begins

@@ -127,6 +127,8 @@ SEVERAL = ("trainer=FSDPTrainer", "batch_size=8")
         (["max_prompt_length=160"], "max_prompt_length=160 max_length=160: max_prompt_length must be below"),
         (["sync_mix=0.5"], "sync_mix=0.5 sync_reference=null: mixes nothing without sync_reference=N"),
         (["inspect_ids=true"], "inspect_ids=True inspect=0: nothing is printed without inspect=N"),
+        (["dry_run=true", "inspect=1"], "dry_run=True inspect=1: each stops before training; set one of them alone"),
+        (["dry_run=true", "trainer=FSDPTrainer"], "dry_run=True trainer=FSDPTrainer: measures one device"),
         (["columns.score_chosen=a"], "columns.score_chosen=a columns.score_rejected=null: set both or neither"),
         ([*SEVERAL, "tensor_parallel=2"], "is for trainer=TensorParallelTrainer; set it to auto"),
         (["trainer=TensorParallelTrainer", "ddp=true"], "splits every layer; set it to false"),

@@ -1,0 +1,134 @@
+"""The runs of a sweep: a line for each, and their reward against their KL, as in Figure 2 of arXiv 2305.18290.
+
+python frontier.py SWEEP                            write SWEEP/frontier.html, as a sweep does when it ends
+python frontier.py RUN1 RUN2 …                      write frontier.html here
+python frontier.py SWEEP --judge COMMAND            with a judge's win rate over the reference; compare.py has its form
+"""
+
+import argparse
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo.console import guard_streams, log_message
+from dpo.errors import UserError, exit_on_error
+from report import RunFiles, render, run_files, settings, write_page
+
+KL = "diagnosis/kl"
+NAMES = ("exp_name", "local_run_dir", "seed")  # settings that do not tell a curve from another
+COLUMNS = {
+    "loss": "loss/eval",
+    "accuracy": "rewards_eval/accuracies",
+    "margin": "rewards_eval/margins",
+    "reward of chosen": "rewards_eval/chosen",
+    "KL": KL,
+}
+MARGIN = "Reward margin"
+CHARTS = {"Reward accuracy": "rewards_eval/accuracies", MARGIN: "rewards_eval/margins"}
+
+
+def labels(runs: Sequence[RunFiles]) -> list[str]:
+    """Return for each run the settings by which it differs from the others; runs that only differ in seed share one."""
+    if len(runs) == 1:
+        return [runs[0].name]
+    differing = {key: values for key, values in settings(runs).items() if key not in NAMES}
+    rows = [", ".join(f"{key}={values[i]}" for key, values in differing.items()) for i in range(len(runs))]
+    return [row or run.name for row, run in zip(rows, runs, strict=True)]
+
+
+def summary(runs: Sequence[RunFiles]) -> list[str]:
+    """Return a line per run with the figures of its last evaluation."""
+    lines = []
+    for run in runs:
+        last = next((record for record in reversed(run.metrics) if "loss/eval" in record), {})
+        values = [f"{name} {last[key]:.4g}" for name, key in COLUMNS.items() if last.get(key) is not None]
+        lines.append(f"{run.path.name}: {', '.join(values) or 'no evaluation'}")
+    return lines
+
+
+def points(run: RunFiles, metric: str) -> tuple[list[float], list[float]]:
+    """Return the KL of a run's evaluations, and a metric of each, in their order."""
+    found = [(r[KL], r[metric]) for r in run.metrics if r.get(KL) is not None and r.get(metric) is not None]
+    return [kl for kl, _ in found], [value for _, value in found]
+
+
+def win_rates(run: RunFiles, command: str) -> tuple[list[float], list[float]]:
+    """Return the KL of a run's evaluations, and how often a judge prefers the policy's samples to the reference's."""
+    from compare import Comparison
+    from dpo.comparison import prompt_scores
+
+    kl = {record["examples"]: record[KL] for record in run.metrics if record.get(KL) is not None}
+    texts: dict[tuple[int, str], dict[str, str]] = defaultdict(dict)
+    for sample in run.samples:
+        texts[sample["examples"], sample["model"]][sample["prompt"]] = sample["sample"]
+    found = []
+    for examples in kl:
+        policy, reference = texts[examples, "policy"], texts[examples, "reference"]
+        if prompts := list(policy.keys() & reference.keys()):
+            sides = ([side[prompt] for prompt in prompts] for side in (policy, reference))
+            judged = Comparison.judged(command, prompts, *sides)
+            scores = prompt_scores(judged.answers, judged.swapped)
+            found.append((kl[examples], sum(scores) / len(scores)))
+    return [x for x, _ in found], [y for _, y in found]
+
+
+def frontier(runs: Sequence[RunFiles], judge: str | None = None) -> str | None:
+    """Return the page of some runs' reward against their KL; None where no run has recorded a KL."""
+    from dpo.figures import Line, line_chart
+
+    names = labels(runs)
+    columns = {title: [points(run, metric) for run in runs] for title, metric in CHARTS.items()}
+    if judge is not None:
+        columns = {"Win rate over the reference, by the judge": [win_rates(run, judge) for run in runs], **columns}
+    charts = []
+    for title, curves in columns.items():
+        lines = [Line(name, x, y) for name, (x, y) in zip(names, curves, strict=True) if x]
+        if lines:
+            share = title != MARGIN
+            charts.append(line_chart(title, lines, share=share, x_label="KL to the reference, nats per response"))
+    if not charts:
+        return None
+    return render(
+        title="Reward against KL",
+        tiles={"runs": len(runs)},
+        charts={"Each point is an evaluation, each curve the course of a run": charts},
+        samples={},
+        suspects=[],
+        names=[run.name for run in runs],
+        settings=settings(runs),
+    )
+
+
+def close_sweep(folder: Path, paths: Sequence[Path], judge: str | None = None) -> None:
+    """Print a line per run of a sweep that has left a run directory, and write frontier.html into its folder."""
+    runs = [run_files(path) for path in paths if (path / "config.yaml").is_file()]
+    if not runs:
+        return
+    log_message("\n".join(["", *summary(runs)]))
+    page = frontier(runs, judge)
+    if page is None:
+        needs = "sample_during_eval=true, and a reference that is a model, so loss.precompute_reference=false"
+        log_message(f"No frontier.html: no evaluation recorded a KL (diagnosis/kl), which needs {needs}.")
+        return
+    write_page(folder / "frontier.html", page)
+    log_message(f"Wrote {folder / 'frontier.html'}")
+
+
+def main() -> None:
+    """Run the command line."""
+    guard_streams()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN", help="run directories, or the folder of a sweep")
+    parser.add_argument("--judge", metavar="COMMAND", help="a command that answers A, B or tie, as for compare.py")
+    options = parser.parse_args()
+    paths, folder = options.paths, Path()
+    if len(paths) == 1 and not (paths[0] / "config.yaml").is_file():
+        folder = paths[0]
+        paths = sorted(path.parent for path in folder.glob("*/config.yaml"))
+        if not paths:
+            raise UserError(f"{folder}: is neither a run directory nor the folder of a sweep")
+    close_sweep(folder, paths, options.judge)
+
+
+if __name__ == "__main__":
+    exit_on_error(main)
