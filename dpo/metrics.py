@@ -31,7 +31,7 @@ class BatchMetrics:
         self.values: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def add(self, examples: Sequence[TokenizedExample], values: dict[str, torch.Tensor]) -> None:
-        """Add one tensor of shape (examples,) per metric."""
+        """Add one tensor of shape (examples,) per metric, a shorter one for a metric that only some examples have."""
         self.examples += examples
         for name, value in values.items():
             self.values[name].append(value)
@@ -44,7 +44,8 @@ class BatchMetrics:
         for name in dict.fromkeys(name for part in parts for name in part):
             kind, slash, side = name.partition("/")
             sums, counts = zip(*(part[name] for part in parts if name in part), strict=True)
-            means[f"{kind}_{split}/{side}" if slash else f"{kind}/{split}"] = sum(sums) / sum(counts)
+            if sum(counts):
+                means[f"{kind}_{split}/{side}" if slash else f"{kind}/{split}"] = sum(sums) / sum(counts)
         return means
 
     def gathered(self, ranks: Ranks) -> "BatchMetrics":
@@ -60,8 +61,9 @@ class BatchMetrics:
         return torch.cat(self.values[name])
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one dict per example, ready for JSON: its source and row, its texts, and its metrics."""
+        """Return one dict per example, ready for JSON: its source and row, its texts, and the metrics that all have."""
         values = {name: torch.cat(parts).tolist() for name, parts in self.values.items()}
+        values = {name: column for name, column in values.items() if len(column) == len(self.examples)}
         return [
             {"source": text.source, "row": text.row, "prompt": text.prompt, "responses": text.responses}
             | {name: column[i] if math.isfinite(column[i]) else str(column[i]) for name, column in values.items()}

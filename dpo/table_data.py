@@ -33,11 +33,15 @@ CHUNK = 1000  # rows whose tokens are looked at together
 SAME_TARGET = "left out: an earlier row has the same prompt and chosen response"
 NO_TOKEN = "dropped: the tokenizer turns the prompt into no token"
 EVERY_TARGET, REMARKED, HOLDS_EOS, REJECTED_HOLDS_EOS, LACKS_TOKEN = (1 << bit for bit in range(5))
+DESIRABLE, UNDESIRABLE = 1 << 5, 1 << 6  # of rows with a label
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the rows of a data set become examples; inconsistent conversations are dropped, or refused by number."""
+    """How the rows of a data set become examples; inconsistent conversations are dropped, or refused by number.
+
+    labels: rows may also be single responses with a label.
+    """
 
     name: str
     columns: Mapping[str, str | None]  # what a user gave, by what it is used for
@@ -45,6 +49,7 @@ class Reading:
     render: Rendering
     tokenize: Tokenization
     drop_inconsistent: bool
+    labels: bool = False
 
 
 class Checked(NamedTuple):
@@ -86,7 +91,11 @@ class RowIndex:
         place, number = self.places[kept], self.numbers[kept]
         table = bisect_right(self.starts, place) - 1
         raw = self.tables[table][place - self.starts[table]]
-        return self.as_example(parse_row(raw, self.columns[table], self.reading.sft), number, self.source(table))
+        return self.as_example(self.parse(raw, table), number, self.source(table))
+
+    def parse(self, raw: object, table: int) -> Row:
+        """Return what a table's row holds, as parse_row."""
+        return parse_row(raw, self.columns[table], self.reading.sft, self.reading.labels)
 
     def as_example(self, row: Row, number: int, source: str) -> TextExample:
         """Return a row as an example with the responses that are trained on; UnusableRow if it has a flaw."""
@@ -94,7 +103,7 @@ class RowIndex:
             raise UnusableRow(found[0])
         if self.reading.sft:
             return self.reading.render(replace(row, responses=row.responses[:1]), number, source)
-        return self.reading.render(row, number, source)._replace(scores=row.scores)
+        return self.reading.render(row, number, source)._replace(scores=row.scores, label=row.label)
 
     def drop(self, error: UnusableRow, where: str = "") -> None:
         """Count a row that cannot be trained on; UserError if it is one that is to be refused."""
@@ -122,12 +131,14 @@ class RowIndex:
             if isinstance(example.truncation, str):
                 flags |= HOLDS_EOS * (eos in prompt or eos in responses[0]) | LACKS_TOKEN * (example.prompt in empty)
                 flags |= REJECTED_HOLDS_EOS * any(eos in response for response in responses[1:])
+            label = () if row.label is None else (str(row.label),)
+            flags |= DESIRABLE * (row.label is True) | UNDESIRABLE * (row.label is False)
             self.flags.append(flags)
             self.places.append(place)
             self.numbers.append(example.row)
             self.prompts.append(hash_of(prompt))
             self.targets.append(hash_of(prompt, responses[0]))
-            self.pairs.append(hash_of(prompt, *responses))
+            self.pairs.append(hash_of(prompt, *responses, *label))
 
     def source(self, table: int) -> str:
         """Return the name by which messages about rows call a table: the data set's, if it is one table."""
@@ -146,7 +157,7 @@ def index_rows(tables: Sequence[Table], reading: Reading, silent: bool = False) 
         for number, raw in progress(table, table.name, silent=silent):
             with reading_row(index.counts, table.name, number):
                 try:
-                    row = parse_row(raw, columns[i], reading.sft)
+                    row = index.parse(raw, i)
                     chunk.append(Checked(place, row, index.as_example(row, number, index.source(i))))
                     used |= row.used
                 except UnusableRow as error:
@@ -206,15 +217,21 @@ class TableData(Sequence[Sequence[TextExample]]):
     def __iter__(self) -> Iterator[RowGroup]:
         return (self[item] for item in range(len(self)))
 
+    @property
+    def n_labelled(self) -> int:
+        """The number of rows of one response with a label."""
+        return self.counts["desirable"] + self.counts["undesirable"]
+
     def digest(self) -> bytes | None:
         """Return a SHA-256 of the examples in their order and of how they are rendered, by the hashes of their rows.
 
-        None for texts in files of JSON, which have the fingerprint that earlier versions gave their runs.
+        None for pairs and targets of text in files of JSON, which have the fingerprint that earlier versions gave them.
         """
         import numpy as np
 
         rendering = self.rows.reading.render
-        if rendering.template is None and all(isinstance(table, JsonRows) for table in self.rows.tables):
+        is_json = all(isinstance(table, JsonRows) for table in self.rows.tables)
+        if rendering.template is None and is_json and not self.n_labelled:
             return None
         template = rendering.template and rendering.template.tokenizer.chat_template
         found = hashlib.sha256(repr((rendering.prompt_format, template)).encode())
@@ -255,6 +272,8 @@ def choose_rows(index: RowIndex, held_out: str | None = None) -> TableData:
         leave_out(~takes_every[group] & ~first_of_each(group[::-1])[::-1], ONE_TARGET)
     holds_eos = HOLDS_EOS if index.reading.sft else HOLDS_EOS | REJECTED_HOLDS_EOS
     leave_out(flags & holds_eos > 0, f"dropped: the text holds {index.eos}")
+    counts["desirable"] = int((keep & (flags & DESIRABLE > 0)).sum())
+    counts["undesirable"] = int((keep & (flags & UNDESIRABLE > 0)).sum())
     kept = np.flatnonzero(keep)
     kept = kept[np.argsort(group[kept], kind="stable")]
     sizes = np.unique(group[kept], return_counts=True)[1]

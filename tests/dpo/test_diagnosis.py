@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dpo.diagnosis import calibration_error, correlation, diagnose, edit_distance, log_ratios, wilson_interval
+from dpo.diagnosis import calibration_error, correlation, diagnose, edit_distance, lengths, log_ratios, wilson_interval
 from dpo.examples import TextExample, TokenizedExample
 from dpo.logps import Logps
 from dpo.metrics import BatchMetrics
+from dpo.packing import make_microbatches
 
 
 def pairs(responses, chosen, rejected, beta=0.1, truncated=()):
@@ -45,6 +46,14 @@ def test_log_ratios_are_the_differences_of_the_sums_and_carry_no_gradient():
     assert not any(value.requires_grad for value in found.values())
     assert log_ratios(policy, None) == {}
     assert log_ratios(Logps(torch.zeros(1, 1), lengths[:, :1]), Logps(torch.zeros(1, 1), lengths[:, :1])) == {}
+
+
+def test_lengths_of_rows_with_a_label_are_told_apart_by_it():
+    texts = [TextExample("", ("",), "keep_end", i, "", label=label) for i, label in enumerate((True, False, True))]
+    examples = [TokenizedExample(text, [1], ([2] * n,)) for text, n in zip(texts, (4, 3, 5), strict=True)]
+    (batch,) = make_microbatches(examples, "shared_prefix", 100)
+    found = {name: values.tolist() for name, values in lengths(batch).items()}
+    assert found == {"lengths/desirable": [4.0, 5.0], "lengths/undesirable": [3.0]}
 
 
 def test_a_policy_that_only_displaces_has_a_full_accuracy_and_shows_in_the_share_of_displaced_pairs():
