@@ -20,7 +20,6 @@ from dpo.distributed import ProcessGroup
 from dpo.parallel import reshard
 from dpo.runs import RunDir
 
-
 KTO = ("loss=kto", "max_tokens_per_pass=300")
 
 
