@@ -231,7 +231,10 @@ def end_of_last_line(path: Path) -> int:
 
 
 # What the console shows of an update; of an evaluation it shows everything.
-SHOWN = ("loss/train", "rewards_train/accuracies", "rewards_train/margins", "grad_norm", "lr", "examples_per_second")
+SHOWN = (
+    *("loss/train", "rewards_train/accuracies", "rewards_train/margins", "rewards_train/desirable"),
+    *("rewards_train/undesirable", "grad_norm", "lr", "examples_per_second"),
+)
 
 
 def console_line(record: dict[str, float], shown: Iterable[str]) -> str:
