@@ -265,7 +265,8 @@ class BatchIterator:
         if own is not None and (known := own()) is not None:
             return hashlib.sha256(digest.digest() + known).hexdigest()
         for group in self.groups:
-            digest.update(repr([text[:3] for text in group]).encode("utf-8", "backslashreplace"))
+            content = [text[:3] if text.label is None else (*text[:3], text.label) for text in group]
+            digest.update(repr(content).encode("utf-8", "backslashreplace"))
         return digest.hexdigest()
 
     def settings(self) -> tuple[object, ...]:

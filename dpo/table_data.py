@@ -225,13 +225,12 @@ class TableData(Sequence[Sequence[TextExample]]):
     def digest(self) -> bytes | None:
         """Return a SHA-256 of the examples in their order and of how they are rendered, by the hashes of their rows.
 
-        None for pairs and targets of text in files of JSON, which have the fingerprint that earlier versions gave them.
+        None for texts in files of JSON, which have the fingerprint that earlier versions gave their runs.
         """
         import numpy as np
 
         rendering = self.rows.reading.render
-        is_json = all(isinstance(table, JsonRows) for table in self.rows.tables)
-        if rendering.template is None and is_json and not self.n_labelled:
+        if rendering.template is None and all(isinstance(table, JsonRows) for table in self.rows.tables):
             return None
         template = rendering.template and rendering.template.tokenizer.chat_template
         found = hashlib.sha256(repr((rendering.prompt_format, template)).encode())

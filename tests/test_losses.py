@@ -499,10 +499,16 @@ def test_kto_of_pairs_is_that_of_their_responses_as_rows_with_a_label():
 
 
 def test_a_label_counts_as_accurate_only_beyond_the_reference_point():
-    """Equal policy and reference, z = 0: no row is accurate, as a tie is not with pairs."""
-    case = tensor([-4.0], [-4.0]), tensor([-4.0], [-4.0]), torch.ones(2, 1)
-    context = {"sums": {"log_ratios": 0.0, "responses": 2}, "examples": labels(True, False)}
-    assert compute(make_loss("kto"), *case, **context)[1]["rewards/accuracies"].tolist() == [0.0, 0.0]
+    """Equal policy and reference, z = 0: no row is accurate, as a tie is not with pairs.
+
+    Log-ratios 1 and 1/2, of which beta = 1/2 makes rewards of 1/2 and 1/4, lie on both sides of 1/2 * 3/4.
+    """
+    for chosen, rejected, estimate, accurate in ((-4.0, -4.0, 0.0, 0.0), (-3.0, -3.5, 0.75, 1.0)):
+        case = tensor([chosen], [rejected]), tensor([-4.0], [-4.0]), torch.ones(2, 1)
+        for order in ((True, False), (False, True)):
+            context = {"sums": {"log_ratios": estimate, "responses": 1}, "examples": labels(*order)}
+            found = compute(make_loss("kto"), *case, **context)[1]["rewards/accuracies"].tolist()
+            assert found == [accurate if order[0] else 0.0] * 2
 
 
 def test_ktos_divergence_is_at_least_0():

@@ -7,7 +7,8 @@ import pytest
 from conftest import TINY, compose
 
 import train
-from dpo.inspection import histogram, lost_tokens
+from dpo.examples import BatchIterator, TextExample
+from dpo.inspection import doubt_lines, histogram, lost_tokens
 from dpo.signals import Signals
 
 LEGEND = "Tokens: prompt, [trained], {end of turn}, ~cut~"
@@ -99,6 +100,13 @@ def test_rows_with_a_label_are_shown_by_it(tmp_path, inspect):
     assert "Of 4 training examples 1 repeat an earlier one." in out
     assert "1 contradict an earlier one: the same response, the other label." in out
     assert "Of 2 test examples 1 are training examples too, 2 have the prompt of one." in out
+
+
+def test_a_target_that_comes_again_contradicts_nothing():
+    text = TextExample("a", (" b",), "keep_end", 1, "")
+    batches = BatchIterator([[text, text]], None, 1)
+    lines = list(doubt_lines(batches, batches))
+    assert lines[0].startswith("Of 2 training examples 1 repeat") and lines[1].startswith("0 contradict an earlier one")
 
 
 def test_a_histogram_has_a_line_per_bin_that_is_not_empty():

@@ -146,11 +146,12 @@ def test_rows_with_a_label_are_counted_by_it(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_labels_are_read_from_every_kind_of_table_and_belong_to_its_digest(kind, tmp_path):
-    digests = []
+def test_labels_are_read_from_every_kind_of_table_and_belong_to_its_fingerprint(kind, tmp_path):
+    """That of one data set, and that of several."""
+    prints = []
     for last in (True, False, True):
         rows = [labelled(f"{i}", "yes", i % 2 == 0) for i in range(10)] + [labelled("10", "yes", last)]
-        path = tmp_path / f"{len(digests)}.{kind}"
+        path = tmp_path / f"{len(prints)}.{kind}"
         if kind == "jsonl":
             lines(path, *rows)
         else:
@@ -158,8 +159,9 @@ def test_labels_are_read_from_every_kind_of_table_and_belong_to_its_digest(kind,
         data = read_data(path, tokenizer=TOKENIZER, labels=True)
         found = {text.prompt: text.label for split in data.values() for group in split for text in group}
         assert found == {row["prompt"]: row["label"] for row in rows}
-        digests.append([data[split].digest() for split in ("train", "test")])
-    assert None not in digests[0] and digests[0] == digests[2] != digests[1]
+        for groups in (data["train"], joined([data["train"], data["test"]])):
+            prints.append(BatchIterator(groups, data["train"].rows.reading.tokenize, 1, n_epochs=1).fingerprint())
+    assert prints[:2] == prints[4:] and not set(prints[:2]) & set(prints[2:4])
 
 
 # Reading again
