@@ -280,7 +280,7 @@ class KTO(LabelLoss):
     arXiv 2402.01306, with rewards r = beta a, for rows of one response with a label; a pair counts as the mean of its
     two responses. D and U are desirable_weight and undesirable_weight. z is beta times an estimate, without gradient,
     of the KL divergence of the policy from the reference: the mean over the batch of log(pi(y') / ref(y')), at least 0,
-    where y' are the responses of the batch's next example with another prompt to an example's prompt.
+    where y' takes the place of an example's response and comes from the next example that has another prompt.
     """
 
     desirable_weight: Positive

@@ -170,7 +170,7 @@ SEVERAL = ("trainer=FSDPTrainer", "batch_size=8")
         (["loss=kto", "batch_size=1"], "so batch_size must be 2 or more"),
         (
             ["columns.label=good"],
-            "loss.name=dpo columns.label=good: of the losses KTO alone trains on rows with a label",
+            "loss.name=dpo columns.label=good: only loss=kto trains on rows with a label",
         ),
         (["loss=kto", "columns.label=a", "columns.rejected=b"], "columns.label=a columns.rejected=b: rows have one"),
         (["min_lr_ratio=0.1"], "scheduler=constant min_lr_ratio=0.1: a constant learning rate does not fall"),
