@@ -70,7 +70,7 @@ def sums_of_logps(
             sums = torch.stack((response_logps(policy, batch).sums, reference.logps(batch).sums))
         if scale:
             found.append(sums.cpu())
-    policy_sums, reference_sums = torch.cat([sums for part in ranks.gather(found) for sums in part], dim=1)
+    policy_sums, reference_sums = torch.cat([sums for part in ranks.gather_parts(found) for sums in part], dim=1)
     return policy_sums, reference_sums
 
 
