@@ -95,7 +95,7 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     tokenize = Tokenization(tokenizer, *lengths, add_bos, model_config.get_text_config().vocab_size)
     sft = loss.n_responses == 1
     rendering = Rendering(settings.prompt_format, tokenizer)
-    train, test = load_data(settings, sft, tokenize, rendering)
+    train, test = load_data(settings, sft, tokenize, rendering, loss.takes_labels)
     if rendering.template is None and (note := bos_note(tokenizer, add_bos)):  # a chat template writes its own BOS
         log_message(note)
     limits = (settings.n_epochs, settings.n_examples)

@@ -15,6 +15,7 @@ from pydantic import Field
 from dpo.objectives import (
     Context,
     Divergence,
+    LabelLoss,
     LengthOptions,
     Loss,
     PairLoss,
@@ -273,31 +274,28 @@ class CPO(PreferenceLoss):
 # Losses that depend on the batch, or on batches before it
 
 
-class KTO(PreferenceLoss):
-    """Kahneman-Tversky optimization: the mean of D sigmoid(z - r_w) and U sigmoid(r_l - z), with rewards r = beta a.
+class KTO(LabelLoss):
+    """Kahneman-Tversky optimization: D sigmoid(z - r) of desirable and U sigmoid(r - z) of undesirable responses.
 
-    arXiv 2402.01306, for pairs, of which each gives a desirable and an undesirable example. D and U are
-    desirable_weight and undesirable_weight. z is beta times an estimate, without gradient, of the KL divergence of the
-    policy from the reference: the mean over the batch of log(pi(y') / ref(y')), at least 0, where y' are the responses
-    of the batch's next example to an example's prompt.
+    arXiv 2402.01306, with rewards r = beta a, for rows of one response with a label; a pair counts as the mean of its
+    two responses. D and U are desirable_weight and undesirable_weight. z is beta times an estimate, without gradient,
+    of the KL divergence of the policy from the reference: the mean over the batch of log(pi(y') / ref(y')), at least 0,
+    where y' takes the place of an example's response and comes from the next example that has another prompt.
     """
 
     desirable_weight: Positive
     undesirable_weight: Positive
 
-    @property
-    def needs_reference(self) -> bool:
-        return True
-
     def batch_sums(self, examples: Iterable[TokenizedExample], logps: ComputeLogps) -> dict[str, float]:
         policy, reference = logps(mismatch(list(examples)))
-        return {"log_ratios": float((policy - reference).cpu().double().sum()), "responses": policy.numel()}
+        return {"log_ratios": float((policy - reference).double().sum()), "responses": policy.numel()}
 
-    def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
-        divergence = max(0.0, context.sums["log_ratios"] / context.sums["responses"])
-        rewards = self.beta * (policy - reference - divergence)
-        desirable = self.desirable_weight * (-rewards[:, 0]).sigmoid()
-        return (desirable + self.undesirable_weight * rewards[:, 1].sigmoid()) / 2
+    def reference_point(self, context: Context) -> float:
+        return max(0.0, context.sums["log_ratios"] / context.sums["responses"])
+
+    def response_losses(self, distances: Tensor, desirable: Tensor) -> Tensor:
+        losses = (-distances).sigmoid()
+        return (self.desirable_weight * losses).where(desirable, self.undesirable_weight * losses)
 
 
 class BCO(LengthOptions, ReferenceLoss):

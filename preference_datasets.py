@@ -25,7 +25,7 @@ from dpo.preferences import (
     text_in,
 )
 from dpo.settings import Settings
-from dpo.table_data import Reading, choose_rows, index_rows, joined
+from dpo.table_data import Reading, TableData, choose_rows, index_rows, joined
 from dpo.tables import Source, SplitNames, open_source
 
 if TYPE_CHECKING:
@@ -206,12 +206,19 @@ def tokenize_batch_element(
 Groups = Sequence[Sequence[TextExample]]
 
 
-def load_data(settings: Settings, sft: bool, tokenize: Tokenization, rendering: Rendering) -> tuple[Groups, Groups]:
-    """Load the training and the test split of all data sets, each concatenated, and log the account of their rows."""
+def load_data(
+    settings: Settings, sft: bool, tokenize: Tokenization, rendering: Rendering, labels: bool = False
+) -> tuple[Groups, Groups]:
+    """Load the training and the test split of all data sets, each concatenated, and log the account of their rows.
+
+    labels: rows of one response with a label are taken too; UserError where these and pairs come together.
+    """
     parts: dict[str, list[Groups]] = {"train": [], "test": []}
+    paired, labelled = [], []
     for name in distinct_datasets(settings.datasets):
         if name in DATASETS:
             check_named(name, settings)
+            paired.append(name)
             loaded = {split: load_named(name, split, sft, tokenize) for split in parts}
         else:
             reading = Reading(
@@ -221,11 +228,18 @@ def load_data(settings: Settings, sft: bool, tokenize: Tokenization, rendering: 
                 render=rendering,
                 tokenize=tokenize,
                 drop_inconsistent=settings.on_inconsistent == "drop",
+                labels=labels,
             )
             splits = SplitNames(settings.split_train, settings.split_test, sft)
-            loaded = load_tables(open_source(name, splits, DATASETS), reading)
+            tables = load_tables(open_source(name, splits, DATASETS), reading)
+            paired += [name for table in tables.values() if table.counts["kept"] > table.n_labelled]
+            labelled += [name for table in tables.values() if table.n_labelled]
+            loaded = {split: tables[split] for split in parts}
         for split, groups in parts.items():
             groups.append(loaded[split])
+    if paired and labelled:
+        kinds = f"{labelled[0]} has rows with a label, {paired[0]} has pairs of responses"
+        raise UserError(f"datasets: {kinds}; one run trains on one kind, so leave the other out")
     return joined(parts["train"]), joined(parts["test"])
 
 
@@ -246,7 +260,7 @@ def load_named(name: str, split: str, sft: bool, tokenize: Tokenization) -> Grou
     return groups
 
 
-def load_tables(source: Source, reading: Reading) -> dict[str, Groups]:
+def load_tables(source: Source, reading: Reading) -> dict[str, TableData]:
     """Read the rows of a data set's tables once, check and count them, and return the groups of both splits."""
     index = index_rows(source.train, reading)
     if source.test is None:

@@ -112,9 +112,9 @@ def train_and_evaluation(kind: str, name: str = "") -> list[Curve]:
     ]
 
 
-def chosen_and_rejected(metric: str) -> list[Curve]:
-    """Return the curves of a metric of each response, {} in whose name stands for the response."""
-    return [Curve(side, metric.format(side)) for side in ("chosen", "rejected")]
+def of_responses(metric: str) -> list[Curve]:
+    """Return the curves of a metric of each kind of response, {} in whose name stands for the kind."""
+    return [Curve(side, metric.format(side)) for side in ("chosen", "rejected", "desirable", "undesirable")]
 
 
 LOGARITHMIC = "Gradient norm"
@@ -123,8 +123,8 @@ CURVES = {
     "Loss": train_and_evaluation("loss"),
     SHARES[0]: train_and_evaluation("rewards", "accuracies"),
     "Reward margin": train_and_evaluation("rewards", "margins"),
-    "Rewards, evaluation": chosen_and_rejected("rewards_eval/{}"),
-    "Log-ratio to the reference per token, evaluation": chosen_and_rejected("diagnosis/{}_log_ratio_per_token"),
+    "Rewards, evaluation": of_responses("rewards_eval/{}"),
+    "Log-ratio to the reference per token, evaluation": of_responses("diagnosis/{}_log_ratio_per_token"),
     SHARES[1]: [Curve("evaluation", "diagnosis/displaced")],
     LOGARITHMIC: [Curve("before clipping", "grad_norm", True)],
     "KL from the reference, nats per response": [Curve("samples", "diagnosis/kl")],

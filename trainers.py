@@ -69,7 +69,7 @@ class BasicTrainer:
         self.optimizer = make_optimizer(settings.optimizer, self.policy.trained_parameters(), settings.lr, options)
         self.scheduler = make_scheduler(settings, self.optimizer, len(train_batches))
         self.loss_state: Sums = {}  # what the loss keeps of earlier batches
-        self.sums_of_logps = partial(sums_of_logps, policy, reference, packer)  # for what it depends on in a batch
+        self.sums_of_logps = partial(sums_of_logps, policy, reference, packer, ranks)  # for Loss.batch_sums
         self.examples = self.updates = 0
         self.position = dict(train_batches.position)  # of train_batches, after the last update
         self.next_eval: float = 0 if settings.do_first_eval else settings.eval_every
@@ -195,7 +195,7 @@ class BasicTrainer:
         metrics = BatchMetrics()
         with self.clock("evaluation"), self.autocast():
             examples = (example for batch in self.eval_batches.from_start() for example in batch.examples)
-            sums = self.loss.batch_sums(examples, self.sums_of_logps)
+            sums = self.loss.batch_sums(examples, partial(self.sums_of_logps, before_pass=self.signals.check))
             for batch in progress(self.eval_batches.from_start(), "evaluating"):
                 self.signals.check()
                 for microbatch, scale, _ in self.ranks.passes(self.packer, batch.examples):

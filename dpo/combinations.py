@@ -102,6 +102,11 @@ def check_loss(check: Check) -> None:
         lambda name, column: name == "odpo" and column is None,
         "ODPO reads a score of each response; set columns.score_chosen=NAME and columns.score_rejected=NAME",
     )
+    words = "only loss=kto trains on rows with a label; choose it, or set columns.label=null"
+    check("loss.name columns.label", lambda name, column: name != "kto" and column is not None, words)
+    words = "rows have one response and a label, or a chosen and a rejected response; set columns of one kind"
+    for use in ("chosen", "rejected", "score_chosen"):
+        check(f"columns.label columns.{use}", lambda *columns: None not in columns, words)
     check(
         "loss.name batch_size",
         lambda name, size: name == "kto" and size == 1,

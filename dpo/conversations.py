@@ -20,12 +20,13 @@ WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")  #
 
 Message = dict[str, Any]
 
-# Names by which a column is found, by what it is used for; the last four are only used where they are given.
+# Names by which a column is found, by what it is used for; scores are only used where they are given.
 COLUMN_NAMES = {
     "prompt": ("prompt", "question", "instruction", "input"),
     "chosen": ("chosen", "response_j"),
     "rejected": ("rejected", "response_k"),
-    "completion": ("completion",),
+    "completion": ("completion", "response"),
+    "label": ("label",),
     "messages": ("messages",),
     "system": ("system",),
     "tools": ("tools",),
@@ -38,7 +39,7 @@ class Row(NamedTuple):
     """A row as a prompt with its responses, (chosen, rejected) or (target,): all of them texts, or all messages.
 
     every_target: SFT trains on each distinct target of the prompt, not on the last one alone. tools are the functions
-    that a conversation may call, scores those of the responses.
+    that a conversation may call, scores those of the responses; label says whether the one response is desirable.
     """
 
     prompt: str | list[Message]
@@ -47,6 +48,7 @@ class Row(NamedTuple):
     remark: str | None = None
     tools: list[Any] | None = None
     scores: tuple[float, ...] = ()
+    label: bool | None = None
     used: frozenset[str] = frozenset()  # what columns were read
 
     def texts(self) -> tuple[str, tuple[str, ...]]:
@@ -59,11 +61,14 @@ class Row(NamedTuple):
 def find_columns(found: Collection[str], given: Mapping[str, str | None], where: str) -> dict[str, str]:
     """Return {what a column is used for: its name}; UserError if a given one is missing or several could be meant.
 
-    Without any candidate a column keeps its usual name, which each row must then hold.
+    Without any candidate a column keeps its usual name, which each row must then hold. A given label stands for rows of
+    one response, so that chosen and rejected are not looked for.
     """
     columns, listed = {}, ", ".join(sorted(found)) or "none"
     for use, names in COLUMN_NAMES.items():
         name = given.get(use)
+        if use in ("chosen", "rejected") and given.get("label") is not None:
+            continue
         candidates = [known for known in names if known in found]
         if name is not None and name not in found:
             raise UserError(f"columns.{use}={name}: {where} has no such column; its columns: {listed}")
@@ -75,22 +80,31 @@ def find_columns(found: Collection[str], given: Mapping[str, str | None], where:
     return columns
 
 
-def parse_row(row: object, columns: Mapping[str, str], sft: bool, chat: bool = False) -> Row:
+def parse_row(row: object, columns: Mapping[str, str], sft: bool, chat: bool = False, labels: bool = False) -> Row:
     """Return a row's prompt and responses; UserError if it has no known form, UnusableRow if it cannot be trained on.
 
     SFT needs no rejected response: it takes the chosen one, or a completion, or the last turn of messages. With chat a
-    prompt of text and its responses are a turn each.
+    prompt of text and its responses are a turn each; with labels a row may also be a completion, or messages, with a
+    label.
     """
     if not isinstance(row, dict):
         raise UserError(f"is not an object with the fields chosen and rejected but {type(row).__name__}")
     fields = {use: row[name] for use, name in columns.items() if name in row}
-    if not sft or fields.keys() >= set(PAIR):
-        uses = PAIR
+    found = [use for use in ("completion", "messages") if use in fields and "chosen" not in fields]
+    single: tuple[str, ...] = tuple(found[:1])
+    is_labelled = bool(single) and "label" in fields and not sft
+    if is_labelled and not labels:
+        raise UserError("has one response and a label, for loss=kto; this loss needs a chosen and a rejected response")
+    if single and (sft or is_labelled):
+        uses = single
     else:
-        uses = next(((use,) for use in ("chosen", "completion", "messages") if use in fields), ("chosen",))
+        uses = ("chosen",) if sft and not fields.keys() >= set(PAIR) else PAIR
     if missing := [use for use in uses if use not in fields]:
         listed = ", ".join(repr(str(name))[1:-1] for name in list(row)[:20])
-        what, use = ("chosen, completion or messages", "completion") if sft else (columns[missing[0]], missing[0])
+        if labels and single:
+            raise UserError(f"{columns['label']} must be true or false, not missing; the row's columns: {listed}")
+        name = columns.get(missing[0], missing[0])
+        what, use = ("chosen, completion or messages", "completion") if sft else (name, missing[0])
         raise UserError(f"{what} must be a text, not missing; the row's columns: {listed}; set columns.{use}=NAME")
     kinds = {isinstance(fields[use], list) for use in uses}
     if len(kinds) > 1:
@@ -100,6 +114,9 @@ def parse_row(row: object, columns: Mapping[str, str], sft: bool, chat: bool = F
         parsed = parse_conversation(fields, uses, columns)
     else:
         parsed = parse_texts(fields, uses, columns)
+    if is_labelled:
+        label = parse_label(fields["label"], columns["label"])
+        return parsed._replace(label=label, used=parsed.used | {"label"})
     return by_score(parsed, fields, columns)
 
 
@@ -232,6 +249,14 @@ def by_score(parsed: Row, fields: Mapping[str, Any], columns: Mapping[str, str])
         scores=tuple(scores[i] for i in order),
         used=parsed.used | {"score_chosen", "score_rejected"},
     )
+
+
+def parse_label(value: object, name: str) -> bool:
+    """Return whether a response is desirable, by true, false, 1, 0 or their text; UserError for anything else."""
+    found = {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+    if found is None:
+        raise UserError(f"{name} must be true or false, not {str(value)[:40]!r}")
+    return found
 
 
 def number(value: object, name: str) -> float:

@@ -11,6 +11,7 @@ from dpo.distributed import Ranks
 from dpo.examples import TokenizedExample
 from dpo.logps import Logps, ResponseLogps, response_logps
 from dpo.metrics import BatchMetrics
+from dpo.objectives import by_label
 from dpo.packing import PackedBatch, Packer
 from dpo.references import Reference
 
@@ -31,8 +32,13 @@ def log_ratios(policy: Logps, reference: Logps | None) -> dict[str, Tensor]:
 
 
 def lengths(batch: PackedBatch) -> dict[str, Tensor]:
-    """Return the tokens of the chosen and the rejected responses, (batch,) each; SFT's targets count as chosen."""
+    """Return the tokens of the chosen and the rejected responses, (batch,) each; SFT's targets count as chosen.
+
+    Of single responses with a label, those of the desirable and of the undesirable ones.
+    """
     columns = batch.lengths.float().unbind(1)
+    if batch.examples[0].text.label is not None:
+        return by_label("lengths", columns[0], batch.examples)
     return {f"lengths/{side}": n for side, n in zip(("chosen", "rejected"), columns, strict=False)}
 
 

@@ -41,10 +41,11 @@ class Rendered(Protocol):
 
 
 class TextExample(NamedTuple):
-    """A prompt with one response (SFT) or two (chosen, rejected), as text; row is its number in the data set.
+    """A prompt with one response or two (chosen, rejected), as text; row is its number in the data set.
 
     truncation names the end of an over-long prompt that is kept; a rendered conversation loses whole turns instead.
-    scores are those of the two responses where the data set has some, chosen first.
+    scores are those of the two responses where the data set has some, chosen first; label says of one response whether
+    it is desirable, where the data set does.
     """
 
     prompt: str
@@ -53,6 +54,7 @@ class TextExample(NamedTuple):
     row: int
     source: str
     scores: tuple[float, ...] = ()
+    label: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -219,9 +221,10 @@ def bos_note(tokenizer: "PreTrainedTokenizerBase", add_bos: bool) -> str | None:
 
 
 def hash_texts(digest: "hashlib._Hash", groups: Iterable[Iterable[TextExample]]) -> None:
-    """Update a hash by prompt, responses and truncation of all examples."""
+    """Update a hash by prompt, responses, truncation and label of all examples."""
     for group in groups:
-        digest.update(repr([text[:3] for text in group]).encode("utf-8", "backslashreplace"))
+        content = [text[:3] if text.label is None else (*text[:3], text.label) for text in group]
+        digest.update(repr(content).encode("utf-8", "backslashreplace"))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The help of the command line, made of the files of config/ without importing anything slow."""
 
 import os
+import re
 import sys
 import textwrap
 from collections import Counter
@@ -12,6 +13,7 @@ from dpo.config_files import REQUIRED, ConfigFiles, Group, Option, Setting, read
 from dpo.suggestions import suggest, suggest_option
 
 FLAGS = ("--help", "-h")
+CHOICES = ("loss=help", "model=help")
 COLUMN = 34  # where comments begin
 
 INTRODUCTION = (
@@ -29,6 +31,7 @@ USAGE = (
 )
 MORE = (
     ("--help KEY", "one setting or choice, as --help lr, --help loss, --help model=gpt2"),
+    ("loss=help", "all losses: formula, whether it needs a reference, typical settings, paper"),
     ("-m loss.beta=0.1,0.5 lr=1e-6,1e-5", "a run for each combination of values"),
     ("--cfg job", "print the settings that a command comes to, and train nothing"),
     ("-sc install=bash", 'completion of keys in the shell: eval "$(python train.py -sc install=bash)"'),
@@ -58,6 +61,8 @@ def wants_help(arguments: Sequence[str]) -> list[str] | None:
     """Return the keys that help is asked for, none of them for the whole page, or None if no help is asked for."""
     if not arguments:
         return []
+    if choices := [argument for argument in arguments if argument in CHOICES]:
+        return choices
     flags = [i for i, argument in enumerate(arguments) if argument in FLAGS or (i == 0 and argument == "help")]
     if not flags:
         return None
@@ -90,8 +95,10 @@ def help_for_key(config_dir: Path, key: str, data_sets: Sequence[str] = ()) -> s
 
     For anything else, return what was probably meant; raises OSError or yaml.YAMLError.
     """
+    if key == "loss=help":
+        return "\n".join(_loss_lines(config_dir.parent / "docs" / "losses.md", _width()))
     files, width = read_config_files(config_dir), _width()
-    name, _, value = key.partition("=")
+    name, _, value = key.removesuffix("=help").partition("=")
     for group in files.groups:
         if name in (group.name, f"{group.name}.name"):
             return "\n".join(_option_lines(group, value, width) if value else _group_lines(group, width))
@@ -159,6 +166,19 @@ def _option_lines(group: Group, name: str, width: int) -> Iterator[str]:
                 yield f"The other settings have the defaults that --help {group.name} shows."
             return
     yield suggest_option(group.name, name, [option.name for option in group.options])
+
+
+def _loss_lines(page: Path, width: int) -> Iterator[str]:
+    """Yield the first table of a page on losses, with the paragraph above it, which explains the symbols."""
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)|`", r"\1", page.read_text(encoding="utf-8"))
+    before, _, table = text.partition("\n| loss |")
+    yield "Losses (loss=NAME; --help loss=NAME shows the settings of one)"
+    yield from _wrap(before.strip().split("\n\n")[-1], width, "  ")
+    for line in table.split("\n\n")[0].splitlines()[2:]:
+        name, formula, reference, typical, paper = (cell.strip() for cell in line.strip("|").split("|"))
+        notes = [f"reference: {reference}", typical, f"arXiv {paper}" if paper else ""]
+        yield from _row(f"loss={name}", formula, width)
+        yield from _wrap("; ".join(filter(None, notes)), width, " " * COLUMN)
 
 
 def _setting_lines(setting: Setting, width: int, indent: int = 2) -> list[str]:

@@ -58,12 +58,18 @@ def example_lines(example: TokenizedExample, batches: BatchIterator, colors: boo
     lost = [] if len(whole.prompt) == len(example.prompt) else lost_tokens(whole.prompt, example.prompt)
     tokens = [("cut", token) for token in lost] + [("prompt", token) for token in example.prompt]
     yield from shown("prompt", tokens, 0, tokenizer, colors, ids)
-    names = ("chosen", "rejected") if len(example.responses) > 1 else ("target",)
-    for name, kept, response in zip(names, example.responses, whole.responses, strict=True):
+    for name, kept, response in zip(response_names(text), example.responses, whole.responses, strict=True):
         ends = len(kept) == len(response)
         tokens = [("trained", token) for token in (kept[:-1] if ends else kept)]
         tokens += [("end of turn", kept[-1])] if ends else [("cut", token) for token in response[len(kept) :]]
         yield from shown(name, tokens, len(example.prompt), tokenizer, colors, ids)
+
+
+def response_names(example: TextExample) -> tuple[str, ...]:
+    """Return what the responses of an example are called."""
+    if len(example.responses) > 1:
+        return "chosen", "rejected"
+    return ("target" if example.label is None else "desirable" if example.label else "undesirable",)
 
 
 def shown(
@@ -107,7 +113,7 @@ def lost_tokens(whole: list[int], kept: list[int]) -> list[int]:
 
 def length_lines(batches: BatchIterator, max_tokens: int) -> Iterator[str]:
     """Yield histograms of lengths, how often the chosen response is the longer one, and what a layout computes."""
-    lengths: dict[str, list[int]] = {"prompt": [], "chosen": [], "rejected": []}
+    lengths: dict[str, list[int]] = {"prompt": []}
     tokens = dict.fromkeys(LAYOUTS, 0)
     longer = equal = 0
     epoch = islice(batches.from_start(), -(-MEASURED // batches.batch_size))
@@ -115,8 +121,8 @@ def length_lines(batches: BatchIterator, max_tokens: int) -> Iterator[str]:
     for batch in progress(epoch, "measuring lengths", total=n_batches):
         for example in batch.examples:
             lengths["prompt"].append(len(example.prompt))
-            for name, response in zip(("chosen", "rejected"), example.responses, strict=False):
-                lengths[name].append(len(response))
+            for name, response in zip(response_names(example.text), example.responses, strict=True):
+                lengths.setdefault(name, []).append(len(response))
             sizes = list(map(len, example.responses))
             longer += len(sizes) > 1 and sizes[0] > sizes[1]
             equal += len(sizes) > 1 and sizes[0] == sizes[1]
@@ -126,9 +132,8 @@ def length_lines(batches: BatchIterator, max_tokens: int) -> Iterator[str]:
     n = len(lengths["prompt"])
     yield f"\nLengths in tokens, of the first {n:,} training examples:"
     for name, values in lengths.items():
-        if values:
-            yield from histogram(name, values)
-    if lengths["rejected"]:
+        yield from histogram(name, values)
+    if "rejected" in lengths:
         yield f"The chosen response is the longer one in {longer / n:.1%} of the pairs, as long in {equal / n:.1%}."
     packed, padded = tokens["shared_prefix"], tokens["padded"]
     yield f"Tokens computed: {packed:,} packed (layout=shared_prefix), {padded:,} padded, {packed / padded:.0%}."
@@ -151,23 +156,31 @@ def histogram(name: str, values: Sequence[int]) -> Iterator[str]:
 def doubt_lines(train: BatchIterator, test: BatchIterator) -> Iterator[str]:
     """Yield how many examples come twice, contradict each other, or are in the training and in the test split."""
     seen: set[int] = set()
-    conflicts = repeated = 0
+    conflicts, repeated, words = 0, 0, ""
     prompts: set[int] = set()
     for example in examples_of(train, "comparing training examples"):
-        key = hash((example.prompt, example.responses))
+        key, opposite = (hash(words) for words in same_and_opposite(example))
         repeated += key in seen
-        conflicts += len(example.responses) > 1 and hash((example.prompt, example.responses[::-1])) in seen
+        conflicts += opposite != key and opposite in seen
+        words = "the same pair the other way round" if example.label is None else "the same response, the other label"
         seen.add(key)
         prompts.add(hash(example.prompt))
     shared = shared_prompts = n_test = 0
     for example in examples_of(test, "comparing test examples"):
         n_test += 1
-        shared += hash((example.prompt, example.responses)) in seen
+        shared += hash(same_and_opposite(example)[0]) in seen
         shared_prompts += hash(example.prompt) in prompts
     yield f"Of {train.n_items:,} training examples {repeated:,} repeat an earlier one."
-    yield f"{conflicts:,} contradict an earlier one: the same pair the other way round."
+    yield f"{conflicts:,} contradict an earlier one: {words}."
     also = f"{shared:,} are training examples too, {shared_prompts:,} have the prompt of one"
     yield f"Of {n_test:,} test examples {also}."
+
+
+def same_and_opposite(example: TextExample) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """Return what a repeated example and what one that contradicts it have in common with an example."""
+    label = example.label
+    opposite = (example.prompt, example.responses[::-1], label if label is None else not label)
+    return (example.prompt, example.responses, label), opposite
 
 
 def examples_of(batches: BatchIterator, title: str) -> Iterator[TextExample]:

@@ -28,7 +28,7 @@ class BatchMetrics:
         self.values: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def add(self, examples: Sequence[TokenizedExample], values: dict[str, torch.Tensor]) -> None:
-        """Add one tensor of shape (examples,) per metric."""
+        """Add one tensor of shape (examples,) per metric, a shorter one for a metric that only some examples have."""
         self.examples += examples
         for name, value in values.items():
             self.values[name].append(value)
@@ -41,7 +41,8 @@ class BatchMetrics:
         for name in dict.fromkeys(name for part in parts for name in part):
             kind, slash, side = name.partition("/")
             sums, counts = zip(*(part[name] for part in parts if name in part), strict=True)
-            means[f"{kind}_{split}/{side}" if slash else f"{kind}/{split}"] = sum(sums) / sum(counts)
+            if sum(counts):
+                means[f"{kind}_{split}/{side}" if slash else f"{kind}/{split}"] = sum(sums) / sum(counts)
         return means
 
     def gathered(self, ranks: Ranks) -> "BatchMetrics":
@@ -57,8 +58,9 @@ class BatchMetrics:
         return torch.cat(self.values[name])
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one dict per example, ready for JSON: its source and row, its texts, and its metrics."""
+        """Return one dict per example, ready for JSON: its source and row, its texts, and the metrics that all have."""
         values = {name: torch.cat(parts).tolist() for name, parts in self.values.items()}
+        values = {name: column for name, column in values.items() if len(column) == len(self.examples)}
         return [
             {"source": text.source, "row": text.row, "prompt": text.prompt, "responses": text.responses}
             | {name: column[i] if math.isfinite(column[i]) else str(column[i]) for name, column in values.items()}
@@ -226,7 +228,10 @@ def end_of_last_line(path: Path) -> int:
 
 
 # What the console shows of an update; of an evaluation it shows everything.
-SHOWN = ("loss/train", "rewards_train/accuracies", "rewards_train/margins", "grad_norm", "lr", "examples_per_second")
+SHOWN = (
+    *("loss/train", "rewards_train/accuracies", "rewards_train/margins", "rewards_train/desirable"),
+    *("rewards_train/undesirable", "grad_norm", "lr", "examples_per_second"),
+)
 
 
 def console_line(record: dict[str, float], shown: Iterable[str]) -> str:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Sums = Mapping[str, float]
 NOTHING: Sums = MappingProxyType({})
+LABELS = {"desirable": True, "undesirable": False}  # what metrics call the responses of rows with a label
 
 
 def logsigmoid(x: Tensor) -> Tensor:
@@ -55,6 +56,7 @@ class Loss(BaseModel, ABC):
     model_config = ConfigDict(frozen=True, extra="forbid")
     n_responses: ClassVar[int]  # per example: 2 for a pair (chosen first), 1 for the target of SFT
     needs_scores: ClassVar[bool] = False  # whether each example needs scores of its responses
+    takes_labels: ClassVar[bool] = False  # whether examples may also be one response with a label
 
     @property
     def needs_reference(self) -> bool:
@@ -78,8 +80,8 @@ class Loss(BaseModel, ABC):
     def batch_sums(self, examples: Iterable[TokenizedExample], logps: ComputeLogps) -> dict[str, float]:
         """Return sums over a whole batch that the losses of its examples depend on.
 
-        logps returns the sums of log-probabilities of policy and reference, both (examples, n_responses), without a
-        gradient, in any order of the examples.
+        logps returns the sums of log-probabilities of policy and reference, both (examples, n_responses), on the host,
+        without a gradient, in any order of the examples.
         """
         return {}
 
@@ -113,15 +115,19 @@ class PreferenceLoss(Loss):
         logps = self.response_logps(policy)
         reference_logps = logps.new_zeros(logps.shape) if reference is None else self.response_logps(reference)
         losses = self.finish(self.losses(logps, reference_logps, policy.lengths, context), policy)
-        chosen_rewards, rejected_rewards = (self.beta * (logps - reference_logps).detach()).unbind(1)
-        return losses, {
+        rewards = self.beta * (logps - reference_logps).detach()
+        return losses, self.metrics(logps.detach(), rewards, context) | {"loss": losses.detach()}
+
+    def metrics(self, logps: Tensor, rewards: Tensor, context: Context) -> Metrics:
+        """Return metrics, (batch,), of what counts as log pi(y) and of the rewards, both (batch, 2)."""
+        chosen_rewards, rejected_rewards = rewards.unbind(1)
+        return {
             "rewards/chosen": chosen_rewards,
             "rewards/rejected": rejected_rewards,
             "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
             "rewards/margins": chosen_rewards - rejected_rewards,
-            "logps/chosen": logps[:, 0].detach(),
-            "logps/rejected": logps[:, 1].detach(),
-            "loss": losses.detach(),
+            "logps/chosen": logps[:, 0],
+            "logps/rejected": logps[:, 1],
         }
 
 
@@ -171,6 +177,57 @@ class PairLoss(PreferenceLoss):
 
     def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
         return self.pair_losses(self.margin(policy, reference))
+
+
+class LabelLoss(PreferenceLoss):
+    """A loss of desirable and undesirable responses, whose log-ratios are compared with a reference point.
+
+    An example is one response with a label, or a pair, of which the chosen response is desirable and the other is not.
+    """
+
+    takes_labels: ClassVar[bool] = True
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    @abstractmethod
+    def reference_point(self, context: Context) -> float:
+        """Return the log-ratio above which desirable responses should be, and undesirable ones below."""
+
+    @abstractmethod
+    def response_losses(self, distances: Tensor, desirable: Tensor) -> Tensor:
+        """Return the losses of responses by how far their rewards are on the right side; all (batch, n_responses)."""
+
+    def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
+        desirable, above = desirable_responses(policy, context), policy - reference - self.reference_point(context)
+        return self.response_losses(self.beta * above.where(desirable, -above), desirable).mean(1)
+
+    def metrics(self, logps: Tensor, rewards: Tensor, context: Context) -> Metrics:
+        """Return metrics; of rewards and log-probabilities of single responses one value per response of each label.
+
+        Such a response counts as accurate if its reward is on the right side of the reference point.
+        """
+        if logps.shape[1] > 1:
+            return super().metrics(logps, rewards, context)
+        desirable, above = desirable_responses(logps, context), rewards - self.beta * self.reference_point(context)
+        found = {"rewards/accuracies": (above.where(desirable, -above) > 0).float()[:, 0]}
+        for name, values in (("rewards", rewards), ("logps", logps)):
+            found |= by_label(name, values[:, 0], context.examples)
+        return found
+
+
+def desirable_responses(like: Tensor, context: Context) -> Tensor:
+    """Return which responses are desirable, (batch, n_responses), for a tensor of that shape."""
+    is_pair = like.shape[1] > 1
+    labels = [[True, False]] * len(like) if is_pair else [[example.text.label] for example in context.examples]
+    return like.new_tensor(labels).bool()
+
+
+def by_label(name: str, values: Tensor, examples: Sequence[TokenizedExample]) -> Metrics:
+    """Return the values, (batch,), of the desirable and of the undesirable examples, as two metrics."""
+    sides = {side: [i for i, e in enumerate(examples) if e.text.label is label] for side, label in LABELS.items()}
+    return {f"{name}/{side}": values[chosen] for side, chosen in sides.items()}
 
 
 # Options that several losses share
@@ -262,13 +319,16 @@ def wpo_weights(logps: Logps) -> Tensor:
 
 
 def mismatch(examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-    """Return the examples' prompts, each with the responses of the next example, the last with those of the first.
+    """Return the examples' prompts, each with the responses of the next example that has another prompt.
 
-    Responses are cut where prompt and response would be longer than in any of the examples.
+    The first example follows the last. If all prompts are equal, it is simply the next example. Responses are cut where
+    prompt and response would be longer than in any of the examples.
     """
-    longest = max(len(e.prompt) + max(map(len, e.responses)) for e in examples)
-    following = [*examples[1:], *examples[:1]]
-    return [
-        replace(a, responses=tuple(response[: longest - len(a.prompt)] for response in b.responses))
-        for a, b in zip(examples, following, strict=True)
-    ]
+    longest, n = max(len(e.prompt) + max(map(len, e.responses)) for e in examples), len(examples)
+    mismatched = []
+    for i, example in enumerate(examples):
+        following = (examples[(i + k) % n] for k in range(1, n))
+        other = next((e for e in following if e.prompt != example.prompt), examples[(i + 1) % n])
+        responses = tuple(response[: longest - len(example.prompt)] for response in other.responses)
+        mismatched.append(replace(example, responses=responses))
+    return mismatched

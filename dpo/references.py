@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -54,12 +54,27 @@ class Reference(Protocol):
 
 @torch.no_grad()
 def sums_of_logps(
-    policy: ResponseLogps, reference: Reference | None, packer: Packer, examples: Sequence[TokenizedExample]
+    policy: ResponseLogps,
+    reference: Reference | None,
+    packer: Packer,
+    ranks: Ranks,
+    examples: Sequence[TokenizedExample],
+    before_pass: Callable[[], None] = lambda: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log pi(response) of policy and reference, both (examples, n_responses), in the order of the passes."""
+    """Return log pi(response) of policy and reference, both (examples, n_responses), in the order of the passes.
+
+    Each rank computes its share, and all return all of them, on the host. before_pass may stop it, on all ranks.
+    """
     assert reference is not None
-    pairs = [(response_logps(policy, batch).sums, reference.logps(batch).sums) for batch in packer(examples)]
-    return torch.cat([sums for sums, _ in pairs]), torch.cat([sums for _, sums in pairs])
+    found = []
+    for batch, scale, _ in ranks.passes(packer, examples):
+        before_pass()
+        with packer.memory_hint(batch):
+            sums = torch.stack((response_logps(policy, batch).sums, reference.logps(batch).sums))
+        if scale:
+            found.append(sums.cpu())
+    policy_sums, reference_sums = torch.cat([sums for part in ranks.gather_parts(found) for sums in part], dim=1)
+    return policy_sums, reference_sums
 
 
 class ModelReference(Reference):

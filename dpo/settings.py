@@ -59,6 +59,7 @@ class ColumnSettings(Group):
     chosen: Text | None
     rejected: Text | None
     completion: Text | None
+    label: Text | None
     messages: Text | None
     system: Text | None
     tools: Text | None

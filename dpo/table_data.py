@@ -31,11 +31,15 @@ CHUNK = 1000  # rows whose tokens are looked at together
 SAME_TARGET = "left out: an earlier row has the same prompt and chosen response"
 NO_TOKEN = "dropped: the tokenizer turns the prompt into no token"
 EVERY_TARGET, REMARKED, HOLDS_EOS, REJECTED_HOLDS_EOS, LACKS_TOKEN = (1 << bit for bit in range(5))
+DESIRABLE, UNDESIRABLE = 1 << 5, 1 << 6  # of rows with a label
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the rows of a data set become examples; inconsistent conversations are dropped, or refused by number."""
+    """How the rows of a data set become examples; inconsistent conversations are dropped, or refused by number.
+
+    labels: rows may also be single responses with a label.
+    """
 
     name: str
     columns: Mapping[str, str | None]  # what a user gave, by what it is used for
@@ -43,6 +47,7 @@ class Reading:
     render: Rendering
     tokenize: Tokenization
     drop_inconsistent: bool
+    labels: bool = False
 
 
 class Checked(NamedTuple):
@@ -89,7 +94,8 @@ class RowIndex:
 
     def parse(self, raw: object, table: int) -> Row:
         """Return the prompt and the responses of a table's row, as parse_row."""
-        return parse_row(raw, self.columns[table], self.reading.sft, self.reading.render.prompt_format == "chat")
+        chat = self.reading.render.prompt_format == "chat"
+        return parse_row(raw, self.columns[table], self.reading.sft, chat, self.reading.labels)
 
     def as_example(self, row: Row, texts: tuple[str, tuple[str, ...]], number: int, source: str) -> TextExample:
         """Return a row as an example with the responses that are trained on; UnusableRow if its texts have a flaw."""
@@ -98,7 +104,7 @@ class RowIndex:
         if self.reading.sft:
             return self.reading.render(row._replace(responses=row.responses[:1]), number, source)
         example = self.reading.render(row, number, source)
-        return example._replace(scores=row.scores) if row.scores else example
+        return example._replace(scores=row.scores, label=row.label) if row.scores or row.label is not None else example
 
     def drop(self, error: UnusableRow, where: str = "") -> None:
         """Count a row that cannot be trained on; UserError if it is one that is to be refused."""
@@ -125,10 +131,12 @@ class RowIndex:
             if isinstance(example.truncation, str):
                 flags |= HOLDS_EOS * (eos in prompt or eos in responses[0]) | LACKS_TOKEN * (example.prompt in empty)
                 flags |= REJECTED_HOLDS_EOS * any(eos in response for response in responses[1:])
+            label = () if row.label is None else (str(row.label),)
+            flags |= DESIRABLE * (row.label is True) | UNDESIRABLE * (row.label is False)
             self.flags.append(flags)
             self.places.append(place)
             self.numbers.append(example.row)
-            hashes = hashes_of(prompt, *responses)
+            hashes = hashes_of(prompt, *responses, *label)
             self.prompts.append(hashes[0])
             self.targets.append(hashes[1])
             self.pairs.append(hashes[-1])
@@ -222,6 +230,11 @@ class TableData(Sequence[Sequence[TextExample]]):
     def __iter__(self) -> Iterator[RowGroup]:
         return (self[item] for item in range(len(self)))
 
+    @property
+    def n_labelled(self) -> int:
+        """The number of rows of one response with a label."""
+        return self.counts["desirable"] + self.counts["undesirable"]
+
     def digest(self) -> bytes:
         """Return a SHA-256 of the examples in their order and of how they are rendered, by the hashes of their rows."""
         import numpy as np
@@ -266,6 +279,8 @@ def choose_rows(index: RowIndex, held_out: str | None = None) -> TableData:
         leave_out(~takes_every[group] & ~first_of_each(group[::-1])[::-1], ONE_TARGET)
     holds_eos = HOLDS_EOS if index.reading.sft else HOLDS_EOS | REJECTED_HOLDS_EOS
     leave_out(flags & holds_eos > 0, f"dropped: the text holds {index.eos}")
+    counts["desirable"] = int((keep & (flags & DESIRABLE > 0)).sum())
+    counts["undesirable"] = int((keep & (flags & UNDESIRABLE > 0)).sum())
     kept = np.flatnonzero(keep)
     kept = kept[np.argsort(group[kept], kind="stable")]
     sizes = np.unique(group[kept], return_counts=True)[1]

@@ -168,7 +168,8 @@ def read_data(name, sft=False, tokenizer=None, split_train=None, split_test=None
     lengths = (options.pop("max_length", 160), options.pop("max_prompt_length", 96), options.pop("add_bos", False))
     drop = options.pop("on_inconsistent", "refuse") == "drop"
     render = Rendering(options.pop("prompt_format", "auto"), tokenizer)
-    reading = Reading(str(name), options, sft, render, Tokenization(tokenizer, *lengths), drop)
+    labels = options.pop("labels", False)
+    reading = Reading(str(name), options, sft, render, Tokenization(tokenizer, *lengths), drop, labels)
     return load_tables(open_source(str(name), SplitNames(split_train, split_test, sft), DATASETS), reading)
 
 

@@ -455,6 +455,62 @@ def test_cpo_can_sum_the_likelihood_over_tokens_as_its_paper_does():
     assert losses == pytest.approx([ln(17 / 16) + 12, ln(5) + 18], rel=1e-12)
 
 
+def labels(*values):
+    """Return examples of one response with a label."""
+    return [SimpleNamespace(text=SimpleNamespace(label=label)) for label in values]
+
+
+def test_kto_of_rows_with_a_label_has_one_weighted_term_per_row():
+    """Log-ratios 1, -1, -1, 2 and z = B, as in the case above: rewards less z are 0, -2 B, -2 B, B.
+
+    Desirable, undesirable, desirable, undesirable: 1 - s = 1/2 and 4/5, weighted 2, and s = 1/5 and 2/3, weighted 3.
+    Accurate are those of which a right reward lies beyond z: the second alone, since the first is at z.
+    """
+    logps = tensor([-4.0], [-8.0], [-6.0], [-4.0]).requires_grad_()
+    reference, lengths = tensor([-5.0], [-7.0], [-5.0], [-6.0]), torch.tensor([[2], [2], [3], [4]])
+    loss = make_loss("kto", beta=B, desirable_weight=2.0, undesirable_weight=3.0)
+    context = {"sums": {"log_ratios": 8.0, "responses": 8}, "examples": labels(True, False, True, False)}
+    losses, metrics = compute(loss, logps, reference, lengths, **context)
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([1, 3 / 5, 8 / 5, 2], rel=1e-12)
+    slopes = [-2 * B / 4, 3 * B * 4 / 25, -2 * B * 4 / 25, 3 * B * 2 / 9]
+    assert logps.grad[:, 0].tolist() == pytest.approx(slopes, rel=1e-12)
+    assert {name: values.tolist() for name, values in metrics.items()} == {
+        "rewards/accuracies": [0.0, 1.0, 0.0, 0.0],
+        "rewards/desirable": [B, -B],
+        "rewards/undesirable": [-B, 2 * B],
+        "logps/desirable": [-4.0, -6.0],
+        "logps/undesirable": [-8.0, -4.0],
+        "loss": losses.tolist(),
+    }
+    assert not any(values.requires_grad for values in metrics.values())
+
+
+def test_kto_of_pairs_is_that_of_their_responses_as_rows_with_a_label():
+    """Also with a z that is not 0, and with weights that float32 does not hold exactly."""
+    loss = make_loss("kto", desirable_weight=1.1, undesirable_weight=0.7)
+    sums, policy, reference = {"log_ratios": 3.0, "responses": 4}, tensor(*POLICY), tensor(*REFERENCE)
+    pairs = compute(loss, policy, reference, torch.tensor(LENGTHS), sums=sums)[0]
+    rows = (policy.view(-1, 1), reference.view(-1, 1), torch.tensor(LENGTHS).view(-1, 1))
+    single = compute(loss, *rows, sums=sums, examples=labels(True, False, True, False))[0]
+    assert pairs.tolist() == pytest.approx(single.view(2, 2).mean(1).tolist(), rel=1e-15)
+    a = math.exp(0.5 * (1 - 3 / 4))  # of the first chosen response: beta (log-ratio - z)
+    assert single[0].item() == pytest.approx(1.1 / (1 + a), rel=1e-12)
+
+
+def test_a_label_counts_as_accurate_only_beyond_the_reference_point():
+    """Equal policy and reference, z = 0: no row is accurate, as a tie is not with pairs.
+
+    Log-ratios 1 and 1/2, of which beta = 1/2 makes rewards of 1/2 and 1/4, lie on both sides of 1/2 * 3/4.
+    """
+    for chosen, rejected, estimate, accurate in ((-4.0, -4.0, 0.0, 0.0), (-3.0, -3.5, 0.75, 1.0)):
+        case = tensor([chosen], [rejected]), tensor([-4.0], [-4.0]), torch.ones(2, 1)
+        for order in ((True, False), (False, True)):
+            context = {"sums": {"log_ratios": estimate, "responses": 1}, "examples": labels(*order)}
+            found = compute(make_loss("kto"), *case, **context)[1]["rewards/accuracies"].tolist()
+            assert found == [accurate if order[0] else 0.0] * 2
+
+
 def test_ktos_divergence_is_at_least_0():
     """A policy equal to its reference: both sigmoids are 1/2, weighted 2 and 1, whatever a negative estimate says."""
     case = tensor([-4.0, -8.0]), tensor([-4.0, -8.0]), torch.tensor([[2, 2]])

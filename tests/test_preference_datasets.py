@@ -4,6 +4,7 @@ import gzip
 import inspect
 import json
 import random
+import re
 
 import datasets
 import pytest
@@ -521,6 +522,22 @@ def test_named_data_sets_and_files_mix(tmp_path):
     assert mixed == [(demo + 8, demo_test + 2)] * 2
     order = [text.source for group in sizes[1][0].groups for text in group]
     assert order == [str(folder)] * 8 + ["demo"] * demo
+
+
+@pytest.mark.parametrize("other", ["demo", "pairs.jsonl"])
+def test_rows_with_a_label_and_pairs_do_not_mix(other, tmp_path):
+    rows = [{"prompt": f"{i}", "completion": "a", "label": i % 2} for i in range(20)]
+    for name, table in (("labels.jsonl", rows), ("pairs.jsonl", numbered(20))):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in table))
+    other = other if other == "demo" else str(tmp_path / other)
+    names = (str(tmp_path / "labels.jsonl"), other)
+    line = f"datasets: {names[0]} has rows with a label, {other} has pairs of responses; one run trains on one kind"
+    with pytest.raises(UserError, match=re.escape(line)):
+        inputs_of(*TINY, "loss=kto", f"datasets={list(names)}")
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join((tmp_path / name).read_text() for name in ("labels.jsonl", "pairs.jsonl")))
+    with pytest.raises(UserError, match="mixed.jsonl has rows with a label, .*mixed.jsonl has pairs"):
+        inputs_of(*TINY, "loss=kto", f"datasets=['{mixed}']")
 
 
 def test_a_plain_dict_of_a_data_set_function_trains(tmp_path, monkeypatch, capsys):

@@ -49,6 +49,16 @@ def write_run(folder, settings=SETTINGS, samples=()):
     return RunFiles(folder)
 
 
+def test_rewards_of_rows_with_a_label_are_drawn(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert "undesirable" not in page([run])
+    with open(run.path / "metrics.jsonl", "a") as file:
+        for n in (16, 24):
+            file.write(json.dumps(record(n, rewards_eval__desirable=0.1, rewards_eval__undesirable=-0.1)) + "\n")
+    text = page([RunFiles(run.path)])
+    assert "desirable" in text and "undesirable" in text
+
+
 def sample(model, text, examples=16, prompt="Hi"):
     return {"examples": examples, "model": model, "prompt": prompt, "sample": text}
 

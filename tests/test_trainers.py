@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 import losses
 from dpo import logps
-from dpo.errors import RunError, UserError
+from dpo.errors import RunError, Stopped, UserError
 from dpo.objectives import mismatch
 from dpo.packing import LAYOUTS
 from dpo.sampling import distinct_prompts
@@ -181,10 +181,30 @@ BATCH_LOSSES = {
 }
 
 
-@pytest.mark.parametrize("name", BATCH_LOSSES)
-def test_one_batch_split_three_ways_has_one_gradient(name, make_trainer):
+def labelled_rows(folder):
+    """Write the goldens' responses as rows with a label, those of every third prompt both, and return their setting."""
+    folder.mkdir()
+    for split in ("train", "test"):
+        rows = []
+        for i, row in enumerate(golden_rows(split)):
+            prompt, chosen = row["chosen"].rsplit("\n\nAssistant:", 1)
+            rejected = row["rejected"][len(prompt) + len("\n\nAssistant:") :]
+            found = [(chosen, True), (rejected, False)]
+            found = found if i % 3 == 0 else found[i % 2 :][:1]
+            rows += [{"prompt": f"{prompt}\n\nAssistant:", "completion": text, "label": v} for text, v in found]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"datasets=['{folder}']"
+
+
+def settings_of(name, folder):
+    """Return the settings of a case of BATCH_LOSSES, with its data."""
+    return (*BATCH_LOSSES["kto"], labelled_rows(folder)) if name == "kto of labels" else BATCH_LOSSES[name]
+
+
+@pytest.mark.parametrize("name", [*BATCH_LOSSES, "kto of labels"])
+def test_one_batch_split_three_ways_has_one_gradient(name, make_trainer, tmp_path):
     """In one pass, in passes of 300 tokens, and in 4 parts; the policy is moved away from its reference first."""
-    trainer = make_trainer(*BATCH_LOSSES[name], "max_tokens_per_pass=100000", "lr=1e-30")
+    trainer = make_trainer(*settings_of(name, tmp_path / "data"), "max_tokens_per_pass=100000", "lr=1e-30")
     perturb(trainer.policy)
     batch = next(iter(trainer.train_batches))
     trainer.loss_state = {"shift": 0.3} if name == "bco" else {}
@@ -209,9 +229,10 @@ def test_sums_over_a_batch_leave_the_gradient_whole_under_autocast(name, make_tr
     assert (gradients[1] - gradients[0]).norm() < 0.1 * gradients[0].norm()
 
 
-def test_ktos_divergence_comes_from_all_mismatched_pairs_of_the_batch(make_trainer):
+@pytest.mark.parametrize("name", ["kto", "kto of labels"])
+def test_ktos_divergence_comes_from_all_mismatched_pairs_of_the_batch(name, make_trainer, tmp_path):
     """Against sums of log-probabilities in float64, one unpadded sequence at a time."""
-    trainer = make_trainer("loss=kto", "max_tokens_per_pass=300", "lr=1e-30")
+    trainer = make_trainer(*settings_of(name, tmp_path / "data"), "max_tokens_per_pass=300", "lr=1e-30")
     perturb(trainer.policy)
     examples = next(iter(trainer.train_batches)).examples
     policy = copy.deepcopy(trainer.policy.model).double()
@@ -223,7 +244,72 @@ def test_ktos_divergence_comes_from_all_mismatched_pairs_of_the_batch(make_train
                 expected += sum_of_logps(policy, example.prompt, response).item()
                 expected -= sum_of_logps(reference, example.prompt, response).item()
     sums = trainer.loss.batch_sums(iter(examples), trainer.sums_of_logps)
-    assert sums["responses"] == 2 * len(examples) and sums["log_ratios"] == pytest.approx(expected, rel=1e-5)
+    n_responses = sum(len(example.responses) for example in examples)
+    assert n_responses == len(examples) * (2 if name == "kto" else 1)
+    assert sums["responses"] == n_responses and sums["log_ratios"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_update_on_rows_with_a_label_is_that_of_its_equation(make_trainer, tmp_path):
+    """The mean of sigmoid(z - r) and 1.5 sigmoid(r - z), in float64, one unpadded sequence at a time; beta is 0.1."""
+    trainer = make_trainer(*settings_of("kto of labels", tmp_path / "data"), "lr=1e-30")
+    perturb(trainer.policy)
+    batch = next(iter(trainer.train_batches))
+    policy = copy.deepcopy(trainer.policy.model).double()
+    reference = copy.deepcopy(trainer.reference.module.model).double()
+
+    def log_ratio(example):
+        (response,) = example.responses
+        return sum_of_logps(policy, example.prompt, response) - sum_of_logps(reference, example.prompt, response)
+
+    with torch.no_grad():
+        z = 0.1 * max(0.0, sum(map(log_ratio, mismatch(batch.examples))).item() / len(batch.examples))
+    rewards = {True: [], False: []}
+    total = 0.0
+    for example in batch.examples:
+        reward = 0.1 * log_ratio(example)
+        rewards[example.text.label].append(reward.item())
+        loss = (z - reward).sigmoid() if example.text.label else 1.5 * (reward - z).sigmoid()
+        (loss / len(batch.examples)).backward()
+        total += loss.item()
+    expected = flat_gradient(policy)
+    assert all(rewards.values())
+    assert (gradient(trainer, batch, 2) - expected).norm() < 1e-5 * expected.norm()
+    metrics = trainer.train_step(batch)
+    right = sum(r > z for r in rewards[True]) + sum(r < z for r in rewards[False])
+    assert metrics["loss/train"] == pytest.approx(total / len(batch.examples), rel=1e-5)
+    assert metrics["rewards_train/accuracies"] == right / len(batch.examples)
+    for side, label in (("desirable", True), ("undesirable", False)):
+        mean = sum(rewards[label]) / len(rewards[label])
+        assert metrics[f"rewards_train/{side}"] == pytest.approx(mean, rel=1e-4, abs=1e-6)
+        assert f"lengths_train/{side}" in metrics and f"logps_train/{side}" in metrics
+    assert not any("chosen" in name or "rejected" in name for name in metrics)
+
+
+def test_the_whole_batch_pass_of_an_evaluation_heeds_signals_and_names_the_settings_that_need_less_memory(
+    make_trainer, monkeypatch
+):
+    trainer = make_trainer("loss=kto", "max_tokens_per_pass=1000", "n_eval_examples=8")
+    trainer.signals.stop = "SIGTERM"
+    calls = []
+    monkeypatch.setattr(trainer.reference, "logps", lambda batch: calls.append(batch))
+    with pytest.raises(Stopped):
+        trainer.evaluate()
+    assert calls == []
+    trainer.signals.stop = None
+
+    def no_memory(batch):
+        raise MemoryError
+
+    monkeypatch.setattr(trainer.reference, "logps", no_memory)
+    with pytest.raises(RunError, match="in a pass of .* lower max_tokens_per_pass, which is 1000"):
+        trainer.evaluate()
+
+
+@pytest.mark.parametrize("name", ["dpo", "apo_zero"])
+def test_rows_with_a_label_are_refused_by_a_loss_of_pairs_before_any_weights_load(name, tmp_path):
+    line = "train.jsonl, row 1: has one response and a label, for loss=kto; this loss needs a chosen and a rejected"
+    with pytest.raises(UserError, match=line):
+        inputs_of(*TINY, f"loss={name}", labelled_rows(tmp_path / "data"))
 
 
 def test_the_mean_over_tokens_is_that_of_the_whole_batch_and_of_the_whole_evaluation(make_trainer):
@@ -322,14 +408,15 @@ WAYS = (
 )
 
 
-@pytest.mark.parametrize("name", losses.LOSSES)
+@pytest.mark.parametrize("name", [*losses.LOSSES, "kto of labels"])
 def test_ten_updates_depend_on_no_layout_budget_or_accumulation(name, make_trainer, tmp_path):
     """From a rate at which the losses move, each metric of each update within rounding, relative to its size."""
     runs = []
     data = (f"datasets=['{scored_rows(tmp_path / 'scored')}']", *SCORE_COLUMNS) if name == "odpo" else ()
+    data = (labelled_rows(tmp_path / "labelled"),) if name == "kto of labels" else data
     for way in WAYS:
         trainer = make_trainer(
-            f"loss={name}", *way, *data, "batch_size=4", "lr=1e-4", "warmup_steps=0", "optimizer=SGD"
+            f"loss={name.split()[0]}", *way, *data, "batch_size=4", "lr=1e-4", "warmup_steps=0", "optimizer=SGD"
         )
         steps = [trainer.train_step(batch) for batch, _ in zip(trainer.train_batches, range(10), strict=False)]
         runs.append([{k: v for k, v in step.items() if "per_second" not in k} for step in steps])
@@ -405,10 +492,12 @@ def without_clocks(path):
     return [without_measurements(record) for record in records]
 
 
-def test_a_trainer_that_loads_a_state_goes_on_as_the_one_that_gave_it(make_trainer, capsys):
-    whole = make_trainer(*BUSY)
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_a_trainer_that_loads_a_state_goes_on_as_the_one_that_gave_it(loss, make_trainer, capsys, tmp_path):
+    busy = BUSY if loss == "dpo" else (*BUSY, "loss=kto", labelled_rows(tmp_path / "data"))
+    whole = make_trainer(*busy)
     whole.train()
-    part, other = make_trainer(*BUSY), make_trainer(*BUSY)
+    part, other = make_trainer(*busy), make_trainer(*busy)
     for batch, _ in zip(part.train_batches, range(2), strict=False):
         part.log(part.train_step(batch))
     part.next_eval = 16

@@ -12,6 +12,7 @@ import torch
 from conftest import TINY, compose, validated
 from ranks import run_ranks
 from test_goldens import compare_steps, overrides_of, read
+from test_trainers import labelled_rows
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from build import build_trainer, load_inputs
@@ -20,6 +21,7 @@ from dpo.parallel import reshard
 from dpo.runs import RunDir
 
 PLAIN = ("loss=dpo", "max_tokens_per_pass=300", "n_eval_model_samples=3")  # of 4 ranks, one has no sample of its own
+KTO = ("loss=kto", "max_tokens_per_pass=300")
 
 
 class Case(NamedTuple):
@@ -82,6 +84,17 @@ def whole_gradient(trainer) -> torch.Tensor:
     return kept[0]
 
 
+def divergence(trainer) -> tuple[dict[str, float], int]:
+    """Return what KTO sums over the first batch, and how many examples this rank has computed for it."""
+    reference, examples = trainer.reference.logps, []
+    trainer.reference.logps = lambda batch: examples.extend(batch.examples) or reference(batch)
+    move(trainer.policy)
+    with trainer.autocast():
+        sums = trainer.loss.batch_sums(next(iter(trainer.train_batches)).examples, trainer.sums_of_logps)
+    trainer.reference.logps = reference
+    return dict(sums), len(examples)
+
+
 def bytes_held(trainer) -> int:
     """Return the bytes of weights and of the optimizer's state on this rank, after an update."""
     reshard(trainer.policy)
@@ -108,6 +121,12 @@ def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
     sampled = trainer.sample()
     if rank == 0:
         (folder / "sampled.json").write_text(json.dumps(sampled))
+    trainer = build(folder / "kto", ranks, *TINY, *KTO, f"datasets=['{folder / 'labels'}']", "trainer=FSDPTrainer")
+    sums, n_examples = divergence(trainer)
+    shares, gradient = ranks.gather((sums, n_examples)), whole_gradient(trainer)
+    if rank == 0:
+        (folder / "shares.json").write_text(json.dumps(shares))
+        torch.save(gradient, folder / "kto.pt")
         torch.save(found, folder / "gradient.pt")
         (folder / "held.json").write_text(json.dumps(held))
     ranks.close()
@@ -118,6 +137,7 @@ def sharded(request, tmp_path_factory) -> tuple[int, bool, Path]:
     """Return a number of ranks, whether all cases are tried, and the folder with what they computed."""
     folder = tmp_path_factory.mktemp("sharded")
     soak = request.config.getoption("--soak")
+    labelled_rows(folder / "labels")
     run_ranks(request.param, partial(train_cases, soak), folder, timeout=1200)
     return request.param, soak, folder
 
@@ -142,6 +162,21 @@ def test_samples_and_their_divergence_are_those_of_one_process(sharded, make_tra
     whole_gradient(trainer)
     expected, found = trainer.sample(), json.loads((sharded[-1] / "sampled.json").read_text())
     assert found == pytest.approx(expected, rel=1e-4) and expected["diagnosis/kl"] != 0.0
+
+
+def test_each_rank_computes_its_share_of_what_ktos_divergence_needs_and_all_get_that_of_one_process(
+    sharded, make_trainer
+):
+    n, *_, folder = sharded
+    trainer = make_trainer(*KTO, f"datasets=['{folder / 'labels'}']")
+    sums, n_examples = divergence(trainer)
+    shares = json.loads((folder / "shares.json").read_text())
+    counts = [count for _, count in shares]  # a rank with fewer passes than another computes an example again
+    assert n_examples == 8 <= sum(counts) < 8 + n and max(counts) < 8 and len(shares) == n
+    for own, _ in shares:
+        assert own == shares[0][0] == pytest.approx(sums, rel=1e-5)
+    expected = whole_gradient(trainer)
+    assert (torch.load(folder / "kto.pt") - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_each_rank_holds_its_share_of_weights_and_optimizer(sharded, make_trainer, report):

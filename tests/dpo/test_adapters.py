@@ -95,6 +95,28 @@ def test_the_policy_equals_the_merged_model_within_1e_5(family, overrides, repor
     report(f"LoRA, {family} {' '.join(overrides)}: policy and merged model within {apart.max():.1g} nats")
 
 
+def test_a_compiled_run_gives_the_numbers_of_another_with_the_adapter_and_without(make_trainer, monkeypatch):
+    """Were a layer to keep what it was compiled with, the reference would move along and rewards would stay at 0.
+
+    Graphs are captured and guarded as ever, each once, but not made into kernels, which takes most of a minute.
+    """
+    metrics, graphs, compile_module = [], [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **how: compile_module(*args, backend="eager", **how))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for setting in ("false", "true"):
+        trainer = make_trainer("loss=dpo", *LORA, "lora.targets=[c_fc]", "lr=1e-2", f"compile={setting}")
+        metrics.append([])
+        for batch, _ in zip(trainer.train_batches, range(3), strict=False):
+            metrics[-1].append(trainer.train_step(batch))
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[:3] == [0, 0, 0] and graphs[3] == graphs[4] == graphs[5] > 0
+    names = [name for name in metrics[0][0] if "per_second" not in name]
+    for plain, other in zip(*metrics, strict=True):
+        assert {name: other[name] for name in names} == pytest.approx({name: plain[name] for name in names}, rel=1e-4)
+    assert metrics[1][0]["rewards_train/margins"] == 0 != metrics[1][2]["rewards_train/margins"]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", ["GPTNeoX", "Llama", "Gemma3Text"])
 def test_without_its_adapter_the_policy_is_the_base_model_bit_for_bit(family, layout):

@@ -11,9 +11,9 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 YES, NO = ({"role": "assistant", "content": text} for text in ("Yes.", "No."))
 
 
-def parse(row, sft=False, **given):
+def parse(row, sft=False, labels=False, **given):
     """Parse a row whose columns are found by their names."""
-    return parse_row(row, find_columns(row, given, "data"), sft)
+    return parse_row(row, find_columns(row, given, "data"), sft, labels=labels)
 
 
 # The usual forms
@@ -88,6 +88,56 @@ def test_of_two_responses_the_one_with_the_higher_score_is_the_chosen_one():
     for score in (None, "much", float("nan")):
         with pytest.raises(UserError, match="first"):
             parse(row | {"first": score, "second": 1}, **SCORES)
+
+
+# Rows of one response with a label
+
+
+@pytest.mark.parametrize(
+    "row, prompt, response",
+    [
+        ({"prompt": "Hi.", "completion": " yes"}, "Hi.", " yes"),
+        ({"prompt": "Hi.", "response": " yes"}, "Hi.", " yes"),
+        ({"prompt": [USER], "completion": [YES]}, [USER], YES),
+        ({"prompt": [USER], "completion": "Yes."}, [USER], YES),
+        ({"messages": [SYSTEM, USER, YES]}, [SYSTEM, USER], YES),
+    ],
+)
+def test_a_completion_or_messages_may_have_a_label(row, prompt, response):
+    for label in (True, False):
+        found = parse(row | {"label": label}, labels=True)
+        assert (found.prompt, found.responses, found.label) == (prompt, (response,), label)
+        assert found.used >= {"label"} and parse(row | {"label": label}, sft=True).label is None
+
+
+def test_a_label_is_true_or_false_1_or_0_or_their_text():
+    values = {True: (True, 1, "true", "True", "1"), False: (False, 0, "false", "FALSE ", "0")}
+    for label, written in values.items():
+        for value in written:
+            assert parse({"prompt": "Hi.", "completion": "a", "label": value}, labels=True).label is label
+    for value in (None, "", "good", 2, 0.5, [True]):
+        with pytest.raises(UserError, match="^label must be true or false, not "):
+            parse({"prompt": "Hi.", "completion": "a", "label": value}, labels=True)
+
+
+def test_a_pair_stays_a_pair_whatever_label_it_has_unless_the_labels_column_is_given():
+    row = {"prompt": "Hi.", "chosen": "a", "rejected": "b", "completion": "c", "label": 0}
+    assert parse(row, labels=True).responses == parse(row).responses == ("a", "b")
+    assert parse(row, labels=True).label is None
+    found = parse(row, labels=True, label="label")
+    assert (found.responses, found.label) == (("c",), False)
+
+
+def test_one_response_is_refused_by_a_loss_of_pairs_and_without_a_label_by_a_loss_of_labels():
+    row = {"prompt": "Hi.", "completion": "a"}
+    line = "has one response and a label, for loss=kto; this loss needs a chosen and a rejected response"
+    with pytest.raises(UserError, match=f"^{line}$"):
+        parse(row | {"label": True})
+    line = "^label must be true or false, not missing; the row's columns: prompt, completion$"
+    with pytest.raises(UserError, match=line):
+        parse(row, labels=True)
+    with pytest.raises(UserError, match="^chosen must be a text, not missing"):
+        parse({"prompt": "Hi.", "label": True}, labels=True)
 
 
 # Columns

@@ -14,6 +14,7 @@ from dpo.diagnosis import (
     diagnose_samples,
     displacement_advice,
     edit_distance,
+    lengths,
     log_ratios,
     mean_per_token,
     wilson_interval,
@@ -22,7 +23,7 @@ from dpo.distributed import ALONE
 from dpo.examples import TextExample, TokenizedExample
 from dpo.logps import Logps, ResponseLogps
 from dpo.metrics import BatchMetrics
-from dpo.packing import Packer
+from dpo.packing import Packer, make_microbatches
 from dpo.references import ModelReference
 
 
@@ -59,6 +60,14 @@ def test_log_ratios_are_the_differences_of_the_sums_and_carry_no_gradient():
     assert not any(value.requires_grad for value in found.values())
     assert log_ratios(policy, None) == {}
     assert log_ratios(Logps(torch.zeros(1, 1), lengths[:, :1]), Logps(torch.zeros(1, 1), lengths[:, :1])) == {}
+
+
+def test_lengths_of_rows_with_a_label_are_told_apart_by_it():
+    texts = [TextExample("", ("",), "keep_end", i, "", label=label) for i, label in enumerate((True, False, True))]
+    examples = [TokenizedExample(text, [1], ([2] * n,)) for text, n in zip(texts, (4, 3, 5), strict=True)]
+    (batch,) = make_microbatches(examples, "shared_prefix", 100)
+    found = {name: values.tolist() for name, values in lengths(batch).items()}
+    assert found == {"lengths/desirable": [4.0, 5.0], "lengths/undesirable": [3.0]}
 
 
 def test_a_policy_that_only_displaces_has_a_full_accuracy_and_shows_in_the_share_of_displaced_pairs():

@@ -153,6 +153,21 @@ def test_help_on_one_file_of_a_group_shows_what_stands_in_it():
     assert "loss.label_smoothing" not in help_for_key(CONFIG, "loss=ipo")
 
 
+def test_loss_help_prints_the_table_of_the_page_on_losses_and_model_help_the_models():
+    """Every cell of it, in the terminal's width, and what the symbols stand for."""
+    text = help_for_key(CONFIG, "loss=help")
+    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    plain = re.sub(r"\[([\d.]+)\]\([^)]*\)|`", r"\1", page)
+    rows = [line.strip("| ").split(" | ") for line in plain.partition("|---")[2].partition("\n\n")[0].splitlines()[1:]]
+    entries = [one_line(entry) for entry in text.split("  loss=")[1:]]
+    assert len(entries) == len(rows) == len(list((CONFIG / "loss").glob("*.yaml")))
+    for entry, (name, formula, reference, typical, *paper) in zip(entries, rows, strict=True):
+        assert entry.startswith(f"{name} {formula} reference: {reference};") and typical in entry
+        assert paper in ([], ["|"]) or entry.endswith(f"arXiv {paper[0].strip(' |')}")
+    assert "pi is the policy, ref the reference" in text and max(map(len, text.splitlines())) <= 80
+    assert help_for_key(CONFIG, "model=help") == help_for_key(CONFIG, "model")
+
+
 def test_help_on_a_group_of_settings_shows_them_all():
     text = help_for_key(CONFIG, "wandb")
     assert all(f"{key} (The run)\n" in text for key in ("wandb.enabled", "wandb.entity", "wandb.project"))
@@ -181,6 +196,8 @@ def test_help_on_what_does_not_exist_says_what_was_probably_meant():
         (["loss=dpo", "lr=1e-5", "--help"], []),
         (["loss=dpo", "-m", "--help", "beta"], ["beta"]),
         (["--help", "-m"], []),
+        (["loss=help"], ["loss=help"]),
+        (["model=gpt2", "loss=help", "lr=1"], ["loss=help"]),
     ],
 )
 def test_help_is_asked_for(arguments, keys):

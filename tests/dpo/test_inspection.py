@@ -7,7 +7,8 @@ import pytest
 from conftest import TINY, compose
 
 import train
-from dpo.inspection import histogram, lost_tokens
+from dpo.examples import BatchIterator, TextExample
+from dpo.inspection import doubt_lines, histogram, lost_tokens
 from dpo.signals import Signals
 
 LEGEND = "Tokens: prompt, [trained], {end of turn}, ~cut~"
@@ -22,9 +23,9 @@ def inspect(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("build.load_models", no_weights)
 
-    def run(rows, test_rows, *overrides):
+    def run(rows, test_rows, *overrides, names=("prompt", "chosen", "rejected")):
         for split, table in (("train", rows), ("test", test_rows)):
-            lines = [json.dumps(dict(zip(("prompt", "chosen", "rejected"), row, strict=True))) for row in table]
+            lines = [json.dumps(dict(zip(names, row, strict=True))) for row in table]
             (tmp_path / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
         settings = [
             *TINY,
@@ -86,6 +87,26 @@ def test_sft_has_one_response(inspect):
         [("Hi.", " Yes.", " No."), ("Ho.", " Yes.", " No.")], [("Hi.", " Yes.", " No.")], "loss=sft", "inspect=1"
     )
     assert "target: " in out and "rejected" not in out.split("Lengths in tokens")[1]
+
+
+def test_rows_with_a_label_are_shown_by_it(tmp_path, inspect):
+    """Row 2 is row 1 again, row 3 has the other label; of two test rows one is row 3, the other has its label only."""
+    rows = [("a", " one", True), ("a", " one", True), ("a", " one", False), ("c", " d e f", False)]
+    names = ("prompt", "completion", "label")
+    out = inspect(rows, [("a", " one", False), ("c", " d e f", True)], "loss=kto", "inspect=4", names=names)
+    shown = sorted(line.split(": ")[0] for line in out.split("Lengths")[0].splitlines() if "{<|endoftext|>}" in line)
+    assert shown == ["desirable", "desirable", "undesirable", "undesirable"]
+    assert "  desirable: shortest" in out and "  undesirable: shortest" in out and "longer one" not in out
+    assert "Of 4 training examples 1 repeat an earlier one." in out
+    assert "1 contradict an earlier one: the same response, the other label." in out
+    assert "Of 2 test examples 1 are training examples too, 2 have the prompt of one." in out
+
+
+def test_a_target_that_comes_again_contradicts_nothing():
+    text = TextExample("a", (" b",), "keep_end", 1, "")
+    batches = BatchIterator([[text, text]], None, 1)
+    lines = list(doubt_lines(batches, batches))
+    assert lines[0].startswith("Of 2 training examples 1 repeat") and lines[1].startswith("0 contradict an earlier one")
 
 
 def test_a_histogram_has_a_line_per_bin_that_is_not_empty():

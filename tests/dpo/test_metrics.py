@@ -29,6 +29,16 @@ def drawn(text):
     return TokenizedExample(TextExample("p", (text,), "keep_end", 7, "mine"), [1], ([2],))
 
 
+def test_a_metric_of_some_examples_is_their_mean_and_is_left_out_where_no_example_has_it():
+    """One pass with a desirable example, 3, and one with two of three, 1 and 2: mean 2, whatever the others."""
+    metrics, text = BatchMetrics(), TextExample("p", ("a",), "keep_end", 7, "mine")
+    for desirable, n in (([3.0], 1), ([1.0, 2.0], 3)):
+        values = {"rewards/desirable": torch.tensor(desirable), "rewards/undesirable": torch.tensor([])}
+        metrics.add([TokenizedExample(text, [1], ([2],))] * n, values | {"loss": torch.ones(n)})
+    assert metrics.means("train") == {"rewards_train/desirable": 2.0, "loss/train": 1.0}
+    assert [row.keys() - {"source", "row", "prompt", "responses"} for row in metrics.rows()] == [{"loss"}] * 4
+
+
 def one_pair():
     """Return the metrics of one evaluated pair."""
     metrics, text = BatchMetrics(), TextExample("p", ("a", "b"), "keep_end", 7, "mine")

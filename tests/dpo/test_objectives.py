@@ -164,3 +164,10 @@ def test_mismatched_examples_take_the_next_examples_responses_and_never_grow():
     assert second.responses[1] == examples[2].responses[1][:6]
     assert third.responses == examples[0].responses
     assert mismatch([respond([1], [2])])[0].responses == ([2],)
+
+
+def test_mismatched_examples_take_no_response_to_their_own_prompt_unless_there_is_no_other():
+    """Prompts p, p, q: the first two take q's response 5, q the first p's 3."""
+    examples = [respond([1], [3]), respond([1], [4]), respond([2], [5])]
+    assert [example.responses for example in mismatch(examples)] == [([5],), ([5],), ([3],)]
+    assert [example.responses for example in mismatch(examples[:2])] == [([4],), ([3],)]

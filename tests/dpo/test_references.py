@@ -13,11 +13,12 @@ from tiny_models import EXAMPLES, tiny
 
 import build
 from dpo.archives import load_archive
+from dpo.distributed import Pass, Ranks
 from dpo.examples import TextExample
 from dpo.logps import ResponseLogps, response_logps
 from dpo.models import copy_reference
 from dpo.packing import Packer, make_microbatches
-from dpo.references import CachedReference, ModelReference, Precomputation
+from dpo.references import CachedReference, ModelReference, Precomputation, sums_of_logps
 
 CACHED = (
     "loss=dpo",
@@ -284,3 +285,38 @@ def test_a_reference_that_stays_has_no_state(make_trainer):
         trainer = make_trainer("loss=dpo", f"loss.precompute_reference={setting}")
         trainer.reference.after_update(1)
         assert trainer.state_dict([0, 0])["run"]["reference"] == {}
+
+
+# Sums over a batch that several ranks share
+
+
+class TwoRanks(Ranks):
+    """A rank whose part is the first example, and which makes a pass more because another rank has it."""
+
+    def __init__(self, others):
+        self.others = others
+
+    def gather(self, value):
+        return [value, self.others]
+
+    def passes(self, packer, examples, n_parts=1):
+        for example, scale in ((examples[0], 1.0), (examples[1], 0.0)):
+            yield Pass(next(packer([example])), scale, True)
+
+
+def test_sums_of_a_batch_are_those_of_all_ranks_without_passes_that_only_keep_up_with_another_rank():
+    policy, reference = (
+        ResponseLogps.wrap(tiny("GPT2")),
+        ModelReference(ResponseLogps.wrap(tiny("Llama")), torch.float32),
+    )
+    packer, others, calls = (
+        Packer("padded", 1000, torch.device("cpu")),
+        torch.tensor([[[-1.0, -2.0]], [[-3.0, -4.0]]]),
+        [],
+    )
+    found = sums_of_logps(policy, reference, packer, TwoRanks([others]), EXAMPLES, lambda: calls.append(1))
+    with torch.no_grad():
+        own = next(packer(EXAMPLES[:1]))
+        expected = [response_logps(policy, own).sums[0].tolist(), reference.logps(own).sums[0].tolist()]
+    assert [sums.tolist() for sums in found] == [[expected[0], [-1.0, -2.0]], [expected[1], [-3.0, -4.0]]]
+    assert expected[0] != expected[1] and len(calls) == 2

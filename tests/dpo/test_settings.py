@@ -170,6 +170,11 @@ SEVERAL = ("trainer=FSDPTrainer", "batch_size=8")
             "sync_reference=8: bfloat16 loses a mix of weights",
         ),
         (["loss=kto", "batch_size=1"], "so batch_size must be 2 or more"),
+        (
+            ["columns.label=good"],
+            "loss.name=dpo columns.label=good: only loss=kto trains on rows with a label",
+        ),
+        (["loss=kto", "columns.label=a", "columns.rejected=b"], "columns.label=a columns.rejected=b: rows have one"),
         (["min_lr_ratio=0.1"], "scheduler=constant min_lr_ratio=0.1: a constant learning rate does not fall"),
         (["optimizer=Muon", "precision=auto", "model.policy_dtype=bfloat16"], "Muon's steps cannot be rounded"),
         (["keep_policies=true"], "every checkpoint is kept anyway"),

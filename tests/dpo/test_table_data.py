@@ -137,6 +137,50 @@ def test_texts_and_conversations_may_be_mixed(tmp_path):
     assert [type(group[0].truncation).__name__ for group in data] == ["str", "Conversation"]
 
 
+# Rows of one response with a label
+
+
+def labelled(prompt, completion, label):
+    """Make a row of one response with a label."""
+    return {"prompt": prompt, "completion": completion, "label": label}
+
+
+def test_rows_with_a_label_are_counted_by_it(tmp_path):
+    rows = [labelled("a", "b", True), labelled("a", "b", True), labelled("a", "b", False), labelled("c", " ", False)]
+    chats = [labelled([TURNS[0]], [answer("Yes.")], True), {"messages": chat(1)["chosen"], "label": False}]
+    data = read(tmp_path, *rows, *chats, labels=True)
+    assert counts(data) == {
+        "read": 6,
+        "kept": 5,
+        "desirable": 3,
+        "undesirable": 2,
+        "dropped: a response is empty": 1,
+        "kept although it repeats an earlier row": 1,
+    }
+    found = [(text.row, text.responses, text.label) for group in data for text in group]
+    assert found[:3] == [(1, ("b",), True), (2, ("b",), True), (3, ("b",), False)]
+    assert found[3:] == [(5, ("Yes.<|im_end|>",), True), (6, ("1.<|im_end|>",), False)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_labels_are_read_from_every_kind_of_table_and_belong_to_its_fingerprint(kind, tmp_path):
+    """That of one data set, and that of several."""
+    prints = []
+    for last in (True, False, True):
+        rows = [labelled(f"{i}", "yes", i % 2 == 0) for i in range(10)] + [labelled("10", "yes", last)]
+        path = tmp_path / f"{len(prints)}.{kind}"
+        if kind == "jsonl":
+            lines(path, *rows)
+        else:
+            getattr(datasets.Dataset.from_list(rows), f"to_{kind}")(path)
+        data = read_data(path, tokenizer=TOKENIZER, labels=True)
+        found = {text.prompt: text.label for split in data.values() for group in split for text in group}
+        assert found == {row["prompt"]: row["label"] for row in rows}
+        for groups in (data["train"], joined([data["train"], data["test"]])):
+            prints.append(BatchIterator(groups, data["train"].rows.reading.tokenize, 1, n_epochs=1).fingerprint())
+    assert prints[:2] == prints[4:] and not set(prints[:2]) & set(prints[2:4])
+
+
 # Reading again
 
 
