@@ -264,7 +264,7 @@ def trained(make_trainer):
             trainer.train_step(batch)
         move(trainer.weights)
         trainer.save()
-        trainer.export()
+        trainer.export({})
         return trainer, trainer.run.path / "LATEST"
 
     return train
@@ -369,7 +369,7 @@ def test_an_adapter_is_trained_further_from_a_frozen_copy_of_itself(trained, mak
     assert not torch.equal(response_logps(after.policy.eval(), part).sums, expected)
     assert len(after.optimizer.state) == len(after.weights.state_dict()["weights"]) == 16
     after.save()
-    after.export()
+    after.export({})
     assert read_adapter(str(after.run.path / "LATEST" / "hf")).shape == read_adapter(str(latest / "hf")).shape
 
 

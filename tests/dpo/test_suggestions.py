@@ -180,7 +180,7 @@ UNRELATED = """
     house idea iron kitchen king knife lady lake land law leaf leg lesson life light line lion lip love machine man
     map meat metal milk mind minute money month moon morning mother mouth movie music name need feed speech spend
     lorry later device_driver deeper seen slot boss less lose last slope layer louder drain rain price vice advice bug
-    band handle compute complete pile simple tempo epic label table cable deed seat beam lossless modal medal
+    band handle compute complete pile simple tempo epic table cable deed seat beam lossless modal medal
 """
 
 
