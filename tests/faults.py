@@ -223,10 +223,10 @@ def limit_file(name: str, size: int, examples: int) -> Fault:
             limit()
         manifest(*args)
 
-    def exported(self: Any) -> None:
+    def exported(self: Any, metrics: dict[str, float]) -> None:
         if name == "hf":
             limit()
-        export(self)
+        export(self, metrics)
 
     def install() -> None:
         torch.save, checkpoints.write_manifest = written, manifested

@@ -37,7 +37,7 @@ from faults import (
 from transformers import PreTrainedModel
 
 import trainers
-from dpo import checkpoints, errors, metrics, runs
+from dpo import checkpoints, errors, runs, trackers
 from dpo.archives import load_archive
 
 DPO = (*BUSY, "loss=dpo", "keep_checkpoints=2")
@@ -159,7 +159,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(whole, tmp_path):
 
 
 def test_a_run_killed_before_its_export_gives_the_export_and_no_record_twice(whole, tmp_path):
-    def killed_export(self):
+    def killed_export(self, metrics):
         kill()
 
     folder = tmp_path / "run"
@@ -178,7 +178,7 @@ def test_an_evaluation_that_is_made_again_never_spoils_its_checkpoint(end, whole
 
     evaluate, folder = trainers.BasicTrainer.evaluate, tmp_path / "run"
     settings = (*DPO, "keep_checkpoints=1")
-    no_export = lambda: setattr(trainers.BasicTrainer, "export", lambda self: kill())  # noqa: E731
+    no_export = lambda: setattr(trainers.BasicTrainer, "export", lambda self, metrics: kill())  # noqa: E731
     assert command_line(folder, fresh(folder, *settings), dropout, no_export).returncode == -signal.SIGKILL
     if end == "killed":
         faults = (lambda: setattr(checkpoints, "point_latest", count_to_kill(2)),)
@@ -605,12 +605,12 @@ def test_a_failure_that_is_not_of_memory_is_no_message_about_memory(tmp_path):
 
 def test_a_resumed_run_keeps_its_wandb_id(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    first = metrics.WandbTracker(tmp_path, {"project": "p"})
+    first = trackers.WandbTracker(tmp_path, {"project": "p"})
     first.log({"loss": 1.0}, 1)
     first.finish()
     time.sleep(1.1)  # wandb names its folders by the second
-    second = metrics.WandbTracker(tmp_path, {"project": "p"})
-    told = metrics.wandb_folders(tmp_path)
+    second = trackers.WandbTracker(tmp_path, {"project": "p"})
+    told = trackers.wandb_folders(tmp_path)
     second.finish()
     assert len(told) == 2 and len({folder.name.rsplit("-", 1)[1] for folder in told}) == 1
 
