@@ -1,5 +1,6 @@
 """The real command line, trainers made in-process, and tiny models with their own kinds of tokenizer, built offline."""
 
+import copy
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
@@ -140,6 +142,12 @@ def run_cli(tmp_path):
 
 def compose(*overrides: str) -> DictConfig:
     """Compose the config as the command line does."""
+    return copy.deepcopy(composed(overrides))
+
+
+@lru_cache(maxsize=8)  # a trainer is made of settings and of a config, both composed
+def composed(overrides: tuple[str, ...]) -> DictConfig:
+    """Compose the config as the command line does, once for several calls in a row."""
     register_resolvers()
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base=None):
         return hydra.compose("config", overrides=["wandb.enabled=false", *overrides])
