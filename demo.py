@@ -222,7 +222,7 @@ class Outcome:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file of one JSON object per line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def read_outcome(run: Path) -> Outcome:

@@ -61,8 +61,8 @@ class RunFiles:
     def read(self, name: str) -> list[Record]:
         """Return the whole lines of a file of records; a last one that is being written is left out."""
         path = self.path / name
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # texts hold other line ends
+        return [json.loads(line) for line in lines]
 
     def column(self, name: str) -> tuple[list[float], list[float]]:
         """Return the numbers of examples at which a metric was recorded, and its values."""

@@ -303,6 +303,7 @@ def surroundings(trainer: BasicTrainer) -> dict[str, Any]:
     return platform(trainer.device) | {
         "the number of threads": torch.get_num_threads(),
         "the number of processes": trainer.ranks.world_size,
+        "the number of parts of a batch": trainer.ranks.data_size,
         "the layout": f"{packer.layout}, {attention} attention",
         "the dtype of the computation": str(trainer.dtype),
         "max_tokens_per_pass": packer.max_tokens,
@@ -311,7 +312,7 @@ def surroundings(trainer: BasicTrainer) -> dict[str, Any]:
 
 
 def outcome(trainer: BasicTrainer, metrics: dict[str, float]) -> Outcome:
-    """Return what a trainer's model card tells of its run."""
+    """Return the facts of a run for its model card."""
     n, limit = trainer.eval_batches.n_items, trainer.settings.n_eval_examples
     name, identity = trainer.run.config.loss.name, trainer.run.identity
     return Outcome(name, trainer.examples, trainer.updates, min(n, limit), metrics, identity)

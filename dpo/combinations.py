@@ -175,10 +175,9 @@ def lora_problems(valid: Mapping[str, Any]) -> list[str]:
         and own_weights,
         "lora.quantize=nf4 lora.export_merged=true: an adapter cannot be merged into weights of 4 bits": quantized
         and valid.get("lora.export_merged"),
-        "push_to_hub: this machine alone has the adapter's base; set it to null, or lora.export_merged=true": bool(
+        "push_to_hub: this machine alone has the adapter's base, whose path would be uploaded; set it to null": bool(
             valid.get("push_to_hub")
         )
-        and not valid.get("lora.export_merged")
         and (own_weights or Path(str(valid.get("model.name_or_path"))).is_dir()),
     }
     return [line for line, is_wrong in found.items() if is_wrong]

@@ -48,6 +48,7 @@ class Ranks:
 
     rank = 0
     world_size = 1
+    data_size = 1  # parts of a batch, each of one rank or of several that compute layers together
     is_main = True  # whether this process is the one that writes files
 
     def gather(self, value: T) -> list[T]:
@@ -250,6 +251,9 @@ def join(settings: Settings) -> Ranks:
         raise UserError(f"{product}: their product must divide the number of processes, {ranks.world_size}")
     else:
         ranks.arrange(settings.replicate, tensor)
+    if settings.batch_size < ranks.data_size:
+        n, words = ranks.data_size, "groups of processes needs an example of every batch"
+        raise UserError(f"batch_size={settings.batch_size}: each of {n} {words}; set it to {n} or more")
     return ranks
 
 

@@ -72,7 +72,7 @@ def model_card(settings: Settings, loss: Loss, outcome: Outcome) -> str:
 
 def shown(name: str) -> str:
     """Return a name of the Hub as it is, and of a path on this machine its last part."""
-    return Path(name).name if Path(name).exists() or Path(name).is_absolute() else name
+    return name if is_hub_name(name) or "/" not in name else Path(name).name
 
 
 def interval(metrics: Mapping[str, float], name: str) -> str:

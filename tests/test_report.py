@@ -178,6 +178,12 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path):
         run_files(tmp_path)
 
 
+def test_texts_may_hold_any_line_end_of_unicode(tmp_path):
+    record = {"prompt": "one\u2028two\u0085three"}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert RunFiles(tmp_path).samples == [record]
+
+
 def test_a_record_that_is_being_written_is_left_out(tmp_path):
     run = write_run(tmp_path / "run")
     with open(run.path / "metrics.jsonl", "a") as file:

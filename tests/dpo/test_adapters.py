@@ -484,7 +484,11 @@ def test_a_forged_adapter_is_refused_in_one_line():
         ),
         (("lora.quantize=nf4", "device=auto", "model.from_scratch=true"), "lora.quantize=nf4 model.from_scratch: only"),
         (("lora.quantize=nf4",), "lora.quantize=nf4: needs a CUDA device"),
-        (("push_to_hub=me/name",), "push_to_hub: this machine alone has the adapter's base; "),
+        (("push_to_hub=me/name",), "push_to_hub: this machine alone has the adapter's base, "),
+        (
+            ("push_to_hub=me/name", "lora.export_merged=true"),
+            "push_to_hub: this machine alone has the adapter's base, whose path would be uploaded",
+        ),
     ],
 )
 def test_settings_that_an_adapter_cannot_have_are_one_line(overrides, line, monkeypatch):

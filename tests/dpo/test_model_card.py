@@ -8,7 +8,7 @@ import yaml
 from conftest import GOLDENS, validated
 from transformers import AutoModelForCausalLM
 
-from dpo.model_card import Outcome, model_card
+from dpo.model_card import Outcome, model_card, shown
 
 METRICS = {"loss/eval": 0.51234, "rewards_eval/accuracies": 0.75, "rewards_eval/margins": 0.4, "diagnosis/kl": 3.0}
 METRICS |= {"diagnosis/kl_stderr": 0.5, "diagnosis/accuracy_low": 0.41, "diagnosis/accuracy_high": 0.93}
@@ -29,6 +29,11 @@ def rows(body):
     """Return the cells of the tables by the first of each row."""
     lines = [line[2:-1].split("|") for line in body.splitlines() if line.startswith("| ")]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
+@pytest.mark.parametrize("path", ["../private/client/*.jsonl", "/data/client/*.jsonl", "data/deep/client/*.jsonl"])
+def test_of_a_path_or_glob_the_last_part_alone_is_shown(path):
+    assert shown(path) == "*.jsonl" and shown("me/set:config") == "me/set:config" and shown("hh") == "hh"
 
 
 def test_the_front_matter_names_what_is_on_the_hub():
