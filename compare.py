@@ -210,7 +210,7 @@ def ask_judge(command: str, questions: Sequence[dict[str, Any]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Texts of A and B for the same prompts, and what the judge said when A's text was shown first, and second.
+    """Texts of A and B for the same prompts, and what the judge answered when A's text was shown first, and second.
 
     swapped holds the judge's own words, so that its "A" is B's text.
     """
@@ -243,7 +243,7 @@ class Comparison:
         lengths, others = ([len(text) for text in texts] for texts in (self.a, self.b))
         rates = {"Win rate of A": win_rate(scores)}
         rates["Length-controlled win rate of A"] = length_controlled(scores, lengths, others)
-        said = [*self.answers, *self.swapped]
+        given = [*self.answers, *self.swapped]
         consistent = (("A", "B"), ("B", "A"), ("tie", "tie"))
         moved = sum(pair not in consistent for pair in zip(self.answers, self.swapped, strict=True))
         return [
@@ -251,7 +251,7 @@ class Comparison:
             f" equal on {scores.count(0.5)}",
             *(f"{name}: {r.value:.1%}, 95% interval {r.low:.1%} to {r.high:.1%}" for name, r in rates.items()),
             f"Mean length: A {sum(lengths) / n:.0f}, B {sum(others) / n:.0f} characters",
-            f"The judge preferred the text shown first {said.count('A')} times, the second {said.count('B')} times;"
+            f"The judge preferred the text shown first {given.count('A')} times, the second {given.count('B')} times;"
             f" its answer depends on the order for {moved} prompts",
         ]
 

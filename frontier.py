@@ -15,7 +15,7 @@ from dpo.errors import UserError, exit_on_error
 from report import RunFiles, render, run_files, settings, write_page
 
 KL = "diagnosis/kl"
-NAMES = ("exp_name", "local_run_dir", "seed")  # settings that do not tell a curve from another
+NAMES = ("exp_name", "local_run_dir", "seed")  # settings by which curves do not differ
 COLUMNS = {
     "loss": "loss/eval",
     "accuracy": "rewards_eval/accuracies",

@@ -39,7 +39,7 @@ class Row(NamedTuple):
     """A row as a prompt with its responses, (chosen, rejected) or (target,): all of them texts, or all messages.
 
     every_target: SFT trains on each distinct target of the prompt, not on the last one alone. tools are the functions
-    that a conversation may call, scores those of the responses; label says whether the one response is desirable.
+    that a conversation may call, scores those of the responses; label is whether the one response is desirable.
     """
 
     prompt: str | list[Message]

@@ -44,7 +44,7 @@ class TextExample(NamedTuple):
     """A prompt with one response or two (chosen, rejected), as text; row is its number in the data set.
 
     truncation names the end of an over-long prompt that is kept; a rendered conversation loses whole turns instead.
-    scores are those of the two responses where the data set has some, chosen first; label says of one response whether
+    scores are those of the two responses where the data set has some, chosen first; label is of one response whether
     it is desirable, where the data set does.
     """
 

@@ -1,4 +1,4 @@
-"""The model card of an export, README.md, as the Hub reads it; what an own folder's path would tell is left out."""
+"""The model card of an export, README.md, as the Hub reads it; of a path on this machine it has the last part."""
 
 import inspect
 from collections.abc import Mapping

@@ -50,6 +50,7 @@ class LibraryTracker(Tracker):
     """Sends metrics to a library; whatever that raises is printed once and never reaches the training."""
 
     name: str
+    library: Any  # wandb, or a module with the same names
     run: Any = None  # None: switched off
 
     @contextmanager
@@ -61,10 +62,32 @@ class LibraryTracker(Tracker):
             self.run = None
             log_message(f"{self.name}: switched off after {type(error).__name__}: {summarize_error(error)}")
 
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        if self.run is not None:
+            with self.guard():
+                self.send(metrics, step)
+
+    def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
+        if self.run is not None:
+            with self.guard():
+                self.send_table(name, step, columns, rows)
+
     def finish(self) -> None:
         if self.run is not None:
             with self.guard():
-                self.run.finish()
+                self.close()
+
+    def send(self, metrics: dict[str, Any], step: int) -> None:
+        """Give the library some metrics."""
+        self.run.log(metrics, step=step)
+
+    def send_table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
+        """Give the library a table."""
+        self.send({name: self.library.Table(columns=list(columns), data=[list(row) for row in rows])}, step)
+
+    def close(self) -> None:
+        """End the library's run."""
+        self.run.finish()
 
 
 class WandbTracker(LibraryTracker):
@@ -80,6 +103,7 @@ class WandbTracker(LibraryTracker):
         with self.guard():
             import wandb  # slow to import, and not needed by runs that switch it off
 
+            self.library = wandb
             mode = os.environ.get("WANDB_MODE", "online")
             mode = "offline" if mode == "online" and not can_reach_wandb(wandb) else mode
             settings = {**settings, "dir": str(run_dir), "settings": wandb.Settings(init_timeout=3, silent=True)}
@@ -93,18 +117,6 @@ class WandbTracker(LibraryTracker):
             if mode == "offline":
                 folders = " ".join(map(str, wandb_folders(run_dir)))
                 log_message(f"wandb: no key or no network, so it records offline; to upload it: wandb sync {folders}")
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        if self.run is not None:
-            with self.guard():
-                self.run.log(metrics, step=step)
-
-    def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
-        if self.run is not None:
-            with self.guard():
-                import wandb
-
-                self.run.log({name: wandb.Table(columns=list(columns), data=list(rows))}, step=step)
 
 
 def wandb_folders(run_dir: Path) -> list[Path]:
@@ -135,23 +147,17 @@ class TensorBoardTracker(LibraryTracker):
             purge_step = None if resumed_at is None else resumed_at + 1
             self.run = SummaryWriter(run_dir / "tensorboard", purge_step=purge_step)
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        if self.run is not None:
-            with self.guard():
-                for name, value in metrics.items():
-                    self.run.add_scalar(name, value, step)
+    def send(self, metrics: dict[str, Any], step: int) -> None:
+        for name, value in metrics.items():
+            self.run.add_scalar(name, value, step)
 
-    def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
-        if self.run is not None:
-            with self.guard():
-                lines = [columns, ["---"] * len(columns), *rows]
-                cells = [[str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line] for line in lines]
-                self.run.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
+    def send_table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
+        lines = [columns, ["---"] * len(columns), *rows]
+        cells = [[str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line] for line in lines]
+        self.run.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
 
-    def finish(self) -> None:
-        if self.run is not None:
-            with self.guard():
-                self.run.close()
+    def close(self) -> None:
+        self.run.close()
 
 
 class TrackioTracker(LibraryTracker):
@@ -164,18 +170,6 @@ class TrackioTracker(LibraryTracker):
         with self.guard():
             import trackio
 
+            self.library = trackio
             resume = "allow" if is_resumed else "never"
             self.run = trackio.init(project=project, name=run_dir.name, config=config, resume=resume, embed=False)
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        if self.run is not None:
-            with self.guard():
-                self.run.log(metrics, step=step)
-
-    def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
-        if self.run is not None:
-            with self.guard():
-                import trackio
-
-                table = trackio.Table(columns=list(columns), data=[list(row) for row in rows])
-                self.run.log({name: table}, step=step)

@@ -181,17 +181,22 @@ BATCH_LOSSES = {
 }
 
 
+def golden_texts(split):
+    """Yield prompt, chosen and rejected response of the goldens' dialogues."""
+    for row in golden_rows(split):
+        n = row["chosen"].rindex("\n\nAssistant:") + len("\n\nAssistant:")
+        yield row["chosen"][:n], row["chosen"][n:], row["rejected"][n:]
+
+
 def labelled_rows(folder):
     """Write the goldens' responses as rows with a label, those of every third prompt both, and return their setting."""
     folder.mkdir()
     for split in ("train", "test"):
         rows = []
-        for i, row in enumerate(golden_rows(split)):
-            prompt, chosen = row["chosen"].rsplit("\n\nAssistant:", 1)
-            rejected = row["rejected"][len(prompt) + len("\n\nAssistant:") :]
+        for i, (prompt, chosen, rejected) in enumerate(golden_texts(split)):
             found = [(chosen, True), (rejected, False)]
             found = found if i % 3 == 0 else found[i % 2 :][:1]
-            rows += [{"prompt": f"{prompt}\n\nAssistant:", "completion": text, "label": v} for text, v in found]
+            rows += [{"prompt": prompt, "completion": text, "label": v} for text, v in found]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return f"datasets=['{folder}']"
 
@@ -352,11 +357,9 @@ def scored_rows(folder):
     folder.mkdir()
     for split in ("train", "test"):
         rows = []
-        for i, row in enumerate(golden_rows(split)):
-            prompt, chosen = row["chosen"].rsplit("\n\nAssistant:", 1)
-            rejected = row["rejected"][len(prompt) + len("\n\nAssistant:") :]
+        for i, (prompt, chosen, rejected) in enumerate(golden_texts(split)):
             scores = {"score_chosen": i % 6 / 2 + 1.5, "score_rejected": 1}
-            rows.append({"prompt": f"{prompt}\n\nAssistant:", "chosen": chosen, "rejected": rejected} | scores)
+            rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected} | scores)
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
