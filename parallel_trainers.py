@@ -11,15 +11,14 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
 
 from dpo.checkpoints import random_states, set_random_states
 from dpo.distributed import ProcessGroup, Ranks
 from dpo.logps import ResponseLogps
-from dpo.parallel import distinct_tensors, full_weights, reshard, shard
+from dpo.parallel import clip_gradient, distinct_tensors, full_weights, reshard, shard
 from dpo.settings import Settings
 from dpo.shards import load_shards, save_shards
-from dpo.tensor_parallel import clip_gradient, parallelize
+from dpo.tensor_parallel import parallelize
 from trainers import BasicTrainer
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -38,8 +37,7 @@ class FSDPTrainer(BasicTrainer):
 
     def clip_gradient(self) -> torch.Tensor:
         """Clip the gradient of all shards, and return the norm of the whole."""
-        norm = super().clip_gradient()
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return clip_gradient(self.policy.trained_parameters(), self.settings.max_grad_norm)
 
     def tensors(self) -> dict[str, Any]:
         """Write the shards of policy and optimizer, each rank its own, and return their folder and checksums."""
@@ -92,10 +90,6 @@ class TensorParallelTrainer(FSDPTrainer):
         assert isinstance(ranks, ProcessGroup)
         parallelize(module.model, ranks.mesh["tensor"])
         return FSDPTrainer.prepare(module, settings, ranks, dtype)
-
-    def clip_gradient(self) -> torch.Tensor:
-        """Clip the gradient of all parts, of split and of whole layers, and return the norm of the whole."""
-        return clip_gradient(self.policy.trained_parameters(), self.settings.max_grad_norm)
 
 
 TRAINERS: dict[str, type[BasicTrainer]] = {

@@ -1,5 +1,7 @@
 """Sharding a module over devices: FSDP2, HSDP or replicas, by PyTorch's own fully_shard and replicate."""
 
+from collections import defaultdict
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -96,3 +98,17 @@ def full_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
         if keep:
             weights[name] = whole if first == name else weights[first]
     return weights
+
+
+def clip_gradient(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients in place to at most max_norm, whatever meshes they lie on, and return their norm before that."""
+    meshes: dict[DeviceMesh | None, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            meshes[getattr(parameter.grad, "device_mesh", None)].append(parameter.grad)
+    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in meshes.values()]
+    norm = torch.stack([part.full_tensor() if isinstance(part, DTensor) else part for part in norms]).norm()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).item()  # as torch.nn.utils.clip_grad_norm_
+    for gradients in meshes.values():
+        torch._foreach_mul_(gradients, scale)
+    return norm

@@ -6,14 +6,11 @@ work. Embeddings, norms and the head are computed whole on every rank.
 """
 
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
-import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -55,17 +52,3 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     plan = model.config.get_text_config().base_model_tp_plan or {}
     parallelize_module(model.base_model, mesh, {name: STYLES[style]() for name, style in plan.items()})
-
-
-def clip_gradient(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients in place to at most max_norm, whatever meshes they lie on, and return their norm before that."""
-    meshes: dict[DeviceMesh, list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
-        if isinstance(parameter.grad, DTensor):
-            meshes[parameter.grad.device_mesh].append(parameter.grad)
-    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in meshes.values()]
-    norm = torch.stack([part.full_tensor() if isinstance(part, DTensor) else part for part in norms]).norm()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).item()  # as torch.nn.utils.clip_grad_norm_
-    for gradients in meshes.values():
-        torch._foreach_mul_(gradients, scale)
-    return norm

@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from tiny_models import tiny, tiny_config
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from dpo.tensor_parallel import clip_gradient, parallelize, plan_problem
+from dpo.tensor_parallel import parallelize, plan_problem
 
 SPLIT = ("Llama", "Qwen2", "Qwen3", "GPTNeoX", "Gemma2", "Gemma3Text", "Phi3", "Olmo2")
 
@@ -46,24 +45,3 @@ def compare_gradients(rank: int, n: int, folder: Path) -> None:
 
 def test_ranks_that_share_the_layers_of_a_model_compute_the_gradient_of_one_process(tmp_path):
     run_ranks(2, compare_gradients, tmp_path)
-
-
-def clip_on_two_meshes(rank: int, n: int, folder: Path) -> None:
-    """Assert that a gradient of (3, 4) is clipped to norm 1, whichever meshes its parts lie on."""
-    dist.init_process_group("gloo")
-    both = init_device_mesh("cpu", (1, n), mesh_dim_names=("shard", "tensor"))
-    parameters = []
-    for value, mesh, placements in ((3.0, both, [Replicate(), Shard(0)]), (4.0, both["shard"], [Shard(0)])):
-        whole = torch.full((4,), value / 2)  # of norm `value`
-        parameters.append(torch.nn.Parameter(distribute_tensor(whole, mesh, placements)))
-        parameters[-1].grad = distribute_tensor(whole.clone(), mesh, placements)
-    for expected_norm, max_norm, factor in ((5.0, 10.0, 1.0), (5.0, 1.0, 0.2)):
-        norm = clip_gradient(parameters, max_norm)
-        assert norm.item() == pytest.approx(expected_norm)
-        for parameter in parameters:
-            expected = factor * parameter.detach().full_tensor()
-            torch.testing.assert_close(parameter.grad.full_tensor(), expected, rtol=1e-5, atol=0)
-
-
-def test_the_gradient_is_clipped_by_the_norm_over_all_meshes(tmp_path):
-    run_ranks(2, clip_on_two_meshes, tmp_path)
