@@ -20,16 +20,16 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dpo.adapters import AdapterWeights, add_adapter
 from dpo.archives import weights_checksum
-from dpo.attention import attention_kinds
+from dpo.budgets import fit_budget
 from dpo.chat import Rendering
 from dpo.console import log_message
-from dpo.devices import autocast, compute_dtype, limit_onednn_cache, pick_device, platform, tokens_per_pass
+from dpo.devices import autocast, compute_dtype, limit_onednn_cache, pick_device, tokens_per_pass
 from dpo.errors import actionable_errors, raise_problems
 from dpo.examples import BatchIterator, TextExample, Tokenization, bos_note
 from dpo.export import AllWeights
 from dpo.forecast import forecast
 from dpo.inspection import inspect
-from dpo.layouts import LayoutChoice, choose_layout
+from dpo.layouts import LayoutChoice, choose_layout, recorded_layout
 from dpo.logps import ResponseLogps
 from dpo.metrics import make_logger
 from dpo.models import (
@@ -44,7 +44,7 @@ from dpo.models import (
 )
 from dpo.objectives import Loss
 from dpo.optimizers import bfloat16_note, optimizer_problems
-from dpo.packing import LAYOUTS, Packer
+from dpo.packing import Packer
 from dpo.parallel import reshard
 from dpo.references import (
     AdapterReference,
@@ -199,8 +199,9 @@ def build_trainer(
 ) -> BasicTrainer:
     """Load the models and build the trainer, which stands where the run directory's checkpoint left it, if any."""
     signals = run.ranks.agree(signals or Signals())
+    known = None if run.checkpoint is None else recorded_layout(run.checkpoint.states, inputs.device)
     with actionable_errors(LOADING):
-        models = load_models(settings, loss, inputs, known_layout(run, inputs.device))
+        models = load_models(settings, loss, inputs, known)
     if inputs.stops:
         add_stops(models.policy.model.generation_config, inputs.stops)
     if note := bfloat16_note(models.policy.trained_parameters(), settings.lr, settings.optimizer):
@@ -209,6 +210,11 @@ def build_trainer(
     run.ranks.check_same(lambda: found | {"the policy's weights": weights_checksum(models.policy.model.state_dict())})
     batches = {"the training data": inputs.train_batches, "the evaluation data": inputs.eval_batches}
     run.identify(found, {name: partial(own.fingerprint, by_text=True) for name, own in batches.items()})
+    if settings.max_tokens_per_pass == "fit":
+        models = replace(
+            models, packer=fit_budget(settings, models.policy, models.packer, inputs.train_batches, models.dtype)
+        )
+        run.config.max_tokens_per_pass = models.packer.max_tokens  # with which the run is resumed
     run.create()
     prepare = partial(TRAINERS[settings.trainer].prepare, settings=settings, ranks=run.ranks, dtype=models.dtype)
     models = replace(models, policy=prepare(models.policy))
@@ -250,18 +256,6 @@ def dry_run(settings: Settings, loss: Loss, inputs: Inputs, config: DictConfig, 
         trainer = build_trainer(settings, loss, inputs, run, signals)
         with actionable_errors(NO_MEMORY):
             forecast(trainer)
-
-
-def known_layout(run: RunDir, device: torch.device) -> LayoutChoice | None:
-    """Return the layout that the run chose, if it is resumed on the same device with the same versions."""
-    try:
-        stored = {} if run.checkpoint is None else run.checkpoint.states["run"]["surroundings"]
-        layout, attention = stored["the layout"].removesuffix(" attention").split(", ")
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return None
-    unchanged = all(stored.get(name) == value for name, value in platform(device).items())
-    is_known = layout in LAYOUTS and attention in (*attention_kinds(device), "sdpa", "eager")
-    return LayoutChoice(layout, attention) if unchanged and is_known else None
 
 
 def identity(loss: Loss, inputs: Inputs, models: Models) -> dict[str, str]:

@@ -226,6 +226,8 @@ def parallel_problems(valid: Mapping[str, Any], check: Check) -> None:
     check("lora.r", lambda r: r is not None, words)
     words = f"trainer={trainer} cannot round sharded parameters stochastically yet; set it to float32"
     check("model.policy_dtype", lambda dtype: dtype == "bfloat16", words)
+    words = "is measured on one device; give a number of tokens, or auto"
+    check("max_tokens_per_pass trainer", lambda tokens, _: tokens == "fit", words)
     words = f"trainer={trainer} gives every process a GPU of its own, or the CPU; set it to auto, cuda or cpu"
     check("device", lambda name: name not in ("auto", "cuda", "cpu"), words)
     if launched != "1":

@@ -83,9 +83,9 @@ def limit_onednn_cache() -> None:
         os.environ.setdefault(name, "64")  # a pass uses about 30 shapes
 
 
-def tokens_per_pass(setting: int | Literal["auto"], device: torch.device) -> int:
-    """Resolve max_tokens_per_pass to a number of tokens."""
-    return TOKENS_PER_PASS[device.type] if setting == "auto" else setting
+def tokens_per_pass(setting: int | Literal["auto", "fit"], device: torch.device) -> int:
+    """Resolve max_tokens_per_pass to a number of tokens, with which fit begins its search."""
+    return setting if isinstance(setting, int) else TOKENS_PER_PASS[device.type]
 
 
 # Memory

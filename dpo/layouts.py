@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from dpo.attention import attention_kinds, torch_attention, use_attention
 from dpo.console import log_message
+from dpo.devices import platform
 from dpo.errors import is_out_of_memory, summarize_error
 from dpo.examples import TokenizedExample
 from dpo.logps import ResponseLogps
@@ -66,6 +68,18 @@ def use_attention_in(models: Sequence[ResponseLogps], kind: str) -> None:
     """Switch all models to a kind of attention."""
     for wrapped in models:
         use_attention(wrapped.model, kind)
+
+
+def recorded_layout(states: Any, device: torch.device) -> LayoutChoice | None:
+    """Return the layout that a checkpoint's run chose, if it computed on such a device with the versions of now."""
+    try:
+        recorded = states["run"]["surroundings"]
+        layout, attention = recorded["the layout"].removesuffix(" attention").split(", ")
+        unchanged = all(recorded.get(name) == value for name, value in platform(device).items())
+    except (AttributeError, KeyError, TypeError, ValueError):  # forged, or of an earlier version
+        return None
+    is_known = layout in LAYOUTS and attention in (*attention_kinds(device), "sdpa", "eager")
+    return LayoutChoice(layout, attention) if unchanged and is_known else None
 
 
 class LayoutCheck:

@@ -142,8 +142,8 @@ class Settings(Group):
     device: str = Field(pattern=r"^(auto|cuda(:\d+)?|mps|cpu)$", description="one of auto, cuda, cuda:N, mps, cpu")
     precision: Literal["auto", "float32", "bfloat16"]
     layout: Literal["shared_prefix", "padded"]
-    max_tokens_per_pass: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] = Field(
-        description="auto, or a whole number of tokens"
+    max_tokens_per_pass: Annotated[int, Field(strict=True, ge=1)] | Literal["auto", "fit"] = Field(
+        description="auto, fit, or a whole number of tokens"
     )
     batch_size: int = whole("examples", ge=1)
     gradient_accumulation_steps: int = whole("parts", ge=1)

@@ -1,0 +1,139 @@
+"""max_tokens_per_pass=fit: the largest token budget whose passes fit into the device's memory."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from dpo.checkpoints import random_states, set_random_states
+from dpo.console import log_message
+from dpo.devices import autocast, peak_memory, reset_peak_memory
+from dpo.errors import UserError, is_out_of_memory
+from dpo.examples import BatchIterator, TokenizedExample
+from dpo.logps import ResponseLogps, response_logps
+from dpo.models import recompute_activations
+from dpo.optimizers import OptimizerOptions, make_optimizer
+from dpo.packing import LAYOUTS, PackedBatch, Packer
+from dpo.settings import Settings
+
+SHARE = {"cuda": 0.9, "cpu": 0.8}  # of the memory that is there: malloc's pieces and sampling need the rest
+SEEN = 2_000  # training examples among which the part of a batch with the most tokens is looked for
+CLOSE = 1.05  # a budget is not raised by less
+
+
+def fit_budget(
+    settings: Settings, policy: ResponseLogps, packer: Packer, batches: BatchIterator, dtype: torch.dtype
+) -> Packer:
+    """Return the packer with the largest budget that fits, by passes over the training data; nothing is trained.
+
+    Raises UserError on a device whose peak memory cannot be measured.
+    """
+    if packer.device.type == "mps" or not reset_peak_memory(packer.device):
+        raise UserError("max_tokens_per_pass=fit: the peak memory cannot be measured here; give a number, or auto")
+    heaviest = heaviest_part(batches, settings.gradient_accumulation_steps, packer.layout)
+    most = LAYOUTS[packer.layout].cost(heaviest)
+    limit = int(available_memory(packer.device) * SHARE[packer.device.type])
+    log_message(f"max_tokens_per_pass=fit: trying passes of up to {most:,} tokens ...")
+
+    def measure(budget: int) -> float:
+        passes = replace(packer, max_tokens=budget)(heaviest)
+        return peak_of_pass(policy, max(passes, key=lambda one: one.inputs["input_ids"].numel()), dtype)
+
+    with training_state(settings, policy, packer.device):
+        measure(1)  # makes the gradients, which lie beside the activations of all passes but the first
+        budget, used = largest_budget(measure, min(packer.max_tokens, most), most, limit)
+    log_message(f"max_tokens_per_pass={budget}: its passes need {used / 1e9:.2f} of {limit / 1e9:.2f} GB.")
+    return replace(packer, max_tokens=budget)
+
+
+def largest_budget(measure: Callable[[int], float], start: int, most: int, limit: float) -> tuple[int, float]:
+    """Return the largest budget up to most whose measured bytes are within the limit, and those bytes.
+
+    No budget is tried for which a straight line through the two before it leaves the limit, nor more than twice a
+    fitting one, so that a CPU's memory is never exceeded by much. The smallest budget is returned even if it does not
+    fit: the run then fails with the settings that need less.
+    """
+    low, used = 0, 0.0
+    ceiling, budget = most, max(1, start // 2)
+    while True:
+        found = measure(budget)
+        if found > limit:
+            if budget == 1:
+                return budget, found
+            ceiling = budget - 1
+            budget = (low + ceiling) // 2 if low else budget // 2
+        else:
+            slope = (found - used) / (budget - low) if low else 0.0
+            room = int((limit - found) / slope) if slope > 0 else budget
+            low, used = budget, found
+            budget = min(ceiling, low + min(low, room))
+        if low and budget < CLOSE * low:
+            return low, used
+
+
+def heaviest_part(batches: BatchIterator, n_parts: int, layout: str) -> Sequence[TokenizedExample]:
+    """Return the part of a training batch that costs the most tokens, among those of the first SEEN examples."""
+    size = batches.batch_size // n_parts
+    n_batches = -(-SEEN // batches.batch_size)
+    parts = (
+        batch.examples[start : start + size]
+        for batch in islice(batches.from_start(), n_batches)
+        for start in range(0, len(batch.examples), size)
+    )
+    return max(parts, key=LAYOUTS[layout].cost)
+
+
+def peak_of_pass(policy: ResponseLogps, batch: PackedBatch, dtype: torch.dtype) -> float:
+    """Return the peak memory of a forward and a backward pass, in bytes; infinity where it is out of memory."""
+    device = batch.targets.device
+    reset_peak_memory(device)
+    try:
+        with autocast(policy.model.dtype, dtype, device):
+            response_logps(policy, batch).sums.sum().backward()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return math.inf
+    return peak_memory(device)
+
+
+@contextmanager
+def training_state(settings: Settings, policy: ResponseLogps, device: torch.device) -> Iterator[None]:
+    """Hold what lies beside activations in training, an optimizer's state, and compute as in training; undo both."""
+    states, was_training = random_states(), policy.training
+    parameters = policy.trained_parameters()
+    optimizer = make_optimizer(settings.optimizer, parameters, 0.0, OptimizerOptions.of(settings, policy))
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # of a learning rate of 0, so that the weights stay as they are
+    policy.train()
+    if settings.activation_checkpointing:
+        recompute_activations(policy.model)
+    try:
+        yield
+    finally:
+        if settings.activation_checkpointing:
+            recompute_activations(policy.model, on=False)
+        policy.train(was_training)
+        optimizer.zero_grad(set_to_none=True)
+        set_random_states(states)
+        del optimizer
+        reset_peak_memory(device)
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the bytes that this process holds or can still get on a device, within its control group's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    held = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found is not None, "/proc/meminfo has MemAvailable since Linux 3.14"
+    limits = [held + 1024 * int(found[1])]
+    with suppress(OSError, ValueError):  # no control group of version 2, or "max"
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
