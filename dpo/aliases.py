@@ -144,9 +144,9 @@ TABLE: tuple[tuple[str, Answer], ...] = (
     (
         "use_qlora qlora load_in_4bit quantization quantization_bit quantization_config bnb_4bit_quant_type"
         " bnb_4bit_compute_dtype",
-        Note(f"use lora=default lora.quantize=nf4, which needs CUDA and bitsandbytes; {LESS_MEMORY}"),
+        Note(f"use lora=default lora.quantize=nf4, which needs bitsandbytes; {LESS_MEMORY}"),
     ),
-    ("load_in_8bit", Note("weights of 8 bits are not supported; use lora=default lora.quantize=nf4, on CUDA")),
+    ("load_in_8bit", Note("weights of 8 bits are not supported; use lora=default lora.quantize=nf4")),
     ("peft_config lora_config", Note("use lora=default; `python train.py --help lora` lists its settings")),
     (
         "modules_to_save additional_target",

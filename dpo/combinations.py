@@ -167,8 +167,8 @@ def lora_problems(valid: Mapping[str, Any]) -> list[str]:
         and valid.get("lora.init") != "kaiming",
         "lora.quantize=nf4: needs the library bitsandbytes; pip install bitsandbytes": quantized
         and not is_installed("bitsandbytes"),
-        "lora.quantize=nf4: needs a CUDA device; use device=auto or device=cuda": quantized
-        and valid.get("device") not in ("auto", "cuda"),
+        "lora.quantize=nf4: has no kernels for MPS; use device=cuda or device=cpu": quantized
+        and valid.get("device") == "mps",
         "lora.quantize=nf4 lora.use_dora=true: are not computed together; set one of them to its default": quantized
         and valid.get("lora.use_dora"),
         f"lora.quantize=nf4 {' '.join(own_weights)}: only weights of model.name_or_path can be quantized": quantized

@@ -73,8 +73,8 @@ def model_problems(
 ) -> list[str]:
     """Return one line for each way in which the settings, the model, the tokenizer and the device do not fit."""
     problems = []
-    if settings.lora is not None and settings.lora.quantize and device.type != "cuda":
-        problems.append(f"lora.quantize={settings.lora.quantize}: needs a CUDA device, and this one is {device.type}")
+    if settings.lora is not None and settings.lora.quantize and device.type == "mps":
+        problems.append(f"lora.quantize={settings.lora.quantize}: has no kernels for MPS; set device=cpu")
     text_config = config.get_text_config()
     positions, name = max_positions(text_config), settings.model.name_or_path
     if positions and settings.max_length > positions:

@@ -75,7 +75,7 @@ def optimizer_class(name: str) -> Callable[..., Optimizer]:
     try:
         from torchao.optim import AdamW8bit
     except ImportError:
-        from bitsandbytes.optim import AdamW8bit as Bitsandbytes
+        from bitsandbytes.optim import AdamW8bit as Bitsandbytes  # type: ignore[attr-defined]  # not in __all__
 
         return Bitsandbytes
     return partial(AdamW8bit, bf16_stochastic_round=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TINY, compose, inputs_of, validated
+from conftest import GOLDENS, ROOT, TINY, compose, inputs_of, validated, without_measurements
 from tiny_models import EXAMPLES, PLENTY, sums_of_logps, tiny
 
 from dpo import adapters, combinations
@@ -483,7 +483,7 @@ def test_a_forged_adapter_is_refused_in_one_line():
             "lora.quantize=nf4 lora.export_merged=true: ",
         ),
         (("lora.quantize=nf4", "device=auto", "model.from_scratch=true"), "lora.quantize=nf4 model.from_scratch: only"),
-        (("lora.quantize=nf4",), "lora.quantize=nf4: needs a CUDA device"),
+        (("lora.quantize=nf4", "device=mps"), "lora.quantize=nf4: has no kernels for MPS"),
         (("push_to_hub=me/name",), "push_to_hub: this machine alone has the adapter's base, "),
         (
             ("push_to_hub=me/name", "lora.export_merged=true"),
@@ -502,9 +502,88 @@ def test_quantizing_needs_its_library_and_the_device_that_auto_finds(monkeypatch
     monkeypatch.setattr(combinations, "is_installed", lambda library: library == "peft")
     assert problems(*nf4) == ["lora.quantize=nf4: needs the library bitsandbytes; pip install bitsandbytes"]
     monkeypatch.setattr(combinations, "is_installed", lambda library: True)
-    monkeypatch.setattr("build.pick_device", lambda name: torch.device("cpu"))
-    with pytest.raises(UserError, match="lora.quantize=nf4: needs a CUDA device, and this one is cpu"):
+    monkeypatch.setattr("build.pick_device", lambda name: torch.device("mps"))
+    with pytest.raises(UserError, match="lora.quantize=nf4: has no kernels for MPS"):
         make_trainer("loss=dpo", *LORA, *nf4)
+
+
+# Quantized weights
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> str:
+    """Return the folder of a tiny Llama whose linear layers are as wide as a block of NF4 or wider."""
+    folder = tmp_path_factory.mktemp("llama")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(GOLDENS / "tiny-gpt2")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+NF4 = ("loss=dpo", *LORA, "lora.quantize=nf4")
+HALF_STEP = 0.152  # half the widest gap, from -1 to -0.696, between NF4's levels from -1 to 1: arXiv 2305.14314
+
+
+def steps(trainer, n: int) -> list[dict[str, float]]:
+    """Make n updates and return their metrics without times."""
+    batches = zip(trainer.train_batches, range(n), strict=False)
+    return [without_measurements(trainer.train_step(batch)) for batch, _ in batches]
+
+
+def test_quantized_layers_have_4_bits_and_are_near_the_weights_that_they_stand_for(llama, make_trainer):
+    trainer = make_trainer(*NF4, f"model.name_or_path='{llama}'")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    layers = {name: m for name, m in trainer.policy.model.named_modules() if type(m).__name__ == "Linear4bit"}
+    layers = {name: layer for name, layer in layers.items() if name.endswith("base_layer")}
+    assert len(layers) == 2 * 7 and not any(p.requires_grad for m in layers.values() for p in [m.weight])
+    for name, layer in layers.items():
+        weight = plain.get_submodule(name.removesuffix(".base_layer")).weight
+        assert layer.weight.numel() == weight.numel() / 2 and layer.weight.dtype == torch.uint8
+        error = (dequantized(layer) - weight).flatten().view(-1, 64)
+        largest = weight.flatten().view(-1, 64).abs().amax(1)  # of each block, by which its numbers are scaled
+        assert (error.abs().amax(1) <= 1.05 * HALF_STEP * largest).all() and error.abs().max() > 0
+
+
+def dequantized(layer) -> torch.Tensor:
+    """Return the weights of a layer of bitsandbytes, as its products see them."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight, layer.weight.quant_state)
+
+
+def test_a_quantized_run_begins_at_margin_0_trains_and_resumes_bit_for_bit(llama, make_trainer, tmp_path):
+    whole = make_trainer(*NF4, f"model.name_or_path='{llama}'", "lora.dropout=0.1")
+    expected = steps(whole, 4)
+    assert whole.reference is not None and expected[-1]["loss/train"] < expected[0]["loss/train"]
+    plain = make_trainer(*NF4, f"model.name_or_path='{llama}'")
+    assert steps(plain, 1)[0]["rewards_train/margins"] == 0.0
+    stopped = make_trainer(*NF4, f"model.name_or_path='{llama}'", "lora.dropout=0.1")
+    before = steps(stopped, 2)
+    stopped.save()
+    states = read_checkpoint((stopped.run.path / "LATEST").resolve())
+    resumed = make_trainer(*NF4, f"model.name_or_path='{llama}'", "lora.dropout=0.1")
+    resumed.load_state_dict(states)
+    assert before + steps(resumed, 2) == expected
+
+
+@OLD_NAME
+def test_the_export_of_a_quantized_run_is_the_adapter_on_the_quantized_model(llama, make_trainer):
+    from peft import PeftModel
+
+    trainer = make_trainer(*NF4, f"model.name_or_path='{llama}'")
+    steps(trainer, 2)
+    move(trainer.weights)
+    trainer.save()
+    trainer.export({})
+    nf4 = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = transformers.AutoModelForCausalLM.from_pretrained(llama, quantization_config=nf4, device_map={"": "cpu"})
+    policy = logits_of(trainer.policy.model)
+    assert (logits_of(base) - policy).abs().max() > 0.01
+    opened = PeftModel.from_pretrained(base, trainer.run.path / "LATEST" / "hf")
+    assert (logits_of(opened) - policy).abs().max() < 1e-4 * policy.abs().max()
 
 
 def test_a_learning_rate_for_all_weights_gets_a_line_of_advice(make_trainer, capsys):

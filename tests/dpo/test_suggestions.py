@@ -98,7 +98,7 @@ def test_the_batch_size_of_the_examples_is_the_default():
         ("lora_target", "all", "use lora.targets=auto"),
         ("lora.rank", "8", "use lora.r=8, with lora=default"),
         ("lora.any_thing", "8", "`python train.py --help lora` lists all of them"),
-        ("load_in_4bit", "true", "use lora=default lora.quantize=nf4, which needs CUDA and bitsandbytes"),
+        ("load_in_4bit", "true", "use lora=default lora.quantize=nf4, which needs bitsandbytes"),
         ("deepspeed", "zero3.json", "use trainer=FSDPTrainer, which shards the model over all GPUs"),
         ("n_gpus", "8", "use n_processes=8, with trainer=FSDPTrainer"),
         ("bf16", "true", "use precision=bfloat16"),
