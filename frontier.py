@@ -3,6 +3,7 @@
 python frontier.py SWEEP                            write SWEEP/frontier.html, as a sweep does when it ends
 python frontier.py RUN1 RUN2 …                      write frontier.html here
 python frontier.py SWEEP --judge COMMAND            with a judge's win rate over the reference; compare.py has its form
+python frontier.py SWEEP --svg FILE                 write the first chart to FILE, too
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from dpo.console import guard_streams, log_message
 from dpo.errors import UserError, exit_on_error
+from dpo.figures import Line, line_chart, standalone
 from report import RunFiles, render, run_files, settings, write_page
 
 KL = "diagnosis/kl"
@@ -23,8 +25,8 @@ COLUMNS = {
     "reward of chosen": "rewards_eval/chosen",
     "KL": KL,
 }
-MARGIN = "Reward margin"
-CHARTS = {"Reward accuracy": "rewards_eval/accuracies", MARGIN: "rewards_eval/margins"}
+ACCURACY = "Reward accuracy"
+CHARTS = {ACCURACY: "rewards_eval/accuracies", "Reward margin": "rewards_eval/margins"}
 
 
 def labels(runs: Sequence[RunFiles]) -> list[str]:
@@ -72,26 +74,27 @@ def win_rates(run: RunFiles, command: str) -> tuple[list[float], list[float]]:
     return [x for x, _ in found], [y for _, y in found]
 
 
-def frontier(runs: Sequence[RunFiles], judge: str | None = None) -> str | None:
-    """Return the page of some runs' reward against their KL; None where no run has recorded a KL."""
-    from dpo.figures import Line, line_chart
-
+def charts(runs: Sequence[RunFiles], judge: str | None = None) -> list[str]:
+    """Return the charts of some runs' reward against their KL; none where no run has recorded a KL."""
     names = labels(runs)
     columns = {title: [points(run, metric) for run in runs] for title, metric in CHARTS.items()}
     if judge is not None:
         columns = {"Win rate over the reference, by the judge": [win_rates(run, judge) for run in runs], **columns}
-    charts = []
+    found = []
     for title, curves in columns.items():
         lines = [Line(name, x, y) for name, (x, y) in zip(names, curves, strict=True) if x]
         if lines:
-            share = title != MARGIN
-            charts.append(line_chart(title, lines, share=share, x_label="KL to the reference, nats per response"))
-    if not charts:
-        return None
+            share = title == ACCURACY
+            found.append(line_chart(title, lines, share=share, x_label="KL to the reference, nats per response"))
+    return found
+
+
+def page(runs: Sequence[RunFiles], found: Sequence[str]) -> str:
+    """Return the page of some runs and their charts."""
     return render(
         title="Reward against KL",
         tiles={"runs": len(runs)},
-        charts={"Each point is an evaluation, each curve the course of a run": charts},
+        charts={"Each point is an evaluation, each curve the course of a run": found},
         samples={},
         suspects=[],
         names=[run.name for run in runs],
@@ -99,19 +102,26 @@ def frontier(runs: Sequence[RunFiles], judge: str | None = None) -> str | None:
     )
 
 
-def close_sweep(folder: Path, paths: Sequence[Path], judge: str | None = None) -> None:
-    """Print a line per run of a sweep that has left a run directory, and write frontier.html into its folder."""
+def close_sweep(folder: Path, paths: Sequence[Path], judge: str | None = None, svg: Path | None = None) -> None:
+    """Print a line per run of a sweep that has left a run directory, and write frontier.html into its folder.
+
+    svg is a file for the first chart by itself.
+    """
     runs = [run_files(path) for path in paths if (path / "config.yaml").is_file()]
     if not runs:
         return
     log_message("\n".join(["", *summary(runs)]))
-    page = frontier(runs, judge)
-    if page is None:
+    found = charts(runs, judge)
+    if not found:
         needs = "sample_during_eval=true, and a reference that is a model, so loss.precompute_reference=false"
         log_message(f"No frontier.html: no evaluation recorded a KL (diagnosis/kl), which needs {needs}.")
         return
-    write_page(folder / "frontier.html", page)
-    log_message(f"Wrote {folder / 'frontier.html'}")
+    files = {folder / "frontier.html": page(runs, found)}
+    if svg is not None:
+        files[svg] = standalone(found[0])
+    for path, text in files.items():
+        write_page(path, text)
+        log_message(f"Wrote {path}")
 
 
 def main() -> None:
@@ -120,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN", help="run directories, or the folder of a sweep")
     parser.add_argument("--judge", metavar="COMMAND", help="a command that answers A, B or tie, as for compare.py")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="write the first chart to this file, too")
     options = parser.parse_args()
     paths, folder = options.paths, Path()
     if len(paths) == 1 and not (paths[0] / "config.yaml").is_file():
@@ -127,7 +138,7 @@ def main() -> None:
         paths = sorted(path.parent for path in folder.glob("*/config.yaml"))
         if not paths:
             raise UserError(f"{folder}: is neither a run directory nor the folder of a sweep")
-    close_sweep(folder, paths, options.judge)
+    close_sweep(folder, paths, options.judge, options.svg)
 
 
 if __name__ == "__main__":

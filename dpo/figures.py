@@ -1,4 +1,4 @@
-"""Charts as SVG text that takes its colours from the page around it."""
+"""Charts as SVG text that takes its colours from the page around it, or as a file by itself."""
 
 import html
 import io
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 INK = "#010203"  # what matplotlib draws in this colour takes the text colour of the page
 SERIES = ("#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04", "#0a0a05", "#0a0a06")  # become the page's --series-1 to -6
+FIXED = ("#3f86d6", "#e07b39", "#2f9e6e", "#8f5fbf", "#d0488a", "#7d8590")  # of a file by itself; the last: its text
 MAX_POINTS = 600  # of a line; more would not be seen
 SIZE = (4.6, 2.6)  # inches, of which the SVG keeps the proportion alone
 
@@ -117,3 +118,12 @@ def to_svg(figure: "Figure", label: str) -> str:
     for number, color in enumerate(SERIES, start=1):
         svg = svg.replace(color, f"var(--series-{number})")
     return svg.replace(INK, "currentColor")
+
+
+def standalone(svg: str) -> str:
+    """Return the <svg> of a page as a file by itself, in colours that can be read on white and on black."""
+    for number, color in enumerate(FIXED, start=1):
+        svg = svg.replace(f"var(--series-{number})", color)
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    svg = svg.replace("<svg ", f'<svg {names} font-family="system-ui, sans-serif" ', 1)
+    return svg.replace("currentColor", FIXED[-1])

@@ -4,12 +4,14 @@ import json
 import re
 import shlex
 import sys
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 
 import frontier
 from dpo.errors import UserError
+from dpo.figures import FIXED
 from frontier import close_sweep, labels, points, summary, win_rates
 from report import RunFiles
 
@@ -63,6 +65,16 @@ def test_the_page_has_a_curve_per_value_of_the_swept_setting(tmp_path, capsys):
     assert "<script" not in page and len(page) < 200_000
     out = capsys.readouterr().out
     assert out.splitlines()[1].startswith("loss.beta=0.1: loss 0.5") and f"Wrote {tmp_path / 'frontier.html'}" in out
+
+
+def test_the_first_chart_is_a_file_of_its_own_which_needs_no_page(tmp_path, capsys):
+    runs = [write_run(tmp_path / f"loss.beta={beta}", beta) for beta in (0.1, 0.5)]
+    close_sweep(tmp_path, [run.path for run in runs], svg=tmp_path / "chart.svg")
+    text = (tmp_path / "chart.svg").read_text()
+    root = ElementTree.fromstring(text)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("aria-label") == "Reward accuracy"
+    assert "var(" not in text and "currentColor" not in text and FIXED[0] in text and FIXED[1] in text
+    assert f"Wrote {tmp_path / 'chart.svg'}" in capsys.readouterr().out
 
 
 def test_without_a_recorded_kl_nothing_is_written_and_that_is_said(tmp_path, capsys):

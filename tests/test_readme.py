@@ -60,7 +60,7 @@ def test_every_command_of_the_pages_composes_and_validates(command):
 
 def test_each_run_of_the_pages_sweeps_composes_and_validates():
     sweeps = [command.removeprefix("-m ") for command in COMMANDS if command.startswith("-m ")]
-    assert len(sweeps) == 2
+    assert len(sweeps) == 3
     for command in sweeps:
         (values,) = re.findall(r"=([\d.]+(?:,[\d.]+)+)", command)
         for value in values.split(","):
