@@ -101,7 +101,7 @@ def run_cell(folder: Path, cell: Cell) -> demo.Outcome:
     """Run the cell's SFT, if no cell before did, and its DPO."""
     precision, tokens, seed, factor = cell
     base = folder / f"{precision}-{tokens}-{seed}"
-    shared = [f"seed={seed}", f"precision={precision}", f"max_tokens_per_pass={tokens}", "device=cpu"]
+    shared = [f"seed={seed}", f"precision={precision}", f"max_tokens_per_pass={tokens}", "device=cpu", "report=false"]
     rate = factor * next(float(o.removeprefix("lr=")) for o in demo.STAGES["dpo"] if o.startswith("lr="))
     run_train(base / "sft", [*demo.overrides("sft", base), *shared])
     run = base / f"dpo-{factor:g}"
