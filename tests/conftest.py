@@ -9,7 +9,7 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
@@ -19,6 +19,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive 
 import hydra
 import pytest
 import torch
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import trainers as bpe
@@ -141,16 +144,26 @@ def run_cli(tmp_path):
 
 
 def compose(*overrides: str) -> DictConfig:
-    """Compose the config as the command line does."""
-    return copy.deepcopy(composed(overrides))
+    """Compose the config as the command line does, but each choice of files from config/ only once."""
+    files = tuple(override for override in overrides if (ROOT / "config" / override.partition("=")[0]).is_dir())
+    values = [parse_override(override) for override in ("wandb.enabled=false", *overrides) if override not in files]
+    config = copy.deepcopy(compose_files(files))
+    ConfigLoaderImpl._apply_overrides_to_config(values, config)
+    return config
 
 
-@lru_cache(maxsize=8)  # a trainer is made of settings and of a config, both composed
-def composed(overrides: tuple[str, ...]) -> DictConfig:
-    """Compose the config as the command line does, once for several calls in a row."""
+@cache
+def compose_files(overrides: tuple[str, ...]) -> DictConfig:
+    """Compose the config by Hydra alone."""
     register_resolvers()
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base=None):
-        return hydra.compose("config", overrides=["wandb.enabled=false", *overrides])
+        return hydra.compose("config", overrides=list(overrides))
+
+
+@cache
+def parse_override(override: str) -> Override:
+    """Parse one override as Hydra does."""
+    return OverridesParser.create().parse_override(override)
 
 
 def validated(*overrides: str) -> tuple[Settings, Loss]:

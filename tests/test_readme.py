@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from chat_families import FAMILIES
-from conftest import ROOT, make_loss, read_data, validated
+from conftest import ROOT, compose, compose_files, make_loss, read_data, validated
 
 import preference_datasets
 from dpo.errors import UserError
@@ -90,6 +90,8 @@ def test_the_table_of_losses_has_all_of_them_with_what_they_need_and_their_optio
 @pytest.mark.parametrize("command", ORIGINAL)
 def test_every_command_of_the_original_composes_and_validates(command):
     assert problems_of(command) == []
+    overrides = shlex.split(command)
+    assert compose(*overrides) == compose_files(("wandb.enabled=false", *overrides))
 
 
 RECIPES = re.findall(r"^\| .* \| `((?:loss=\w+ )?datasets=[^`]*)` \|$", PAGES[ROOT / "docs" / "data.md"], re.MULTILINE)
