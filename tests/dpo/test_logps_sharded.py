@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_ranks
 from tiny_models import make_examples, tiny
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -41,7 +42,6 @@ CASES = (
     Case("GPT2", "shared_prefix", float32_head=True, chunk=5),  # its output embeddings are those of the input
     Case("Gemma2", "shared_prefix"),  # the model computes its logits itself
 )
-WORLD_SIZE = 2
 EXAMPLES = make_examples([(9, 5, 3), (4, 2, 8), (13, 1, 6), (2, 7, 7), (11, 3, 2), (5, 5, 9), (8, 2, 2)])
 OWN = (EXAMPLES[:6], EXAMPLES[6:])  # the examples of each rank: three microbatches or more, and one
 WEIGHTS = {example.text: 1.0 + i for i, example in enumerate(EXAMPLES)}  # so that no two examples can be exchanged
@@ -75,10 +75,9 @@ def with_repeats(own: list[PackedBatch]) -> Iterator[tuple[PackedBatch, float, b
         yield own[min(i, len(own) - 1)], float(i < len(own)), i == n - 1
 
 
-def sharded_gradients(rank: int, folder: Path) -> None:
-    """Write the gradient of each case, by parameter, as one of WORLD_SIZE processes computes it with the others."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'init'}", rank=rank, world_size=WORLD_SIZE)
+def sharded_gradients(rank: int, n: int, folder: Path) -> None:
+    """Write the gradient of each case, by parameter, as one of n processes computes it with the others."""
+    dist.init_process_group("gloo")
     for case in CASES:
         module = make_module(case)
         for layer in module.modules():
@@ -93,7 +92,7 @@ def sharded_gradients(rank: int, folder: Path) -> None:
             for batch, weight, last in with_repeats(own):
                 module.set_requires_gradient_sync(last)
                 # FSDP2 averages over the ranks, and gloo knows no other divisor.
-                backward(module, batch, weight * WORLD_SIZE)
+                backward(module, batch, weight * n)
         parameters = dict(module.model.named_parameters())
         assert all(isinstance(parameter, DTensor) for parameter in parameters.values())
         gradients = {name: parameter.grad.full_tensor() for name, parameter in parameters.items()}
@@ -106,7 +105,7 @@ def sharded_gradients(rank: int, folder: Path) -> None:
 def sharded(tmp_path_factory) -> Path:
     """Return the folder with the gradients that two processes computed together."""
     folder = tmp_path_factory.mktemp("sharded")
-    torch.multiprocessing.spawn(sharded_gradients, (folder,), WORLD_SIZE)
+    run_ranks(len(OWN), sharded_gradients, folder)
     return folder
 
 
