@@ -3,21 +3,25 @@ BIN := .venv/bin
 
 .PHONY: demo test soak lint mutants clean
 
+# pip would compile every file of torch and transformers, most of which nobody imports. Python compiles those that are
+# imported, and an empty value lets it keep the result.
+export PYTHONDONTWRITEBYTECODE :=
+
 # .venv is made anew whenever the requirements change; the stamp is written last, so a broken install is not kept.
 .venv/train: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-compile -r requirements.txt
 	touch $@
 
 .venv/dev: .venv/train requirements-dev.txt
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-compile -r requirements-dev.txt
 	touch $@
 
 demo: .venv/train
 	$(BIN)/python demo.py
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --ignore tests/test_trainers_sharded.py --ignore tests/test_trainers_tensor_parallel.py
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/test_trainers_sharded.py --ignore tests/test_trainers_tensor_parallel.py
 	$(BIN)/python -m pytest tests/test_trainers_sharded.py tests/test_trainers_tensor_parallel.py  # apart: each test forks 2 or 4 ranks
 
 soak: .venv/dev
