@@ -60,6 +60,17 @@ def command_line(folder: Path, arguments: tuple[str, ...], *faults: Fault, timeo
     return Run(code, *texts, folder)
 
 
+def run_code(code: str, folder: Path) -> Run:
+    """Run `python -c CODE` in a folder, in a forked child."""
+
+    def instead() -> None:
+        os.chdir(folder)
+        exec(code, {"__name__": "__main__"})
+        sys.exit()
+
+    return command_line(folder, (), instead)
+
+
 def be_the_command_line(arguments: tuple[str, ...], faults: tuple[Fault, ...], out: int, err: int) -> None:
     """Become the command line; never returns."""
     os._exit(run_command_line(arguments, faults, out, err))

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from conftest import ROOT
+from faults import command_line, run_code
 
 import demo
 from dpo.devices import computes_bfloat16_natively
@@ -47,10 +49,8 @@ def test_the_judge_knows_every_review_of_the_demo_and_no_other_text():
 
 def train_demo(base: Path, *extra: str) -> demo.Outcome:
     """Run the demo's two stages with its real settings and some more, on one thread; return what they reached."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for stage in demo.STAGES:
-        command = [sys.executable, "train.py", *demo.overrides(stage, base), *extra]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+        done = command_line(base / stage, (*demo.overrides(stage, base), *extra), timeout=1200)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return demo.read_outcome(base / "dpo")
 
@@ -67,12 +67,14 @@ def test_the_demo_makes_a_policy_that_writes_whole_warm_reviews(tmp_path, counts
         assert outcome.accuracy >= 0.95
         assert 0.35 <= outcome.share("reference", "warm") <= 0.65  # DPO starts from a model that writes both kinds
     monkeypatch.chdir(ROOT)
-    commands = re.findall(r"^  (\S.*)$", demo.next_steps(base), re.MULTILINE)
-    for command in commands:
-        command = command.replace("demo.svg", str(tmp_path / "demo.svg"))
-        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, command + done.stderr
-    assert len(commands) == 2 and (tmp_path / "demo.svg").stat().st_size > 1000
+    ask, draw = re.findall(r"^  (\S.*)$", demo.next_steps(base), re.MULTILINE)
+    python, flag, code = shlex.split(ask)
+    assert (os.path.abspath(python), flag) == (os.path.abspath(sys.executable), "-c")
+    done = run_code(code, ROOT)
+    assert done.returncode == 0 and "How was The Golden Harbour" in done.stdout, done.stderr
+    draw = draw.replace("demo.svg", str(tmp_path / "demo.svg"))
+    done = subprocess.run(["bash", "-c", draw], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and (tmp_path / "demo.svg").stat().st_size > 1000, draw + done.stderr
 
 
 # What is printed

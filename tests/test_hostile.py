@@ -391,11 +391,13 @@ def forged_data(folder: Path) -> tuple[Path, str]:
     return folder, prompt
 
 
-def test_texts_cannot_write_to_the_terminal_and_no_encoding_stops_a_run(run_cli, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+def test_texts_cannot_write_to_the_terminal_and_no_encoding_stops_a_run(tmp_path):
+    def ascii_alone() -> None:
+        sys.stdout.reconfigure(encoding="ascii", errors="strict")
+
     data, prompt = forged_data(tmp_path / "data")
     settings = (*BUSY, "loss=dpo", "eval_every=8", "n_examples=8", f"datasets=['{data}']")
-    result = run_cli(*(setting for setting in settings if not setting.startswith(("wandb", "local_run_dir"))))
+    result = command_line(tmp_path / "run", fresh(tmp_path / "run", *settings), ascii_alone)
     assert result.returncode == 0, result.stderr
     assert "error: forged" in result.stdout and "\\x1b[2J" in result.stdout and "\\u2615" in result.stdout
     assert not [line for line in result.stdout.splitlines() if line.startswith("error")]
@@ -415,6 +417,6 @@ def test_a_run_whose_streams_are_closed_goes_to_its_end(tmp_path):
     assert records[-1]["examples"] == 16
 
 
-def test_an_error_text_cannot_write_to_the_terminal(run_cli):
-    result = run_cli(*TINY, "loss=dpo", "model.archive='a\x1b[2J b'")
+def test_an_error_text_cannot_write_to_the_terminal(tmp_path):
+    result = command_line(tmp_path, fresh(tmp_path / "run", *TINY, "loss=dpo", "model.archive='a\x1b[2J b'"))
     assert result.returncode == 2 and "model.archive=a\\x1b[2J b" in result.stderr and "\x1b" not in result.stderr

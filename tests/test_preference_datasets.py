@@ -9,6 +9,7 @@ import re
 import datasets
 import pytest
 from conftest import GOLDENS, TINY, compose, golden_rows, inputs_of, read_data
+from faults import command_line, fresh
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
@@ -465,10 +466,9 @@ def test_sides_made_equal_by_truncation_are_counted_and_reported(tmp_path, capsy
     assert "of 8 training examples: prompt 8, response 8, sides made equal 5" in capsys.readouterr().out
 
 
-def test_too_little_data_is_told_in_one_line(tmp_path, run_cli):
+def test_too_little_data_is_told_in_one_line(tmp_path):
     folder = write(tmp_path / "data", numbered(3), numbered(1))
-    overrides = ["loss=dpo", *TINY, f"datasets=['{folder}']"]
-    run = run_cli(*overrides)
+    run = command_line(tmp_path / "run", fresh(tmp_path / "run", "loss=dpo", *TINY, f"datasets=['{folder}']"))
     assert run.returncode == 2
     assert run.stderr.splitlines()[-1:] == [
         "error: batch_size=8: the training data holds 3 examples; lower it to 3 or less"
