@@ -6,7 +6,7 @@ Apart from train.py because it needs torch, whose import takes longer than answe
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -59,6 +59,7 @@ from dpo.runs import RunDir
 from dpo.sampling import Sampler, add_stops, distinct_prompts
 from dpo.settings import Settings
 from dpo.signals import Signals
+from dpo.table_data import joined, scores_of
 from dpo.tables import is_hub_name
 from dpo.trackers import TensorBoardTracker, Tracker, Trackers, TrackioTracker, WandbTracker
 from parallel_trainers import TRAINERS
@@ -102,7 +103,7 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     train_batches = BatchIterator(train, tokenize, settings.batch_size, settings.seed, *limits)
     eval_batches = BatchIterator(test, tokenize, settings.eval_batch_size, 0, 1, settings.n_eval_examples, True)
     raise_problems(data_problems(settings, train_batches, eval_batches))
-    raise_problems(score_problems([*train, *test]) if loss.needs_scores else [])
+    raise_problems(score_problems(joined([train, test])) if loss.needs_scores else [])
     for note in schedule_notes(settings, len(train_batches)):
         log_message(note)
     left = train_batches.n_items - train_batches.batches_per_epoch * settings.batch_size
@@ -132,9 +133,9 @@ def data_problems(settings: Settings, train_batches: BatchIterator, eval_batches
     return problems
 
 
-def score_problems(groups: Iterable[Iterable[TextExample]]) -> list[str]:
+def score_problems(groups: Sequence[Sequence[TextExample]]) -> list[str]:
     """Return a line on the first example without scores, which only files and hub data sets of one's own have."""
-    unscored = (text for group in groups for text in group if not text.scores)
+    unscored = () if all(scores_of(groups)) else (text for group in groups for text in group if not text.scores)
     return [f"loss=odpo: {text.source}, row {text.row} has no scores" for text in islice(unscored, 1)]
 
 
@@ -263,8 +264,7 @@ def identity(loss: Loss, inputs: Inputs, models: Models) -> dict[str, str]:
     found = {"the training data": inputs.train_batches.fingerprint()}
     found["the evaluation data"] = inputs.eval_batches.fingerprint()
     if loss.needs_scores:
-        scores = [text.scores for group in inputs.train_batches.groups for text in group]
-        found["the scores"] = hashlib.sha256(repr(scores).encode()).hexdigest()
+        found["the scores"] = hashlib.sha256(repr(list(scores_of(inputs.train_batches.groups))).encode()).hexdigest()
     if models.adapter is not None:
         found |= models.adapter.identity()
     elif loss.needs_reference:

@@ -121,7 +121,8 @@ def prompts_of_file(path: Path, contestant: Contestant, n: int | None) -> Prompt
 
 def read_prompt(row: Any, rendering: "Rendering", number: int, source: str) -> "TextExample":
     """Return the prompt of a file's row, in an example whose response means nothing; UserError that names the row."""
-    from dpo.conversations import Row, as_messages
+    from dpo.conversations import Row
+    from dpo.messages import as_messages
     from dpo.preferences import checked_text
 
     try:

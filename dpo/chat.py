@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Literal
 
-from dpo.conversations import Message, Row, to_json
+from dpo.conversations import Row
 from dpo.errors import UserError, summarize_error
 from dpo.examples import InconsistentRow, TextExample, Tokenization, TokenizedExample, Truncation, UnusableRow
+from dpo.messages import Message, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

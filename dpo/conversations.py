@@ -1,38 +1,34 @@
 """Rows of preference data: the forms that they may have, and what of a row is the prompt and what the responses."""
 
-import json
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo.errors import UserError
 from dpo.examples import UnusableRow
+from dpo.messages import Message, answer_text, as_messages, as_tools, checked_prompt, to_json
 from dpo.preferences import checked_text
 
 ASSISTANT = "\n\nAssistant:"
-ROLES = ("system", "developer", "user", "assistant", "tool")
 DIFFERS = "kept although the rejected dialogue's prompt differs"
 
-ENCODER = json.JSONEncoder(ensure_ascii=False)  # json.dumps would make one per call
 PAIR: tuple[str, ...] = ("chosen", "rejected")
-WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")  # as JSON, or as Python prints them
 
-Message = dict[str, Any]
-
-# Names by which a column is found, by what it is used for; scores are only used where they are given.
+# Names by which a column is found, by what it is used for; scores are only used where they are given. Where a table has
+# several of them, those of FIRST take the first.
 COLUMN_NAMES = {
     "prompt": ("prompt", "question", "instruction", "input"),
     "chosen": ("chosen", "response_j"),
     "rejected": ("rejected", "response_k"),
     "completion": ("completion", "response"),
     "label": ("label",),
-    "messages": ("messages",),
+    "messages": ("messages", "conversations", "conversation"),
     "system": ("system",),
     "tools": ("tools",),
     "score_chosen": (),
     "score_rejected": (),
 }
+FIRST = ("completion", "messages")
 
 
 class Row(NamedTuple):
@@ -72,7 +68,7 @@ def find_columns(found: Collection[str], given: Mapping[str, str | None], where:
         candidates = [known for known in names if known in found]
         if name is not None and name not in found:
             raise UserError(f"columns.{use}={name}: {where} has no such column; its columns: {listed}")
-        if name is None and len(candidates) > 1:
+        if name is None and len(candidates) > 1 and use not in FIRST:
             problem = f"{where}: {' and '.join(candidates)} could each be the {use}; set columns.{use}=NAME"
             raise UserError(f"{problem}; its columns: {listed}")
         if name is not None or names:
@@ -106,11 +102,12 @@ def parse_row(row: object, columns: Mapping[str, str], sft: bool, chat: bool = F
         name = columns.get(missing[0], missing[0])
         what, use = ("chosen, completion or messages", "completion") if sft else (name, missing[0])
         raise UserError(f"{what} must be a text, not missing; the row's columns: {listed}; set columns.{use}=NAME")
-    kinds = {isinstance(fields[use], list) for use in uses}
+    kinds = {isinstance(fields[use], (list, Mapping)) for use in uses}
     if len(kinds) > 1:
         names = " and ".join(columns[use] for use in uses)
         raise UserError(f"{names} must both be texts or both be messages")
-    if True in kinds or isinstance(fields.get("prompt"), list) or (chat and "prompt" in fields):
+    before = fields.get("prompt", fields.get("messages"))
+    if True in kinds or isinstance(before, (list, Mapping)) or (chat and "prompt" in fields):
         parsed = parse_conversation(fields, uses, columns)
     else:
         parsed = parse_texts(fields, uses, columns)
@@ -136,29 +133,25 @@ def parse_texts(fields: Mapping[str, Any], uses: Sequence[str], columns: Mapping
     return Row(chosen[:start], answers, False, DIFFERS if differs else None, used=frozenset(uses))
 
 
-def checked_prompt(value: object, name: str) -> str:
-    """Return a text; UserError if it is none, or if it is a list of messages that was written as a text."""
-    text = checked_text(value, name)
-    if WRITTEN_MESSAGES.match(text):
-        raise UserError(f"{name} holds messages as a text; write them as a list, in .jsonl or .parquet")
-    return text
-
-
 def parse_conversation(fields: Mapping[str, Any], uses: Sequence[str], columns: Mapping[str, str]) -> Row:
-    """Return a row of messages: a prompt with one answer each, or whole conversations that differ in the last turn."""
+    """Return a row of messages: a prompt with one answer each, or whole conversations that differ in the last turn.
+
+    The prompt is the column of that name, or else messages, which then end before the answer.
+    """
     responses = [as_messages(fields[use], columns[use], "assistant") for use in uses]
     whole = [use == "messages" or len(turns) > 1 for use, turns in zip(uses, responses, strict=True)]
     if len(set(whole)) > 1:
         names = " and ".join(columns[use] for use in uses)
         raise UserError(f"{names} must both be whole conversations, or both one answer")
+    used = {*uses, *({"system", "tools"} & fields.keys())}
     if whole[0]:
         prompts = [turns[:-1] for turns in responses]
-    elif "prompt" in fields:
-        prompts = [as_messages(fields["prompt"], columns["prompt"], "user")]
+    elif before := [use for use in ("prompt", "messages") if use in fields][:1]:
+        used |= {*before}
+        prompts = [as_messages(fields[before[0]], columns[before[0]], "user")]
     else:
         raise UserError(f"{columns['prompt']} must be there where the responses are one answer each")
     prompt = prompts[0]
-    used = {*uses, *(("prompt",) if not whole[0] else ()), *({"system", "tools"} & fields.keys())}
     if any(turns[-1]["role"] != "assistant" for turns in responses):
         raise UnusableRow("the last turn of a conversation is not the assistant's")
     if any(other != prompt for other in prompts):
@@ -171,66 +164,8 @@ def parse_conversation(fields: Mapping[str, Any], uses: Sequence[str], columns: 
         raise UserError("the turn before a response must be the user's or a tool's")
     if any(not str(turn.get("content") or "").strip() and not turn.get("tool_calls") for turn in prompt):
         raise UnusableRow("a turn is empty")
-    tools = as_tools(fields.get("tools"), columns)
+    tools = as_tools(fields.get("tools"), columns["tools"])
     return Row(prompt, tuple(turns[-1] for turns in responses), tools=tools, used=frozenset(used))
-
-
-def answer_text(turn: Message) -> str:
-    """Return a response's content, with anything else that it holds as JSON."""
-    return str(turn["content"]) if turn.keys() <= {"role", "content"} else to_json(turn)
-
-
-def to_json(value: object) -> str:
-    """Return texts, nested lists and dicts as JSON."""
-    return ENCODER.encode(value)
-
-
-def as_messages(value: object, name: str, role: str) -> list[Message]:
-    """Return a list of messages, or a text as the one turn of a role; UserError if it has another form."""
-    if isinstance(value, str):
-        check = checked_prompt if role == "user" else checked_text
-        return [{"role": role, "content": check(value, name)}]
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{name} must be a list of messages, not {'empty' if value == [] else type(value).__name__}")
-    messages = [as_message(turn, f"{name}, turn {number}") for number, turn in enumerate(value, start=1)]
-    if any(turn["role"] in ("system", "developer") for turn in messages[1:]):
-        raise UserError(f"{name} has a system turn that is not its first turn")
-    return messages
-
-
-def as_message(turn: object, name: str) -> Message:
-    """Return one message without its null fields, which tables add; UserError if it has another form."""
-    if not isinstance(turn, Mapping):
-        raise UserError(f"{name} must be a message with role and content, not {type(turn).__name__}")
-    message: Message = without_nulls(dict(turn))
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise UserError(f"{name} must have one of the roles {', '.join(ROLES)}, not {str(role)[:40]!r}")
-    if content is None and message.get("tool_calls"):
-        message["content"] = content = ""
-    checked_text(content, f"the content of {name}")
-    checked_text(to_json(message), name)
-    return message
-
-
-def as_tools(value: object, columns: Mapping[str, str]) -> list[Any] | None:
-    """Return the functions that a conversation may call, a list or its JSON; None if there are none."""
-    if not value:
-        return None
-    try:
-        tools = json.loads(value) if isinstance(value, str) else without_nulls(value)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{columns['tools']} is not JSON ({error})") from None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise UserError(f"{columns['tools']} must be a list of functions")
-    return tools or None
-
-
-def without_nulls(value: Any) -> Any:
-    """Return nested dicts and lists without the keys whose value is None."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def by_score(parsed: Row, fields: Mapping[str, Any], columns: Mapping[str, str]) -> Row:

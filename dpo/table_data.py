@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo.chat import Rendering
 from dpo.console import progress
-from dpo.conversations import COLUMN_NAMES, DIFFERS, Row, find_columns, parse_row, to_json
+from dpo.conversations import COLUMN_NAMES, DIFFERS, Row, find_columns, parse_row
 from dpo.errors import UserError
 from dpo.examples import InconsistentRow, TextExample, Tokenization, UnusableRow, hash_texts
+from dpo.messages import to_json
 from dpo.preferences import ONE_TARGET, REPEATED, flaws, reading_row
 from dpo.tables import Table, note_columns
 
@@ -79,6 +80,7 @@ class RowIndex:
     targets: "array[int]" = field(default_factory=lambda: array("Q"))
     pairs: "array[int]" = field(default_factory=lambda: array("Q"))
     flags: "array[int]" = field(default_factory=lambda: array("B"))
+    scores: "array[float]" = field(default_factory=lambda: array("d"))  # two per row, where columns of scores are given
 
     @property
     def eos(self) -> str:
@@ -134,6 +136,7 @@ class RowIndex:
             label = () if row.label is None else (str(row.label),)
             flags |= DESIRABLE * (row.label is True) | UNDESIRABLE * (row.label is False)
             self.flags.append(flags)
+            self.scores.extend(row.scores)
             self.places.append(place)
             self.numbers.append(example.row)
             hashes = hashes_of(prompt, *responses, *label)
@@ -235,6 +238,11 @@ class TableData(Sequence[Sequence[TextExample]]):
         """The number of rows of one response with a label."""
         return self.counts["desirable"] + self.counts["undesirable"]
 
+    def scores(self) -> Iterator[tuple[float, ...]]:
+        """Yield the scores of each example, chosen first, without reading its row."""
+        scores = self.rows.scores
+        return (tuple(scores[2 * row : 2 * row + 2]) for row in self.kept)
+
     def digest(self) -> bytes:
         """Return a SHA-256 of the examples in their order and of how they are rendered, by the hashes of their rows."""
         import numpy as np
@@ -313,6 +321,10 @@ class Joined(Sequence[Sequence[TextExample]]):
     def __iter__(self) -> Iterator[Sequence[TextExample]]:
         return (group for part in self.parts for group in part)
 
+    def scores(self) -> Iterator[tuple[float, ...]]:
+        """Yield the scores of each example; none where the data set has none."""
+        return (scores for part in self.parts for scores in scores_of(part))
+
     def digest(self) -> bytes:
         """Return a SHA-256 of the examples in their order."""
         found = hashlib.sha256()
@@ -322,6 +334,13 @@ class Joined(Sequence[Sequence[TextExample]]):
             else:
                 hash_texts(found, part)
         return found.digest()
+
+
+def scores_of(groups: Sequence[Sequence[TextExample]]) -> Iterator[tuple[float, ...]]:
+    """Yield the scores of each example, chosen first; of tables without reading their rows again."""
+    if isinstance(groups, (TableData, Joined)):
+        return groups.scores()
+    return (text.scores for group in groups for text in group)
 
 
 def joined(parts: Sequence[Sequence[Sequence[TextExample]]]) -> Sequence[Sequence[TextExample]]:

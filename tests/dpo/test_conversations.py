@@ -143,6 +143,13 @@ def test_one_response_is_refused_by_a_loss_of_pairs_and_without_a_label_by_a_los
 # Columns
 
 
+def test_of_several_columns_for_one_response_or_for_messages_the_first_is_taken():
+    assert find_columns(["response", "completion"], {}, "data")["completion"] == "completion"
+    assert find_columns(["conversation", "messages"], {}, "data")["messages"] == "messages"
+    given = find_columns(["response", "completion"], {"completion": "response"}, "data")
+    assert given["completion"] == "response"
+
+
 def test_columns_are_found_by_their_names_or_given():
     found = find_columns(["instruction", "chosen", "worse"], {"rejected": "worse"}, "data")
     assert (found["prompt"], found["chosen"], found["rejected"]) == ("instruction", "chosen", "worse")
@@ -182,7 +189,7 @@ BAD = {
         "turn 1 must have one of the",
     ),
     "no role": (PAIR | {"chosen": [{"content": "a"}, YES]}, "chosen, turn 1 must have one of the roles"),
-    "other names": (PAIR | {"chosen": [{"from": "human", "value": "a"}, YES]}, "turn 1 must have one of the"),
+    "other names": (PAIR | {"chosen": [{"by": "human", "text": "a"}, YES]}, "turn 1 must have one of the"),
     "content null": (
         PAIR | {"chosen": [{"role": "user", "content": None}, YES]},
         "content of chosen, turn 1 must",
@@ -192,7 +199,7 @@ BAD = {
     "a surrogate": (PAIR | {"chosen": [{"role": "user", "content": "\ud800"}, YES]}, "half of a surrogate pair"),
     "a turn that is text": (PAIR | {"chosen": ["hi", YES]}, "turn 1 must be a message with role and content, not str"),
     "no turns": (PAIR | {"chosen": []}, "chosen must be a list of messages, not empty"),
-    "a dict": (PAIR | {"chosen": {"role": "user"}}, "chosen and rejected must both be texts or both be messages"),
+    "a dict": (PAIR | {"chosen": {"role": "user"}}, "the content of chosen must be a text, not NoneType"),
     "mixed": (PAIR | {"chosen": "a"}, "chosen and rejected must both be texts or both be messages"),
     "one whole, one answer": (PAIR | {"chosen": [YES]}, "both be whole conversations, or both one answer"),
     "no prompt": ({"chosen": [YES], "rejected": [NO]}, "prompt must be there where the responses are one answer each"),

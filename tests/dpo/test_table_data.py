@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dpo.errors import UserError
 from dpo.examples import BatchIterator, TextExample
 from dpo.preferences import n_left_out
-from dpo.table_data import first_of_each, hashes_of, joined
+from dpo.table_data import RowIndex, first_of_each, hashes_of, joined, scores_of
 
 TOKENIZER = FAMILIES["ChatML"].tokenizer()
 
@@ -108,6 +108,26 @@ def test_rows_are_also_refused_or_dropped_by_their_tokens(tmp_path):
     data = read_data(tmp_path, tokenizer=tokenizer, on_inconsistent="drop")["train"]
     assert [text.row for group in data for text in group] == [2]
     assert counts(data)["dropped: the prompt's tokens do not begin those of prompt and response"] == 1
+
+
+def test_a_part_of_a_turn_that_is_no_text_is_refused_or_dropped_and_counted(tmp_path):
+    image = chat(1)
+    image["chosen"] = [{"from": "human", "value": [{"type": "image"}]}, *image["chosen"][1:]]
+    with pytest.raises(UserError, match=r"row 2: a turn holds a part that is no text \(.*'image'\); on_inconsistent"):
+        read(tmp_path, chat(0), image)
+    data = read(tmp_path, chat(0), image, on_inconsistent="drop")
+    assert counts(data) == {"read": 2, "kept": 1, "dropped: a turn holds a part that is no text": 1}
+
+
+def test_scores_are_known_without_reading_rows_again(tmp_path, monkeypatch):
+    rows = [{"prompt": f"{i % 3}:", "chosen": "a", "rejected": f"b{i}", "s": i, "t": 2.5} for i in range(6)]
+    columns = {"score_chosen": "s", "score_rejected": "t"}
+    (tmp_path / "other").mkdir()
+    data, other = read(tmp_path, *rows, **columns), read(tmp_path / "other", chat(1))
+    expected = [text.scores for group in data for text in group]
+    assert len(expected) == 6 and expected[:2] == [(2.5, 0.0), (3.0, 2.5)]
+    monkeypatch.setattr(RowIndex, "example", None)
+    assert list(scores_of(data)) == expected and list(scores_of(joined([other, data]))) == [(), *expected]
 
 
 def test_a_last_turn_that_is_too_long_is_dropped_and_counted_before_training(tmp_path):
