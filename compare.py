@@ -48,7 +48,7 @@ def find_contestant(path: Path, as_reference: bool = False) -> Contestant:
     """Return the policy, or the reference, of a run or of its checkpoint RUN/step-N; UserError if there is none."""
     from omegaconf import OmegaConf
 
-    from dpo.runs import read_run_config
+    from dpo.run_configs import read_run_config
     from dpo.settings import REMOVED, default_values, flatten, validate
     from losses import LOSSES
 

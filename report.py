@@ -44,7 +44,7 @@ class RunFiles:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """The settings as {dotted key: value}."""
-        from dpo.runs import read_run_config
+        from dpo.run_configs import read_run_config
         from dpo.settings import flatten
 
         return flatten(read_run_config(self.path))
@@ -276,7 +276,7 @@ def settings(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
 
 def run_files(path: Path) -> RunFiles:
     """Return a run's files; UserError if the folder is not a run directory."""
-    from dpo.runs import find_run_dir
+    from dpo.run_configs import find_run_dir
 
     files = RunFiles(find_run_dir(path))
     assert files.settings

@@ -103,7 +103,7 @@ def resume(arguments: Sequence[str], signals: Signals) -> None:
     flags = [argument for argument in arguments if argument.startswith("-")]
     if flags:
         raise UserError(f"{flags[0]}: resume=RUN goes on with one run; leave this flag out")
-    from dpo.runs import find_run_dir, override_run_config, read_run_config
+    from dpo.run_configs import find_run_dir, override_run_config, read_run_config
 
     paths = [argument.removeprefix("resume=") for argument in arguments if argument.startswith("resume=")]
     run_dir = find_run_dir(Path(re.sub(r"""^(['"])(.*)\1$""", r"\2", paths[-1])))

@@ -132,13 +132,20 @@ def _nearest(word: str, names: Collection[str]) -> str | None:
     """Return the name, squashed, of which a word may be a typing error or another order of its parts, or None."""
     short = {_squash(name): name for name in names}
     near = difflib.get_close_matches(_squash(word), short, n=1, cutoff=NEAR)
-    return near[0] if near else next((key for key, name in short.items() if _is_reordered(word, name)), None)
+    others = (key for key, name in short.items() if _is_reordered(word, name) or _is_stuttered(_squash(word), key))
+    return near[0] if near else next(others, None)
 
 
 def _is_reordered(word: str, name: str) -> bool:
     """Return whether two words differ in the order of their parts, or of their letters after the first."""
     parts = [sorted(re.split(r"[\W_]+", text.lower())) for text in (word, name)]
     return parts[0] == parts[1] or (word[:1] == name[:1] and sorted(_squash(word)) == sorted(_squash(name)))
+
+
+def _is_stuttered(word: str, name: str) -> bool:
+    """Return whether two words differ in how often they repeat a letter, which alone makes short ones unlike."""
+    first, second = (re.sub(r"(.)\1+", r"\1", text) for text in (word, name))
+    return first == second and len(first) > 1
 
 
 def written(value: object) -> str:

@@ -30,7 +30,8 @@ from build import build_trainer, load_inputs
 from dpo import checkpoints, watchdog
 from dpo.archives import load_archive
 from dpo.distributed import ProcessGroup
-from dpo.runs import RunDir, read_run_config
+from dpo.run_configs import read_run_config
+from dpo.runs import RunDir
 
 SHARDED = (*BUSY, "loss=dpo", "trainer=FSDPTrainer", "sample_during_eval=false", "n_eval_examples=4")
 DROPOUT = {rank: [dropout] for rank in range(4)}

@@ -66,6 +66,7 @@ for arguments in json.load(sys.stdin):
 json.dump(answers, sys.stdout)
 """
 TINY_MODEL = ("loss=dpo", "model=tiny", "max_length=64", "max_prompt_length=32")
+FINISHED = "resume=tests/fixtures/run-v1-dpo"
 MISTYPED = {
     ("model=gpt2",): "You must specify 'loss', e.g, loss=<OPTION> Available options: apo_down apo_zero bco",
     ("loss=dpo",): "model.name_or_path: is missing; set model.name_or_path=VALUE, ",
@@ -75,6 +76,9 @@ MISTYPED = {
     ("loss=dpo", "bacth_size=3"): "bacth_size: there is no such setting; did you mean batch_size?",
     ("loss=sft", "loss.beta=3"): "loss.beta: the chosen loss has no such setting",
     ("loss=dpo", "modle=gpt2"): "modle: there is no such setting; did you mean model?",
+    (FINISHED, "lrr=1"): "lrr: there is no such setting; did you mean lr?",
+    (f"{FINISHED}/LATEST", "lr=1"): "lr=1: a resumed run keeps lr=",
+    (FINISHED, "save_every=0"): "save_every=0: must be a whole number of examples, 1 or more",
 }
 QUICK = [
     (),

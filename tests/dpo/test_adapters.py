@@ -19,7 +19,7 @@ from dpo.errors import UserError
 from dpo.logps import ResponseLogps, response_logps
 from dpo.packing import LAYOUTS, make_microbatches
 from dpo.references import AdapterReference, check_first_margin
-from dpo.runs import override_run_config
+from dpo.run_configs import override_run_config
 
 # peft asks transformers for an attribute by its old name.
 OLD_NAME = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -19,7 +19,7 @@ from dpo import checkpoints
 from dpo.archives import load_archive
 from dpo.devices import platform
 from dpo.errors import UserError
-from dpo.runs import override_run_config
+from dpo.run_configs import find_run_dir, override_run_config
 from dpo.table_data import TableData
 
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -109,8 +109,28 @@ def test_a_resumed_run_is_no_sweep(copied):
 def test_a_setting_that_matters_is_refused_and_the_way_to_a_new_run_named(copied):
     assert refusal(copied, *again(copied, "max_grad_norm=1.0")) == (
         "max_grad_norm=1.0: a resumed run keeps max_grad_norm=10.0; leave this out,"
-        f" or start a new run, which can begin with model.archive={copied}/LATEST/policy.pt"
+        f" or start a new run with model.archive={copied}/LATEST/policy.pt"
     )
+
+
+def test_a_new_run_is_advised_with_an_archive_that_is_there(tmp_path):
+    config = OmegaConf.create({"lr": 1.0, "local_run_dir": str(tmp_path)})
+
+    def advice() -> str:
+        with pytest.raises(UserError) as error:
+            override_run_config(config.copy(), ["lr=2"], ["lr"])
+        return str(error.value).removeprefix("lr=2: a resumed run keeps lr=1.0; leave this out, or ")
+
+    assert advice() == "start a new run"
+    for name in ("step-8", "step-16"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "LATEST").symlink_to("step-16")
+    several = "start a new run with the policy.pt that several processes write at the end of the run, and at each"
+    assert advice().startswith(several) and "keep_policies=true" in advice()
+    with pytest.raises(UserError, match=f"step-8: .* newest checkpoint, step-16; {several}"):
+        find_run_dir(tmp_path / "step-8")
+    (tmp_path / "step-16" / "policy.pt").touch()
+    assert advice() == f"start a new run with model.archive={tmp_path}/LATEST/policy.pt"
 
 
 @pytest.mark.parametrize("override", ["n_epochs=2", "n_examples=80", "n_examples=null"])

@@ -153,6 +153,9 @@ def test_words_of_other_trainers_are_answered_with_ours(key, value, expected):
         ("n_example", "n_examples"),
         ("modle", "model"),
         ("losss", "loss"),
+        ("lrr", "lr"),
+        ("llr", "lr"),
+        ("sseed", "seed"),
         ("n_epoch", "n_epochs"),
         ("lr.x", "lr"),
         ("optimizer.lr", "lr"),
@@ -180,7 +183,7 @@ UNRELATED = """
     house idea iron kitchen king knife lady lake land law leaf leg lesson life light line lion lip love machine man
     map meat metal milk mind minute money month moon morning mother mouth movie music name need feed speech spend
     lorry later device_driver deeper seen slot boss less lose last slope layer louder drain rain price vice advice bug
-    band handle compute complete pile simple tempo epic table cable deed seat beam lossless modal medal
+    lrx lxr trr band handle compute complete pile simple tempo epic table cable deed seat beam lossless modal medal
 """
 
 
