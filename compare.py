@@ -58,6 +58,7 @@ def find_contestant(path: Path, as_reference: bool = False) -> Contestant:
         raise UserError(f"{weights}: there is no such file; give a run that has written a checkpoint")
     if weights is not None and config.get("lora") is None:
         OmegaConf.update(config, "model.archive", str(weights))  # what the run started from is needed no more
+    config.trackers = []  # which may be installed where the run was trained alone
     defaults = default_values(CONFIG, config.loss.name, resumed=True)
     settings, loss = validate({k: v for k, v in flatten(config).items() if k not in REMOVED}, defaults, LOSSES)
     name = f"{REFERENCE} of {settings.exp_name}" if as_reference else settings.exp_name

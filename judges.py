@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from http.client import HTTPException
 from typing import Any
 
 from dpo.console import guard_streams
@@ -84,7 +85,7 @@ class ChatJudge:
             try:
                 with urllib.request.urlopen(request, timeout=300) as response:
                     return str(json.load(response)["choices"][0]["message"]["content"] or "")
-            except (OSError, ValueError, LookupError, TypeError) as error:  # HTTPError and timeouts are OSErrors
+            except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:  # HTTPError is an OSError
                 refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
                 if refused or attempt == ATTEMPTS:
                     raise UserError(f"--url {self.url}: {summarize_error(error)}") from None

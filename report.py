@@ -8,7 +8,7 @@ python report.py RUN --suspects     list the pairs whose reward margin stayed ne
 import argparse
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,20 +75,30 @@ class RunFiles:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A pair whose margin was negative at every evaluation after an update; margin is the mean of these."""
+    """A pair whose margin was negative at every evaluation after an update; margin is the mean of these.
+
+    place is the number of its row, and which of the evaluated pairs of this row it is, if there are several.
+    """
 
     source: str
-    row: int
+    place: str
     margin: float
 
 
 def suspects(pairs: Iterable[Record]) -> list[Suspect]:
     """Return the pairs whose reward margin was negative at every evaluation of a trained policy, the worst first."""
-    margins: dict[tuple[str, int], list[float]] = defaultdict(list)
+    margins: dict[tuple[str, int, int], list[float]] = defaultdict(list)
+    n_of_row: Counter[tuple[int, str, int]] = Counter()  # an evaluation always has them in the same order
     for pair in pairs:
+        n_of_row[pair["examples"], pair["source"], pair["row"]] += 1
         if pair["examples"]:
-            margins[pair["source"], pair["row"]].append(float(pair["rewards/margins"]))
-    found = [Suspect(*key, sum(values) / len(values)) for key, values in margins.items() if max(values) < 0]
+            n = n_of_row[pair["examples"], pair["source"], pair["row"]]
+            margins[pair["source"], pair["row"], n].append(float(pair["rewards/margins"]))
+    found = [
+        Suspect(source, f"{row}, pair {n}" if (source, row, 2) in margins else str(row), sum(values) / len(values))
+        for (source, row, n), values in margins.items()
+        if max(values) < 0
+    ]
     return sorted(found, key=lambda suspect: suspect.margin)
 
 
@@ -295,7 +305,7 @@ def main() -> None:
             if not run.pairs:
                 raise UserError(f"{run.path}: holds no pairs.jsonl with evaluated pairs")
             for pair in suspects(run.pairs):
-                print(f"{pair.source}\t{pair.row}\t{pair.margin:.4g}")
+                print(f"{pair.source}\t{pair.place}\t{pair.margin:.4g}")
         return
     path = runs[0].path / "report.html" if len(runs) == 1 else Path("report.html")
     write_report(path, runs)

@@ -72,6 +72,7 @@ def train(
     from omegaconf import OmegaConf
 
     from build import build_trainer, dry_run, inspect_inputs, load_inputs
+    from dpo.export import upload_later
     from dpo.runs import open_run
 
     if not on_terminal():
@@ -86,7 +87,8 @@ def train(
             return dry_run(settings, loss, inputs, run_dir.config, signals)
         if run_dir.is_complete(len(inputs.train_batches)):
             log_message(f"{run_dir.path}: the run is complete; set n_epochs or n_examples higher to go on.")
-            return
+            export = (run_dir.path / "LATEST").resolve() / "hf"
+            return ranks.on_main(lambda: upload_later(export, settings.push_to_hub))
         log_message(f"\n{OmegaConf.to_yaml(run_dir.config)}\nRun directory: {run_dir.path}")
         trainer = build_trainer(settings, loss, inputs, run_dir, signals)
         try:

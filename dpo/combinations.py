@@ -102,8 +102,8 @@ def check_loss(check: Check) -> None:
         lambda name, column: name == "odpo" and column is None,
         "ODPO reads a score of each response; set columns.score_chosen=NAME and columns.score_rejected=NAME",
     )
-    words = "only loss=kto trains on rows with a label; choose it, or set columns.label=null"
-    check("loss.name columns.label", lambda name, column: name != "kto" and column is not None, words)
+    words = "only loss=kto and loss=sft read a label; choose one of them, or set columns.label=null"
+    check("loss.name columns.label", lambda name, column: name not in ("kto", "sft") and column is not None, words)
     words = "rows have one response and a label, or a chosen and a rejected response; set columns of one kind"
     for use in ("chosen", "rejected", "score_chosen"):
         check(f"columns.label columns.{use}", lambda *columns: None not in columns, words)
@@ -202,8 +202,9 @@ def parallel_problems(valid: Mapping[str, Any], check: Check) -> None:
     """Check the settings of several processes, and the processes that torchrun has started."""
     launched = os.environ.get("WORLD_SIZE") or "1"
     if valid.get("trainer") == "BasicTrainer":
-        words = "is for several processes; set trainer=FSDPTrainer"
         for key, default in SINGLE.items():
+            name = "TensorParallelTrainer" if key == "tensor_parallel" else "FSDPTrainer"
+            words = f"is for several processes; set trainer={name}"
             check(f"{key} trainer", lambda value, _, default=default: value not in default, words)
         words = "set trainer=FSDPTrainer, which shares one model, or start without torchrun"
         check("trainer", lambda _: launched != "1", f"is for one process, and torchrun has started {launched}; {words}")

@@ -12,6 +12,7 @@ from dpo.preferences import checked_text
 ASSISTANT = "\n\nAssistant:"
 DIFFERS = "kept although the rejected dialogue's prompt differs"
 
+LABELS = {"true": True, "1": True, "false": False, "0": False}
 PAIR: tuple[str, ...] = ("chosen", "rejected")
 
 # Names by which a column is found, by what it is used for; scores are only used where they are given. Where a table has
@@ -88,8 +89,8 @@ def parse_row(row: object, columns: Mapping[str, str], sft: bool, chat: bool = F
     fields = {use: row[name] for use, name in columns.items() if name in row}
     found = [use for use in ("completion", "messages") if use in fields and "chosen" not in fields]
     single: tuple[str, ...] = tuple(found[:1])
-    is_labelled = bool(single) and "label" in fields and not sft
-    if is_labelled and not labels:
+    is_labelled = bool(single) and "label" in fields
+    if is_labelled and not (sft or labels):
         raise UserError("has one response and a label, for loss=kto; this loss needs a chosen and a rejected response")
     if single and (sft or is_labelled):
         uses = single
@@ -111,6 +112,8 @@ def parse_row(row: object, columns: Mapping[str, str], sft: bool, chat: bool = F
         parsed = parse_conversation(fields, uses, columns)
     else:
         parsed = parse_texts(fields, uses, columns)
+    if is_labelled and sft:
+        return desirable(parsed, fields["label"], columns["label"], is_given="chosen" not in columns)
     if is_labelled:
         label = parse_label(fields["label"], columns["label"])
         return parsed._replace(label=label, used=parsed.used | {"label"})
@@ -186,9 +189,20 @@ def by_score(parsed: Row, fields: Mapping[str, Any], columns: Mapping[str, str])
     )
 
 
+def desirable(parsed: Row, label: object, name: str, is_given: bool) -> Row:
+    """Return a row for SFT; UnusableRow if its label says that it is undesirable.
+
+    Only in a column that the user gave is a label of another kind refused; else it is not read.
+    """
+    found = parse_label(label, name) if is_given else LABELS.get(str(label).strip().lower())
+    if found is False:
+        raise UnusableRow("the label says that the response is undesirable")
+    return parsed if found is None else parsed._replace(used=parsed.used | {"label"})
+
+
 def parse_label(value: object, name: str) -> bool:
     """Return whether a response is desirable, by true, false, 1, 0 or their text; UserError for anything else."""
-    found = {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+    found = LABELS.get(str(value).strip().lower())
     if found is None:
         raise UserError(f"{name} must be true or false, not {str(value)[:40]!r}")
     return found

@@ -13,6 +13,7 @@ from dpo.archives import load_weights
 from dpo.checkpoints import atomic_dir
 from dpo.console import log_message
 from dpo.errors import naming_file, summarize_error
+from dpo.model_card import UNPUBLISHED
 
 
 class TrainedWeights(Protocol):
@@ -125,6 +126,14 @@ def upload(folder: Path, repository: str | None) -> None:
         )
     else:
         log_message(f"Uploaded {folder} to {repository} on the Hub.")
+
+
+def upload_later(folder: Path, repository: str | None) -> None:
+    """Upload the export of a run that had ended, and name the repository in its card; nothing for None."""
+    card = folder / "README.md"
+    if repository is not None and card.is_file():
+        save_card(folder, card.read_text(encoding="utf-8").replace(UNPUBLISHED, repository))
+    upload(folder, repository)
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

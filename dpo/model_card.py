@@ -6,17 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from dpo.errors import UserError
 from dpo.objectives import Loss
+from dpo.run_configs import read_run_config
 from dpo.settings import Settings
 from dpo.tables import is_hub_name
 
 TEMPLATE = Path(__file__).with_suffix(".md.jinja")
+UNPUBLISHED = "PATH/OF/THIS/FOLDER"  # stands for the repository of an export that is not uploaded
 Z = 1.96  # standard errors on each side of a 95% interval
 EVALUATION = ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "diagnosis/kl")
 ACCURACY = ("diagnosis/accuracy_low", "diagnosis/accuracy_high")
 TRAINING = (
-    *("lr", "scheduler", "warmup_steps", "optimizer", "weight_decay", "max_grad_norm", "batch_size", "n_epochs"),
-    *("n_examples", "max_length", "max_prompt_length", "precision", "seed"),
+    *("lr", "scheduler", "min_lr_ratio", "warmup_steps", "optimizer", "optimizer_args", "weight_decay"),
+    *("max_grad_norm", "batch_size", "n_epochs", "n_examples", "max_length", "max_prompt_length", "precision"),
+    *("sync_reference", "sync_mix", "seed"),
 )
 
 
@@ -38,8 +44,9 @@ def model_card(settings: Settings, loss: Loss, outcome: Outcome) -> str:
     from jinja2 import Environment
 
     lora, model = settings.lora, settings.model.name_or_path
+    own_weights = settings.model.from_scratch or Path(model).exists()
     data = ModelCardData(
-        base_model=None if Path(model).exists() else model,
+        base_model=None if own_weights else model,
         datasets=[name.partition(":")[0] for name in settings.datasets if is_hub_name(name)] or None,
         library_name="transformers" if lora is None else "peft",
         pipeline_tag="text-generation",
@@ -53,14 +60,15 @@ def model_card(settings: Settings, loss: Loss, outcome: Outcome) -> str:
     return template.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         front_matter=data.to_yaml().strip(),
         name=settings.exp_name,
-        base=shown(model),
+        base=f"A model of the shape of {shown(model)}" if settings.model.from_scratch else shown(model),
+        earlier=None if settings.model.archive is None else earlier_stage(Path(settings.model.archive)),
         loss_name=outcome.loss_name,
         datasets=[shown(name) for name in settings.datasets],
         examples=outcome.examples,
         updates=outcome.updates,
         is_adapter=lora is not None,
         is_merged=lora is not None and lora.export_merged,
-        path=settings.push_to_hub or "PATH/OF/THIS/FOLDER",
+        path=settings.push_to_hub or UNPUBLISHED,
         n_evaluated=outcome.n_evaluated,
         evaluation=evaluation,
         diagnosis=diagnosis,
@@ -68,6 +76,16 @@ def model_card(settings: Settings, loss: Loss, outcome: Outcome) -> str:
         equation=inspect.cleandoc(type(loss).__doc__ or ""),
         settings=training_settings(settings, loss),
     )
+
+
+def earlier_stage(archive: Path) -> str:
+    """Return in words whose weights model.archive holds: those of the run that it lies in, if it does."""
+    try:
+        stored: Any = OmegaConf.to_container(read_run_config(archive.parent.parent), resolve=False)
+        names = ", ".join(shown(str(name)) for name in stored["datasets"])
+        return f"the run {stored['exp_name']} (`loss={stored['loss']['name']}` on {names})"
+    except (UserError, KeyError, TypeError):  # not in a run, or in one of the original implementation
+        return f"the file {archive.name}"
 
 
 def shown(name: str) -> str:

@@ -90,6 +90,14 @@ def test_a_checkpoint_of_a_run_can_be_named_and_a_run_without_one_is_refused(tra
         find_contestant(tmp_path)
 
 
+def test_no_tracker_of_the_run_is_needed(trained, monkeypatch):
+    run = trained("loss=dpo")
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("- wandb\n", "- trackio\n"))
+    monkeypatch.setattr("dpo.combinations.is_installed", lambda library: library != "trackio")
+    assert "- trackio\n" in (run / "config.yaml").read_text() and find_contestant(run).settings.trackers == []
+
+
 # Prompts
 
 

@@ -40,6 +40,8 @@ def server():
             self.server.asked.append((self.path, self.headers.get("Authorization"), body))
             reply = self.server.replies.pop(0)
             self.send_response(reply if isinstance(reply, int) else 200)
+            if reply == "cut":
+                self.send_header("Content-Length", "1000")
             self.end_headers()
             self.wfile.write(json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
 
@@ -91,6 +93,14 @@ def test_a_busy_endpoint_is_asked_again_and_a_refusal_is_not(server):
     with pytest.raises(UserError, match=f"--url {server.url}: HTTP Error 500"):
         judge(QUESTION)
     assert server.replies == []
+
+
+def test_a_reply_that_breaks_off_is_asked_for_again(server):
+    server.replies = ["cut", "B"]
+    assert ChatJudge(server.url, "big", pause=0)(QUESTION) == "B" and len(server.asked) == 2
+    server.replies = ["cut"] * judges.ATTEMPTS
+    with pytest.raises(UserError, match=f"--url {server.url}: IncompleteRead"):
+        ChatJudge(server.url, "big", pause=0)(QUESTION)
 
 
 def test_answers_keep_the_order_of_the_questions(server):

@@ -127,9 +127,15 @@ def test_several_runs_are_laid_over_each_other_and_only_settings_that_differ_are
 
 def test_a_pair_is_suspect_if_its_margin_was_negative_at_every_evaluation_after_an_update():
     pairs = evaluated(0, [-9, -9, -9, -9]) + evaluated(8, [-1, -1, 1, 0]) + evaluated(16, [-3, 1, -1, -1])
-    assert suspects(pairs) == [Suspect("mine", 0, -2.0)]
-    assert suspects(evaluated(8, [-1, -3])) == [Suspect("mine", 1, -3.0), Suspect("mine", 0, -1.0)]
+    assert suspects(pairs) == [Suspect("mine", "0", -2.0)]
+    assert suspects(evaluated(8, [-1, -3])) == [Suspect("mine", "1", -3.0), Suspect("mine", "0", -1.0)]
     assert suspects(evaluated(0, [-1])) == []
+
+
+def test_pairs_of_one_row_are_told_apart():
+    """Row 7 has three pairs, of which the second alone is negative at both evaluations."""
+    one_row = [pair | {"row": 7} for n in (8, 16) for pair in evaluated(n, [1.0, -1.0, 8.0 - n])]
+    assert suspects(one_row + evaluated(16, [-4.0])) == [Suspect("mine", "0", -4.0), Suspect("mine", "7, pair 2", -1.0)]
 
 
 def test_flipped_labels_of_held_out_pairs_are_suspects(make_trainer, tmp_path, report):
@@ -145,7 +151,7 @@ def test_flipped_labels_of_held_out_pairs_are_suspects(make_trainer, tmp_path, r
     settings = ("n_eval_examples=40", "eval_every=80", "lr=3e-4", "warmup_steps=5", "debug=true")
     trainer = make_trainer("loss=dpo", f"datasets=['{tmp_path / 'data'}']", *settings)
     trainer.train()
-    found = {suspect.row for suspect in suspects(RunFiles(trainer.run.path).pairs)}
+    found = {int(suspect.place) for suspect in suspects(RunFiles(trainer.run.path).pairs)}
     precision, recall = (len(found & flipped) / max(1, len(group)) for group in (found, flipped))
     report(f"--suspects, 4 of 40 labels flipped: precision {precision:.2f}, recall {recall:.2f}")
     assert len(flipped) == 4 and precision >= 0.75 and recall >= 0.75

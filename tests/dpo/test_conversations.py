@@ -107,7 +107,23 @@ def test_a_completion_or_messages_may_have_a_label(row, prompt, response):
     for label in (True, False):
         found = parse(row | {"label": label}, labels=True)
         assert (found.prompt, found.responses, found.label) == (prompt, (response,), label)
-        assert found.used >= {"label"} and parse(row | {"label": label}, sft=True).label is None
+        assert found.used >= {"label"}
+
+
+def test_sft_trains_on_desirable_responses_alone_and_reads_no_label_of_another_kind():
+    row = {"prompt": "Hi.", "completion": "a"}
+    for label in (True, 1, "True"):
+        found = parse(row | {"label": label}, sft=True)
+        assert (found.responses, found.label) == (("a",), None) and "label" in found.used
+    for label in (False, 0, "false"):
+        with pytest.raises(UnusableRow, match="^the label says that the response is undesirable$"):
+            parse(row | {"label": label}, sft=True)
+    for label in ("math", 3, None):
+        assert "label" not in parse(row | {"label": label}, sft=True).used
+        with pytest.raises(UserError, match="label must be true or false"):
+            parse(row | {"label": label}, sft=True, label="label")
+    pair = {"prompt": "Hi.", "chosen": "a", "rejected": "b", "label": False}
+    assert parse(pair, sft=True).responses == ("a", "b")
 
 
 def test_a_label_is_true_or_false_1_or_0_or_their_text():

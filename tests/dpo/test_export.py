@@ -6,10 +6,14 @@ import re
 import huggingface_hub
 import pytest
 import torch
-from conftest import FAMILIES, tiny_config, tiny_tokenizer
+from conftest import FAMILIES, TINY, tiny_config, tiny_tokenizer, validated
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo.distributed import ALONE
 from dpo.export import export_model, upload
+from dpo.run_configs import read_run_config
+from dpo.signals import Signals
+from train import train
 
 KEYS_OF_5 = {"backend", "is_local", "local_files_only", "extra_special_tokens"}
 
@@ -122,6 +126,28 @@ def test_an_upload_that_fails_is_one_line_that_names_the_command_to_try_again(st
     assert printed.count("\n") == 1
     assert re.match(r"push_to_hub=me/name: not uploaded \(.*no route to the hub.*\)\. To upload it: hf upload", printed)
     assert printed.endswith(f"hf upload me/name '{tmp_path / 'my run'}'\n")
+
+
+def test_a_complete_run_uploads_its_export_where_it_is_resumed_with_the_name_of_a_repository(
+    make_trainer, monkeypatch, capsys
+):
+    hub = FakeHub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", hub)
+    short = ("loss=sft", *TINY, "n_examples=8", "n_eval_examples=8", "do_first_eval=false")
+    trainer = make_trainer(*short)
+    trainer.train()
+    trainer.run.open_files.close()
+    card = trainer.run.path / "LATEST" / "hf" / "README.md"
+    assert hub.calls == [] and 'from_pretrained("PATH/OF/THIS/FOLDER")' in card.read_text()
+    config = read_run_config(trainer.run.path)
+    for repository in (None, "me/name"):
+        place = f"local_run_dir='{trainer.run.path}'"
+        settings, loss = validated(*short, place, *([f"push_to_hub={repository}"] if repository else []))
+        train(settings, loss, config, Signals(), ALONE, {})
+    assert [call[0] for call in hub.calls] == ["create_repo", "upload_folder"]
+    assert hub.calls[1][2] == {"repo_id": "me/name", "folder_path": card.resolve().parent}
+    assert 'from_pretrained("me/name")' in card.read_text()
+    assert capsys.readouterr().out.count("the run is complete") == 2
 
 
 @pytest.mark.parametrize("settings", [(), ("push_to_hub=me/name",)])

@@ -69,6 +69,36 @@ def test_a_path_of_this_machine_is_shown_by_its_last_part_alone(tmp_path):
     assert str(tmp_path) not in body and str(GOLDENS) not in body
 
 
+def test_a_model_from_scratch_has_no_base_on_the_hub():
+    front, body = card("loss=sft", "model=gpt2", "model.from_scratch=true")
+    assert "base_model" not in front and "A model of the shape of gpt2, trained with `loss=sft`" in body
+
+
+def test_the_run_is_named_whose_weights_it_began_with(tmp_path, monkeypatch):
+    (tmp_path / "sft" / "LATEST").mkdir(parents=True)
+    archive = tmp_path / "sft" / "LATEST" / "policy.pt"
+    archive.touch()
+    arguments = ("loss=dpo", "model=gpt2", f"model.archive='{archive}'")
+    assert "It began with the weights of the file policy.pt." in card(*arguments)[1]
+    config = {"exp_name": "warm", "loss": {"name": "sft"}, "datasets": ["/data/client/pairs.jsonl", "me/set"]}
+    (tmp_path / "sft" / "config.yaml").write_text(yaml.safe_dump(config))
+    line = "It began with the weights of the run warm (`loss=sft` on pairs.jsonl, me/set)."
+    front, body = card(*arguments)
+    assert line in body and "/data" not in body and front["base_model"] == "gpt2"
+    assert "It began" not in card("loss=dpo", "model=gpt2")[1]
+    monkeypatch.setenv("SECRET", "hunter2")
+    (tmp_path / "sft" / "config.yaml").write_text(yaml.safe_dump(config | {"exp_name": "${oc.env:SECRET}"}))
+    assert "hunter2" not in card(*arguments)[1]
+
+
+def test_every_setting_that_the_optimizer_and_the_schedule_read_is_in_the_card():
+    adam = ("optimizer=AdamW", "optimizer_args={betas: [0.9, 0.95]}", "scheduler=cosine", "min_lr_ratio=0.1")
+    table = rows(card("loss=dpo", "model=gpt2", *adam, "sync_reference=64", "sync_mix=0.6")[1])
+    expected = {"optimizer_args": "{'betas': [0.9, 0.95]}", "scheduler": "cosine", "min_lr_ratio": "0.1"}
+    expected |= {"sync_reference": "64", "sync_mix": "0.6"}
+    assert {key: table[key] for key in expected} == {key: [value] for key, value in expected.items()}
+
+
 def test_sft_has_no_diagnosis_and_needs_no_interval():
     front, body = card("loss=sft", "model=gpt2", metrics={"loss/eval": 1.5})
     assert front["tags"] == ["sft"] and "## Diagnosis" not in body

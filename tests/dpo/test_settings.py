@@ -139,6 +139,10 @@ SEVERAL = ("trainer=FSDPTrainer", "batch_size=8")
             "each of 4 groups of processes needs an example of every batch; set it to 4 or more",
         ),
         (["n_processes=2"], "n_processes=2 trainer=BasicTrainer: is for several processes; set trainer=FSDPTrainer"),
+        (
+            ["tensor_parallel=2"],
+            "tensor_parallel=2 trainer=BasicTrainer: is for several processes; set trainer=TensorParallelTrainer",
+        ),
         (["replicate=2"], "replicate=2 trainer=BasicTrainer: is for several processes"),
         (["ddp=true"], "ddp=True trainer=BasicTrainer: is for several processes"),
         (["reduce_every_pass=true"], "reduce_every_pass=True trainer=BasicTrainer: is for several processes"),
@@ -173,7 +177,7 @@ SEVERAL = ("trainer=FSDPTrainer", "batch_size=8")
         (["loss=kto", "batch_size=1"], "so batch_size must be 2 or more"),
         (
             ["columns.label=good"],
-            "loss.name=dpo columns.label=good: only loss=kto trains on rows with a label",
+            "loss.name=dpo columns.label=good: only loss=kto and loss=sft read a label",
         ),
         (["loss=kto", "columns.label=a", "columns.rejected=b"], "columns.label=a columns.rejected=b: rows have one"),
         (["min_lr_ratio=0.1"], "scheduler=constant min_lr_ratio=0.1: a constant learning rate does not fall"),
