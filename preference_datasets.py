@@ -237,6 +237,8 @@ def load_data(
             loaded = {split: tables[split] for split in parts}
         for split, groups in parts.items():
             groups.append(loaded[split])
+    if note := rendering.note():
+        log_message(note)
     if paired and labelled:
         kinds = f"{labelled[0]} has rows with a label, {paired[0]} has pairs of responses"
         raise UserError(f"datasets: {kinds}; one run trains on one kind, so leave the other out")

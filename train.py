@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dpo.settings import Settings
 
 CONFIG = Path(__file__).resolve().parent / "config"
+QUOTE = """: quote a value with special characters, as in "datasets=['~/pairs.jsonl']\""""
 
 
 def run(
@@ -140,6 +141,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
             hydra.compose("config", overrides=overrides)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         text = " ".join(str(error).split())
+        text = re.sub(r"( \^)? See https://hydra\.cc/\S+ for details$", QUOTE, re.sub(r"^Lexer\w+: ", "", text))
         key = re.match(r"Could not override '([^']*)'", text)
         raise UserError(suggest(key[1], None, files.keys()) if key else text) from None
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, Literal
 
-from dpo.conversations import Row
+from dpo.conversations import ASSISTANT, Row
 from dpo.errors import UserError, summarize_error
 from dpo.examples import InconsistentRow, TextExample, Tokenization, TokenizedExample, Truncation, UnusableRow
 from dpo.messages import Message, to_json
@@ -224,6 +224,14 @@ class Rendering:
     prompt_format: PromptFormat
     tokenizer: "PreTrainedTokenizerBase"
     template: ChatTemplate | None = None
+    plain: TextExample | None = None  # the first prompt of text, though the tokenizer has a chat template
+
+    def note(self) -> str | None:
+        """Return a line on prompts that an instruct model is not used to see, or None if there was none."""
+        if self.plain is None:
+            return None
+        where = f"{self.plain.source}, row {self.plain.row}"
+        return f"{where}: a prompt of text is used as it is; prompt_format=chat renders it by the chat template."
 
     def __call__(self, row: Row, number: int, source: str, truncation: Truncation = "keep_end") -> TextExample:
         """Return a row as an example; UserError if the format has no place for it, UnusableRow if it has a flaw."""
@@ -232,7 +240,10 @@ class Rendering:
                 raise UserError(
                     "prompt_format=chat needs messages, or a prompt and its responses, not the text of dialogues"
                 )
-            return TextExample(row.prompt, row.responses, truncation, number, source)
+            text = TextExample(row.prompt, row.responses, truncation, number, source)
+            if self.prompt_format == "auto" and self.plain is None and self.tokenizer.chat_template:
+                self.plain = None if ASSISTANT in row.prompt else text
+            return text
         if self.prompt_format == "text":
             raise UserError("holds messages, which prompt_format=text cannot write; use auto, chat or hh")
         if self.prompt_format == "hh":

@@ -15,10 +15,11 @@ DIFFERS = "kept although the rejected dialogue's prompt differs"
 LABELS = {"true": True, "1": True, "false": False, "0": False}
 PAIR: tuple[str, ...] = ("chosen", "rejected")
 
-# Names by which a column is found, by what it is used for; scores are only used where they are given. Where a table has
-# several of them, those of FIRST take the first.
+# Names by which a column is found, by what it is used for; one without names is only used where it is given. Where a
+# table has several of them, those of FIRST take the first.
 COLUMN_NAMES = {
     "prompt": ("prompt", "question", "instruction", "input"),
+    "input": (),
     "chosen": ("chosen", "response_j"),
     "rejected": ("rejected", "response_k"),
     "completion": ("completion", "response"),
@@ -66,11 +67,14 @@ def find_columns(found: Collection[str], given: Mapping[str, str | None], where:
         name = given.get(use)
         if use in ("chosen", "rejected") and given.get("label") is not None:
             continue
-        candidates = [known for known in names if known in found]
+        alike = {column.strip().lower(): column for column in found} | {column: column for column in found}
+        candidates = [alike[known] for known in names if known in alike and alike[known] not in given.values()]
         if name is not None and name not in found:
             raise UserError(f"columns.{use}={name}: {where} has no such column; its columns: {listed}")
         if name is None and len(candidates) > 1 and use not in FIRST:
             problem = f"{where}: {' and '.join(candidates)} could each be the {use}; set columns.{use}=NAME"
+            if candidates == ["instruction", "input"]:
+                problem += ", or columns.input=input to read it after the instruction"
             raise UserError(f"{problem}; its columns: {listed}")
         if name is not None or names:
             columns[use] = name or [*candidates, names[0]][0]
@@ -87,6 +91,8 @@ def parse_row(row: object, columns: Mapping[str, str], sft: bool, chat: bool = F
     if not isinstance(row, dict):
         raise UserError(f"is not an object with the fields chosen and rejected but {type(row).__name__}")
     fields = {use: row[name] for use, name in columns.items() if name in row}
+    if "input" in fields:
+        fields["prompt"] = with_input(fields, columns)
     found = [use for use in ("completion", "messages") if use in fields and "chosen" not in fields]
     single: tuple[str, ...] = tuple(found[:1])
     is_labelled = bool(single) and "label" in fields
@@ -112,6 +118,7 @@ def parse_row(row: object, columns: Mapping[str, str], sft: bool, chat: bool = F
         parsed = parse_conversation(fields, uses, columns)
     else:
         parsed = parse_texts(fields, uses, columns)
+    parsed = parsed._replace(used=parsed.used | ({"input"} & fields.keys()))
     if is_labelled and sft:
         return desirable(parsed, fields["label"], columns["label"], is_given="chosen" not in columns)
     if is_labelled:
@@ -120,16 +127,24 @@ def parse_row(row: object, columns: Mapping[str, str], sft: bool, chat: bool = F
     return by_score(parsed, fields, columns)
 
 
+def with_input(fields: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    """Return a prompt with the input that follows it, if that is not empty, as LLaMA-Factory joins Alpaca's."""
+    texts = [checked_text(fields.get(use), columns[use]) for use in ("prompt", "input")]
+    return "\n".join(text for text in texts if text)
+
+
 def parse_texts(fields: Mapping[str, Any], uses: Sequence[str], columns: Mapping[str, str]) -> Row:
     """Return a row of texts: with a prompt, or dialogues as hh has them, which share all but the last answer."""
-    responses = tuple(checked_text(fields[use], columns[use]) for use in uses)
     if "prompt" in fields:
+        responses = tuple(checked_text(fields[use], columns[use]) for use in uses)
         return Row(checked_prompt(fields["prompt"], columns["prompt"]), responses, used=frozenset(("prompt", *uses)))
     if uses == ("completion",):
         raise UserError(f"{columns['prompt']} must be a text, not missing")
+    responses = tuple(checked_prompt(fields[use], columns[use]) for use in uses)
     chosen = responses[0]
     if ASSISTANT not in chosen:
-        raise UserError(f"the chosen dialogue has no {ASSISTANT!r}")
+        remedy = "a row that is no such dialogue needs a prompt; set columns.prompt=NAME"
+        raise UserError(f"the chosen dialogue has no {ASSISTANT!r}; {remedy}")
     start = chosen.rfind(ASSISTANT) + len(ASSISTANT)
     differs = any(response[:start] != chosen[:start] for response in responses)
     answers = tuple(response[start:] for response in responses)

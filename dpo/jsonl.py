@@ -57,7 +57,10 @@ def parse_lines(path: Path) -> Iterator[tuple[int, int, bytes, Any]]:
     except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, or a number of over 4,300 digits
         if isinstance(error, UserError):
             raise
-        hint = "; a row is one line, and a file that is one list ends in .json" if line.strip() in (b"[", b"{") else ""
+        form = "a row is one line, and a file that is one list ends in .json"
+        if ".json" in path.suffixes:
+            form = "a .json file is one list of rows, or has a row per line"
+        hint = f"; {form}" if line.strip() in (b"[", b"{") else ""
         raise UserError(f"{path}, row {number}: is not JSON ({error}){hint}") from None
     except UNREADABLE as error:
         raise UserError(f"{path}, after row {number}: cannot be read ({error})") from None

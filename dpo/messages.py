@@ -58,6 +58,9 @@ def as_message(turn: object, name: str) -> Message:
     message: Message = without_nulls(dict(turn))
     message = {key if KEYS.get(key, key) in message else KEYS[key]: value for key, value in message.items()}
     given = message.get("role")
+    if given is None:
+        keys = ", ".join(str(key)[:40] for key in list(message)[:8])
+        raise UserError(f"{name} must be a message with role and content, not with {keys or 'nothing'}")
     if given not in ROLES:
         role = OTHER_ROLES.get(str(given).lower())
         if role is None:

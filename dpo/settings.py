@@ -56,6 +56,7 @@ class ColumnSettings(Group):
     """The keys below `columns`."""
 
     prompt: Text | None
+    input: Text | None
     chosen: Text | None
     rejected: Text | None
     completion: Text | None

@@ -26,6 +26,7 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}.*$")
 FORMS = "a folder or file of .jsonl, .json, .csv, .tsv or .parquet, a folder of save_to_disk, or a hub data set, me/set"
 TEST_NAMES = ("test", "validation", "valid", "val", "dev", "eval", "evaluation")
 SHOWN = 8  # names in a note, at most
+USUAL = {f"{name}{kind}" for name in ("train", *TEST_NAMES) for kind in ("", "_sft", "_prefs")}  # names of splits
 BATCH = 100  # rows of a table that are read together, where all are read
 
 
@@ -108,7 +109,8 @@ class SplitNames:
         train, test = chosen["train"], chosen["test"]
         if train is None:
             forms = "train.jsonl, .json, .csv, .tsv or .parquet"
-            have = f"set split_train to one of {listed(sorted(found))}" if found else "add one"
+            names = f"set split_train to one of {listed(sorted(found))}"
+            have = f"{names}, or give files as a glob, datasets=['FOLDER/*.jsonl']" if found else "add one"
             raise UserError(f"datasets=[{where}]: there is no {forms}; {have}")
         if train == test:
             raise UserError(f"split_train, split_test: {where} would be trained and evaluated on {train}; set another")
@@ -125,17 +127,19 @@ def open_source(name: str, splits: SplitNames, known: Collection[str] = ()) -> S
 
     known are the names of data sets that are no paths, for the message about a name that is nothing of all this.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.is_dir():
         is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
         return open_saved(path, splits) if is_saved else open_folder(path, splits)
-    files = [path] if path.is_file() else sorted(Path(found) for found in glob(name, recursive=True))
+    files = [path] if path.is_file() else sorted(Path(found) for found in glob(str(path), recursive=True))
     if files and all(DATA_FILE.search(file.name) and file.is_file() for file in files):
         if splits.train or splits.test:
             raise UserError(f"split_train, split_test: {name} has no splits; leave them out, or give a folder")
         return Source([open_file(file) for file in files])
     if is_hub_name(name):
         return open_hub(name, splits)
+    if DATA_FILE.search(name):
+        raise UserError(f"datasets=[{name}]: there is no such file")
     raise UserError(f"datasets=[{name}]: neither a known data set ({', '.join(known)}) nor {FORMS}")
 
 
@@ -147,8 +151,8 @@ def open_file(path: Path) -> Table:
         return JsonRows(path)
     options: dict[str, Any] = {}
     if match[1] in ("csv", "tsv"):
-        delimiter = "\t" if match[1] == "tsv" else ","
-        options = {"sep": delimiter, "features": text_columns(path, delimiter), "na_filter": False}
+        delimiter, columns = csv_form(path, "\t" if match[1] == "tsv" else ",")
+        options = {"sep": delimiter, "features": columns, "na_filter": False}
     kind = "csv" if match[1] == "tsv" else match[1]
     with reading(str(path)):
         import datasets  # slow to import, and not needed for files of JSON
@@ -157,18 +161,31 @@ def open_file(path: Path) -> Table:
         return ArrowTable(str(path), rows)
 
 
-def text_columns(path: Path, delimiter: str) -> Any:
-    """Return the columns of a CSV file by its first line, all as text: a response may be "12", "NA" or "None"."""
+def csv_form(path: Path, usual: str) -> tuple[str, Any]:
+    """Return the delimiter of a CSV file and its columns, by its first line, where Excel may have written others.
+
+    All columns are text: a response may be "12", "NA" or "None". One without a name gets the one that pandas gives it.
+    """
     import datasets
 
-    try:
-        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
-            names = next(csv.reader(file, delimiter=delimiter), [])
-    except (*UNREADABLE, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}, row 0: cannot be read ({summarize_error(error)})") from None
+    lines = {delimiter: first_line(path, delimiter) for delimiter in (usual, ";", "\t")}
+    delimiter = next((each for each, names in lines.items() if len(names) > 1), usual)
+    names = [name or f"Unnamed: {i}" for i, name in enumerate(lines[delimiter])]
     if not names or len(set(names)) < len(names):
         raise UserError(f"{path}, row 0: its first line must name the columns, each once, not {listed(names)}")
-    return datasets.Features(dict.fromkeys(names, datasets.Value("string")))
+    return delimiter, datasets.Features(dict.fromkeys(names, datasets.Value("string")))
+
+
+def first_line(path: Path, delimiter: str) -> list[str]:
+    """Return the cells of the first line of a CSV file; UserError if it cannot be read."""
+    try:
+        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
+            return next(csv.reader(file, delimiter=delimiter), [])
+    except UnicodeDecodeError as error:
+        remedy = "save it as UTF-8, which Excel calls CSV UTF-8"
+        raise UserError(f"{path}, row 0: cannot be read ({summarize_error(error)}); {remedy}") from None
+    except (*UNREADABLE, csv.Error) as error:
+        raise UserError(f"{path}, row 0: cannot be read ({summarize_error(error)})") from None
 
 
 def open_saved(folder: Path, splits: SplitNames) -> Source:
@@ -206,12 +223,18 @@ def open_folder(folder: Path, splits: SplitNames) -> Source:
     """Open a folder of files named by their splits, as train.jsonl, data/train-00000-of-00002.parquet, test/a.csv."""
     places = [folder, *(path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != ".")]
     found: dict[str, list[Path]] = {}
+    subsets: dict[Path, None] = {}  # folders with splits of their own
     for place in places:
         for path in sorted(place.iterdir()):
             if path.is_file() and DATA_FILE.search(path.name) and path.name[0] != ".":
-                is_split = place != folder and place.name != "data"
-                split = place.name if is_split else SHARD.sub("", path.name.partition(".")[0])
-                found.setdefault(split, []).append(path)
+                own = SHARD.sub("", path.name.partition(".")[0])
+                is_named = place == folder or place.name == "data"
+                if not is_named and own in USUAL and place.name not in USUAL:
+                    subsets[place] = None
+                else:
+                    found.setdefault(own if is_named else place.name, []).append(path)
+    if subsets and not USUAL & found.keys() and splits.train is None:
+        raise UserError(f"datasets=[{folder}]: give its folders, as datasets=[{','.join(map(str, subsets))}]")
     train, test = splits.choose(found, str(folder))
     used = [path for split in (train, test) if split is not None for path in found[split]]
     for split in filter(None, (train, test)):

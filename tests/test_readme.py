@@ -99,7 +99,7 @@ RECIPES = re.findall(r"^\| .* \| `((?:loss=\w+ )?datasets=[^`]*)` \|$", PAGES[RO
 
 
 def test_the_recipes_for_data_compose():
-    assert len(RECIPES) == 6
+    assert len(RECIPES) == 9
     for recipe in RECIPES:
         assert problems_of(f"model=gpt2 {recipe if 'loss=' in recipe else f'loss=dpo {recipe}'}") == []
 
@@ -108,6 +108,7 @@ def test_the_recipes_for_data_compose():
     "name, content, prompt, responses",
     [
         ("scored.jsonl", '{"prompt": "Hi", "response_1": "a", "response_2": "b", "score_1": 1, "score_2": 4}', "Hi", "ba"),  # noqa: E501
+        ("alpaca_dpo.json", '[{"instruction": "Add.", "input": "1", "chosen": "a", "rejected": "b"}]', "Add.\n1", "ab"),
         ("pairs.csv", "ask,good,bad\nHi.,a,b\n", "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n",
          ["a<|im_end|>", "b<|im_end|>"]),
     ],

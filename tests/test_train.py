@@ -76,6 +76,7 @@ MISTYPED = {
     ("loss=dpo", "bacth_size=3"): "bacth_size: there is no such setting; did you mean batch_size?",
     ("loss=sft", "loss.beta=3"): "loss.beta: the chosen loss has no such setting",
     ("loss=dpo", "modle=gpt2"): "modle: there is no such setting; did you mean model?",
+    (*TINY_MODEL, "datasets=[~/a.jsonl]"): "datasets=[~/a.jsonl]: quote a value with special characters, as in ",
     (FINISHED, "lrr=1"): "lrr: there is no such setting; did you mean lr?",
     (f"{FINISHED}/LATEST", "lr=1"): "lr=1: a resumed run keeps lr=",
     (FINISHED, "save_every=0"): "save_every=0: must be a whole number of examples, 1 or more",

@@ -196,6 +196,27 @@ def test_an_ambiguous_or_missing_column_is_refused_with_the_list_of_columns(foun
     assert find_columns([*found, "c"], {"prompt": "c", "chosen": "c"}, "data")["prompt"] == "c"
 
 
+def test_columns_are_found_in_capitals_and_with_spaces_around_them_if_there_is_none_without():
+    found = find_columns(["Prompt", " chosen ", "REJECTED"], {}, "data")
+    assert (found["prompt"], found["chosen"], found["rejected"]) == ("Prompt", " chosen ", "REJECTED")
+    assert find_columns(["Prompt", "prompt"], {}, "data")["prompt"] == "prompt"
+
+
+def test_alpacas_input_follows_the_instruction_where_its_column_is_given():
+    row = {"instruction": "Add.", "input": "1 and 2", "completion": "3"}
+    with pytest.raises(UserError, match="set columns.prompt=NAME, or columns.input=input to read it after the"):
+        parse(row, sft=True)
+    found = parse(row, sft=True, input="input")
+    assert (found.prompt, found.responses) == ("Add.\n1 and 2", ("3",)) and found.used >= {"prompt", "input"}
+    assert parse(row | {"input": ""}, sft=True, input="input").prompt == "Add."
+    pair = {"instruction": "Add.", "input": "1 and 2", "chosen": "3", "rejected": "4"}
+    assert parse(pair, input="input").prompt == "Add.\n1 and 2"
+    rendered = parse_row(pair, find_columns(pair, {"input": "input"}, "data"), sft=False, chat=True)
+    assert rendered.prompt == [{"role": "user", "content": "Add.\n1 and 2"}]
+    with pytest.raises(UserError, match="input must be a text, not NoneType"):
+        parse(row | {"input": None}, sft=True, input="input")
+
+
 # What has no known form
 
 PAIR = {"chosen": [USER, YES], "rejected": [USER, NO]}
@@ -204,8 +225,11 @@ BAD = {
         PAIR | {"chosen": [{"role": "bot", "content": "a"}, YES]},
         "turn 1 must have one of the",
     ),
-    "no role": (PAIR | {"chosen": [{"content": "a"}, YES]}, "chosen, turn 1 must have one of the roles"),
-    "other names": (PAIR | {"chosen": [{"by": "human", "text": "a"}, YES]}, "turn 1 must have one of the"),
+    "no role": (
+        PAIR | {"chosen": [{"content": "a"}, YES]},
+        "chosen, turn 1 must be a message with role and content, no",
+    ),
+    "other names": (PAIR | {"chosen": [{"by": "human", "text": "a"}, YES]}, "turn 1 must be .* not with by, text"),
     "content null": (
         PAIR | {"chosen": [{"role": "user", "content": None}, YES]},
         "content of chosen, turn 1 must",
@@ -234,6 +258,11 @@ BAD = {
         {"prompt": '[{"role": "user", ', "chosen": "a", "rejected": "b"},
         "prompt holds messages as a",
     ),
+    "whole messages as JSON": (
+        {"chosen": '[{"role": "user", "content": "a"}]', "rejected": "b"},
+        "chosen holds messages as a text",
+    ),
+    "no dialogue": ({"chosen": "a", "rejected": "b"}, "no such dialogue needs a prompt; set columns.prompt=NAME"),
     "messages as printed": ({"prompt": " [ {'content': ", "chosen": [YES], "rejected": [NO]}, "prompt holds messages"),
     "a list": ([1], "is not an object"),
 }

@@ -10,10 +10,12 @@ import datasets
 import numpy as np
 import pytest
 from chat_families import CHATML, FAMILIES, SYSTEM, TURNS, answer
-from conftest import read_data
+from conftest import read_data, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo.chat import Rendering
+from dpo.conversations import Row
 from dpo.errors import UserError
 from dpo.examples import BatchIterator, TextExample
 from dpo.preferences import n_left_out
@@ -144,6 +146,21 @@ def test_texts_are_rendered_as_turns_with_their_system_turn(tmp_path, capsys):
     assert "ignored" not in capsys.readouterr().out
     read(tmp_path, *rows)
     assert "columns ignored: system (in 3 rows)" in capsys.readouterr().out
+
+
+def test_it_is_said_that_a_prompt_of_text_is_not_rendered_where_there_is_a_template():
+    text, dialogue = Row("Hi.", ("a", "b")), Row("\n\nHuman: Hi.\n\nAssistant:", (" a", " b"))
+    line = "data, row 3: a prompt of text is used as it is; prompt_format=chat renders it by the chat template."
+    for tokenizer, prompt_format, rows, expected in (
+        (TOKENIZER, "auto", (dialogue, text, text), line),
+        (TOKENIZER, "auto", (dialogue,), None),
+        (TOKENIZER, "text", (text,), None),
+        (tiny_tokenizer("gpt2"), "auto", (text,), None),
+    ):
+        rendering = Rendering(prompt_format, tokenizer)
+        for number, row in enumerate(rows, start=2):
+            rendering(row, number, "data")
+        assert rendering.note() == expected
 
 
 def test_nothing_is_said_of_columns_where_no_row_is_used(tmp_path, capsys):

@@ -235,6 +235,8 @@ def test_a_folder_is_a_folder_though_a_hub_name_could_be_meant(tmp_path, monkeyp
         ("a.csv", b"prompt,prompt\n1,2\n", "a.csv, row 0: its first line must name the columns, each once"),
         ("a.csv", b"prompt,chosen,rejected\na,b,c,d\n1,2,3,4\n1,2,3,4,5\n", "a.csv: cannot be read"),
         ("a.csv", b"prompt,chosen\xff,rejected\na,b,c\n", "a.csv, row 0: cannot be read"),
+        ("a.csv", "prompt".encode("utf-16"), "save it as UTF-8, which Excel calls CSV UTF-8"),
+        ("a.json", b'{\n "data": []}', "a .json file is one list of rows, or has a row per line"),
         ("a.json", b"[1, 2", "a.json, row 1 and on: is not a list in JSON"),
         ("a.json", b'[{"a": 1}, 5]', "a.json, row 1: chosen must be a text, not missing; the row's columns: a"),
         *((f"a.{kind}.{suffix}", b"12", f"a.{kind}.{suffix}, {at}: cannot be read (")
@@ -248,6 +250,32 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(name, content, words, t
     with pytest.raises(UserError) as caught:
         read_data(tmp_path / name)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_csv_file_may_be_one_of_excel_or_of_pandas(delimiter, tmp_path):
+    """A byte order mark, quotes, a line break within a cell, Windows line ends; a column without a name."""
+    cells = [["", "prompt", "chosen", "rejected"], *([str(i), f'"{i}", {delimiter}?', "a\nb", "c"] for i in range(10))]
+    with open(tmp_path / "a.csv", "w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(cells)
+    (table,) = open_source(str(tmp_path / "a.csv"), ANY).train
+    row = {"Unnamed: 0": "1", "prompt": f'"1", {delimiter}?', "chosen": "a\nb", "rejected": "c"}
+    assert list(table)[1] == (2, row)
+
+
+def test_a_folder_of_folders_with_splits_of_their_own_is_refused(tmp_path, monkeypatch):
+    for place in ("harmless", "helpful"):
+        for split in ("train", "test"):
+            write(tmp_path / place / f"{split}.jsonl", pairs(3))
+    folders = f"{tmp_path}/harmless,{tmp_path}/helpful"
+    with pytest.raises(UserError, match=rf"give its folders, as datasets=\[{folders}\]"):
+        open_source(str(tmp_path), ANY)
+    write(tmp_path / "train.jsonl", pairs(3))
+    assert splits_of(open_source(str(tmp_path), ANY)) == (["train.jsonl"], None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert splits_of(open_source("~/harmless/*.jsonl", ANY)) == (["test.jsonl", "train.jsonl"], None)
+    with pytest.raises(UserError, match=r"datasets=\[~/gone.jsonl\]: there is no such file"):
+        open_source("~/gone.jsonl", ANY)
 
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
