@@ -18,6 +18,7 @@ from losses import LOSSES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 CODE = PAGES[ROOT / "docs" / "code.md"]
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 COMMAND = re.compile(r"^(?: {4})?python train\.py (.+)$|`python train\.py ([^`]+)`", re.MULTILINE)
@@ -144,7 +145,7 @@ def test_every_path_in_the_pages_exists_and_every_file_is_listed():
     tree = re.search(r"Every file:\n\n```\n(.*?)```", CODE, re.DOTALL)[1]
     for name in re.findall(r"^(\S+)", tree, re.MULTILINE):
         assert (ROOT / name).exists(), name
-    for page, text in PAGES.items():
+    for page, text in (*PAGES.items(), (ROOT / "CONTRIBUTING.md", CONTRIBUTING)):
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (page.parent / link).exists(), (page.name, link)
     listed = set(re.findall(r"^([\w/]+\.py)", tree, re.MULTILINE))
@@ -161,8 +162,8 @@ def test_the_diagram_of_the_code_names_functions_that_exist_in_at_most_ten_steps
         assert f"def {name}(" in source, name
 
 
-def test_the_data_set_of_the_readme_can_be_added(monkeypatch):
-    source = re.search(r"```python\n(def get_mine.*?)```", README, re.DOTALL)[1]
+def test_the_data_set_of_contributing_can_be_added(monkeypatch):
+    source = re.search(r"```python\n(def get_mine.*?)```", CONTRIBUTING, re.DOTALL)[1]
     rows = [{"question": "\n\nHuman: Hi.\n\nAssistant:", "better": " Hello.", "worse": " Go."}]
     monkeypatch.setattr(preference_datasets, "load_hub_split", lambda path, split, cache_dir: rows)
     exec(source, vars(preference_datasets))
