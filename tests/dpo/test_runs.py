@@ -13,9 +13,8 @@ from conftest import GOLDENS, ROOT, Run
 from faults import BUSY, again, at_event, command_line, few_rows, fresh, kill
 from omegaconf import OmegaConf
 
-import build
 import trainers
-from dpo import checkpoints
+from dpo import checkpoints, layouts
 from dpo.archives import load_archive
 from dpo.devices import platform
 from dpo.errors import UserError
@@ -190,7 +189,7 @@ def surrounded_by(**changed: str) -> Callable[[], None]:
     """Resume where platform() has other values."""
 
     def install() -> None:
-        build.platform = trainers.platform = lambda device: platform(device) | changed
+        layouts.platform = trainers.platform = lambda device: platform(device) | changed
 
     return install
 
