@@ -23,6 +23,8 @@ def parse(row, sft=False, labels=False, **given):
     "row",
     [
         {"prompt": [USER], "chosen": [YES], "rejected": [NO]},
+        {"prompt": [USER], "chosen": [YES], "rejected": [NO], "messages": [USER, YES, USER]},
+        {"messages": [USER], "chosen": YES, "rejected": NO},
         {"prompt": [USER], "chosen": "Yes.", "rejected": "No."},
         {"prompt": "Hi.", "chosen": [YES], "rejected": [NO]},
         {"chosen": [USER, YES], "rejected": [USER, NO]},
