@@ -142,6 +142,7 @@ CURVES = {
     "Length of samples minus the reference's, tokens": [Curve("samples", "diagnosis/sample_length_difference")],
     "Learning rate": [Curve("", "lr", True)],
     "Pairs per second": [Curve("", "examples_per_second", True)],
+    "Share of the matrix rate (mfu)": [Curve("", "mfu", True)],
 }
 
 

@@ -32,6 +32,7 @@ from dpo.schedules import make_scheduler
 from dpo.settings import Settings
 from dpo.signals import Signals
 from dpo.stopwatch import Stopwatch
+from dpo.utilization import Utilization
 from losses import preference_loss  # noqa: F401  (the original's users import preference_loss from here)
 from report import update_report
 
@@ -68,6 +69,7 @@ class BasicTrainer:
         options = OptimizerOptions.of(settings, self.policy)
         self.optimizer = make_optimizer(settings.optimizer, self.policy.trained_parameters(), settings.lr, options)
         self.scheduler = make_scheduler(settings, self.optimizer, len(train_batches))
+        self.utilization = Utilization(policy, reference, dtype, ranks.world_size)
         self.loss_state: Sums = {}  # what the loss keeps of earlier batches
         self.sums_of_logps = partial(sums_of_logps, policy, reference, packer, ranks)  # for Loss.batch_sums
         self.examples = self.updates = 0
@@ -132,10 +134,9 @@ class BasicTrainer:
         return means | {
             "grad_norm": float(grad_norm),
             "lr": lr,
-            "examples_per_second": len(batch.examples) / seconds,
-            "tokens_per_second": sum(map(len, batch.examples)) / seconds,
             "counters/examples": self.examples,
             "counters/updates": self.updates,
+            **self.utilization(batch.examples, seconds),
         }
 
     def losses(self, batch: PackedBatch, metrics: BatchMetrics, sums: Sums = NOTHING) -> torch.Tensor:
