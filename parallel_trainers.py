@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 from dpo.checkpoints import random_states, set_random_states
 from dpo.distributed import ProcessGroup, Ranks
 from dpo.logps import ResponseLogps
-from dpo.parallel import clip_gradient, distinct_tensors, full_weights, reshard, shard
+from dpo.parallel import clip_gradient, distinct_tensors, full_weights, layers, reshard, shard
 from dpo.settings import Settings
 from dpo.shards import load_shards, save_shards
 from dpo.tensor_parallel import parallelize
@@ -33,6 +33,7 @@ class FSDPTrainer(BasicTrainer):
     def prepare(module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype) -> ResponseLogps:
         """Shard the parameters."""
         assert isinstance(ranks, ProcessGroup)
+        ranks.clock.watch(layers(module.model, settings.model.block_name))
         return shard(module, ranks.mesh, dtype, settings.model.block_name)
 
     def clip_gradient(self) -> torch.Tensor:

@@ -26,6 +26,7 @@ from dpo.examples import TokenizedExample
 from dpo.packing import PackedBatch, Packer, balance
 from dpo.settings import Settings
 from dpo.signals import Signals
+from dpo.stragglers import LayerClock, StragglerWatch
 from dpo.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -134,6 +135,7 @@ class ProcessGroup(Ranks):
         store = PrefixStore(f"{prefix}/group", self.store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         self.device_type = device.type
+        self.clock, self.stragglers = LayerClock(device), StragglerWatch()
         self.arrange(replicate=1)
 
     def arrange(self, replicate: int, tensor: int = 1) -> None:
@@ -187,6 +189,15 @@ class ProcessGroup(Ranks):
 
     def agree(self, signals: Signals) -> Signals:
         return AgreedSignals(signals, self)
+
+    def usage(self, device: torch.device) -> dict[str, float]:
+        """Return also the largest and the mean time that the ranks' layers took; name a rank that is slow."""
+        taken = self.gather(self.clock.take())
+        for message in self.stragglers.look(taken):
+            log_message(message)
+        seconds = [own for own, _ in taken]
+        times = {"layer_seconds/max": max(seconds), "layer_seconds/mean": sum(seconds) / len(seconds)}
+        return super().usage(device) | (times if any(seconds) else {})
 
     def same_run(self, path: Path) -> tuple[Path, bool]:
         path = self.on_main(lambda: path)

@@ -74,7 +74,7 @@ def golden_rows(split: str) -> list[dict[str, str]]:
 
 def without_measurements(record: dict) -> dict:
     """Return a record of metrics.jsonl without what a clock or the system measured."""
-    measured = ("seconds/", "memory_gb/", "mfu")
+    measured = ("seconds/", "layer_seconds/", "memory_gb/", "mfu")
     return {k: v for k, v in record.items() if not (k.endswith("_per_second") or k.startswith(measured))}
 
 

@@ -1,6 +1,7 @@
 """FSDPTrainer on several processes gives the numbers of one, and those of the original."""
 
 import json
+import time
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -103,6 +104,18 @@ def bytes_held(trainer) -> int:
     return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
 
 
+def slow_updates(trainer, ranks) -> list[str]:
+    """Make updates of which rank 1 computes a layer slowly, log them, and return what is said of it."""
+    said, look = [], ranks.stragglers.look
+    ranks.stragglers.look = lambda taken: said.extend(found := look(taken)) or found
+    if ranks.rank == 1:
+        trainer.policy.model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: time.sleep(0.1))
+    for batch in islice(trainer.train_batches, 7):
+        trainer.log(trainer.train_step(batch))
+    ranks.stragglers.look = look
+    return said
+
+
 def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
     """Write the first updates of each case, and one gradient, as n ranks compute them together."""
     ranks = ProcessGroup(torch.device("cpu"), timedelta(seconds=60))
@@ -121,6 +134,9 @@ def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
     sampled = trainer.sample()
     if rank == 0:
         (folder / "sampled.json").write_text(json.dumps(sampled))
+    said = slow_updates(trainer, ranks) if n == 2 else []
+    if rank == 0:
+        (folder / "said.json").write_text(json.dumps(said))
     trainer = build(folder / "kto", ranks, *TINY, *KTO, f"datasets=['{folder / 'labels'}']", "trainer=FSDPTrainer")
     sums, n_examples = divergence(trainer)
     shares, gradient = ranks.gather((sums, n_examples)), whole_gradient(trainer)
@@ -177,6 +193,17 @@ def test_each_rank_computes_its_share_of_what_ktos_divergence_needs_and_all_get_
         assert own == shares[0][0] == pytest.approx(sums, rel=1e-5)
     expected = whole_gradient(trainer)
     assert (torch.load(folder / "kto.pt") - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_rank_that_computes_slowly_is_named_once_and_each_record_has_its_time_and_memory(sharded):
+    n, *_, folder = sharded
+    if n == 2:
+        (said,) = json.loads((folder / "said.json").read_text())
+        assert said.startswith("Rank 1 is slow: its layers take ")
+        for line in (folder / "gradient" / "metrics.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            assert record["layer_seconds/max"] > 0.1 and record["layer_seconds/max"] > record["layer_seconds/mean"]
+            assert record["memory_gb/max"] >= record["memory_gb/mean"] > 0.05
 
 
 def test_each_rank_holds_its_share_of_weights_and_optimizer(sharded, make_trainer, report):
