@@ -6,10 +6,9 @@ Apart from train.py because it needs torch, whose import takes longer than answe
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,12 +19,15 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dpo.adapters import AdapterWeights, add_adapter
 from dpo.archives import weights_checksum
+from dpo.attention import use_attention
 from dpo.budgets import fit_budget
 from dpo.chat import Rendering
 from dpo.console import log_message
+from dpo.data_checks import data_problems, schedule_notes, score_problems
 from dpo.devices import autocast, compute_dtype, limit_onednn_cache, pick_device, tokens_per_pass
+from dpo.distributed import Ranks
 from dpo.errors import actionable_errors, raise_problems
-from dpo.examples import BatchIterator, TextExample, Tokenization, bos_note
+from dpo.examples import BatchIterator, Tokenization, bos_note
 from dpo.export import AllWeights
 from dpo.forecast import forecast
 from dpo.inspection import inspect
@@ -45,7 +47,7 @@ from dpo.models import (
 from dpo.objectives import Loss
 from dpo.optimizers import bfloat16_note, optimizer_problems
 from dpo.packing import Packer
-from dpo.parallel import reshard
+from dpo.parallel import reshard, without_weights
 from dpo.references import (
     AdapterReference,
     CachedReference,
@@ -120,39 +122,6 @@ def inspect_inputs(settings: Settings, inputs: Inputs) -> None:
     inspect(inputs.train_batches, inputs.eval_batches, settings.inspect, settings.inspect_ids, max_tokens)
 
 
-def data_problems(settings: Settings, train_batches: BatchIterator, eval_batches: BatchIterator) -> list[str]:
-    """Return one line for each way in which there is too little data."""
-    problems, n = [], train_batches.n_items
-    if n < settings.batch_size:
-        remedy = f"lower it to {n} or less" if n else "give it some"
-        problems.append(f"batch_size={settings.batch_size}: the training data holds {n} examples; {remedy}")
-    elif len(train_batches) == 0:
-        problems.append("n_epochs, n_examples: no update would be made; raise them")
-    if eval_batches.n_items == 0:
-        problems.append("datasets: there is no example to evaluate on; add a test.jsonl with at least one")
-    return problems
-
-
-def score_problems(groups: Sequence[Sequence[TextExample]]) -> list[str]:
-    """Return a line on the first example without scores, which only files and hub data sets of one's own have."""
-    unscored = () if all(scores_of(groups)) else (text for group in groups for text in group if not text.scores)
-    return [f"loss=odpo: {text.source}, row {text.row} has no scores" for text in islice(unscored, 1)]
-
-
-def schedule_notes(settings: Settings, n_updates: int) -> list[str]:
-    """Return a line for each part of the schedule that a run of n_updates does not reach."""
-    notes, warmup, n_examples = [], settings.warmup_steps, n_updates * settings.batch_size
-    if warmup >= n_updates:
-        reached = settings.lr * n_updates / (warmup + 1)
-        notes.append(
-            f"warmup_steps={warmup}: the run has {n_updates:,} updates, so the learning rate ends at {reached:.2g}."
-        )
-    if settings.eval_every >= n_examples:
-        run = f"the run has {n_examples:,} examples, so it evaluates at its start (do_first_eval) and end alone"
-        notes.append(f"eval_every={settings.eval_every:,}: {run}")
-    return notes
-
-
 @dataclass(frozen=True)
 class Models:
     """The policy, its adapter if that alone is trained, the second model if the reference is one; how all compute."""
@@ -164,35 +133,48 @@ class Models:
     dtype: torch.dtype
 
 
-def load_models(settings: Settings, loss: Loss, inputs: Inputs, known: LayoutChoice | None) -> Models:
-    """Load the policy, copy the reference, choose the layout by a check on a few examples, and seed all generators."""
+def load_models(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir) -> Models:
+    """Load the policy, of several ranks on the main one alone, copy the reference, and seed all generators."""
     limit_onednn_cache()
+    known = None if run.checkpoint is None else recorded_layout(run.checkpoint.states, inputs.device)
+    # A model that is shared out is whole on one device only for the check of the layout, if there is one.
+    stays = run.ranks.world_size > 1 and (known is not None or settings.layout == "padded")
+    place = torch.device("cpu") if stays else inputs.device
+    load = partial(load_policy_module, settings, loss, inputs, known, place)
+    models = run.ranks.from_main(load, lambda loaded: replace(loaded, policy=without_weights(loaded.policy)))
+    use_attention(models.policy.model, models.policy.model.config._attn_implementation)  # which each process registers
+    if inputs.device.type == "cuda" and models.dtype == torch.float32:
+        torch.set_float32_matmul_precision("high")  # TF32
+    if models.adapter is None and loss.needs_reference and not loss.cached_reference:
+        reference = copy_reference(models.policy, settings.model.reference_dtype, run.ranks.copy)
+        models = replace(models, reference=reference)
+    models.policy.with_collisions = loss.needs_collisions
+    for module in (models.policy, models.reference):
+        if module is not None and settings.compile:
+            compile_layers(module.model)
+    random.seed(settings.seed)
+    np.random.seed(settings.seed)
+    torch.manual_seed(settings.seed)
+    return models
+
+
+def load_policy_module(
+    settings: Settings, loss: Loss, inputs: Inputs, known: LayoutChoice | None, place: torch.device
+) -> Models:
+    """Load the policy to a device, and its adapter, and choose the layout by a check on a few examples."""
     device, policy_dtype = inputs.device, settings.model.policy_dtype
     dtype = compute_dtype(settings.compute_precision, getattr(torch, policy_dtype), device)
     log_message(f"Device: {device}. Computing in {dtype}, parameters and optimizer in {policy_dtype}.")
-    if device.type == "cuda" and dtype == torch.float32:
-        torch.set_float32_matmul_precision("high")  # TF32
-    random.seed(settings.seed)
-    np.random.seed(settings.seed)
-    models = [load_policy(settings, inputs.model_config, device)]
-    adapter = None
-    if settings.lora is not None:
-        adapter = add_adapter(models[0], settings)
-    elif loss.needs_reference and not loss.cached_reference:
-        models.append(copy_reference(models[0], settings.model.reference_dtype))
-    torch.manual_seed(settings.seed)
+    policy = load_policy(settings, inputs.model_config, place)
+    adapter = None if settings.lora is None else add_adapter(policy, settings)
     # A cached reference meets the policy in other passes from the second epoch on, where bfloat16 logits would differ.
     float32_head = loss.needs_reference and loss.cached_reference and dtype != torch.float32
-    modules = [ResponseLogps.wrap(model, float32_head) for model in models]
+    module = ResponseLogps.wrap(policy, float32_head)
     examples = next(iter(inputs.eval_batches.from_start())).examples
-    choice = choose_layout(modules[0], modules, examples, settings.layout, settings.max_length, dtype, known)
-    modules[0].with_collisions = loss.needs_collisions
-    for model in models:
-        set_quantized_dtype(model, dtype)
-        if settings.compile:
-            compile_layers(model)
+    choice = choose_layout(module, [module], examples, settings.layout, settings.max_length, dtype, known)
+    set_quantized_dtype(policy, dtype)
     packer = Packer(choice.layout, tokens_per_pass(settings.max_tokens_per_pass, device), device)
-    return Models(modules[0], adapter, modules[1] if len(modules) > 1 else None, packer, dtype)
+    return Models(module, adapter, None, packer, dtype)
 
 
 def build_trainer(
@@ -200,15 +182,14 @@ def build_trainer(
 ) -> BasicTrainer:
     """Load the models and build the trainer, which stands where the run directory's checkpoint left it, if any."""
     signals = run.ranks.agree(signals or Signals())
-    known = None if run.checkpoint is None else recorded_layout(run.checkpoint.states, inputs.device)
     with actionable_errors(LOADING):
-        models = load_models(settings, loss, inputs, known)
+        models = load_models(settings, loss, inputs, run)
     if inputs.stops:
         add_stops(models.policy.model.generation_config, inputs.stops)
     if note := bfloat16_note(models.policy.trained_parameters(), settings.lr, settings.optimizer):
         log_message(note)
-    found = identity(loss, inputs, models)
-    run.ranks.check_same(lambda: found | {"the policy's weights": weights_checksum(models.policy.model.state_dict())})
+    found = identity(loss, inputs, models, run.ranks)
+    run.ranks.check_same(lambda: found)
     batches = {"the training data": inputs.train_batches, "the evaluation data": inputs.eval_batches}
     run.identify(found, {name: partial(own.fingerprint, by_text=True) for name, own in batches.items()})
     if settings.max_tokens_per_pass == "fit":
@@ -227,7 +208,7 @@ def build_trainer(
     reference = make_reference(settings, loss, inputs, models, sampler, run)
     reshard(models.policy)  # the optimizer is made of sharded parameters
     if isinstance(reference, ModelReference):
-        reference.module = prepare(reference.module)
+        reference.module = prepare(reference.module, source=models.policy)
     if settings.activation_checkpointing:
         recompute_activations(models.policy.model)
     trainer = TRAINERS[settings.trainer](
@@ -259,7 +240,7 @@ def dry_run(settings: Settings, loss: Loss, inputs: Inputs, config: DictConfig, 
             forecast(trainer)
 
 
-def identity(loss: Loss, inputs: Inputs, models: Models) -> dict[str, str]:
+def identity(loss: Loss, inputs: Inputs, models: Models, ranks: Ranks) -> dict[str, str]:
     """Return fingerprints of what a resumed run must find again, besides the settings."""
     found = {"the training data": inputs.train_batches.fingerprint()}
     found["the evaluation data"] = inputs.eval_batches.fingerprint()
@@ -268,7 +249,8 @@ def identity(loss: Loss, inputs: Inputs, models: Models) -> dict[str, str]:
     if models.adapter is not None:
         found |= models.adapter.identity()
     elif loss.needs_reference:
-        found["the reference's weights"] = weights_checksum(models.policy.model.state_dict())
+        checksum = ranks.on_main(lambda: weights_checksum(models.policy.model.state_dict()))
+        found["the reference's weights"] = checksum
     return found
 
 

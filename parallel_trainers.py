@@ -3,9 +3,12 @@
 They override how a module is prepared, how its gradient is clipped and how its state is gathered, nothing else.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -15,7 +18,17 @@ from torch.distributed.checkpoint.state_dict import (
 from dpo.checkpoints import random_states, set_random_states
 from dpo.distributed import ProcessGroup, Ranks
 from dpo.logps import ResponseLogps
-from dpo.parallel import clip_gradient, distinct_tensors, full_weights, layers, reshard, shard
+from dpo.parallel import (
+    clip_gradient,
+    copy_shards,
+    distinct_tensors,
+    full_weights,
+    layers,
+    no_weights,
+    reshard,
+    shard,
+    weights_of_main,
+)
 from dpo.settings import Settings
 from dpo.shards import load_shards, save_shards
 from dpo.tensor_parallel import parallelize
@@ -30,11 +43,22 @@ class FSDPTrainer(BasicTrainer):
     ranks: ProcessGroup
 
     @staticmethod
-    def prepare(module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype) -> ResponseLogps:
-        """Shard the parameters."""
+    def prepare(
+        module: ResponseLogps,
+        settings: Settings,
+        ranks: Ranks,
+        dtype: torch.dtype,
+        source: ResponseLogps | None = None,
+        split: Callable[[list[nn.Module]], None] = lambda modules: None,
+    ) -> ResponseLogps:
+        """Shard the parameters of a module, with the weights of a source that is sharded, or else of the main rank."""
         assert isinstance(ranks, ProcessGroup)
         ranks.clock.watch(layers(module.model, settings.model.block_name))
-        return shard(module, ranks.mesh, dtype, settings.model.block_name)
+        weights = weights_of_main(torch.device(ranks.device_type)) if source is None else no_weights
+        shard(module, ranks.mesh, dtype, settings.model.block_name, weights, split)
+        if source is not None:
+            copy_shards(source, module)
+        return module
 
     def clip_gradient(self) -> torch.Tensor:
         """Clip the gradient of all shards, and return the norm of the whole."""
@@ -86,11 +110,18 @@ class TensorParallelTrainer(FSDPTrainer):
     """Trains a policy each of whose layers several ranks compute together, sharded over such groups of ranks."""
 
     @staticmethod
-    def prepare(module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype) -> ResponseLogps:
+    def prepare(
+        module: ResponseLogps,
+        settings: Settings,
+        ranks: Ranks,
+        dtype: torch.dtype,
+        source: ResponseLogps | None = None,
+        split: Callable[[list[nn.Module]], None] | None = None,
+    ) -> ResponseLogps:
         """Split the layers over the ranks of a group, and shard the parameters over the groups."""
         assert isinstance(ranks, ProcessGroup)
-        parallelize(module.model, ranks.mesh["tensor"])
-        return FSDPTrainer.prepare(module, settings, ranks, dtype)
+        split = split or partial(parallelize, module.model, ranks.mesh["tensor"])
+        return FSDPTrainer.prepare(module, settings, ranks, dtype, source, split)
 
 
 TRAINERS: dict[str, type[BasicTrainer]] = {

@@ -4,6 +4,7 @@
 anything else that sets torchrun's environment variables, has started.
 """
 
+import copy
 import os
 import resource
 import sys
@@ -23,13 +24,16 @@ from dpo.console import log_message
 from dpo.devices import pick_device
 from dpo.errors import RunError, Stopped, UserError, print_errors, summarize_error
 from dpo.examples import TokenizedExample
+from dpo.launch import count_processes
 from dpo.packing import PackedBatch, Packer, balance
+from dpo.parallel import without_weights
 from dpo.settings import Settings
 from dpo.signals import Signals
 from dpo.stragglers import LayerClock, StragglerWatch
 from dpo.watchdog import Watchdog
 
 T = TypeVar("T")
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 class Pass(NamedTuple):
@@ -78,6 +82,14 @@ class Ranks:
     def on_main(self, work: Callable[[], T]) -> T:
         """Call work on the main rank and return its result on every rank; if it raises there, every rank ends."""
         return work()
+
+    def from_main(self, work: Callable[[], T], shared: Callable[[T], T]) -> T:
+        """Call work on the main rank and return its result there, and on the other ranks what shared makes of it."""
+        return work()
+
+    def copy(self, module: M) -> M:
+        """Return a copy of a module, where ranks share it without weights, which it gets when it is sharded."""
+        return copy.deepcopy(module)
 
     def passes(self, packer: Packer, examples: Sequence[TokenizedExample], n_parts: int = 1) -> Iterator[Pass]:
         """Yield the forward passes of this rank's part of a batch, as many on every rank."""
@@ -167,6 +179,19 @@ class ProcessGroup(Ranks):
         dist.broadcast_object_list(result, src=0)
         return result[0]
 
+    def from_main(self, work: Callable[[], T], shared: Callable[[T], T]) -> T:
+        results: list[T] = []
+
+        def send() -> T:
+            results.append(work())
+            return shared(results[0])
+
+        received = self.on_main(send)
+        return results[0] if self.is_main else received
+
+    def copy(self, module: M) -> M:
+        return without_weights(module)
+
     def passes(self, packer: Packer, examples: Sequence[TokenizedExample], n_parts: int = 1) -> Iterator[Pass]:
         """Yield the passes of this rank's part; where another has more, the shortest example again, with scale 0.
 
@@ -250,10 +275,16 @@ class AgreedSignals(Signals):
 
 
 def join(settings: Settings) -> Ranks:
-    """Join the ranks that settings name, in the processes that torchrun has started."""
-    if settings.trainer == "BasicTrainer":
+    """Join the ranks that settings name, in the processes that torchrun has started; a dry run needs none of them."""
+    if settings.trainer == "BasicTrainer" or settings.dry_run:
         return ALONE
     ranks = ProcessGroup(pick_device(settings.device), timedelta(seconds=settings.collective_timeout))
+    arrange(ranks, settings)
+    return ranks
+
+
+def arrange(ranks: ProcessGroup, settings: Settings) -> None:
+    """Arrange ranks as settings ask; UserError if their number does not allow it."""
     tensor = tensor_size(settings)
     if settings.ddp:
         ranks.arrange(ranks.world_size)
@@ -265,15 +296,17 @@ def join(settings: Settings) -> Ranks:
     if settings.batch_size < ranks.data_size:
         n, words = ranks.data_size, "groups of processes needs an example of every batch"
         raise UserError(f"batch_size={settings.batch_size}: each of {n} {words}; set it to {n} or more")
-    return ranks
 
 
 def tensor_size(settings: Settings) -> int:
     """Return how many ranks compute each layer together; auto means those of a machine."""
     if settings.trainer != "TensorParallelTrainer":
         return 1
-    size = settings.tensor_parallel
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if size == "auto" else int(size)
+    if settings.tensor_parallel != "auto":
+        return int(settings.tensor_parallel)
+    if settings.dry_run:
+        return count_processes(settings.n_processes, settings.device)
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from dpo.settings import ModelSettings, Settings
 from dpo.tensor_parallel import plan_problem
 
 T = TypeVar("T")
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 def skip_unreachable_hub(names: Mapping[str, bool]) -> None:
@@ -173,9 +174,9 @@ def unexpected_tensors(model: PreTrainedModel, name: str, unexpected: Iterable[s
     return [key for key in unexpected if key.partition(".")[0] in own]
 
 
-def copy_reference(policy: PreTrainedModel, dtype: str | None) -> PreTrainedModel:
+def copy_reference(policy: M, dtype: str | None, clone: Callable[[M], M] = copy.deepcopy) -> M:
     """Copy the policy as it is before training, with parameters of a dtype (None: its own) and no gradient."""
-    reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    reference = clone(policy).eval().requires_grad_(False)
     if dtype is not None:
         for parameter in reference.parameters():  # buffers such as rotary frequencies stay in float32
             parameter.data = parameter.data.to(getattr(torch, dtype))

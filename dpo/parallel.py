@@ -1,11 +1,13 @@
 """Sharding a module over devices: FSDP2, HSDP or replicas, by PyTorch's own fully_shard and replicate."""
 
+import copy
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,13 +19,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpo.errors import UserError
 from dpo.logps import ResponseLogps
 
+M = TypeVar("M", bound=nn.Module)
+Weights = Callable[[str, nn.Parameter], Tensor]  # from a parameter, perhaps without weights, and its name: its weights
 
-def shard(module: ResponseLogps, mesh: DeviceMesh, dtype: torch.dtype, block_name: str | None) -> ResponseLogps:
+
+def shard(
+    module: ResponseLogps,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    block_name: str | None,
+    weights: Weights,
+    split: Callable[[list[nn.Module]], None] = lambda modules: None,
+) -> ResponseLogps:
     """Shard a module's parameters in place: each layer by itself, then what is left (embeddings, norm and head).
 
     mesh has the dimensions replicate and shard, and perhaps others: within shard every rank holds a part of each
     parameter, and gathers a layer when it computes it; over replicate such groups repeat. With shard of size 1 every
-    rank holds all of it.
+    rank holds all of it. Each layer gets its weights right before it is sharded, and split may divide the modules in it
+    over further dimensions of the mesh, so that a rank holds at most one whole layer.
     """
     options: dict[str, Any] = {"mesh": mesh["replicate", "shard"], "mp_policy": mixed_precision(mesh, dtype)}
     apply: Any = fully_shard
@@ -31,9 +44,14 @@ def shard(module: ResponseLogps, mesh: DeviceMesh, dtype: torch.dtype, block_nam
         apply, options["mesh"] = replicate, mesh["replicate"]
     elif mesh["replicate"].size() == 1:
         options["mesh"] = mesh["shard"]
-    for layer in layers(module.model, block_name):
-        apply(layer, **options)
-    apply(module, **options)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    done: set[nn.Module] = set()
+    for part in (*layers(module.model, block_name), module):
+        own = [each for each in part.modules() if each not in done]
+        done.update(own)
+        set_weights(own, names, weights)
+        split(own)
+        apply(part, **options)
     # Sampling enters by generate: gather for it what forward would find gathered. Ranks make the same texts, and
     # synced_gpus lets none of them stop computing, and so gathering, before the others.
     generate: Any = module.model.generate
@@ -41,6 +59,55 @@ def shard(module: ResponseLogps, mesh: DeviceMesh, dtype: torch.dtype, block_nam
     register_fsdp_forward_method(module, "generate")
     module.model.generate = module.generate
     return module
+
+
+def set_weights(modules: Iterable[nn.Module], names: dict[int, str], weights: Weights) -> None:
+    """Give the parameters of modules, by their ids and names, their weights; tied ones stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in modules:
+        for key, old in module._parameters.items():
+            if old is not None:
+                if id(old) not in made:
+                    made[id(old)] = nn.Parameter(weights(names[id(old)], old), old.requires_grad)
+                module._parameters[key] = made[id(old)]
+
+
+def weights_of_main(device: torch.device) -> Weights:
+    """Return what sends the main rank's weights to all, on a device; every rank must call it for the same names."""
+
+    def send(name: str, own: nn.Parameter) -> Tensor:
+        is_here = not own.is_meta
+        value = (
+            own.detach().to(device).contiguous() if is_here else torch.empty(own.shape, dtype=own.dtype, device=device)
+        )
+        dist.broadcast(value, src=0)
+        return value
+
+    return send
+
+
+def no_weights(name: str, own: nn.Parameter) -> Tensor:
+    """Return memory for a parameter's weights; on a CPU the system gives it pages once they are written."""
+    return torch.empty_like(own, device="cpu")
+
+
+@torch.no_grad()
+def copy_shards(source: nn.Module, module: nn.Module) -> None:
+    """Copy the weights that this rank holds of a sharded module into another one that is sharded in the same way."""
+    for new, own in zip(source.parameters(), module.parameters(), strict=True):
+        local = (each.to_local() if isinstance(each, DTensor) else each for each in (own, new))
+        next(local).copy_(next(local))
+
+
+def without_weights(module: M) -> M:
+    """Return a copy of a module whose parameters have no memory; its buffers are copied to the host."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
+    return copy.deepcopy(module, memo)
 
 
 def reshard(module: nn.Module) -> None:

@@ -6,9 +6,11 @@ work. Embeddings, norms and the head are computed whole on every rank.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from functools import partial
 
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
@@ -46,9 +48,13 @@ def plan_problem(config: PreTrainedConfig, n: int) -> str | None:
     return None
 
 
-def parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Split a model's linear layers over a mesh of one dimension, in place, by the plan of its config."""
+def parallelize(model: PreTrainedModel, mesh: DeviceMesh, modules: Iterable[nn.Module]) -> None:
+    """Split those of a model's modules that the plan of its config names over a mesh of one dimension, in place."""
     # Gathering a tensor over two dimensions of a mesh takes two steps, of which DTensor warns.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     plan = model.config.get_text_config().base_model_tp_plan or {}
-    parallelize_module(model.base_model, mesh, {name: STYLES[style]() for name, style in plan.items()})
+    names = {module: name for name, module in model.base_model.named_modules()}
+    for module in modules:
+        for pattern, style in plan.items():
+            if fnmatchcase(names.get(module, ""), pattern):
+                parallelize_module(module, mesh, STYLES[style]())

@@ -114,6 +114,17 @@ def test_another_number_of_ranks_loads_the_same_bits_and_says_what_differs(whole
         assert all(torch.equal(tensors[name], value) for name, value in expected.items())
 
 
+def test_weights_that_do_not_fit_are_named_by_the_rank_that_reads_them_and_end_all(whole, tmp_path):
+    path, folder = tmp_path / "archive.pt", tmp_path / "run"
+    state = dict(load_archive(str(whole / "LATEST" / "policy.pt")))
+    state["more"] = state.pop("transformer.h.0.ln_1.weight")
+    torch.save({"state": state}, path)
+    done = command_lines(folder, fresh(folder, *SHARDED, f"model.archive='{path}'"), 2)
+    assert [run.returncode for run in done] == [2, 2]
+    assert "does not fit the model: missing transformer.h.0.ln_1.weight; unexpected more" in done[0].stderr
+    assert done[1].stderr == "" and not folder.exists()
+
+
 def test_a_damaged_or_missing_shard_is_named(whole, tmp_path):
     folder = copy_until(whole, tmp_path / "run", 32) / "step-32"
     with open(folder / "__1_0.distcp", "r+b") as file:

@@ -10,15 +10,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import TINY, compose, validated
+from conftest import GOLDENS, TINY, compose, validated
 from ranks import run_ranks
 from test_goldens import compare_steps, overrides_of, read
 from test_trainers import labelled_rows
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForCausalLM
 
+import build as build_module
 from build import build_trainer, load_inputs
 from dpo.distributed import ProcessGroup
-from dpo.parallel import reshard
+from dpo.parallel import full_weights, reshard
 from dpo.runs import RunDir
 
 PLAIN = ("loss=dpo", "max_tokens_per_pass=300", "n_eval_model_samples=3")  # of 4 ranks, one has no sample of its own
@@ -96,6 +98,21 @@ def divergence(trainer) -> tuple[dict[str, float], int]:
     return dict(sums), len(examples)
 
 
+def archived(folder: Path, ranks) -> dict[str, torch.Tensor]:
+    """Return the weights of policy and reference of a run that begins with an archive, which is written first."""
+    path = folder / "archive.pt"
+    settings = (*TINY, "loss=dpo", "model.reference_dtype=bfloat16", f"model.archive='{path}'")
+
+    def write() -> None:
+        state = AutoModelForCausalLM.from_pretrained(GOLDENS / "tiny-gpt2").state_dict()
+        torch.save({"state": {name: value + 0.01 for name, value in state.items()}}, path)
+
+    ranks.on_main(write)
+    trainer = build(folder / "archived", ranks, *settings, "trainer=FSDPTrainer")
+    models = {"policy": trainer.policy.model, "reference": trainer.reference.module.model}
+    return {f"{which}.{name}": v for which, m in models.items() for name, v in full_weights(m, keep=True).items()}
+
+
 def bytes_held(trainer) -> int:
     """Return the bytes of weights and of the optimizer's state on this rank, after an update."""
     reshard(trainer.policy)
@@ -119,6 +136,8 @@ def slow_updates(trainer, ranks) -> list[str]:
 def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
     """Write the first updates of each case, and one gradient, as n ranks compute them together."""
     ranks = ProcessGroup(torch.device("cpu"), timedelta(seconds=60))
+    if rank:
+        build_module.load_policy = None  # the main rank alone reads weights
     for i, case in enumerate(cases(n, soak)):
         overrides = (*overrides_of(read(f"trace_{case.trace}")), "trainer=FSDPTrainer", *case.settings)
         copies = {"ddp=true": n, "replicate=2": 2}
@@ -145,6 +164,9 @@ def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
         torch.save(gradient, folder / "kto.pt")
         torch.save(found, folder / "gradient.pt")
         (folder / "held.json").write_text(json.dumps(held))
+    weights = archived(folder, ranks)
+    if rank == 0:
+        torch.save(weights, folder / "archived-weights.pt")
     ranks.close()
 
 
@@ -193,6 +215,17 @@ def test_each_rank_computes_its_share_of_what_ktos_divergence_needs_and_all_get_
         assert own == shares[0][0] == pytest.approx(sums, rel=1e-5)
     expected = whole_gradient(trainer)
     assert (torch.load(folder / "kto.pt") - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_every_rank_gets_the_weights_that_the_main_one_has_read_and_the_reference_those_of_the_policy(sharded):
+    """Rounded to bfloat16, as the settings ask for the reference."""
+    folder = sharded[-1]
+    archive = torch.load(folder / "archive.pt")["state"]
+    found = torch.load(folder / "archived-weights.pt")
+    assert found.keys() == {f"{which}.{name}" for which in ("policy", "reference") for name in archive}
+    for name, value in archive.items():
+        assert torch.equal(found[f"policy.{name}"], value)
+        assert torch.equal(found[f"reference.{name}"], value.bfloat16())
 
 
 def test_a_rank_that_computes_slowly_is_named_once_and_each_record_has_its_time_and_memory(sharded):

@@ -49,6 +49,7 @@ def exchange(rank: int, n: int, folder: Path) -> None:
         "mean": ranks.mean(rank + 1),
         "any": (ranks.any(rank == 1), ranks.any(False)),
         "on main": ranks.on_main(lambda: f"from {rank}"),
+        "from main": ranks.from_main(lambda: [f"made by {rank}"], lambda made: [*made, "sent"]),
         "usage": ranks.usage(torch.device("cpu")),
     }
     torch.save(found, folder / f"{rank}.pt")
@@ -67,8 +68,10 @@ def test_two_processes_agree(found):
     for one in found:
         assert one["gather"] == [0, 1] and one["sum"] == 3 and one["mean"] == 1.5
         assert one["any"] == (True, False) and one["on main"] == "from 0"
+        assert one["from main"][0] == "made by 0"
         assert one["usage"]["memory_gb/max"] >= one["usage"]["memory_gb/mean"] > 0.05
     assert found[0]["usage"] == found[1]["usage"]
+    assert [len(one["from main"]) for one in found] == [1, 2]  # the other rank gets what is sent, the main one its own
 
 
 def test_ranks_make_as_many_passes_and_one_of_fewer_examples_makes_one_that_counts_for_nothing(found):

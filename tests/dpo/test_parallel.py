@@ -1,17 +1,18 @@
 """What is sharded by itself; that shards compute the same is shown by test_trainers_sharded.py."""
 
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from tiny_models import tiny
+from tiny_models import EXACT, NOT_EXACT, tiny
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from dpo.errors import UserError
-from dpo.parallel import clip_gradient, distinct_tensors, full_weights, layers
+from dpo.parallel import clip_gradient, distinct_tensors, full_weights, layers, set_weights, without_weights
 
 
 def test_layers_are_those_of_transformers_or_of_the_class_that_is_named():
@@ -38,6 +39,24 @@ def test_tied_weights_are_stored_once_and_gathered_as_one():
     assert weights.keys() == model.state_dict().keys()
     assert len({weights[name].data_ptr() for name in names}) == 1
     assert full_weights(model, keep=False) == {}
+
+
+@pytest.mark.parametrize("family", [*EXACT, *NOT_EXACT])
+def test_a_model_that_travels_without_its_weights_computes_the_same_once_it_gets_them(family):
+    """Rotary frequencies and other buffers that no checkpoint holds travel along; tied weights are asked for once."""
+    model = tiny(family)
+    empty = without_weights(model)
+    assert all(parameter.is_meta for parameter in empty.parameters()) and not any(p.is_meta for p in model.parameters())
+    sent, asked = pickle.loads(pickle.dumps(empty)), []
+    weights = dict(model.named_parameters())
+    names = {id(parameter): name for name, parameter in sent.named_parameters()}
+    set_weights(sent.modules(), names, lambda name, own: asked.append(name) or weights[name].detach().clone())
+    assert asked and sorted(asked) == sorted(weights)  # without the second name of a tied weight
+    ids = torch.arange(1, 25).view(2, 12)
+    with torch.no_grad():
+        found, expected = (each(input_ids=ids, use_cache=False).logits for each in (sent, model))
+    assert torch.equal(found, expected)
+    assert [p.requires_grad for p in sent.parameters()] == [p.requires_grad for p in model.parameters()]
 
 
 def clip_on_two_meshes(rank: int, n: int, folder: Path) -> None:

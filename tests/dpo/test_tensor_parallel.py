@@ -34,7 +34,7 @@ def compare_gradients(rank: int, n: int, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (n,), mesh_dim_names=("tensor",))
     for name in SPLIT:
         model = tiny(name)
-        parallelize(model, mesh)
+        parallelize(model, mesh, model.modules())
         split = [p for p in model.parameters() if isinstance(p, DTensor) and p.placements[0].is_shard()]
         assert len(split) >= 8 and all(2 * p.to_local().numel() == p.numel() for p in split), name
         found, expected = gradient_of(model), gradient_of(tiny(name))
