@@ -33,6 +33,7 @@ from dpo.forecast import forecast
 from dpo.inspection import inspect
 from dpo.layouts import LayoutChoice, choose_layout, recorded_layout
 from dpo.logps import ResponseLogps
+from dpo.memory_plan import print_memory_plan
 from dpo.metrics import make_logger
 from dpo.models import (
     compile_layers,
@@ -232,12 +233,15 @@ def build_trainer(
 
 
 def dry_run(settings: Settings, loss: Loss, inputs: Inputs, config: DictConfig, signals: Signals) -> None:
-    """Print what a run will take; its files go to a temporary folder."""
-    settings = settings.model_copy(update={"debug": True})
+    """Print what a run will take, of several processes the memory; its files go to a temporary folder."""
+    alone = settings.model_copy(update={"debug": True, "trainer": "BasicTrainer"})
     with TemporaryDirectory() as folder, RunDir(Path(folder), config) as run:
-        trainer = build_trainer(settings, loss, inputs, run, signals)
+        trainer = build_trainer(alone, loss, inputs, run, signals)
         with actionable_errors(NO_MEMORY):
-            forecast(trainer)
+            if settings.trainer == "BasicTrainer":
+                forecast(trainer)
+            else:
+                print_memory_plan(trainer, settings, TRAINERS[settings.trainer].prepare)
 
 
 def identity(loss: Loss, inputs: Inputs, models: Models, ranks: Ranks) -> dict[str, str]:

@@ -49,7 +49,7 @@ def run(
     for key in ("exp_name", "local_run_dir"):  # the time stamp is taken once; other interpolations stay as they are
         config[key] = getattr(settings, key)
 
-    if settings.trainer != "BasicTrainer" and "RANK" not in os.environ:
+    if settings.trainer != "BasicTrainer" and "RANK" not in os.environ and not settings.dry_run:
         from dpo.launch import count_processes, launch
 
         names = ("exp_name", "local_run_dir") if overrides is None else ()

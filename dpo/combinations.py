@@ -41,7 +41,6 @@ def combination_problems(values: Mapping[str, Any], wrong_keys: Sequence[str]) -
     check("columns.score_chosen columns.score_rejected", lambda *both: both.count(None) == 1, "set both or neither")
     check("inspect_ids inspect", lambda ids, n: ids and not n, "nothing is printed without inspect=N; set it")
     check("dry_run inspect", lambda dry, n: dry and n, "each stops before training; set one of them alone")
-    check("dry_run trainer", lambda dry, name: dry and name != "BasicTrainer", "measures one device; set dry_run=false")
     check("n_epochs n_examples", lambda *limits: limits == (None, None), "set one of them, or training never ends")
     for name in ("precision", "model.fsdp_policy_mp"):
         check(
@@ -232,6 +231,7 @@ def parallel_problems(valid: Mapping[str, Any], check: Check) -> None:
     words = f"trainer={trainer} gives every process a GPU of its own, or the CPU; set it to auto, cuda or cpu"
     check("device", lambda name: name not in ("auto", "cuda", "cpu"), words)
     if launched != "1":
+        check("dry_run", lambda dry: dry, "one process computes what N take; start it without torchrun, n_processes=N")
         words = f"torchrun has started {launched} processes; set it to auto"
         check("n_processes", lambda n: str(n) not in ("auto", launched), words)
     n = int(launched) if launched.isdigit() and launched != "1" else valid.get("n_processes")

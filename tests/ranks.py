@@ -6,7 +6,9 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from conftest import Run
 from faults import Fault, be_the_command_line, run_command_line, wait
 from torch.distributed import TCPStore
@@ -71,6 +73,13 @@ def run_ranks(n: int, work: Callable[[int, int, Path], None], folder: Path, time
         pids.append(pid)
     codes = [wait(pid, timeout) for pid in pids]
     assert codes == [0] * n, "\n".join(path.read_text() for path in sorted(folder.glob("error-*.txt")))
+
+
+def call_in_child(work: Callable[[], Any]) -> Any:
+    """Return what work returns in a forked child: what PyTorch remembers of process groups and meshes ends with it."""
+    with tempfile.TemporaryDirectory() as name:
+        run_ranks(1, lambda rank, n, folder: torch.save(work(), folder / "result.pt"), Path(name))
+        return torch.load(Path(name) / "result.pt")
 
 
 def torchrun(folder: Path, arguments: Sequence[str], n: int, fault: Callable[[int, int], Sequence[Fault]]) -> Run:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import GOLDENS, TINY, compose, validated
-from ranks import run_ranks
+from ranks import call_in_child, run_ranks
 from test_goldens import compare_steps, overrides_of, read
 from test_trainers import labelled_rows
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -20,8 +20,10 @@ from transformers import AutoModelForCausalLM
 import build as build_module
 from build import build_trainer, load_inputs
 from dpo.distributed import ProcessGroup
+from dpo.memory_plan import memory_plan
 from dpo.parallel import full_weights, reshard
 from dpo.runs import RunDir
+from parallel_trainers import FSDPTrainer
 
 PLAIN = ("loss=dpo", "max_tokens_per_pass=300", "n_eval_model_samples=3")  # of 4 ranks, one has no sample of its own
 KTO = ("loss=kto", "max_tokens_per_pass=300")
@@ -247,3 +249,11 @@ def test_each_rank_holds_its_share_of_weights_and_optimizer(sharded, make_traine
     total, held = bytes_held(trainer), json.loads((folder / "held.json").read_text())
     report(f"weights and RMSprop's state: {total:,} bytes on one process, {held} on {n}")
     assert len(held) == n and max(held) < 1.1 * total / n
+
+
+def test_a_dry_run_computes_the_bytes_that_the_largest_rank_then_holds(sharded, make_trainer):
+    n, *_, folder = sharded
+    settings, _ = validated(*TINY, *PLAIN, "trainer=FSDPTrainer", f"n_processes={n}", "dry_run=true")
+    plan = call_in_child(lambda: memory_plan(make_trainer(*PLAIN), settings, FSDPTrainer.prepare, n))
+    assert plan["weights"] + plan["optimizer state"] == max(json.loads((folder / "held.json").read_text()))
+    assert plan["weights"] == plan["gradients"] == plan["reference"]

@@ -129,7 +129,6 @@ SEVERAL = ("trainer=FSDPTrainer", "batch_size=8")
         (["inspect_ids=true"], "inspect_ids=True inspect=0: nothing is printed without inspect=N"),
         (["dry_run=true", "inspect=1"], "dry_run=True inspect=1: each stops before training; set one of them alone"),
         (["max_tokens_per_pass=fit", "trainer=FSDPTrainer"], "trainer=FSDPTrainer: is measured on one device; give a"),
-        (["dry_run=true", "trainer=FSDPTrainer"], "dry_run=True trainer=FSDPTrainer: measures one device"),
         (["columns.score_chosen=a"], "columns.score_chosen=a columns.score_rejected=null: set both or neither"),
         ([*SEVERAL, "tensor_parallel=2"], "is for trainer=TensorParallelTrainer; set it to auto"),
         (["trainer=TensorParallelTrainer", "ddp=true"], "splits every layer; set it to false"),
@@ -211,6 +210,8 @@ def test_processes_of_torchrun_need_a_trainer_for_several(monkeypatch):
     assert problems(*VALID, *SEVERAL, "n_processes=2", "replicate=2") == []
     (line,) = problems(*VALID, *SEVERAL, "n_processes=4")
     assert line == "n_processes=4: torchrun has started 2 processes; set it to auto"
+    (line,) = problems(*VALID, *SEVERAL, "dry_run=true")
+    assert line.startswith("dry_run=True: one process computes what N take; start it without torchrun")
     (line,) = problems(*VALID, *SEVERAL, "replicate=4")
     assert line == "replicate=4: must divide the number of processes, 2"
     monkeypatch.setenv("WORLD_SIZE", "1")
