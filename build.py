@@ -209,7 +209,8 @@ def build_trainer(
     reference = make_reference(settings, loss, inputs, models, sampler, run)
     reshard(models.policy)  # the optimizer is made of sharded parameters
     if isinstance(reference, ModelReference):
-        reference.module = prepare(reference.module, source=models.policy)
+        reference.module = prepare(reference.module)
+        run.ranks.fill(reference.module, models.policy)
     if settings.activation_checkpointing:
         recompute_activations(models.policy.model)
     trainer = TRAINERS[settings.trainer](

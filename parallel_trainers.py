@@ -3,12 +3,10 @@
 They override how a module is prepared, how its gradient is clipped and how its state is gathered, nothing else.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -19,8 +17,8 @@ from dpo.checkpoints import random_states, set_random_states
 from dpo.distributed import ProcessGroup, Ranks
 from dpo.logps import ResponseLogps
 from dpo.parallel import (
+    Split,
     clip_gradient,
-    copy_shards,
     distinct_tensors,
     full_weights,
     layers,
@@ -44,21 +42,14 @@ class FSDPTrainer(BasicTrainer):
 
     @staticmethod
     def prepare(
-        module: ResponseLogps,
-        settings: Settings,
-        ranks: Ranks,
-        dtype: torch.dtype,
-        source: ResponseLogps | None = None,
-        split: Callable[[list[nn.Module]], None] = lambda modules: None,
+        module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype, split: Split = lambda modules: None
     ) -> ResponseLogps:
-        """Shard the parameters of a module, with the weights of a source that is sharded, or else of the main rank."""
+        """Shard the parameters, of which the main rank has the weights, or none has, as in a copy that `fill` fills."""
         assert isinstance(ranks, ProcessGroup)
         ranks.clock.watch(layers(module.model, settings.model.block_name))
-        weights = weights_of_main(torch.device(ranks.device_type)) if source is None else no_weights
-        shard(module, ranks.mesh, dtype, settings.model.block_name, weights, split)
-        if source is not None:
-            copy_shards(source, module)
-        return module
+        has_weights = ranks.on_main(lambda: not any(parameter.is_meta for parameter in module.parameters()))
+        weights = weights_of_main(torch.device(ranks.device_type)) if has_weights else no_weights
+        return shard(module, ranks.mesh, dtype, settings.model.block_name, weights, split)
 
     def clip_gradient(self) -> torch.Tensor:
         """Clip the gradient of all shards, and return the norm of the whole."""
@@ -111,17 +102,12 @@ class TensorParallelTrainer(FSDPTrainer):
 
     @staticmethod
     def prepare(
-        module: ResponseLogps,
-        settings: Settings,
-        ranks: Ranks,
-        dtype: torch.dtype,
-        source: ResponseLogps | None = None,
-        split: Callable[[list[nn.Module]], None] | None = None,
+        module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype, split: Split | None = None
     ) -> ResponseLogps:
         """Split the layers over the ranks of a group, and shard the parameters over the groups."""
         assert isinstance(ranks, ProcessGroup)
         split = split or partial(parallelize, module.model, ranks.mesh["tensor"])
-        return FSDPTrainer.prepare(module, settings, ranks, dtype, source, split)
+        return FSDPTrainer.prepare(module, settings, ranks, dtype, split)
 
 
 TRAINERS: dict[str, type[BasicTrainer]] = {

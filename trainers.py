@@ -79,8 +79,8 @@ class BasicTrainer:
         self.truncated: Counter[str] = Counter()
 
     @staticmethod
-    def prepare(module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype, source: Any = None) -> Any:
-        """Return the policy, or the reference made of source, as it computes; the optimizer is made after it."""
+    def prepare(module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype) -> ResponseLogps:
+        """Return the policy, or the reference, as it computes; the optimizer is made of the policy's parameters."""
         return module
 
     # Training

@@ -4,14 +4,16 @@
     python benchmarks/scaling.py --balance                    the balance alone: no process is started
     python benchmarks/scaling.py --ranks 1 8 --device cuda --hidden 2048 --layers 16      what fits a machine with GPUs
 
-Each run is `train.py trainer=FSDPTrainer` on the goldens' pairs. Pairs per second are the median of its updates but the
-first two; memory is the peak of the rank with the most, on a CPU that of the process with its loading. The balance is
-that of hh_lengths.json in batches of --pairs: the tokens of the rank with the most, in percent above the mean, when a
-batch is split by counting pairs, and when it is split as training does. Writes Markdown tables to stdout.
+Each run is `train.py trainer=FSDPTrainer` on the goldens' pairs, on a CPU with one thread per rank. Pairs per second
+are the median of its updates but the first two; memory is the peak of the rank with the most, on a CPU that of the
+process with its loading; layers is the time that the slowest rank's layers took, above the mean. The balance of tokens
+is that of hh_lengths.json in batches of --pairs: the tokens of the rank with the most, in percent above the mean, when
+a batch is split by counting pairs, and when it is split as training does. Writes Markdown tables to stdout.
 """
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -95,10 +97,11 @@ def measure(args: argparse.Namespace, folder: Path, n: int) -> dict[str, float]:
         "local_run_dir": run,
     }
     command = [sys.executable, str(ROOT / "train.py"), *(f"{key}={value}" for key, value in settings.items())]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     updates = [record for record in records if "loss/train" in record][2:]
-    return {name: statistics.median(u[name] for u in updates) for name in ("examples_per_second", "memory_gb/max")}
+    found = {name: statistics.median(u[name] for u in updates) for name in ("examples_per_second", "memory_gb/max")}
+    return found | {"layers": statistics.median(u["layer_seconds/max"] / u["layer_seconds/mean"] - 1 for u in updates)}
 
 
 def main() -> None:
@@ -117,10 +120,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         make_model(Path(name), args.hidden, args.layers)
-        print("\n| ranks | pairs/s | GB, the rank with the most |\n|---|---|---|")
+        print("\n| ranks | pairs/s | layers | GB, the rank with the most |\n|---|---|---|---|")
         for n in args.ranks:
             found = measure(args, Path(name), n)
-            print(f"| {n} | {found['examples_per_second']:.2f} | {found['memory_gb/max']:.2f} |", flush=True)
+            speed, layers, memory = found["examples_per_second"], found["layers"], found["memory_gb/max"]
+            print(f"| {n} | {speed:.2f} | {layers:.1%} | {memory:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

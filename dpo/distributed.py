@@ -26,7 +26,7 @@ from dpo.errors import RunError, Stopped, UserError, print_errors, summarize_err
 from dpo.examples import TokenizedExample
 from dpo.launch import count_processes
 from dpo.packing import PackedBatch, Packer, balance
-from dpo.parallel import without_weights
+from dpo.parallel import copy_shards, without_weights
 from dpo.settings import Settings
 from dpo.signals import Signals
 from dpo.stragglers import LayerClock, StragglerWatch
@@ -88,8 +88,11 @@ class Ranks:
         return work()
 
     def copy(self, module: M) -> M:
-        """Return a copy of a module, where ranks share it without weights, which it gets when it is sharded."""
+        """Return a copy of a module; of several ranks one without weights, which `fill` gives it once it is sharded."""
         return copy.deepcopy(module)
+
+    def fill(self, module: torch.nn.Module, source: torch.nn.Module) -> None:
+        """Copy the weights of a sharded module into a sharded copy of it."""
 
     def passes(self, packer: Packer, examples: Sequence[TokenizedExample], n_parts: int = 1) -> Iterator[Pass]:
         """Yield the forward passes of this rank's part of a batch, as many on every rank."""
@@ -191,6 +194,9 @@ class ProcessGroup(Ranks):
 
     def copy(self, module: M) -> M:
         return without_weights(module)
+
+    def fill(self, module: torch.nn.Module, source: torch.nn.Module) -> None:
+        copy_shards(source, module)
 
     def passes(self, packer: Packer, examples: Sequence[TokenizedExample], n_parts: int = 1) -> Iterator[Pass]:
         """Yield the passes of this rank's part; where another has more, the shortest example again, with scale 0.

@@ -6,7 +6,7 @@ pass keeps for its backward pass is measured.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from dpo.stragglers import LayerClock
 if TYPE_CHECKING:
     from trainers import BasicTrainer
 
+T = TypeVar("T")
 Prepare = Callable[..., ResponseLogps]
 CASTS = ("ToCopyBackward0", "TBackward0")  # what autocast does to a weight before a product
 
@@ -41,6 +42,9 @@ class PlannedRanks(ProcessGroup):
     def __init__(self, n: int):
         self.rank, self.world_size, self.is_main, self.device_type = 0, n, True, "cpu"
         self.clock = LayerClock(torch.device("cpu"))
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        return work()
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from dpo.errors import UserError
 from dpo.logps import ResponseLogps
 
 M = TypeVar("M", bound=nn.Module)
-Weights = Callable[[str, nn.Parameter], Tensor]  # from a parameter, perhaps without weights, and its name: its weights
+Weights = Callable[[nn.Parameter], Tensor]  # from a parameter, perhaps one without memory: its weights
+Split = Callable[[list[nn.Module]], None]  # divides modules over further ranks, in place
 
 
 def shard(
@@ -29,7 +30,7 @@ def shard(
     dtype: torch.dtype,
     block_name: str | None,
     weights: Weights,
-    split: Callable[[list[nn.Module]], None] = lambda modules: None,
+    split: Split = lambda modules: None,
 ) -> ResponseLogps:
     """Shard a module's parameters in place: each layer by itself, then what is left (embeddings, norm and head).
 
@@ -44,12 +45,11 @@ def shard(
         apply, options["mesh"] = replicate, mesh["replicate"]
     elif mesh["replicate"].size() == 1:
         options["mesh"] = mesh["shard"]
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
     done: set[nn.Module] = set()
     for part in (*layers(module.model, block_name), module):
         own = [each for each in part.modules() if each not in done]
         done.update(own)
-        set_weights(own, names, weights)
+        set_weights(own, weights)
         split(own)
         apply(part, **options)
     # Sampling enters by generate: gather for it what forward would find gathered. Ranks make the same texts, and
@@ -61,34 +61,32 @@ def shard(
     return module
 
 
-def set_weights(modules: Iterable[nn.Module], names: dict[int, str], weights: Weights) -> None:
-    """Give the parameters of modules, by their ids and names, their weights; tied ones stay tied."""
+def set_weights(modules: Iterable[nn.Module], weights: Weights) -> None:
+    """Give the parameters of modules their weights; tied ones stay tied."""
     made: dict[int, nn.Parameter] = {}
     for module in modules:
         for key, old in module._parameters.items():
             if old is not None:
                 if id(old) not in made:
-                    made[id(old)] = nn.Parameter(weights(names[id(old)], old), old.requires_grad)
+                    made[id(old)] = nn.Parameter(weights(old), old.requires_grad)
                 module._parameters[key] = made[id(old)]
 
 
 def weights_of_main(device: torch.device) -> Weights:
-    """Return what sends the main rank's weights to all, on a device; every rank must call it for the same names."""
+    """Return what sends the main rank's weights to all, on a device; called on every rank for the same parameters."""
 
-    def send(name: str, own: nn.Parameter) -> Tensor:
-        is_here = not own.is_meta
-        value = (
-            own.detach().to(device).contiguous() if is_here else torch.empty(own.shape, dtype=own.dtype, device=device)
-        )
-        dist.broadcast(value, src=0)
+    def send(own: nn.Parameter) -> Tensor:
+        is_empty = own.is_meta
+        value = torch.empty(own.shape, dtype=own.dtype, device=device) if is_empty else own.detach().to(device)
+        dist.broadcast(value.contiguous(), src=0)
         return value
 
     return send
 
 
-def no_weights(name: str, own: nn.Parameter) -> Tensor:
+def no_weights(own: nn.Parameter) -> Tensor:
     """Return memory for a parameter's weights; on a CPU the system gives it pages once they are written."""
-    return torch.empty_like(own, device="cpu")
+    return torch.empty(own.shape, dtype=own.dtype, device="cpu")
 
 
 @torch.no_grad()
