@@ -137,15 +137,16 @@ class Models:
 def load_models(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir) -> Models:
     """Load the policy, of several ranks on the main one alone, copy the reference, and seed all generators."""
     limit_onednn_cache()
+    dtype = compute_dtype(settings.compute_precision, getattr(torch, settings.model.policy_dtype), inputs.device)
+    if inputs.device.type == "cuda" and dtype == torch.float32:
+        torch.set_float32_matmul_precision("high")  # TF32
     known = None if run.checkpoint is None else recorded_layout(run.checkpoint.states, inputs.device)
     # A model that is shared out is whole on one device only for the check of the layout, if there is one.
     stays = run.ranks.world_size > 1 and (known is not None or settings.layout == "padded")
     place = torch.device("cpu") if stays else inputs.device
-    load = partial(load_policy_module, settings, loss, inputs, known, place)
+    load = partial(load_policy_module, settings, loss, inputs, known, place, dtype)
     models = run.ranks.from_main(load, lambda loaded: replace(loaded, policy=without_weights(loaded.policy)))
     use_attention(models.policy.model, models.policy.model.config._attn_implementation)  # which each process registers
-    if inputs.device.type == "cuda" and models.dtype == torch.float32:
-        torch.set_float32_matmul_precision("high")  # TF32
     if models.adapter is None and loss.needs_reference and not loss.cached_reference:
         reference = copy_reference(models.policy, settings.model.reference_dtype, run.ranks.copy)
         models = replace(models, reference=reference)
@@ -160,11 +161,10 @@ def load_models(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir) -> 
 
 
 def load_policy_module(
-    settings: Settings, loss: Loss, inputs: Inputs, known: LayoutChoice | None, place: torch.device
+    settings: Settings, loss: Loss, inputs: Inputs, known: LayoutChoice | None, place: torch.device, dtype: torch.dtype
 ) -> Models:
     """Load the policy to a device, and its adapter, and choose the layout by a check on a few examples."""
     device, policy_dtype = inputs.device, settings.model.policy_dtype
-    dtype = compute_dtype(settings.compute_precision, getattr(torch, policy_dtype), device)
     log_message(f"Device: {device}. Computing in {dtype}, parameters and optimizer in {policy_dtype}.")
     policy = load_policy(settings, inputs.model_config, place)
     adapter = None if settings.lora is None else add_adapter(policy, settings)
