@@ -53,7 +53,7 @@ def load(settings: list[str], folder: Path) -> None:
         assert trainer.updates == 0
 
 
-def measure(model: str, n: int, archive: str | None) -> list[int]:
+def measure(model: str, n: int) -> list[int]:
     """Return the bytes by which each of n processes grows at most while it loads a model."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -62,7 +62,6 @@ def measure(model: str, n: int, archive: str | None) -> list[int]:
             f"datasets=['{ROOT / 'tests' / 'goldens' / 'data'}']",
             f"local_run_dir='{folder / 'run'}'",
             *("loss=dpo", "trainer=FSDPTrainer", "device=cpu", "debug=true", "batch_size=8", "prompt_format=hh"),
-            *([f"model.archive='{archive}'"] if archive else []),
         ]
         command = [sys.executable, str(Path(__file__).resolve()), "--rank-of", str(folder), *settings]
         shared = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500 + n}
@@ -90,12 +89,11 @@ def main() -> None:
         return load(sys.argv[3:], Path(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a local folder")
-    parser.add_argument("--archive", help="a policy.pt, as model.archive takes it")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     args = parser.parse_args()
     print("| processes | GB, all together | GB, each |\n|---|---|---|")
     for n in args.ranks:
-        found = [grown / 1e9 for grown in measure(args.model, n, args.archive)]
+        found = [grown / 1e9 for grown in measure(args.model, n)]
         print(f"| {n} | {sum(found):.2f} | {', '.join(f'{gigabytes:.2f}' for gigabytes in found)} |", flush=True)
 
 
