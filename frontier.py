@@ -132,6 +132,8 @@ def main() -> None:
     parser.add_argument("--judge", metavar="COMMAND", help="a command that answers A, B or tie, as for compare.py")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write the first chart to this file, too")
     options = parser.parse_args()
+    if options.svg is not None and not options.svg.parent.is_dir():
+        raise UserError(f"--svg {options.svg}: there is no folder {options.svg.parent}")
     paths, folder = options.paths, Path()
     if len(paths) == 1 and not (paths[0] / "config.yaml").is_file():
         folder = paths[0]

@@ -8,7 +8,7 @@ python report.py RUN --suspects     list the pairs whose reward margin stayed ne
 import argparse
 import json
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,11 +88,11 @@ class Suspect:
 def suspects(pairs: Iterable[Record]) -> list[Suspect]:
     """Return the pairs whose reward margin was negative at every evaluation of a trained policy, the worst first."""
     margins: dict[tuple[str, int, int], list[float]] = defaultdict(list)
-    n_of_row: Counter[tuple[int, str, int]] = Counter()  # an evaluation always has them in the same order
+    known: dict[tuple[str, int], dict[int, int]] = defaultdict(dict)  # of a row: its pairs' numbers in pairs.jsonl
     for pair in pairs:
-        n_of_row[pair["examples"], pair["source"], pair["row"]] += 1
+        of_row = known[pair["source"], pair["row"]]
+        n = of_row.setdefault(pair.get("pair", 0), len(of_row) + 1)  # files of earlier versions do not tell pairs apart
         if pair["examples"]:
-            n = n_of_row[pair["examples"], pair["source"], pair["row"]]
             margins[pair["source"], pair["row"], n].append(float(pair["rewards/margins"]))
     found = [
         Suspect(source, f"{row}, pair {n}" if (source, row, 2) in margins else str(row), sum(values) / len(values))

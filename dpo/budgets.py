@@ -1,6 +1,7 @@
 """max_tokens_per_pass=fit: the largest token budget whose passes fit into the device's memory."""
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -40,15 +41,27 @@ def fit_budget(
     limit = int(available_memory(packer.device) * SHARE[packer.device.type])
     log_message(f"max_tokens_per_pass=fit: trying passes of up to {most:,} tokens ...")
 
+    def largest_pass(budget: int) -> PackedBatch:
+        return max(replace(packer, max_tokens=budget)(heaviest), key=n_tokens)
+
     def measure(budget: int) -> float:
-        passes = replace(packer, max_tokens=budget)(heaviest)
-        return peak_of_pass(policy, max(passes, key=lambda one: one.inputs["input_ids"].numel()), dtype)
+        return peak_of_pass(policy, largest_pass(budget), dtype)
 
     with training_state(settings, policy, packer.device):
         measure(1)  # makes the gradients, which lie beside the activations of all passes but the first
         budget, used = largest_budget(measure, min(packer.max_tokens, most), most, limit)
-    log_message(f"max_tokens_per_pass={budget}: its passes need {used / 1e9:.2f} of {limit / 1e9:.2f} GB.")
+    budget = min(budget, n_tokens(largest_pass(budget)))  # as measured: other examples would fill a pass further
+    if used > limit:
+        remedy = "set activation_checkpointing=true, lora=default or a smaller max_length"
+        log_message(f"max_tokens_per_pass=fit: not even the smallest pass fits into {limit / 1e9:.2f} GB; {remedy}.")
+    else:
+        log_message(f"max_tokens_per_pass={budget}: its passes need {used / 1e9:.2f} of {limit / 1e9:.2f} GB.")
     return replace(packer, max_tokens=budget)
+
+
+def n_tokens(batch: PackedBatch) -> int:
+    """Return the tokens that a model computes in a pass."""
+    return batch.inputs["input_ids"].numel()
 
 
 def largest_budget(measure: Callable[[int], float], start: int, most: int, limit: float) -> tuple[int, float]:
@@ -126,14 +139,33 @@ def training_state(settings: Settings, policy: ResponseLogps, device: torch.devi
         reset_peak_memory(device)
 
 
-def available_memory(device: torch.device) -> int:
-    """Return the bytes that this process holds or can still get on a device, within its control group's limit."""
+def available_memory(device: torch.device, root: Path = Path("/")) -> int:
+    """Return the bytes that this process holds or can still get on a device, within its control group's limit.
+
+    What other processes of the group hold is not known. root is where /proc and /sys are.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    held = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    held = int((root / "proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text())
     assert found is not None, "/proc/meminfo has MemAvailable since Linux 3.14"
-    limits = [held + 1024 * int(found[1])]
-    with suppress(OSError, ValueError):  # no control group of version 2, or "max"
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return min(limits)
+    return min([held + 1024 * int(found[1]), *group_limits(root)])
+
+
+def group_limits(root: Path) -> Iterator[int]:
+    """Yield the limits of memory, in bytes, of this process's control groups and of those around them: cgroups(7)."""
+    lines = []
+    with suppress(OSError):
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers in ("", "memory"):  # version 2, or 1
+            top, name = (root / "sys/fs/cgroup", "memory.max")
+            if controllers:
+                top, name = top / "memory", "memory.limit_in_bytes"
+            path = top / group.lstrip("/")
+            for folder in (path, *path.parents):
+                with suppress(OSError, ValueError):  # another name space's group, or "max"
+                    yield int((folder / name).read_text())
+                if folder == top:
+                    break

@@ -67,14 +67,15 @@ def find_columns(found: Collection[str], given: Mapping[str, str | None], where:
         name = given.get(use)
         if use in ("chosen", "rejected") and given.get("label") is not None:
             continue
-        alike = {column.strip().lower(): column for column in found} | {column: column for column in found}
-        candidates = [alike[known] for known in names if known in alike and alike[known] not in given.values()]
+        alike = {known: sorted(column for column in found if column.strip().lower() == known) for known in names}
+        named = [column for known in names for column in ([known] if known in found else alike[known])]
+        candidates = [column for column in named if column not in given.values()]
         if name is not None and name not in found:
             raise UserError(f"columns.{use}={name}: {where} has no such column; its columns: {listed}")
         if name is None and len(candidates) > 1 and use not in FIRST:
             problem = f"{where}: {' and '.join(candidates)} could each be the {use}; set columns.{use}=NAME"
-            if candidates == ["instruction", "input"]:
-                problem += ", or columns.input=input to read it after the instruction"
+            if [column.strip().lower() for column in candidates] == ["instruction", "input"]:
+                problem += f", or columns.input={candidates[1]} to read it after the instruction"
             raise UserError(f"{problem}; its columns: {listed}")
         if name is not None or names:
             columns[use] = name or [*candidates, names[0]][0]
@@ -91,6 +92,8 @@ def parse_row(row: object, columns: Mapping[str, str], sft: bool, chat: bool = F
     if not isinstance(row, dict):
         raise UserError(f"is not an object with the fields chosen and rejected but {type(row).__name__}")
     fields = {use: row[name] for use, name in columns.items() if name in row}
+    if fields.get("input") is None:  # as tables have it where there is none
+        fields.pop("input", None)
     if "input" in fields:
         fields["prompt"] = with_input(fields, columns)
     found = [use for use in ("completion", "messages") if use in fields and "chosen" not in fields]
@@ -129,7 +132,9 @@ def parse_row(row: object, columns: Mapping[str, str], sft: bool, chat: bool = F
 
 def with_input(fields: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     """Return a prompt with the input that follows it, if that is not empty, as LLaMA-Factory joins Alpaca's."""
-    texts = [checked_text(fields.get(use), columns[use]) for use in ("prompt", "input")]
+    if not isinstance(fields.get("prompt"), str):
+        raise UserError(f"columns.input={columns['input']}: follows a prompt of text, which this row does not have")
+    texts = [checked_text(fields[use], columns[use]) for use in ("prompt", "input")]
     return "\n".join(text for text in texts if text)
 
 

@@ -1,6 +1,7 @@
 """The export: a model and its tokenizer as from_pretrained opens them, in transformers 5 and 4, and its upload."""
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,6 @@ from dpo.archives import load_weights
 from dpo.checkpoints import atomic_dir
 from dpo.console import log_message
 from dpo.errors import naming_file, summarize_error
-from dpo.model_card import UNPUBLISHED
 
 
 class TrainedWeights(Protocol):
@@ -132,7 +132,9 @@ def upload_later(folder: Path, repository: str | None) -> None:
     """Upload the export of a run that had ended, and name the repository in its card; nothing for None."""
     card = folder / "README.md"
     if repository is not None and card.is_file():
-        save_card(folder, card.read_text(encoding="utf-8").replace(UNPUBLISHED, repository))
+        text = card.read_text(encoding="utf-8")
+        found = re.sub(r'(from_pretrained\(")[^"]*', lambda match: match[1] + repository, text)
+        save_card(folder, found)
     upload(folder, repository)
 
 

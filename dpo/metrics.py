@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -144,6 +145,7 @@ class MetricLogger:
     def log_pairs(self, examples: int, metrics: BatchMetrics) -> None:
         """Append the rewards and log-ratios of each evaluated pair to pairs.jsonl; nothing where there are no pairs.
 
+        A checksum of the responses tells the pairs of one row apart, whose order the token budget decides.
         OSError that names the file if the disk does not take it.
         """
         names = [name for name in metrics.values if name.startswith(("rewards/", "log_ratios/", "lengths/"))]
@@ -151,7 +153,8 @@ class MetricLogger:
             return
         with naming_file(self.paths[2]):
             for row in metrics.rows():
-                record = {"examples": examples} | {name: row[name] for name in ("source", "row", *names)}
+                pair = zlib.crc32(repr(row["responses"]).encode("utf-8", "backslashreplace"))
+                record = {"examples": examples, "pair": pair} | {name: row[name] for name in ("source", "row", *names)}
                 self.pairs.write(json.dumps(record, ensure_ascii=False) + "\n")
             self.pairs.flush()
 

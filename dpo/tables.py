@@ -169,7 +169,7 @@ def csv_form(path: Path, usual: str) -> tuple[str, Any]:
     import datasets
 
     lines = {delimiter: first_line(path, delimiter) for delimiter in (usual, ";", "\t")}
-    delimiter = next((each for each, names in lines.items() if len(names) > 1), usual)
+    delimiter = max(lines, key=lambda each: len(lines[each]))  # of equals the first
     names = [name or f"Unnamed: {i}" for i, name in enumerate(lines[delimiter])]
     if not names or len(set(names)) < len(names):
         raise UserError(f"{path}, row 0: its first line must name the columns, each once, not {listed(names)}")

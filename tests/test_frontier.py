@@ -77,6 +77,15 @@ def test_the_first_chart_is_a_file_of_its_own_which_needs_no_page(tmp_path, caps
     assert f"Wrote {tmp_path / 'chart.svg'}" in capsys.readouterr().out
 
 
+def test_a_chart_for_a_folder_that_is_not_there_is_refused_before_a_judge_is_asked(tmp_path, monkeypatch):
+    write_run(tmp_path / "loss.beta=0.1", 0.1)
+    monkeypatch.setattr(
+        sys, "argv", ["frontier.py", str(tmp_path), "--svg", str(tmp_path / "no" / "x.svg"), "--judge", "no"]
+    )
+    with pytest.raises(UserError, match="--svg .*x.svg: there is no folder"):
+        frontier.main()
+
+
 def test_without_a_recorded_kl_nothing_is_written_and_that_is_said(tmp_path, capsys):
     runs = [write_run(tmp_path / f"loss.beta={beta}", beta, kl=None) for beta in (0.1, 0.5)]
     close_sweep(tmp_path, [run.path for run in runs])

@@ -134,7 +134,10 @@ def test_a_pair_is_suspect_if_its_margin_was_negative_at_every_evaluation_after_
 
 def test_pairs_of_one_row_are_told_apart():
     """Row 7 has three pairs, of which the second alone is negative at both evaluations."""
-    one_row = [pair | {"row": 7} for n in (8, 16) for pair in evaluated(n, [1.0, -1.0, 8.0 - n])]
+    one_row = [
+        pair | {"row": 7, "pair": 100 + i} for n in (8, 16) for i, pair in enumerate(evaluated(n, [1.0, -1.0, 8.0 - n]))
+    ]
+    one_row[3:] = one_row[:2:-1]  # another token budget, another order
     assert suspects(one_row + evaluated(16, [-4.0])) == [Suspect("mine", "0", -4.0), Suspect("mine", "7, pair 2", -1.0)]
 
 

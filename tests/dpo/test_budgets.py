@@ -1,6 +1,7 @@
 """max_tokens_per_pass=fit: the search for the budget, and that it leaves no trace in the run."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from dpo.budgets import available_memory, heaviest_part, largest_budget, peak_of
 from dpo.checkpoints import random_states
 from dpo.devices import total_memory
 from dpo.errors import UserError
+from dpo.models import recompute_activations
+from dpo.optimizers import make_optimizer
 
+PAGE = os.sysconf("SC_PAGE_SIZE")
 FIT = ("loss=dpo", "max_tokens_per_pass=fit", "n_eval_examples=8")
 
 # The search
@@ -57,6 +61,8 @@ def test_a_fitted_run_is_bit_for_bit_one_with_that_number_of_tokens(make_trainer
         fitted = make_trainer(*FIT)
     budget = fitted.packer.max_tokens
     assert 600 <= budget <= 800 and fitted.run.config.max_tokens_per_pass == budget
+    passes = fitted.packer(heaviest_part(fitted.train_batches, 1, "shared_prefix"))
+    assert max(one.inputs["input_ids"].numel() for one in passes) == budget  # no other batch fills a pass further
     plain = make_trainer(*FIT, f"max_tokens_per_pass={budget}")
     for trainer in (fitted, plain):
         trainer.metrics = [trainer.train_step(batch) for batch, _ in zip(trainer.train_batches, range(2), strict=False)]
@@ -71,7 +77,10 @@ def test_real_passes_decide(share, budget, make_trainer, monkeypatch, capsys):
     trainer = make_trainer(*FIT)
     most = sum(map(len, heaviest_part(trainer.train_batches, 1, "shared_prefix")))
     assert trainer.packer.max_tokens == (most if budget == "most" else budget)
-    assert f"max_tokens_per_pass={trainer.packer.max_tokens}: its passes need" in capsys.readouterr().out
+    line = (
+        f"max_tokens_per_pass={most}: its passes need" if budget == "most" else "not even the smallest pass fits into 0"
+    )
+    assert line in capsys.readouterr().out
 
 
 def test_the_heaviest_part_of_a_batch_is_found(make_trainer):
@@ -81,15 +90,25 @@ def test_the_heaviest_part_of_a_batch_is_found(make_trainer):
 
 
 @pytest.mark.parametrize("optimizer", ["RMSprop", "AdamW", "Muon"])
-def test_the_search_leaves_no_trace(optimizer, make_trainer):
+def test_the_search_leaves_no_trace(optimizer, make_trainer, monkeypatch):
     trainer = make_trainer("loss=dpo", f"optimizer={optimizer}", "activation_checkpointing=true", "lora=default")
     policy, settings = trainer.policy.eval(), trainer.settings
     weights = [parameter.clone() for parameter in policy.parameters()]
-    states = random_states()
+    states, made = random_states(), []
+
+    def make(*arguments):
+        made.append(make_optimizer(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(budgets, "make_optimizer", make)
+    recompute_activations(policy.model, on=False)
     with training_state(settings, policy, trainer.device):
         assert policy.training and all(p.grad is not None for p in policy.trained_parameters())
+        n_states = sum(len(part.state) for part in getattr(made[0], "parts", made))
+        assert n_states == len(policy.trained_parameters()) and policy.model.is_activation_checkpointing
         peak_of_pass(policy, next(trainer.packer(next(iter(trainer.train_batches)).examples)), torch.float32)
         assert torch.rand(3).sum() > 0  # draws, as an adapter's dropout does
+    assert not policy.model.is_activation_checkpointing
     assert not policy.training and all(parameter.grad is None for parameter in policy.parameters())
     assert all(torch.equal(a, b) for a, b in zip(weights, policy.parameters(), strict=True))
     assert torch.equal(states["torch"], random_states()["torch"])
@@ -120,3 +139,25 @@ def test_a_device_whose_peak_cannot_be_measured_is_refused(make_trainer, monkeyp
 def test_available_memory_is_a_part_of_the_machines():
     device = torch.device("cpu")
     assert 0 < available_memory(device) <= total_memory(device)
+
+
+@pytest.mark.parametrize(
+    "group, files, expected",
+    [
+        ("", {}, 3_000_000 * 1024 + 100 * PAGE),  # what is available and what is held
+        ("0::/job/step", {"job/step/memory.max": "max", "job/memory.max": "5000", "memory.max": "max"}, 5000),
+        ("4:memory:/a\n2:cpu:/b", {"memory/a/memory.limit_in_bytes": "7000"}, 7000),
+        ("0::/elsewhere", {"memory.max": "6000"}, 6000),  # in a container, whose own group is the root
+    ],
+    ids=["none", "version 2", "version 1", "container"],
+)
+def test_a_control_groups_limit_is_kept(group, files, expected, tmp_path):
+    contents = {
+        "proc/self/statm": "900 100 50 1 0 80 0",
+        "proc/meminfo": "MemFree: 1 kB\nMemAvailable:    3000000 kB\n",
+        "proc/self/cgroup": group,
+    }
+    for name, text in (contents | {f"sys/fs/cgroup/{name}": text for name, text in files.items()}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_memory(torch.device("cpu"), tmp_path) == expected

@@ -202,6 +202,11 @@ def test_columns_are_found_in_capitals_and_with_spaces_around_them_if_there_is_n
     found = find_columns(["Prompt", " chosen ", "REJECTED"], {}, "data")
     assert (found["prompt"], found["chosen"], found["rejected"]) == ("Prompt", " chosen ", "REJECTED")
     assert find_columns(["Prompt", "prompt"], {}, "data")["prompt"] == "prompt"
+    for order in (["Prompt", "PROMPT"], ["PROMPT", "Prompt"]):
+        with pytest.raises(UserError, match="PROMPT and Prompt could each be the prompt"):
+            find_columns(order, {}, "data")
+    with pytest.raises(UserError, match="or columns.input=Input to read it after the instruction"):
+        find_columns(["Instruction", "Input"], {}, "data")
 
 
 def test_alpacas_input_follows_the_instruction_where_its_column_is_given():
@@ -215,8 +220,11 @@ def test_alpacas_input_follows_the_instruction_where_its_column_is_given():
     assert parse(pair, input="input").prompt == "Add.\n1 and 2"
     rendered = parse_row(pair, find_columns(pair, {"input": "input"}, "data"), sft=False, chat=True)
     assert rendered.prompt == [{"role": "user", "content": "Add.\n1 and 2"}]
-    with pytest.raises(UserError, match="input must be a text, not NoneType"):
-        parse(row | {"input": None}, sft=True, input="input")
+    assert parse(row | {"input": None}, sft=True, input="input").prompt == "Add."
+    with pytest.raises(UserError, match="input must be a text, not int"):
+        parse(row | {"input": 3}, sft=True, input="input")
+    with pytest.raises(UserError, match="columns.input=input: follows a prompt of text, which this row does not have"):
+        parse({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "c", "input": "1 and 2"}, input="input")
 
 
 # What has no known form

@@ -140,14 +140,14 @@ def test_a_complete_run_uploads_its_export_where_it_is_resumed_with_the_name_of_
     card = trainer.run.path / "LATEST" / "hf" / "README.md"
     assert hub.calls == [] and 'from_pretrained("PATH/OF/THIS/FOLDER")' in card.read_text()
     config = read_run_config(trainer.run.path)
-    for repository in (None, "me/name"):
+    for repository in (None, "me/nmae", "me/name"):
         place = f"local_run_dir='{trainer.run.path}'"
         settings, loss = validated(*short, place, *([f"push_to_hub={repository}"] if repository else []))
         train(settings, loss, config, Signals(), ALONE, {})
-    assert [call[0] for call in hub.calls] == ["create_repo", "upload_folder"]
-    assert hub.calls[1][2] == {"repo_id": "me/name", "folder_path": card.resolve().parent}
-    assert 'from_pretrained("me/name")' in card.read_text()
-    assert capsys.readouterr().out.count("the run is complete") == 2
+    assert [call[0] for call in hub.calls] == ["create_repo", "upload_folder"] * 2
+    assert hub.calls[3][2] == {"repo_id": "me/name", "folder_path": card.resolve().parent}
+    assert 'from_pretrained("me/name")' in card.read_text() and "nmae" not in card.read_text()
+    assert capsys.readouterr().out.count("the run is complete") == 3
 
 
 @pytest.mark.parametrize("settings", [(), ("push_to_hub=me/name",)])

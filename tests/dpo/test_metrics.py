@@ -1,6 +1,7 @@
 """metrics.jsonl, samples.jsonl, pairs.jsonl and the console."""
 
 import json
+import zlib
 
 import pytest
 import torch
@@ -54,6 +55,7 @@ def test_a_pair_is_logged_with_its_row_rewards_and_lengths_alone(tmp_path):
     logger.log_pairs(8, sft)
     logger.close()
     (record,) = map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines())
+    assert record.pop("pair") == zlib.crc32(b"('a', 'b')")
     assert record == {"examples": 8, "source": "mine", "row": 7, "rewards/margins": 0.5, "lengths/chosen": 3.0}
 
 

@@ -16,7 +16,7 @@ from conftest import golden_rows, read_data, without_measurements
 
 from dpo.conversations import ASSISTANT
 from dpo.errors import UserError
-from dpo.tables import SplitNames, is_hub_name, listed, note_columns, note_ignored_files, open_source
+from dpo.tables import SplitNames, csv_form, is_hub_name, listed, note_columns, note_ignored_files, open_source
 
 ANY = SplitNames(None, None, sft=False)
 
@@ -261,6 +261,8 @@ def test_a_csv_file_may_be_one_of_excel_or_of_pandas(delimiter, tmp_path):
     (table,) = open_source(str(tmp_path / "a.csv"), ANY).train
     row = {"Unnamed: 0": "1", "prompt": f'"1", {delimiter}?', "chosen": "a\nb", "rejected": "c"}
     assert list(table)[1] == (2, row)
+    (tmp_path / "b.csv").write_text('prompt;chosen;"rejected, worse"\n1;2;3\n')
+    assert csv_form(tmp_path / "b.csv", ",")[0] == ";"
 
 
 def test_a_folder_of_folders_with_splits_of_their_own_is_refused(tmp_path, monkeypatch):
