@@ -91,7 +91,7 @@ def suspects(pairs: Iterable[Record]) -> list[Suspect]:
     known: dict[tuple[str, int], dict[int, int]] = defaultdict(dict)  # of a row: its pairs' numbers in pairs.jsonl
     for pair in pairs:
         of_row = known[pair["source"], pair["row"]]
-        n = of_row.setdefault(pair.get("pair", 0), len(of_row) + 1)  # files of earlier versions do not tell pairs apart
+        n = of_row.setdefault(pair.get("pair", 0), len(of_row) + 1)  # earlier versions gave a row one key
         if pair["examples"]:
             margins[pair["source"], pair["row"], n].append(float(pair["rewards/margins"]))
     found = [

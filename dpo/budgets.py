@@ -1,24 +1,21 @@
 """max_tokens_per_pass=fit: the largest token budget whose passes fit into the device's memory."""
 
 import math
-import os
-import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import torch
 
 from dpo.checkpoints import random_states, set_random_states
 from dpo.console import log_message
-from dpo.devices import autocast, peak_memory, reset_peak_memory
+from dpo.devices import autocast, available_memory, peak_memory, reset_peak_memory
 from dpo.errors import UserError, is_out_of_memory
 from dpo.examples import BatchIterator, TokenizedExample
 from dpo.logps import ResponseLogps, response_logps
 from dpo.models import recompute_activations
-from dpo.optimizers import OptimizerOptions, make_optimizer
+from dpo.optimizers import stepped_optimizer
 from dpo.packing import LAYOUTS, PackedBatch, Packer
 from dpo.settings import Settings
 
@@ -42,7 +39,7 @@ def fit_budget(
     log_message(f"max_tokens_per_pass=fit: trying passes of up to {most:,} tokens ...")
 
     def largest_pass(budget: int) -> PackedBatch:
-        return max(replace(packer, max_tokens=budget)(heaviest), key=n_tokens)
+        return max(replace(packer, max_tokens=budget)(heaviest), key=lambda one: one.n_tokens)
 
     def measure(budget: int) -> float:
         return peak_of_pass(policy, largest_pass(budget), dtype)
@@ -50,18 +47,13 @@ def fit_budget(
     with training_state(settings, policy, packer.device):
         measure(1)  # makes the gradients, which lie beside the activations of all passes but the first
         budget, used = largest_budget(measure, min(packer.max_tokens, most), most, limit)
-    budget = min(budget, n_tokens(largest_pass(budget)))  # as measured: other examples would fill a pass further
+    budget = min(budget, largest_pass(budget).n_tokens)  # as measured: other examples would fill a pass further
     if used > limit:
         remedy = "set activation_checkpointing=true, lora=default or a smaller max_length"
         log_message(f"max_tokens_per_pass=fit: not even the smallest pass fits into {limit / 1e9:.2f} GB; {remedy}.")
     else:
         log_message(f"max_tokens_per_pass={budget}: its passes need {used / 1e9:.2f} of {limit / 1e9:.2f} GB.")
     return replace(packer, max_tokens=budget)
-
-
-def n_tokens(batch: PackedBatch) -> int:
-    """Return the tokens that a model computes in a pass."""
-    return batch.inputs["input_ids"].numel()
 
 
 def largest_budget(measure: Callable[[int], float], start: int, most: int, limit: float) -> tuple[int, float]:
@@ -119,11 +111,7 @@ def peak_of_pass(policy: ResponseLogps, batch: PackedBatch, dtype: torch.dtype) 
 def training_state(settings: Settings, policy: ResponseLogps, device: torch.device) -> Iterator[None]:
     """Hold what lies beside activations in training, an optimizer's state, and compute as in training; undo both."""
     states, was_training = random_states(), policy.training
-    parameters = policy.trained_parameters()
-    optimizer = make_optimizer(settings.optimizer, parameters, 0.0, OptimizerOptions.of(settings, policy))
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # of a learning rate of 0, so that the weights stay as they are
+    optimizer = stepped_optimizer(settings, policy)
     policy.train()
     if settings.activation_checkpointing:
         recompute_activations(policy.model)
@@ -137,35 +125,3 @@ def training_state(settings: Settings, policy: ResponseLogps, device: torch.devi
         set_random_states(states)
         del optimizer
         reset_peak_memory(device)
-
-
-def available_memory(device: torch.device, root: Path = Path("/")) -> int:
-    """Return the bytes that this process holds or can still get on a device, within its control group's limit.
-
-    What other processes of the group hold is not known. root is where /proc and /sys are.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    held = int((root / "proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text())
-    assert found is not None, "/proc/meminfo has MemAvailable since Linux 3.14"
-    return min([held + 1024 * int(found[1]), *group_limits(root)])
-
-
-def group_limits(root: Path) -> Iterator[int]:
-    """Yield the limits of memory, in bytes, of this process's control groups and of those around them: cgroups(7)."""
-    lines = []
-    with suppress(OSError):
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    for line in lines:
-        _, controllers, group = line.split(":", 2)
-        if controllers in ("", "memory"):  # version 2, or 1
-            top, name = (root / "sys/fs/cgroup", "memory.max")
-            if controllers:
-                top, name = top / "memory", "memory.limit_in_bytes"
-            path = top / group.lstrip("/")
-            for folder in (path, *path.parents):
-                with suppress(OSError, ValueError):  # another name space's group, or "max"
-                    yield int((folder / name).read_text())
-                if folder == top:
-                    break

@@ -148,7 +148,7 @@ def parse_texts(fields: Mapping[str, Any], uses: Sequence[str], columns: Mapping
     responses = tuple(checked_prompt(fields[use], columns[use]) for use in uses)
     chosen = responses[0]
     if ASSISTANT not in chosen:
-        remedy = "a row that is no such dialogue needs a prompt; set columns.prompt=NAME"
+        remedy = "a row that is not such a dialogue needs a prompt; set columns.prompt=NAME"
         raise UserError(f"the chosen dialogue has no {ASSISTANT!r}; {remedy}")
     start = chosen.rfind(ASSISTANT) + len(ASSISTANT)
     differs = any(response[:start] != chosen[:start] for response in responses)
@@ -210,13 +210,13 @@ def by_score(parsed: Row, fields: Mapping[str, Any], columns: Mapping[str, str])
 
 
 def desirable(parsed: Row, label: object, name: str, is_given: bool) -> Row:
-    """Return a row for SFT; UnusableRow if its label says that it is undesirable.
+    """Return a row for SFT; UnusableRow if its label is false.
 
     Only in a column that the user gave is a label of another kind refused; else it is not read.
     """
     found = parse_label(label, name) if is_given else LABELS.get(str(label).strip().lower())
     if found is False:
-        raise UnusableRow("the label says that the response is undesirable")
+        raise UnusableRow("the response is labelled undesirable")
     return parsed if found is None else parsed._replace(used=parsed.used | {"label"})
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -96,6 +97,38 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_memory(device: torch.device, root: Path = Path("/")) -> int:
+    """Return the bytes that this process holds or can still get on a device, within its control group's limit.
+
+    What other processes of the group hold is not known. root is where /proc and /sys are.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    held = int((root / "proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text())
+    assert found is not None, "/proc/meminfo has MemAvailable since Linux 3.14"
+    return min([held + 1024 * int(found[1]), *group_limits(root)])
+
+
+# Where the limits of control groups are, by the controllers that a line of /proc/self/cgroup names: versions 2 and 1.
+GROUPS = {"": ("sys/fs/cgroup", "memory.max"), "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes")}
+
+
+def group_limits(root: Path) -> Iterator[int]:
+    """Yield the limits of memory, in bytes, of this process's control groups and of those around them: cgroups(7)."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for _, controllers, group in (line.split(":", 2) for line in lines):
+        if controllers in GROUPS:
+            top, name = GROUPS[controllers]
+            path = root / top / group.lstrip("/")
+            for folder in [path, *path.parents][: len(Path(group).parts)]:
+                with suppress(OSError, ValueError):  # another name space's group, or "max"
+                    yield int((folder / name).read_text())
 
 
 def peak_memory(device: torch.device) -> int:

@@ -83,7 +83,8 @@ def new_figure(title: str, x_label: str, y_label: str = "") -> "Figure":
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=SIZE)  # matplotlib's layouts find margins by drawing each figure twice
-    axes = figure.add_axes((0.16 if y_label else 0.125, 0.19, 0.86 if not y_label else 0.82, 0.7))
+    left = 0.16 if y_label else 0.125
+    axes = figure.add_axes((left, 0.19, 0.98 - left, 0.7))
     axes.set_title(title, fontsize=10, loc="left", color=INK)
     axes.set_xlabel(x_label, fontsize=8, color=INK)
     axes.set_ylabel(y_label, fontsize=8, color=INK)

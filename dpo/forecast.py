@@ -47,8 +47,8 @@ class Workload:
             tokens += count_tokens(batch)
             truncated.update(what for example in batch.examples for what in example.truncated)
             for one in packer(batch.examples, trainer.settings.gradient_accumulation_steps):
-                if (one.inputs["input_ids"].numel(), len(one.targets)) > size:
-                    size = (one.inputs["input_ids"].numel(), len(one.targets))
+                if (one.n_tokens, len(one.targets)) > size:
+                    size = (one.n_tokens, len(one.targets))
                     longest, longest_pass = batch, one
         assert longest is not None and longest_pass is not None
         return cls(examples, tokens, truncated, longest, longest_pass)
@@ -65,7 +65,8 @@ def forecast(trainer: "BasicTrainer") -> None:
     peaks = {"loading": peak_memory(device)}
     workload = Workload.of(trainer, MEASURED)
     trainer.train_step(workload.longest)  # makes the optimizer's state, and whatever is made at a first pass
-    update_peak(trainer, workload.longest)
+    reset_peak_memory(device)
+    trainer.train_step(workload.longest)
     seconds = time_updates(trainer)
     peaks["an update"] = peak_memory(device)  # of all these: passes of several lengths leave pieces of free memory
     evaluation, peaks["an evaluation"] = measured(device, lambda: time_evaluation(trainer))
@@ -175,7 +176,7 @@ def size_of(tensors: Iterable[torch.Tensor]) -> int:
 def memory_lines(trainer: "BasicTrainer", workload: Workload, peaks: dict[str, int]) -> Iterable[str]:
     """Yield the peak memory, and that of an update with each remedy that the run does not use yet."""
     now, phase = max((peak, phase) for phase, peak in peaks.items())
-    n = workload.longest_pass.inputs["input_ids"].numel()
+    n = workload.longest_pass.n_tokens
     yield (
         f"Peak memory: {now / 1e9:.2f} of {total_memory(trainer.device) / 1e9:.1f} GB, in {phase}; an update needs"
         f" {peaks['an update'] / 1e9:.2f} GB, in a pass of {n:,} tokens. An update with ..."
@@ -192,7 +193,7 @@ def measured_remedies(trainer: "BasicTrainer", workload: Workload) -> dict[str, 
     """Return the peak memory of an update with each setting that can be changed in place, in bytes."""
     found, settings, model, packer = {}, trainer.settings, trainer.policy.model, trainer.packer
     if len(workload.longest_pass.examples) > 1:
-        half = workload.longest_pass.inputs["input_ids"].numel() // 2
+        half = workload.longest_pass.n_tokens // 2
         trainer.packer = replace(packer, max_tokens=half)
         found[f"max_tokens_per_pass={half}"] = update_peak(trainer, workload.longest)
         trainer.packer = packer

@@ -128,7 +128,7 @@ def length_lines(batches: BatchIterator, max_tokens: int) -> Iterator[str]:
             equal += len(sizes) > 1 and sizes[0] == sizes[1]
         for layout in LAYOUTS:
             passes = make_microbatches(batch.examples, layout, max_tokens)
-            tokens[layout] += sum(one.inputs["input_ids"].numel() for one in passes)
+            tokens[layout] += sum(one.n_tokens for one in passes)
     n = len(lengths["prompt"])
     yield f"\nLengths in tokens, of the first {n:,} training examples:"
     for name, values in lengths.items():

@@ -4,7 +4,7 @@ A process group that does not exist shards a copy of the model, by the very code
 pass keeps for its backward pass is measured.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,11 +17,11 @@ from dpo.console import log_message
 from dpo.devices import total_memory
 from dpo.distributed import ProcessGroup, arrange
 from dpo.examples import Batch
-from dpo.forecast import MEASURED, Workload
+from dpo.forecast import MEASURED, Workload, tensors_in
 from dpo.launch import count_processes
 from dpo.logps import ResponseLogps
 from dpo.models import recompute_activations
-from dpo.optimizers import OptimizerOptions, make_optimizer
+from dpo.optimizers import stepped_optimizer
 from dpo.packing import PackedBatch, balance
 from dpo.parallel import layers, without_weights
 from dpo.references import ModelReference
@@ -91,22 +91,22 @@ def memory_plan(trainer: "BasicTrainer", settings: Settings, prepare: Prepare, n
         policy = prepare(without_weights(trainer.policy), settings, ranks, trainer.dtype)
         reference = None if second is None else prepare(without_weights(second), settings, ranks, trainer.dtype)
         trained = policy.trained_parameters()
+        optimizer = stepped_optimizer(settings, policy)
+        state = [value for held in optimizer.state.values() for value in tensors_in(held)]
         models = [policy] if reference is None else [policy, reference]
         gathered = 0 if settings.ddp else sum(gathered_bytes(model, settings, trainer) for model in models)
         several = max(map(len, passes)) > 1 and not settings.reduce_every_pass and not settings.ddp
         found = {
             "weights": sum(map(local_bytes, policy.parameters())),
             "gradients": sum(map(local_bytes, trained)),
-            "optimizer state": sum(map(local_bytes, optimizer_state(policy, settings))),
+            "optimizer state": sum(map(local_bytes, state)),
             "reference": sum(map(local_bytes, reference.parameters())) if reference is not None else 0,
             "gathered layers, embeddings and head": gathered,
             "whole gradient between the passes of an update": sum(map(whole_bytes, trained)) if several else 0,
         }
-    longest = max((one for part in passes for one in part), key=lambda one: one.inputs["input_ids"].numel())
-    tokens = longest.inputs["input_ids"].numel()
-    return found | {
-        f"activations of a pass of {tokens:,} tokens, measured": activation_bytes(trainer, longest, settings)
-    }
+    longest = max((one for part in passes for one in part), key=lambda one: one.n_tokens)
+    what = f"activations of a pass of {longest.n_tokens:,} tokens, measured"
+    return found | {what: activation_bytes(trainer, longest, settings)}
 
 
 def passes_of(trainer: "BasicTrainer", batch: Batch, n: int) -> list[list[PackedBatch]]:
@@ -129,16 +129,6 @@ def whole_bytes(parameter: Tensor) -> int:
     for name, size, placement in zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True):
         parts *= size if name == "tensor" and placement.is_shard() else 1
     return parameter.numel() * parameter.element_size() // parts
-
-
-def optimizer_state(policy: ResponseLogps, settings: Settings) -> Iterable[Tensor]:
-    """Yield the tensors of the state that the optimizer of a policy has after a step."""
-    options = OptimizerOptions.of(settings, policy)
-    optimizer = make_optimizer(settings.optimizer, policy.trained_parameters(), settings.lr, options)
-    for parameter in policy.trained_parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
 def gathered_bytes(module: ResponseLogps, settings: Settings, trainer: "BasicTrainer") -> int:

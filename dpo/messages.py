@@ -41,7 +41,7 @@ def as_messages(value: object, name: str, role: str) -> list[Message]:
 
 
 def checked_prompt(value: object, name: str) -> str:
-    """Return a text; UserError if it is none, or if it is a list of messages that was written as a text."""
+    """Return a text; UserError if it is not one, or if it is a list of messages that was written as a text."""
     text = checked_text(value, name)
     if WRITTEN_MESSAGES.match(text):
         raise UserError(f"{name} holds messages as a text; write them as a list, in .jsonl or .parquet")
@@ -51,7 +51,7 @@ def checked_prompt(value: object, name: str) -> str:
 def as_message(turn: object, name: str) -> Message:
     """Return one message {"role", "content", ...} without its null fields, which tables add.
 
-    UserError if it has another form, InconsistentRow if a part of its content is no text.
+    UserError if it has another form, InconsistentRow if a part of its content is not text.
     """
     if not isinstance(turn, Mapping):
         raise UserError(f"{name} must be a message with role and content, not {type(turn).__name__}")
@@ -84,7 +84,7 @@ def text_of(part: object, name: str) -> str:
         raise UserError(f"the content of {name} must be a text or a list of parts, not of {type(part).__name__}")
     kind = part.get("type", "text")
     if kind not in TEXT_PARTS:
-        raise InconsistentRow("a turn holds a part that is no text", f"{name} has one of the type {str(kind)[:40]!r}")
+        raise InconsistentRow("a turn holds a part that is not text", f"{name} has one of the type {str(kind)[:40]!r}")
     return checked_text(part.get("text"), f"the content of {name}")
 
 

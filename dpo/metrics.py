@@ -145,7 +145,7 @@ class MetricLogger:
     def log_pairs(self, examples: int, metrics: BatchMetrics) -> None:
         """Append the rewards and log-ratios of each evaluated pair to pairs.jsonl; nothing where there are no pairs.
 
-        A checksum of the responses tells the pairs of one row apart, whose order the token budget decides.
+        A checksum of the responses distinguishes the pairs of one row, whose order the token budget decides.
         OSError that names the file if the disk does not take it.
         """
         names = [name for name in metrics.values if name.startswith(("rewards/", "log_ratios/", "lengths/"))]

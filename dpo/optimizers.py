@@ -65,6 +65,16 @@ def make_optimizer(
     return kind(groups, lr=lr, **options.arguments)
 
 
+def stepped_optimizer(settings: Settings, policy: ResponseLogps) -> Optimizer:
+    """Return an optimizer of a policy after a first step, which changes no weight; gradients of 0 remain."""
+    parameters = policy.trained_parameters()
+    optimizer = make_optimizer(settings.optimizer, parameters, 0.0, OptimizerOptions.of(settings, policy))
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
 def optimizer_class(name: str) -> Callable[..., Optimizer]:
     """Return the class of an optimizer; ImportError for AdamW8bit where neither torchao nor bitsandbytes is installed.
 

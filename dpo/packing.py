@@ -33,6 +33,11 @@ class PackedBatch:
     segments: torch.Tensor | None = None
     example_offsets: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def n_tokens(self) -> int:
+        """The tokens that a model computes, padding included."""
+        return self.inputs["input_ids"].numel()
+
     def to(self, device: torch.device) -> "PackedBatch":
         """Return the batch with its tensors on a device."""
 
@@ -183,6 +188,5 @@ class Packer:
         """Return a context in which a lack of memory names the microbatch and the settings that make it smaller."""
         n, longest = len(batch.examples), max(map(len, batch.examples))
         smaller = f"max_tokens_per_pass, which is {self.max_tokens}" if n > 1 else "max_length in a new run"
-        tokens = batch.inputs["input_ids"].numel()
-        size = f"in a pass of {tokens:,} tokens, {n} examples, the longest of {longest:,} tokens"
+        size = f"in a pass of {batch.n_tokens:,} tokens, {n} examples, the longest of {longest:,} tokens"
         return actionable_errors(f"{size}; lower {smaller}, or set activation_checkpointing=true")

@@ -330,9 +330,8 @@ class Precomputation:
         packer, model = self.packer, self.policy.model
         kind = (self.dtype, packer.device.type, self.compiled, self.policy.float32_head)
         how = (CACHE_VERSION, self.n_microbatches, packer.layout, packer.max_tokens, *kind)
-        several = (
-            (self.ranks.world_size, self.ranks.data_size) if self.ranks.world_size > 1 else ()
-        )  # which share a batch's passes
+        ranks = (self.ranks.world_size, self.ranks.data_size)  # which share a batch's passes
+        several = ranks if self.ranks.world_size > 1 else ()
         settings = (self.train_batches.settings(), self.eval_batches.settings(), (*how, *several))
         versions = (torch.__version__, transformers.__version__)
         return fingerprint(model, (reference.order, settings, versions))

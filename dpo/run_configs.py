@@ -16,7 +16,7 @@ from dpo.errors import UserError, raise_problems, summarize_error
 from dpo.settings import flatten_plain
 from dpo.suggestions import suggest, written
 
-# What may change in a resumed run: it touches no trained number, but for the rounding of the last three settings.
+# What may change in a resumed run: it changes no trained number, but for the rounding of those of the last two lines.
 MAY_CHANGE = (
     *("trackers", "wandb.enabled", "wandb.entity", "wandb.project", "minimum_log_interval_secs", "report"),
     *("sample_during_eval", "n_eval_model_samples", "sample_temperature", "sample_top_k", "sample_top_p"),

@@ -168,7 +168,7 @@ def csv_form(path: Path, usual: str) -> tuple[str, Any]:
     """
     import datasets
 
-    lines = {delimiter: first_line(path, delimiter) for delimiter in (usual, ";", "\t")}
+    lines = {delimiter: read_header(path, delimiter) for delimiter in (usual, ";", "\t")}
     delimiter = max(lines, key=lambda each: len(lines[each]))  # of equals the first
     names = [name or f"Unnamed: {i}" for i, name in enumerate(lines[delimiter])]
     if not names or len(set(names)) < len(names):
@@ -176,7 +176,7 @@ def csv_form(path: Path, usual: str) -> tuple[str, Any]:
     return delimiter, datasets.Features(dict.fromkeys(names, datasets.Value("string")))
 
 
-def first_line(path: Path, delimiter: str) -> list[str]:
+def read_header(path: Path, delimiter: str) -> list[str]:
     """Return the cells of the first line of a CSV file; UserError if it cannot be read."""
     try:
         with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:

@@ -41,9 +41,7 @@ class Utilization:
     def flops(self, parameters: Iterable[torch.nn.Parameter]) -> int:
         """Return the FLOPs per token of an update's products with some parameters."""
         matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
-        sizes = [
-            parameter.numel() * (2 if parameter.dtype == torch.uint8 else 1) for parameter in matrices
-        ]  # of 4 bits
+        sizes = [p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in matrices]  # a byte holds two of 4 bits
         trained = sum(size for size, p in zip(sizes, matrices, strict=True) if p.requires_grad)
         return 2 * (sum(sizes) * (self.n_passes + 1) + trained)
 

@@ -124,15 +124,15 @@ def bytes_held(trainer) -> int:
 
 
 def slow_updates(trainer, ranks) -> list[str]:
-    """Make updates of which rank 1 computes a layer slowly, log them, and return what is said of it."""
-    said, look = [], ranks.stragglers.look
-    ranks.stragglers.look = lambda taken: said.extend(found := look(taken)) or found
+    """Make updates of which rank 1 computes a layer slowly, log them, and return the messages about it."""
+    messages, look = [], ranks.stragglers.look
+    ranks.stragglers.look = lambda taken: messages.extend(found := look(taken)) or found
     if ranks.rank == 1:
         trainer.policy.model.transformer.h[0].mlp.register_forward_pre_hook(lambda *_: time.sleep(0.1))
     for batch in islice(trainer.train_batches, 7):
         trainer.log(trainer.train_step(batch))
     ranks.stragglers.look = look
-    return said
+    return messages
 
 
 def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
@@ -155,9 +155,9 @@ def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
     sampled = trainer.sample()
     if rank == 0:
         (folder / "sampled.json").write_text(json.dumps(sampled))
-    said = slow_updates(trainer, ranks) if n == 2 else []
+    messages = slow_updates(trainer, ranks) if n == 2 else []
     if rank == 0:
-        (folder / "said.json").write_text(json.dumps(said))
+        (folder / "messages.json").write_text(json.dumps(messages))
     trainer = build(folder / "kto", ranks, *TINY, *KTO, f"datasets=['{folder / 'labels'}']", "trainer=FSDPTrainer")
     sums, n_examples = divergence(trainer)
     shares, gradient = ranks.gather((sums, n_examples)), whole_gradient(trainer)
@@ -233,8 +233,8 @@ def test_every_rank_gets_the_weights_that_the_main_one_has_read_and_the_referenc
 def test_a_rank_that_computes_slowly_is_named_once_and_each_record_has_its_time_and_memory(sharded):
     n, *_, folder = sharded
     if n == 2:
-        (said,) = json.loads((folder / "said.json").read_text())
-        assert said.startswith("Rank 1 is slow: its layers take ")
+        (messages,) = json.loads((folder / "messages.json").read_text())
+        assert messages.startswith("Rank 1 is slow: its layers take ")
         for line in (folder / "gradient" / "metrics.jsonl").read_text().splitlines():
             record = json.loads(line)
             assert record["layer_seconds/max"] > 0.1 and record["layer_seconds/max"] > record["layer_seconds/mean"]

@@ -1,21 +1,18 @@
 """max_tokens_per_pass=fit: the search for the budget, and that it leaves no trace in the run."""
 
 import math
-import os
 
 import pytest
 import torch
 from conftest import without_measurements
 
 from dpo import budgets
-from dpo.budgets import available_memory, heaviest_part, largest_budget, peak_of_pass, training_state
+from dpo.budgets import heaviest_part, largest_budget, peak_of_pass, training_state
 from dpo.checkpoints import random_states
-from dpo.devices import total_memory
 from dpo.errors import UserError
 from dpo.models import recompute_activations
-from dpo.optimizers import make_optimizer
+from dpo.optimizers import stepped_optimizer
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
 FIT = ("loss=dpo", "max_tokens_per_pass=fit", "n_eval_examples=8")
 
 # The search
@@ -53,7 +50,7 @@ def test_a_start_that_does_not_fit_is_lowered_and_the_smallest_budget_returned_i
 
 def test_a_fitted_run_is_bit_for_bit_one_with_that_number_of_tokens(make_trainer, monkeypatch):
     def tokens_as_bytes(policy, batch, dtype):
-        return 1000.0 * batch.inputs["input_ids"].numel()
+        return 1000.0 * batch.n_tokens
 
     monkeypatch.setattr(budgets, "available_memory", lambda device: 1_000_000)  # of which 0.8 may be used: 800 tokens
     with monkeypatch.context() as patched:
@@ -62,7 +59,7 @@ def test_a_fitted_run_is_bit_for_bit_one_with_that_number_of_tokens(make_trainer
     budget = fitted.packer.max_tokens
     assert 600 <= budget <= 800 and fitted.run.config.max_tokens_per_pass == budget
     passes = fitted.packer(heaviest_part(fitted.train_batches, 1, "shared_prefix"))
-    assert max(one.inputs["input_ids"].numel() for one in passes) == budget  # no other batch fills a pass further
+    assert max(one.n_tokens for one in passes) == budget  # no other batch fills a pass further
     plain = make_trainer(*FIT, f"max_tokens_per_pass={budget}")
     for trainer in (fitted, plain):
         trainer.metrics = [trainer.train_step(batch) for batch, _ in zip(trainer.train_batches, range(2), strict=False)]
@@ -97,10 +94,10 @@ def test_the_search_leaves_no_trace(optimizer, make_trainer, monkeypatch):
     states, made = random_states(), []
 
     def make(*arguments):
-        made.append(make_optimizer(*arguments))
+        made.append(stepped_optimizer(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(budgets, "make_optimizer", make)
+    monkeypatch.setattr(budgets, "stepped_optimizer", make)
     recompute_activations(policy.model, on=False)
     with training_state(settings, policy, trainer.device):
         assert policy.training and all(p.grad is not None for p in policy.trained_parameters())
@@ -134,30 +131,3 @@ def test_a_device_whose_peak_cannot_be_measured_is_refused(make_trainer, monkeyp
     monkeypatch.setattr(budgets, "reset_peak_memory", lambda device: False)
     with pytest.raises(UserError, match="max_tokens_per_pass=fit: the peak memory cannot be measured here"):
         make_trainer(*FIT)
-
-
-def test_available_memory_is_a_part_of_the_machines():
-    device = torch.device("cpu")
-    assert 0 < available_memory(device) <= total_memory(device)
-
-
-@pytest.mark.parametrize(
-    "group, files, expected",
-    [
-        ("", {}, 3_000_000 * 1024 + 100 * PAGE),  # what is available and what is held
-        ("0::/job/step", {"job/step/memory.max": "max", "job/memory.max": "5000", "memory.max": "max"}, 5000),
-        ("4:memory:/a\n2:cpu:/b", {"memory/a/memory.limit_in_bytes": "7000"}, 7000),
-        ("0::/elsewhere", {"memory.max": "6000"}, 6000),  # in a container, whose own group is the root
-    ],
-    ids=["none", "version 2", "version 1", "container"],
-)
-def test_a_control_groups_limit_is_kept(group, files, expected, tmp_path):
-    contents = {
-        "proc/self/statm": "900 100 50 1 0 80 0",
-        "proc/meminfo": "MemFree: 1 kB\nMemAvailable:    3000000 kB\n",
-        "proc/self/cgroup": group,
-    }
-    for name, text in (contents | {f"sys/fs/cgroup/{name}": text for name, text in files.items()}).items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert available_memory(torch.device("cpu"), tmp_path) == expected

@@ -118,7 +118,7 @@ def test_sft_trains_on_desirable_responses_alone_and_reads_no_label_of_another_k
         found = parse(row | {"label": label}, sft=True)
         assert (found.responses, found.label) == (("a",), None) and "label" in found.used
     for label in (False, 0, "false"):
-        with pytest.raises(UnusableRow, match="^the label says that the response is undesirable$"):
+        with pytest.raises(UnusableRow, match="^the response is labelled undesirable$"):
             parse(row | {"label": label}, sft=True)
     for label in ("math", 3, None):
         assert "label" not in parse(row | {"label": label}, sft=True).used
@@ -272,7 +272,7 @@ BAD = {
         {"chosen": '[{"role": "user", "content": "a"}]', "rejected": "b"},
         "chosen holds messages as a text",
     ),
-    "no dialogue": ({"chosen": "a", "rejected": "b"}, "no such dialogue needs a prompt; set columns.prompt=NAME"),
+    "no dialogue": ({"chosen": "a", "rejected": "b"}, "not such a dialogue needs a prompt; set columns.prompt=NAME"),
     "messages as printed": ({"prompt": " [ {'content': ", "chosen": [YES], "rejected": [NO]}, "prompt holds messages"),
     "a list": ([1], "is not an object"),
 }

@@ -1,4 +1,4 @@
-"""What a device computes in, and the kernels that oneDNN keeps."""
+"""What a device computes in, the kernels that oneDNN keeps, and the memory that is there."""
 
 import ctypes
 import os
@@ -56,3 +56,30 @@ def test_the_environment_decides_how_many_kernels_are_kept(monkeypatch):
     devices.limit_onednn_cache()
     assert os.environ["LRU_CACHE_CAPACITY"] == "7"
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
+
+
+def test_available_memory_is_a_part_of_the_machines():
+    device = torch.device("cpu")
+    assert 0 < devices.available_memory(device) <= devices.total_memory(device)
+
+
+@pytest.mark.parametrize(
+    "group, files, expected",
+    [
+        ("", {}, 3_000_000 * 1024 + 100 * os.sysconf("SC_PAGE_SIZE")),  # what is available and what is held
+        ("0::/job/step", {"job/step/memory.max": "max", "job/memory.max": "5000", "memory.max": "max"}, 5000),
+        ("4:memory:/a\n2:cpu:/b", {"memory/a/memory.limit_in_bytes": "7000"}, 7000),
+        ("0::/elsewhere", {"memory.max": "6000"}, 6000),  # in a container, whose own group is the root
+    ],
+    ids=["none", "version 2", "version 1", "container"],
+)
+def test_a_control_groups_limit_is_kept(group, files, expected, tmp_path):
+    contents = {
+        "proc/self/statm": "900 100 50 1 0 80 0",
+        "proc/meminfo": "MemFree: 1 kB\nMemAvailable:    3000000 kB\n",
+        "proc/self/cgroup": group,
+    }
+    for name, text in (contents | {f"sys/fs/cgroup/{name}": text for name, text in files.items()}).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert devices.available_memory(torch.device("cpu"), tmp_path) == expected

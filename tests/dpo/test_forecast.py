@@ -67,8 +67,8 @@ def test_the_workload_counts_tokens_and_truncated_texts_and_finds_the_longest_pa
     examples = [example for batch in batches for example in batch.examples]
     assert (workload.examples, workload.tokens) == (len(examples), sum(map(len, examples)))
     assert workload.truncated == Counter(what for example in examples for what in example.truncated) != Counter()
-    sizes = [one.inputs["input_ids"].numel() for batch in batches for one in trainer.packer(batch.examples)]
-    assert workload.longest_pass.inputs["input_ids"].numel() == max(sizes) <= 300
+    sizes = [one.n_tokens for batch in batches for one in trainer.packer(batch.examples)]
+    assert workload.longest_pass.n_tokens == max(sizes) <= 300
     assert any(example.text == workload.longest_pass.examples[0].text for example in workload.longest.examples)
     first = Workload.of(trainer, 17)
     assert (first.examples, first.tokens) == (16, sum(sum(map(len, batch.examples)) for batch in batches[:2]))
@@ -188,7 +188,7 @@ def test_measured_remedies_are_switched_off_again(make_trainer, monkeypatch):
     trainer = make_trainer("loss=dpo", "max_tokens_per_pass=500")
     workload, budgets = Workload.of(trainer, 8), []
     monkeypatch.setattr("dpo.forecast.update_peak", lambda trainer, batch: budgets.append(trainer.packer.max_tokens))
-    half = workload.longest_pass.inputs["input_ids"].numel() // 2
+    half = workload.longest_pass.n_tokens // 2
     found = measured_remedies(trainer, workload)
     assert list(found) == [f"max_tokens_per_pass={half}", "activation_checkpointing=true"] and budgets == [half, 500]
     recomputed = [module for module in trainer.policy.modules() if getattr(module, "gradient_checkpointing", False)]

@@ -21,7 +21,7 @@ def test_only_passes_that_train_are_timed_and_each_token_counts_once_per_layer(m
 
 
 def messages(*updates):
-    """Return what a watch says of updates, each with the seconds of the ranks for 100 tokens."""
+    """Return the messages of a watch on updates, each with the seconds of the ranks for 100 tokens."""
     watch = StragglerWatch()
     return [message for update in updates for message in watch.look([(seconds, 100) for seconds in update])]
 
