@@ -10,8 +10,8 @@ from dpo.examples import TokenizedExample
 from dpo.logps import ResponseLogps
 from dpo.references import Reference
 
-SIZE = {"cpu": 1024, "mps": 2048, "cuda": 8192}  # rows and columns of the products whose rate is measured
-REPEATS = 5  # of which the fastest counts
+SIZE = {"cpu": 512, "mps": 2048, "cuda": 8192}  # rows and columns of the products whose rate is measured
+SECONDS = 0.1  # for all products, of which the fastest counts; one takes longer where a CPU emulates bfloat16
 
 
 class Utilization:
@@ -50,12 +50,12 @@ class Utilization:
         """The device's best rate of a large matrix product, in FLOPs per second."""
         n = SIZE[self.device.type]
         a = torch.ones(n, n, device=self.device, dtype=self.dtype)
-        best = float("inf")
-        for _ in range(REPEATS):
+        times: list[float] = []
+        while sum(times) < SECONDS:
             start = time.perf_counter()
             (a @ a)[0, 0].item()  # waits for the device
-            best = min(best, time.perf_counter() - start)
-        return 2 * n**3 / best
+            times.append(time.perf_counter() - start)
+        return 2 * n**3 / min(times)
 
     def __call__(self, examples: Sequence[TokenizedExample], seconds: float) -> dict[str, float]:
         """Return an update's throughput as metrics."""

@@ -70,7 +70,7 @@ def test_a_mixture_of_experts_has_no_share_since_tokens_meet_a_part_of_its_weigh
 
 def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
     monkeypatch.setitem(utilization.SIZE, "cpu", 100)
-    times = iter((0.0, 0.5, 1.0, 1.25, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0))  # products of 0.5, 0.25, 1, 1 and 1 seconds
+    times = iter((0.0, 0.05, 1.0, 1.02, 2.0, 2.04))  # products of 0.05, 0.02 and 0.04 seconds, after which 0.1 are over
     monkeypatch.setattr("dpo.utilization.time.perf_counter", lambda: next(times))
     found = Utilization(ResponseLogps.wrap(tiny("GPT2")), None, torch.float32)
-    assert found.rate == 2 * 100**3 / 0.25
+    assert found.rate == pytest.approx(2 * 100**3 / 0.02)
