@@ -133,6 +133,11 @@ class Models:
     packer: Packer
     dtype: torch.dtype
 
+    def without_weights(self) -> "Models":
+        """Return the policy and its adapter without their weights."""
+        policy = without_weights(self.policy)
+        return replace(self, policy=policy, adapter=self.adapter and replace(self.adapter, model=policy.model))
+
 
 def load_models(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir) -> Models:
     """Load the policy, of several ranks on the main one alone, copy the reference, and seed all generators."""
@@ -145,7 +150,7 @@ def load_models(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir) -> 
     stays = run.ranks.world_size > 1 and (known is not None or settings.layout == "padded")
     place = torch.device("cpu") if stays else inputs.device
     load = partial(load_policy_module, settings, loss, inputs, known, place, dtype)
-    models = run.ranks.from_main(load, lambda loaded: replace(loaded, policy=without_weights(loaded.policy)))
+    models = run.ranks.from_main(load, Models.without_weights)
     use_attention(models.policy.model, models.policy.model.config._attn_implementation)  # which each process registers
     if models.adapter is None and loss.needs_reference and not loss.cached_reference:
         reference = copy_reference(models.policy, settings.model.reference_dtype, run.ranks.copy)
@@ -187,8 +192,9 @@ def build_trainer(
         models = load_models(settings, loss, inputs, run)
     if inputs.stops:
         add_stops(models.policy.model.generation_config, inputs.stops)
-    if note := bfloat16_note(models.policy.trained_parameters(), settings.lr, settings.optimizer):
-        log_message(note)
+    note = partial(bfloat16_note, models.policy.trained_parameters(), settings.lr, settings.optimizer)
+    if text := run.ranks.on_main(note):
+        log_message(text)
     found = identity(loss, inputs, models, run.ranks)
     run.ranks.check_same(lambda: found)
     batches = {"the training data": inputs.train_batches, "the evaluation data": inputs.eval_batches}

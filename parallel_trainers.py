@@ -19,13 +19,13 @@ from dpo.logps import ResponseLogps
 from dpo.parallel import (
     Split,
     clip_gradient,
-    distinct_tensors,
-    full_weights,
+    distinct,
     layers,
     no_weights,
     reshard,
     shard,
     weights_of_main,
+    whole_tensors,
 )
 from dpo.settings import Settings
 from dpo.shards import load_shards, save_shards
@@ -62,7 +62,7 @@ class FSDPTrainer(BasicTrainer):
         digests = save_shards(tensors, folder, self.ranks)
         states = {"shards": folder, "digests": digests, "values": values}
         if self.settings.keep_policies or self.updates == len(self.train_batches):
-            states["policy"] = self.full_weights()
+            states["policy"] = self.weights.state_dict(whole_tensors(self.weights.tensors(), self.ranks.is_main))
         return states
 
     def sharded_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -70,7 +70,7 @@ class FSDPTrainer(BasicTrainer):
         reshard(self.policy)
         state: dict[str, Any] = get_optimizer_state_dict(self.policy, self.optimizer, options=FLAT)
         tensors = {f"optimizer.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
-        tensors |= {f"policy.{name}": value.detach() for name, value in distinct_tensors(self.policy.model).items()}
+        tensors |= {f"policy.{name}": value.detach() for name, value in distinct(self.weights.tensors()).items()}
         return tensors, {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
 
     def state_dict(self, logs: list[int]) -> dict[str, Any]:
@@ -93,8 +93,8 @@ class FSDPTrainer(BasicTrainer):
         set_optimizer_state_dict(self.policy, self.optimizer, optimizer | states["run"]["optimizer"], options=FLAT)
 
     def full_weights(self) -> dict[str, torch.Tensor]:
-        """Gather the weights on the main rank's host."""
-        return full_weights(self.policy.model, self.ranks.is_main)
+        """Gather what is exported on the main rank's host."""
+        return whole_tensors(self.weights.tensors_to_export(), self.ranks.is_main)
 
 
 class TensorParallelTrainer(FSDPTrainer):

@@ -8,9 +8,10 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from peft import LoraModel, PeftConfig
     from peft.tuners.lora import LoraLayer
 
+T = TypeVar("T", bound=Tensor)
 POLICY, REFERENCE = "default", "reference"  # what peft's layers call the adapter that trains, and its frozen copy
 SMALL_LR = 1e-5  # below it, advice is given
 
@@ -78,7 +80,8 @@ def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeigh
     if run_settings.lr < SMALL_LR:
         advice = "an adapter usually needs 10 to 100 times the learning rate of all weights; try lr=5e-5"
         log_message(f"LoRA: lr={run_settings.lr:g} may be too low: {advice}.")
-    return AdapterWeights(model, shape, base, base_name(run_settings.model), settings.export_merged)
+    copied = None if stored is None else weights_checksum(adapter_parameters(model, REFERENCE))
+    return AdapterWeights(model, shape, base, copied, base_name(run_settings.model), settings.export_merged)
 
 
 def base_name(settings: ModelSettings) -> str | None:
@@ -97,6 +100,9 @@ def inject(model: PreTrainedModel, configs: dict[str, "PeftConfig"]) -> "LoraMod
     tuner = LoraModel(model, configs, first)
     for name in others:
         tuner.inject_adapter(model, name)
+    for name in configs:
+        for parameter in adapter_parameters(model, name).values():
+            parameter.data = parameter.data.float()  # peft gives them the dtype of the frozen weights
     use_adapter(adapted_layers(model).values(), [*configs][-1])
     return tuner
 
@@ -119,9 +125,14 @@ def adapted_layers(model: PreTrainedModel) -> dict[str, "LoraLayer"]:
 
 def adapter_parameters(model: PreTrainedModel, adapter: str) -> dict[str, Parameter]:
     """Return the parameters of one adapter under the names of peft's files, without their prefix."""
+    return adapter_tensors(dict(model.named_parameters()), adapter)
+
+
+def adapter_tensors(state: Mapping[str, T], adapter: str) -> dict[str, T]:
+    """Return, of the tensors of a model's state_dict, those of one adapter, as adapter_parameters names them."""
     kept = re.compile(rf"(.*\.lora_[AB])\.{adapter}(\.weight)|(.*\.lora_magnitude_vector)\.{adapter}\.weight")
-    found = ((kept.fullmatch(name), parameter) for name, parameter in model.named_parameters())
-    return {"".join(filter(None, match.groups())): parameter for match, parameter in found if match}
+    found = ((kept.fullmatch(name), tensor) for name, tensor in state.items())
+    return {"".join(filter(None, match.groups())): tensor for match, tensor in found if match}
 
 
 @torch.no_grad()
@@ -132,22 +143,26 @@ def copy_weights(own: Mapping[str, Parameter], stored: Mapping[str, Tensor], set
         parameter.copy_(stored[name])
 
 
+@dataclass(frozen=True)
 class AdapterWeights:
     """The adapter of a model, which alone is trained: checkpoints hold it, and the export has it in peft's format."""
 
-    def __init__(
-        self, model: PreTrainedModel, shape: AdapterShape, base: str, base_name: str | None, export_merged: bool
-    ):
-        """Take an adapted model, the checksum of its frozen weights, and what from_pretrained opens to get them."""
-        self.model, self.shape, self.base = model, shape, base
-        self.base_name, self.export_merged = base_name, export_merged
-        self.layers = adapted_layers(model)
+    model: PreTrainedModel
+    shape: AdapterShape
+    base: str  # checksum of the frozen weights
+    path: str | None  # checksum of the adapter of lora.path
+    base_name: str | None  # what from_pretrained opens to get the frozen weights
+    export_merged: bool
+
+    @cached_property
+    def layers(self) -> dict[str, "LoraLayer"]:
+        """Return peft's layers by the names of the linear layers that they wrap."""
+        return adapted_layers(self.model)
 
     def identity(self) -> dict[str, str]:
         """Return checksums of the frozen weights, which a resumed run must find again."""
         found = {"the base model's weights": self.base}
-        copy_of_path = adapter_parameters(self.model, REFERENCE)
-        return found | ({"the adapter of lora.path": weights_checksum(copy_of_path)} if copy_of_path else {})
+        return found if self.path is None else found | {"the adapter of lora.path": self.path}
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
@@ -160,13 +175,24 @@ class AdapterWeights:
 
     def describe_reference(self) -> str:
         """Return in words what the reference is."""
-        if adapter_parameters(self.model, REFERENCE):
+        if self.path is not None:
             return "the base model with a frozen copy of the adapter of lora.path"
         return "the base model, which is the policy with its adapter off"
 
-    def state_dict(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the weights of the adapter that trains."""
+        return {name: parameter.detach() for name, parameter in adapter_parameters(self.model, POLICY).items()}
+
+    def tensors_to_export(self) -> dict[str, Tensor]:
+        """Return the weights of the adapter, with those of the model where these are exported too."""
+        state = self.model.state_dict(keep_vars=True)
+        if self.base_name is None or self.export_merged:
+            return state
+        return {name: value for name, value in state.items() if f".{POLICY}." in name}
+
+    def state_dict(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
         """Return the adapter's shape and weights, and the checksum of the frozen weights that it belongs to."""
-        weights = {name: parameter.detach() for name, parameter in adapter_parameters(self.model, POLICY).items()}
+        weights = self.tensors() if tensors is None else tensors
         return {"adapter": asdict(self.shape), "base": self.base, "weights": weights}
 
     def load_state_dict(self, state: dict[str, Any], setting: str) -> None:
@@ -180,25 +206,24 @@ class AdapterWeights:
 
         Frozen weights that from_pretrained finds nowhere else, as those of model.archive, go to RUN/base.
         """
-        assert weights is None, "adapters of models that several devices share are refused"
-        base_name = self.base_name
+        state, base_name = weights or self.model.state_dict(), self.base_name
         if base_name is None:
             base_folder = folder.parent.parent / "base"
             base_name = str(base_folder)
-            export_model(base_folder, self.model, tokenizer, self.base_weights())
+            export_model(base_folder, self.model, tokenizer, base_weights(state))
 
         def write(staging: Path) -> None:
             config = self.shape.peft_config(self.model).to_dict() | {"base_model_name_or_path": base_name}
             config |= {"inference_mode": True, "target_modules": self.short_targets()}
-            weights = {f"{PREFIX}{name}": value.contiguous() for name, value in self.state_dict()["weights"].items()}
-            save_file(weights, staging / "adapter_model.safetensors", metadata={"format": "pt", BASE: self.base})
+            own = {f"{PREFIX}{name}": value.contiguous() for name, value in adapter_tensors(state, POLICY).items()}
+            save_file(own, staging / "adapter_model.safetensors", metadata={"format": "pt", BASE: self.base})
             with naming_file(staging / "adapter_config.json"):
                 (staging / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             save_tokenizer(staging, tokenizer)
             save_generation_config(staging, self.model)
             save_card(staging, card)
             if self.export_merged:
-                save_model(staging / "merged", self.model, tokenizer, self.merged_weights())
+                save_model(staging / "merged", self.model, tokenizer, self.merged_weights(state))
                 write_manifest(staging / "merged", {})
 
         if not folder.exists():
@@ -212,19 +237,21 @@ class AdapterWeights:
         alike = {name for name in names if name.rpartition(".")[2] in parts}
         return parts if alike == set(self.shape.targets) else list(self.shape.targets)
 
-    def base_weights(self) -> dict[str, Tensor]:
-        """Return the frozen weights under the names that they have without an adapter."""
-        state = self.model.state_dict()
-        return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
-
-    def merged_weights(self) -> dict[str, Tensor]:
-        """Return the weights of the model that computes what base and adapter compute together."""
-        merged = self.base_weights()
-        for name, layer in self.layers.items():
-            layer = copy.deepcopy(layer)  # one at a time; taking the adapter out of a weight again would round it
+    def merged_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of the model that computes what base and adapter compute together, given both."""
+        merged = base_weights(state)
+        for name, adapted in self.layers.items():
+            layer: Any = copy.deepcopy(adapted)  # one at a time; taking the adapter out of a weight again would round it
+            own = {key.removeprefix(f"{name}."): state[key].clone() for key in state if key.startswith(f"{name}.")}
+            layer.load_state_dict(own, assign=True)  # whole ones, where the model has shards
             layer.merge(adapter_names=[POLICY])
             merged[f"{name}.weight"] = layer.get_base_layer().get_parameter("weight").detach().cpu()
         return merged
+
+
+def base_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return, of an adapted model's weights, the frozen ones under the names that they have without an adapter."""
+    return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
 
 
 def reference_weights(model: PreTrainedModel) -> dict[str, Any]:

@@ -222,10 +222,12 @@ def parallel_problems(valid: Mapping[str, Any], check: Check) -> None:
     check("optimizer", lambda name: name in ("Muon", "AdamW8bit"), words)
     words = f"trainer={trainer} keeps the reference sharded apart from the policy, so it must be null"
     check("sync_reference", lambda n: n is not None, words)
-    words = f"trainer={trainer} cannot share a frozen model with an adapter yet; leave lora out"
-    check("lora.r", lambda r: r is not None, words)
+    words = "trainer=TensorParallelTrainer cannot split the layers of an adapter; set trainer=FSDPTrainer"
+    check("lora.r", lambda r: r is not None and trainer == "TensorParallelTrainer", words)
+    words = f"trainer={trainer} shards matrices, of which quantized layers have blocks; set it to null"
+    check("lora.quantize", lambda how: how is not None, words)
     words = f"trainer={trainer} cannot round sharded parameters stochastically yet; set it to float32"
-    check("model.policy_dtype", lambda dtype: dtype == "bfloat16", words)
+    check("model.policy_dtype", lambda dtype: dtype == "bfloat16" and valid.get("lora.r") is None, words)
     words = "is measured on one device; give a number of tokens, or auto"
     check("max_tokens_per_pass trainer", lambda tokens, _: tokens == "fit", words)
     words = f"trainer={trainer} gives every process a GPU of its own, or the CPU; set it to auto, cuda or cpu"

@@ -19,8 +19,14 @@ from dpo.errors import naming_file, summarize_error
 class TrainedWeights(Protocol):
     """What a run trains, as its checkpoints and its export hold it."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of the policy."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the model's own tensors that a checkpoint holds, by name; of a sharded model its shards."""
+
+    def tensors_to_export(self) -> dict[str, Tensor]:
+        """Return the model's own tensors that `export` reads, under the names of its state_dict."""
+
+    def state_dict(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
+        """Return what a checkpoint holds of the policy, with whole tensors in place of a sharded model's own."""
 
     def load_state_dict(self, state: dict[str, Any], setting: str) -> None:
         """Take the state of a checkpoint; UserError that names the setting if it does not fit."""
@@ -30,7 +36,7 @@ class TrainedWeights(Protocol):
     ) -> None:
         """Write RUN/step-N/hf, for from_pretrained, unless it is there; RunError if the disk does not take it.
 
-        card is the text of its README.md; weights are all of the model's where it holds only a part of them itself.
+        card is the text of its README.md; weights are whole tensors in place of a sharded model's tensors_to_export.
         """
 
 
@@ -40,9 +46,15 @@ class AllWeights:
     def __init__(self, model: PreTrainedModel):
         self.model = model
 
-    def state_dict(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, Tensor]:
         """Return the model's weights under its own names."""
-        return self.model.state_dict()
+        return self.model.state_dict(keep_vars=True)
+
+    tensors_to_export = tensors
+
+    def state_dict(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
+        """Return the model's weights, or those given in their place."""
+        return self.model.state_dict() if tensors is None else tensors
 
     def load_state_dict(self, state: dict[str, Any], setting: str) -> None:
         """Copy weights into the model; UserError that names the setting and each tensor that does not fit."""

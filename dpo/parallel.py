@@ -2,7 +2,7 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
@@ -142,21 +142,20 @@ def layers(model: PreTrainedModel, block_name: str | None) -> list[nn.Module]:
     return found
 
 
-def distinct_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's parameters and stored buffers, those with several names (tied weights) under the first."""
+def distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by name, those with several names (tied weights) under the first."""
     seen: dict[int, str] = {}
-    state = model.state_dict(keep_vars=True)
-    return {name: value for name, value in state.items() if seen.setdefault(id(value), name) == name}
+    return {name: value for name, value in tensors.items() if seen.setdefault(id(value), name) == name}
 
 
-def full_weights(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """Gather a model's weights on the host, one tensor at a time; every rank must call it, and keeps them if `keep`.
+def whole_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Gather sharded tensors on the host, one at a time; every rank must call it, and keeps them if `keep`.
 
     Tied weights share their memory, as in the model.
     """
     names: dict[int, str] = {}
     weights: dict[str, Tensor] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in tensors.items():
         first = names.setdefault(id(value), name)
         if first == name:
             whole: Tensor = (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()

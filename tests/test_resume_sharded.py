@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import validated
+from conftest import GOLDENS, validated
 from faults import (
     BUSY,
     again,
     at_event,
+    command_line,
     copy_until,
     dropout,
     fresh,
@@ -24,10 +25,12 @@ from faults import (
     send,
 )
 from ranks import command_lines, run_ranks, torchrun
+from safetensors.torch import load_file
 
 import dpo.shards
 from build import build_trainer, load_inputs
 from dpo import checkpoints, watchdog
+from dpo.adapter_shapes import PREFIX
 from dpo.archives import load_archive
 from dpo.distributed import ProcessGroup
 from dpo.run_configs import read_run_config
@@ -73,8 +76,6 @@ def test_only_the_main_rank_writes_and_the_end_can_be_opened_by_anyone(whole):
 
 def checkpoints_of_export(folder: Path):
     """Return the names and tensors of an exported model."""
-    from safetensors.torch import load_file
-
     return load_file(folder / "model.safetensors").items()
 
 
@@ -84,6 +85,39 @@ def test_a_run_resumes_bit_for_bit_with_as_many_ranks(whole, tmp_path):
     assert [run.returncode for run in done] == [0, 0], done[0].stderr
     assert "Not bit for bit" not in done[0].stdout
     same(folder, whole)
+
+
+def test_a_run_of_an_adapter_resumes_bit_for_bit_and_holds_and_exports_that_alone(tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    adapter = ("lora=default", "lora.r=4", "lora.dropout=0.1", "lora.export_merged=true")
+    done = command_lines(whole, fresh(whole, *SHARDED, *adapter), 2)
+    assert [run.returncode for run in done] == [0, 0], done[0].stderr + done[1].stderr
+    copy_until(whole, folder, 24)
+    done = command_lines(folder, again(folder), 2)
+    assert [run.returncode for run in done] == [0, 0], done[0].stderr + done[1].stderr
+    same(folder, whole)
+    state = torch.load(folder / "LATEST" / "policy.pt", weights_only=True)["state"]
+    exported = load_file(folder / "LATEST" / "hf" / "adapter_model.safetensors")
+    assert {name.removeprefix(PREFIX): value.tolist() for name, value in exported.items()} == {
+        name: value.tolist() for name, value in state["weights"].items()
+    }
+    names = dpo.shards.IndexReader(folder / "LATEST").read_metadata().state_dict_metadata.keys()
+    assert {name for name in names if name.startswith("policy.")} == {f"policy.{name}" for name in state["weights"]}
+    assert all(".lora_" in name for name in names) and any(name.endswith("square_avg") for name in names)
+    merged = load_file(folder / "LATEST" / "hf" / "merged" / "model.safetensors")
+    base = load_file(GOLDENS / "tiny-gpt2" / "model.safetensors")
+    assert merged.keys() == base.keys()  # the tied head once
+    name = "transformer.h.0.attn.c_proj"
+    a, b = (state["weights"][f"{name}.lora_{which}.weight"] for which in "AB")
+    torch.testing.assert_close(merged[f"{name}.weight"], base[f"{name}.weight"] + 32 / 4 * (b @ a).T)  # alpha / r
+    assert b.any()
+    further = (*SHARDED, *adapter[:2], f"lora.path='{folder / 'LATEST' / 'hf'}'", "n_examples=16", "eval_every=16")
+    several, alone = tmp_path / "several", tmp_path / "alone"
+    done = command_lines(several, fresh(several, *further), 2)
+    done.append(command_line(alone, fresh(alone, *further, "trainer=BasicTrainer")))
+    assert [run.returncode for run in done] == [0, 0, 0], done[0].stderr + done[1].stderr + done[2].stderr
+    for own, expected in zip(*(logs_of(each)[0] for each in (several, alone)), strict=True):
+        assert own == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
 def whole_state(folder: Path, rank: int, n: int, out: Path) -> None:

@@ -21,12 +21,19 @@ import build as build_module
 from build import build_trainer, load_inputs
 from dpo.distributed import ProcessGroup
 from dpo.memory_plan import memory_plan
-from dpo.parallel import full_weights, reshard
+from dpo.parallel import reshard, whole_tensors
 from dpo.runs import RunDir
 from parallel_trainers import FSDPTrainer
 
 PLAIN = ("loss=dpo", "max_tokens_per_pass=300", "n_eval_model_samples=3")  # of 4 ranks, one has no sample of its own
 KTO = ("loss=kto", "max_tokens_per_pass=300")
+LORA = (*PLAIN, "lora=default", "lora.r=4")
+ADAPTERS = {
+    "plain": LORA,
+    "DoRA, recomputed": (*LORA, "lora.use_dora=true", "activation_checkpointing=true"),
+    "of bfloat16 weights": (*LORA, "model.policy_dtype=bfloat16", "precision=bfloat16"),
+    "replicated": (*LORA, "ddp=true"),
+}
 
 
 class Case(NamedTuple):
@@ -78,7 +85,7 @@ def whole_gradient(trainer) -> torch.Tensor:
     kept, clip = [], trainer.clip_gradient
 
     def keep():
-        gradients = (parameter.grad for parameter in trainer.policy.parameters())
+        gradients = (parameter.grad for parameter in trainer.policy.trained_parameters())
         whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
         kept.append(torch.cat([gradient.flatten().double() for gradient in whole]))
         return clip()
@@ -100,6 +107,11 @@ def divergence(trainer) -> tuple[dict[str, float], int]:
     return dict(sums), len(examples)
 
 
+def weights_of(model) -> dict[str, torch.Tensor]:
+    """Return the weights of a sharded model, whole, on every rank."""
+    return whole_tensors(model.state_dict(keep_vars=True), keep=True)
+
+
 def archived(folder: Path, ranks) -> dict[str, torch.Tensor]:
     """Return the weights of policy and reference of a run that begins with an archive, which is written first."""
     path = folder / "archive.pt"
@@ -112,7 +124,7 @@ def archived(folder: Path, ranks) -> dict[str, torch.Tensor]:
     ranks.on_main(write)
     trainer = build(folder / "archived", ranks, *settings, "trainer=FSDPTrainer")
     models = {"policy": trainer.policy.model, "reference": trainer.reference.module.model}
-    return {f"{which}.{name}": v for which, m in models.items() for name, v in full_weights(m, keep=True).items()}
+    return {f"{which}.{name}": value for which, model in models.items() for name, value in weights_of(model).items()}
 
 
 def bytes_held(trainer) -> int:
@@ -166,6 +178,13 @@ def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
         torch.save(gradient, folder / "kto.pt")
         torch.save(found, folder / "gradient.pt")
         (folder / "held.json").write_text(json.dumps(held))
+    for name, settings in ADAPTERS.items() if n == 2 else ():
+        ranks.arrange(n if "ddp=true" in settings else 1)
+        trainer = build(folder / name, ranks, *TINY, *settings, "trainer=FSDPTrainer")
+        gradient, held = whole_gradient(trainer), bytes_held(trainer)
+        if rank == 0:
+            torch.save((gradient, held), folder / f"{name}.pt")
+    ranks.arrange(1)
     weights = archived(folder, ranks)
     if rank == 0:
         torch.save(weights, folder / "archived-weights.pt")
@@ -195,6 +214,19 @@ def test_the_gradient_is_that_of_one_process(sharded, make_trainer):
     folder = sharded[-1]
     expected = whole_gradient(make_trainer(*PLAIN))
     assert (torch.load(folder / "gradient.pt") - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_the_gradient_of_an_adapter_is_that_of_one_process_and_each_rank_holds_its_share(sharded, make_trainer, report):
+    """The sums of bfloat16 products depend on which examples share a pass."""
+    n, *_, folder = sharded
+    for name, settings in ADAPTERS.items() if n == 2 else ():
+        trainer = make_trainer(*(setting for setting in settings if setting != "ddp=true"))
+        expected, total = whole_gradient(trainer), bytes_held(trainer)
+        gradient, held = torch.load(folder / f"{name}.pt")
+        apart = float((gradient - expected).norm() / expected.norm())
+        report(f"gradient of an adapter, {name}: {apart:.1g} from that of one process")
+        assert apart < (1e-2 if "bfloat16" in name else 1e-6)
+        assert held == total if name == "replicated" else held < 1.1 * total / n
 
 
 def test_samples_and_their_divergence_are_those_of_one_process(sharded, make_trainer):
@@ -254,6 +286,10 @@ def test_each_rank_holds_its_share_of_weights_and_optimizer(sharded, make_traine
 def test_a_dry_run_computes_the_bytes_that_the_largest_rank_then_holds(sharded, make_trainer):
     n, *_, folder = sharded
     settings, _ = validated(*TINY, *PLAIN, "trainer=FSDPTrainer", f"n_processes={n}", "dry_run=true")
-    plan = call_in_child(lambda: memory_plan(make_trainer(*PLAIN), settings, FSDPTrainer.prepare, n))
+    plan_of = partial(memory_plan, settings=settings, prepare=FSDPTrainer.prepare, n=n)
+    plan, of_adapter = call_in_child(lambda: [plan_of(make_trainer(*own)) for own in (PLAIN, LORA)])
     assert plan["weights"] + plan["optimizer state"] == max(json.loads((folder / "held.json").read_text()))
     assert plan["weights"] == plan["gradients"] == plan["reference"]
+    if n == 2:
+        assert of_adapter["weights"] + of_adapter["optimizer state"] == torch.load(folder / "plain.pt")[1]
+        assert of_adapter["reference"] == 0

@@ -88,7 +88,7 @@ def test_the_policy_equals_the_merged_model_within_1e_5(family, overrides, repor
     model, adapter = adapted(family, *overrides)
     policy = sums_of_logps(ResponseLogps.wrap(model), EXAMPLES, "shared_prefix")
     merged = tiny(family)
-    merged.load_state_dict(adapter.merged_weights())
+    merged.load_state_dict(adapter.merged_weights(model.state_dict()))
     apart = (sums_of_logps(ResponseLogps.wrap(merged), EXAMPLES, "shared_prefix") - policy).abs()
     assert (policy - base).abs().max() > 0.1
     assert (apart / policy.abs()).max() < 1e-5
@@ -129,6 +129,14 @@ def test_without_its_adapter_the_policy_is_the_base_model_bit_for_bit(family, la
     rows = [example for batch in batches for example in batch.examples]
     assert torch.equal(found, base[[EXAMPLES.index(example) for example in rows]])
     assert not torch.equal(sums_of_logps(module, EXAMPLES, layout), base)
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Llama"])
+def test_an_adapter_of_bfloat16_weights_is_in_float32(family):
+    model = tiny(family).bfloat16()
+    adapter = add_adapter(model, settings_of("model.policy_dtype=bfloat16", "precision=bfloat16"))
+    assert {value.dtype for value in adapter.tensors().values()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad} == {torch.bfloat16}
 
 
 def test_scale_is_alpha_by_r_or_by_its_root():

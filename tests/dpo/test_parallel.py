@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from dpo.errors import UserError
-from dpo.parallel import clip_gradient, distinct_tensors, full_weights, layers, set_weights, without_weights
+from dpo.parallel import clip_gradient, distinct, layers, set_weights, whole_tensors, without_weights
 
 
 def test_layers_are_those_of_transformers_or_of_the_class_that_is_named():
@@ -34,11 +34,11 @@ def test_a_model_whose_layers_are_not_known_is_refused():
 def test_tied_weights_are_stored_once_and_gathered_as_one():
     model = tiny("GPT2")
     names = {"transformer.wte.weight", "lm_head.weight"}
-    assert len(names & distinct_tensors(model).keys()) == 1
-    weights = full_weights(model, keep=True)
+    assert len(names & distinct(model.state_dict(keep_vars=True)).keys()) == 1
+    weights = whole_tensors(model.state_dict(keep_vars=True), keep=True)
     assert weights.keys() == model.state_dict().keys()
     assert len({weights[name].data_ptr() for name in names}) == 1
-    assert full_weights(model, keep=False) == {}
+    assert whole_tensors(model.state_dict(keep_vars=True), keep=False) == {}
 
 
 @pytest.mark.parametrize("family", [*EXACT, *NOT_EXACT])

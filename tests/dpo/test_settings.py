@@ -152,6 +152,8 @@ SEVERAL = ("trainer=FSDPTrainer", "batch_size=8")
             [*SEVERAL, "precision=auto", "model.policy_dtype=bfloat16"],
             "cannot round sharded parameters stochastically yet",
         ),
+        ([*SEVERAL, "lora=default", "lora.quantize=nf4"], "lora.quantize=nf4: trainer=FSDPTrainer shards matrices"),
+        (["trainer=TensorParallelTrainer", "batch_size=8", "lora=default"], "cannot split the layers of an adapter"),
         ([*SEVERAL, "device=mps"], "device=mps: trainer=FSDPTrainer gives every process a GPU of its own"),
         ([*SEVERAL, "n_processes=3", "replicate=2"], "replicate=2: must divide the number of processes, 3"),
         ([*SEVERAL, "n_processes=9"], "each of 9 processes needs an example of every batch; set it to 9 or more"),
