@@ -241,7 +241,7 @@ class AdapterWeights:
         """Return the weights of the model that computes what base and adapter compute together, given both."""
         merged = base_weights(state)
         for name, adapted in self.layers.items():
-            layer: Any = copy.deepcopy(adapted)  # one at a time; taking the adapter out of a weight again would round it
+            layer: Any = copy.deepcopy(adapted)  # taking the adapter out of a weight again would round it
             own = {key.removeprefix(f"{name}."): state[key].clone() for key in state if key.startswith(f"{name}.")}
             layer.load_state_dict(own, assign=True)  # whole ones, where the model has shards
             layer.merge(adapter_names=[POLICY])
