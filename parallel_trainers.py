@@ -28,7 +28,7 @@ from dpo.parallel import (
     whole_tensors,
 )
 from dpo.settings import Settings
-from dpo.shards import load_shards, save_shards
+from dpo.shards import load_shards
 from dpo.tensor_parallel import parallelize
 from trainers import BasicTrainer
 
@@ -56,11 +56,9 @@ class FSDPTrainer(BasicTrainer):
         return clip_gradient(self.policy.trained_parameters(), self.settings.max_grad_norm)
 
     def tensors(self) -> dict[str, Any]:
-        """Write the shards of policy and optimizer, each rank its own, and return their folder and checksums."""
+        """Return the shards of policy and optimizer that this rank writes, and the other values of the optimizer."""
         tensors, values = self.sharded_state()
-        folder = self.run.path / ".staging-shards"
-        digests = save_shards(tensors, folder, self.ranks)
-        states = {"shards": folder, "digests": digests, "values": values}
+        states = {"shards": tensors, "values": values}
         if self.settings.keep_policies or self.updates == len(self.train_batches):
             states["policy"] = self.weights.state_dict(whole_tensors(self.weights.tensors(), self.ranks.is_main))
         return states

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dpo.checkpoints import random_states, save_checkpoint, set_random_states
+from dpo.checkpoints import random_states, set_random_states
 from dpo.console import log_message, prefetch, progress, progress_bar
 from dpo.devices import autocast, platform
 from dpo.diagnosis import diagnose, diagnose_samples, displacement_advice, lengths, log_ratios
@@ -28,6 +28,7 @@ from dpo.packing import PackedBatch, Packer
 from dpo.references import Reference, sums_of_logps
 from dpo.runs import RunDir
 from dpo.sampling import Sampler, distinct_prompts
+from dpo.saving import SAVING, CheckpointWriter
 from dpo.schedules import make_scheduler
 from dpo.settings import Settings
 from dpo.signals import Signals
@@ -37,7 +38,6 @@ from losses import preference_loss  # noqa: F401  (the original's users import p
 from report import update_report
 
 COUNTERS = ("examples", "updates", "position", "next_eval")  # of a trainer, kept in its checkpoints
-SAVING = "while saving a checkpoint, which gathers all weights and the optimizer's state"
 NO_MEMORY = "outside of a forward pass; a smaller model or fewer parameters to train need less"
 
 
@@ -69,6 +69,7 @@ class BasicTrainer:
         options = OptimizerOptions.of(settings, self.policy)
         self.optimizer = make_optimizer(settings.optimizer, self.policy.trained_parameters(), settings.lr, options)
         self.scheduler = make_scheduler(settings, self.optimizer, len(train_batches))
+        self.writer = CheckpointWriter(run.path, ranks, settings)
         self.utilization = Utilization(policy, reference, dtype, ranks.world_size)
         self.loss_state: Sums = {}  # what the loss keeps of earlier batches
         self.sums_of_logps = partial(sums_of_logps, policy, reference, packer, ranks)  # for Loss.batch_sums
@@ -88,7 +89,7 @@ class BasicTrainer:
     def train(self) -> None:
         """Walk the batches that are left, evaluating and saving whenever due, then evaluate and save once more."""
         bar = progress_bar("training", "update", len(self.train_batches), initial=self.updates)
-        with bar, actionable_errors(NO_MEMORY), self.signals.deferred():
+        with bar, actionable_errors(NO_MEMORY), self.signals.deferred(), self.writer:
             for batch in self.clock.waiting("data", prefetch(self.train_batches)):
                 if self.eval_due():
                     self.evaluate_and_save()
@@ -96,6 +97,7 @@ class BasicTrainer:
                 self.log(metrics, thin=True)
                 if self.save_due():
                     self.save()
+                self.writer.check()
                 self.signals.check()
                 bar.update()
                 bar.set_postfix(loss=f"{metrics['loss/train']:.4g}", pairs_per_s=f"{metrics['examples_per_second']:.3}")
@@ -228,11 +230,9 @@ class BasicTrainer:
         if self.settings.debug or not self.examples:
             return
         self.next_save = next_multiple(self.examples, self.settings.save_every)
-        keep = (self.settings.keep_checkpoints, self.settings.keep_policies)
         with self.clock("saving"), actionable_errors(SAVING):
             states = self.state_dict(self.logger.sizes() if logs is None else logs)
-            save = partial(save_checkpoint, self.run.path, self.examples, states, metrics or {}, *keep)
-            log_message(f"Wrote {self.ranks.on_main(save)}")
+            self.writer.write(self.examples, states, metrics or {}, at_once=self.updates == len(self.train_batches))
 
     def export(self, metrics: dict[str, float]) -> None:
         """Write the model for from_pretrained into the newest checkpoint, as LATEST/hf; upload it if that is asked."""

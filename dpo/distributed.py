@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,7 @@ class Ranks:
     world_size = 1
     data_size = 1  # parts of a batch, each of one rank or of several that compute layers together
     is_main = True  # whether this process is the one that writes files
+    group: dist.ProcessGroup | None = None  # that gathers; None: the one of all that is done in the main thread
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, in their order."""
@@ -86,6 +87,10 @@ class Ranks:
     def from_main(self, work: Callable[[], T], shared: Callable[[T], T]) -> T:
         """Call work on the main rank and return its result there, and on the other ranks what shared makes of it."""
         return work()
+
+    def apart(self) -> Self:
+        """Return the same ranks for another thread, whose gathering does not meet that of this one."""
+        return self
 
     def copy(self, module: M) -> M:
         """Return a copy of a module; of several ranks one without weights, which `fill` gives it once it is sharded."""
@@ -149,7 +154,7 @@ class ProcessGroup(Ranks):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = PrefixStore(f"{prefix}/group", self.store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
-        self.device_type = device.type
+        self.device_type, self.timeout = device.type, timeout
         self.clock, self.stragglers = LayerClock(device), StragglerWatch()
         self.arrange(replicate=1)
 
@@ -166,7 +171,7 @@ class ProcessGroup(Ranks):
 
     def gather(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.group)
         return found
 
     def gather_parts(self, value: T) -> list[T]:
@@ -179,7 +184,7 @@ class ProcessGroup(Ranks):
         result: list[Any] = [None]
         if self.is_main:
             result = [work()]  # a failure is published by the watchdog, and ends the ranks that wait here
-        dist.broadcast_object_list(result, src=0)
+        dist.broadcast_object_list(result, src=0, group=self.group)
         return result[0]
 
     def from_main(self, work: Callable[[], T], shared: Callable[[T], T]) -> T:
@@ -191,6 +196,11 @@ class ProcessGroup(Ranks):
 
         received = self.on_main(send)
         return results[0] if self.is_main else received
+
+    def apart(self) -> Self:
+        other = copy.copy(self)
+        other.group = dist.new_group(backend="gloo", timeout=self.timeout)
+        return other
 
     def copy(self, module: M) -> M:
         return without_weights(module)

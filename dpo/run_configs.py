@@ -20,7 +20,7 @@ from dpo.suggestions import suggest, written
 MAY_CHANGE = (
     *("trackers", "wandb.enabled", "wandb.entity", "wandb.project", "minimum_log_interval_secs", "report"),
     *("sample_during_eval", "n_eval_model_samples", "sample_temperature", "sample_top_k", "sample_top_p"),
-    *("save_every", "keep_checkpoints", "keep_policies", "eval_batch_size", "push_to_hub"),
+    *("save_every", "keep_checkpoints", "keep_policies", "background_saves", "eval_batch_size", "push_to_hub"),
     *("max_tokens_per_pass", "activation_checkpointing", "device", "lora.export_merged"),
     *("n_processes", "replicate", "tensor_parallel", "ddp", "reduce_every_pass", "collective_timeout"),
 )

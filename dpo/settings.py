@@ -167,6 +167,7 @@ class Settings(Group):
     save_every: int | None = whole("examples", ge=1)
     keep_checkpoints: int | None = whole("checkpoints", ge=1)
     keep_policies: Flag
+    background_saves: Flag
     do_first_eval: Flag
     eval_batch_size: int = whole("examples", ge=1)
     n_eval_examples: int = whole("examples", ge=1)

@@ -68,7 +68,7 @@ def save_shards(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> dict[
 
     ranks.on_main(make)
     try:
-        save(tensors, storage_writer=FileSystemWriter(folder, thread_count=1))
+        save(tensors, storage_writer=FileSystemWriter(folder, thread_count=1), process_group=ranks.group)
     except CheckpointException as error:
         rank, (cause, _) = next(iter(sorted(error.failures.items())))
         message = f"{folder.parent}: rank {rank} cannot write its part of a checkpoint ({summarize_error(cause)})"

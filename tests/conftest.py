@@ -64,6 +64,7 @@ TINY = (
     "device=cpu",
     "sample_during_eval=false",
     "report=false",
+    "background_saves=false",  # so that a test can read a checkpoint right after it was asked for
 )
 
 

@@ -76,7 +76,8 @@ def test_a_run_that_is_killed_at_any_moment_ends_as_if_it_had_not_been(settings,
     for i in range(counts(small=5, full=55)):
         folder, log = tmp_path / f"run{i}", tmp_path / "phase"
         moment = at_event(int(draw.randint(N_EVENTS)), kill, delay=float(draw.uniform(1e-4, 0.05)), log=log)
-        killed = command_line(folder, fresh(folder, *settings), dropout, moment)
+        saves = f"background_saves={i % 2 == 0}"
+        killed = command_line(folder, fresh(folder, *settings, saves), dropout, moment)
         assert killed.returncode in (-signal.SIGKILL, 0)  # 0: the run was over before its end came
         hit[log.read_text()] += killed.returncode != 0
         resumed(folder)
@@ -113,8 +114,8 @@ def test_a_lora_run_that_is_killed_ends_as_if_it_had_not_been_with_the_adapters_
 @pytest.mark.parametrize("point", SAVE_POINTS)
 def test_a_run_that_is_killed_in_a_save_ends_as_if_it_had_not_been(point, whole, tmp_path, counts):
     for nth in counts(small=(4,), full=(1, 2, 3, 4, 5, 6)):
-        folder = tmp_path / f"run{nth}"
-        killed = command_line(folder, fresh(folder, *DPO), dropout, kill_in_save(point, nth))
+        folder, saves = tmp_path / f"run{nth}", f"background_saves={(SAVE_POINTS.index(point) + nth) % 2 == 0}"
+        killed = command_line(folder, fresh(folder, *DPO, saves), dropout, kill_in_save(point, nth))
         assert killed.returncode == -signal.SIGKILL
         found = checkpoints.checkpoints(folder)
         assert [checkpoints.find_corruption(checkpoint) for checkpoint in found] == [None] * len(found)
@@ -432,6 +433,18 @@ def test_a_harmless_override_is_taken_and_recorded(whole, tmp_path):
     assert logs_of(folder)[0][-1]["updates"] == 8
     longer = whole((*DPO, "n_examples=64"))
     assert state_of(folder) == state_of(longer)
+
+
+def test_checkpoints_written_in_the_background_are_those_that_training_would_have_waited_for(whole, tmp_path):
+    folder, expected = tmp_path / "run", whole((*DPO, "keep_checkpoints=null"))
+    result = command_line(folder, fresh(folder, *DPO, "keep_checkpoints=null", "background_saves=true"), dropout)
+    assert result.returncode == 0 and result.stdout.count(" s beside the training\n") == 5
+    for checkpoint in checkpoints.checkpoints(expected):
+        states = [checkpoints.read_checkpoint(run / checkpoint.name) for run in (folder, expected)]
+        for part in ("policy", "optimizer", "scheduler"):
+            torch.testing.assert_close(states[0][part], states[1][part], rtol=0, atol=0)
+        assert str(states[0]["run"]["random"]) == str(states[1]["run"]["random"])
+    assert_same(folder, expected)
 
 
 def test_a_complete_run_is_left_as_it_is(whole, tmp_path):

@@ -221,11 +221,14 @@ def test_a_rank_that_fails_ends_the_others_and_is_named(what, whole, tmp_path, m
 POINTS = ("half of run.pt", "before the manifest", "before the rename", "before LATEST", "in the change of LATEST")
 
 
+@pytest.mark.parametrize("background", [False, True], ids=["at once", "in the background"])
 @pytest.mark.parametrize("point", POINTS)
-def test_a_run_that_is_killed_in_a_sharded_save_ends_as_if_it_had_not_been(point, whole, tmp_path, counts):
-    for nth in counts(small=(), full=(1, 3, 5)):
-        folder = tmp_path / f"run{nth}"
-        done = command_lines(folder, fresh(folder, *SHARDED), 2, {0: [dropout, kill_in_save(point, nth)], 1: [dropout]})
+def test_a_run_that_is_killed_in_a_sharded_save_ends_as_if_it_had_not_been(point, background, whole, tmp_path, counts):
+    small = (3,) if background and point == "before the rename" else ()
+    for nth in counts(small=small, full=(1, 3, 5)):
+        folder, arguments = tmp_path / f"run{nth}", (*SHARDED, f"background_saves={background}")
+        faults = {0: [dropout, kill_in_save(point, nth)], 1: [dropout]}
+        done = command_lines(folder, fresh(folder, *arguments), 2, faults)
         assert [run.returncode for run in done] == [-signal.SIGKILL, 7], done[0].stderr
         done = command_lines(folder, again(folder), 2, DROPOUT)
         assert [run.returncode for run in done] == [0, 0], done[0].stderr

@@ -1,0 +1,111 @@
+"""Writing checkpoints while the training waits, or beside it from a copy in host memory."""
+
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo.checkpoints import save_checkpoint
+from dpo.console import log_message
+from dpo.distributed import Ranks
+from dpo.errors import actionable_errors, summarize_error
+from dpo.settings import Settings
+from dpo.shards import save_shards
+
+SAVING = "while saving a checkpoint, which gathers all weights and the optimizer's state"
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, one at a time; in the background, a thread of every rank writes from a copy.
+
+    As a context it ends when nothing is being written any more.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks, settings: Settings):
+        self.in_background = settings.background_saves
+        self.path, self.ranks = path, ranks.apart() if self.in_background else ranks
+        self.keep = (settings.keep_checkpoints, settings.keep_policies)
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def write(self, step: int, states: dict[str, Any], metrics: dict[str, float], at_once: bool = False) -> None:
+        """Write a checkpoint, after the one before; return when it is on disk, or when the states are copied.
+
+        RunError if the disk does not take this one or the one before.
+        """
+        self.wait()
+        if at_once or not self.in_background:
+            log_message(f"Wrote {self.save(step, states, metrics)}")
+            return
+        with actionable_errors(SAVING):
+            states = copy_to_host(states, {})
+        self.thread = threading.Thread(target=self.run, args=(step, states, metrics), daemon=True)
+        self.thread.start()
+
+    def save(self, step: int, states: dict[str, Any], metrics: dict[str, float]) -> Path:
+        """Write a checkpoint, each rank its shards where states has some, and return its folder."""
+        with actionable_errors(SAVING):
+            if "shards" in states:
+                folder = self.path / ".staging-shards"
+                digests = save_shards(states["shards"], folder, self.ranks)
+                states = states | {"shards": folder, "digests": digests}
+            return self.ranks.on_main(partial(save_checkpoint, self.path, step, states, metrics, *self.keep))
+
+    def run(self, step: int, states: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Write a checkpoint in the background."""
+        start = time.monotonic()
+        try:
+            folder = self.save(step, states, metrics)
+            log_message(f"Wrote {folder} in {time.monotonic() - start:.1f} s beside the training")
+        except BaseException as error:
+            self.error = error  # raised in the main thread
+
+    def check(self) -> None:
+        """Raise what went wrong in the background; do not wait for what is being written."""
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def wait(self) -> None:
+        """Wait until nothing is being written any more, and raise what went wrong."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        self.check()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.wait()
+        elif isinstance(error, Exception):  # not a second Ctrl-C, which ends at once
+            try:
+                self.wait()
+            except Exception as other:
+                log_message(f"{summarize_error(other)}")
+
+
+def copy_to_host(value: Any, memo: dict[Any, Tensor]) -> Any:
+    """Return a copy of nested dicts, lists and tuples with every tensor in memory of its own on the host.
+
+    Tensors that share their memory, as tied weights, share it in the copy: memo has those that are copied.
+    """
+    if isinstance(value, dict):
+        return {key: copy_to_host(each, memo) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copy_to_host(each, memo) for each in value)
+    if not isinstance(value, Tensor):
+        return value
+    is_plain = type(value) in (Tensor, torch.nn.Parameter)
+    key = (value.data_ptr(), value.shape, value.stride(), value.dtype) if is_plain and value.numel() else id(value)
+    if key not in memo:
+        memo[key] = value.detach().to("cpu", copy=True)
+    return memo[key]

@@ -1,0 +1,104 @@
+"""Checkpoints that are written beside the training: of the state when they were asked for, one at a time."""
+
+import threading
+
+import pytest
+import torch
+from conftest import TINY, validated
+
+from dpo import saving
+from dpo.checkpoints import PARTS, read_checkpoint
+from dpo.distributed import ALONE
+from dpo.errors import RunError
+from dpo.saving import CheckpointWriter, copy_to_host
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """Return a writer that saves into tmp_path in the background."""
+    return CheckpointWriter(tmp_path, ALONE, validated(*TINY, "loss=dpo", "background_saves=true")[0])
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Return an event that a save in the background waits for."""
+    event, save = threading.Event(), saving.save_checkpoint
+    monkeypatch.setattr(saving, "save_checkpoint", lambda *args: event.wait(10) and save(*args))
+    return event
+
+
+def states(value: float) -> dict:
+    """Return states of all parts, of which one holds a value."""
+    return dict.fromkeys(PARTS, {}) | {"policy": {"w": torch.tensor([value])}}
+
+
+def test_a_checkpoint_holds_the_state_of_when_it_was_asked_for(writer, gate, tmp_path, capsys):
+    live = states(1.0)
+    writer.write(8, live, {})
+    live["policy"]["w"] += 1
+    assert not (tmp_path / "step-8").exists()
+    gate.set()
+    writer.wait()
+    assert read_checkpoint(tmp_path / "step-8")["policy"]["w"] == 1.0
+    assert f"Wrote {tmp_path / 'step-8'} in " in capsys.readouterr().out
+
+
+def test_the_next_checkpoint_waits_for_the_one_before_also_where_it_is_written_at_once(writer, gate, tmp_path):
+    writer.write(8, states(1.0), {})
+    threading.Timer(0.2, gate.set).start()
+    writer.write(16, states(2.0), {}, at_once=True)
+    assert [(tmp_path / name / "policy.pt").is_file() for name in ("step-8", "step-16", "LATEST")] == [True] * 3
+    assert (tmp_path / "LATEST").resolve().name == "step-16"
+
+
+def fail(*args):
+    raise RunError("the disk is full", "disk")
+
+
+def test_a_failure_in_the_background_ends_the_training_at_its_next_update(writer, monkeypatch):
+    monkeypatch.setattr(saving, "save_checkpoint", fail)
+    writer.write(8, states(1.0), {})
+    writer.thread.join()
+    with pytest.raises(RunError, match="the disk is full"):
+        writer.check()
+    writer.check()  # raised once
+
+
+def test_the_end_of_a_training_waits_and_fails_with_the_save(writer, monkeypatch):
+    monkeypatch.setattr(saving, "save_checkpoint", fail)
+    with pytest.raises(RunError, match="the disk is full"), writer:
+        writer.write(8, states(1.0), {})
+
+
+def test_a_training_that_fails_still_gets_its_checkpoint_and_names_its_own_failure(writer, gate, tmp_path):
+    threading.Timer(0.2, gate.set).start()
+    with pytest.raises(RunError, match="the loss is nan"), writer:
+        writer.write(8, states(1.0), {})
+        raise RunError("the loss is nan", "not finite")
+    assert (tmp_path / "LATEST" / "policy.pt").is_file()
+
+
+def test_an_interrupt_does_not_wait(writer, gate, tmp_path):
+    with pytest.raises(KeyboardInterrupt), writer:
+        writer.write(8, states(1.0), {})
+        raise KeyboardInterrupt
+    assert not (tmp_path / "step-8").exists()
+    gate.set()
+
+
+def test_a_copy_shares_no_memory_with_its_source_and_tied_weights_share_theirs():
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    source = {
+        "a": weight,
+        "b": weight.detach(),
+        "t": weight.detach().T,
+        "n": [1, (weight[:1], "x")],
+        "e": torch.ones(0),
+    }
+    copied = copy_to_host(source, {})
+    with torch.no_grad():
+        weight += 1
+    assert copied["a"] is copied["b"] and copied["a"].unique().tolist() == [1.0]
+    assert copied["t"].shape == (3, 2) and copied["t"].unique().tolist() == [1.0]
+    assert copied["n"][0] == 1 and copied["n"][1][0].tolist() == [[1.0] * 3] and copied["n"][1][1] == "x"
+    assert not copied["a"].requires_grad
