@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 
 def pss(pid: int) -> int:
@@ -31,19 +30,13 @@ def pss(pid: int) -> int:
 
 def load(settings: list[str], folder: Path) -> None:
     """Build a trainer as one of the ranks, once every rank has been asked to."""
-    import hydra
+    from composition import compose
 
     from build import build_trainer, load_inputs
     from dpo.distributed import join, joined
     from dpo.runs import RunDir
-    from dpo.settings import default_values, flatten, validate
-    from losses import LOSSES
-    from utils import register_resolvers
 
-    register_resolvers()
-    with hydra.initialize_config_dir(str(ROOT / "config"), version_base=None):
-        config = hydra.compose("config", overrides=settings)
-    values, loss = validate(flatten(config), default_values(ROOT / "config", config.loss.name), LOSSES)
+    config, values, loss = compose(settings)
     with joined(lambda: join(values)) as ranks, RunDir(Path(values.local_run_dir), config, ranks) as run:
         inputs = load_inputs(values, loss)
         (folder / f"ready-{ranks.rank}").touch()

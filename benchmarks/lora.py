@@ -17,17 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from composition import compose  # which adds the project's root to the path
 
-import hydra  # noqa: E402
-
-from build import build_trainer, load_inputs  # noqa: E402
-from dpo.runs import RunDir  # noqa: E402
-from dpo.settings import default_values, flatten, validate  # noqa: E402
-from losses import LOSSES  # noqa: E402
-from trainers import BasicTrainer  # noqa: E402
-from utils import register_resolvers  # noqa: E402
+from build import build_trainer, load_inputs
+from dpo.runs import RunDir
+from trainers import BasicTrainer
 
 WAYS = {"all weights": ("lr=5e-7",), "LoRA": ("lora=default", "lr=5e-5")}
 SHARED = (
@@ -40,10 +34,7 @@ COLUMNS = ("loss/train", "rewards_train/accuracies", "rewards_train/margins")
 def make_trainer(way: str, args: argparse.Namespace, overrides: list[str], folder: str) -> BasicTrainer:
     """Build the trainer of a way as train.py does."""
     given = [f"model.name_or_path='{args.model}'", f"datasets=['{args.data}']", f"local_run_dir='{folder}/{way}'"]
-    register_resolvers()
-    with hydra.initialize_config_dir(str(ROOT / "config"), version_base=None):
-        config = hydra.compose("config", overrides=[*SHARED, *given, *WAYS[way], *overrides])
-    settings, loss = validate(flatten(config), default_values(ROOT / "config", config.loss.name), LOSSES)
+    config, settings, loss = compose([*SHARED, *given, *WAYS[way], *overrides])
     run = RunDir(Path(settings.local_run_dir), config)
     return build_trainer(settings, loss, load_inputs(settings, loss), run)
 
