@@ -161,7 +161,7 @@ def load_models(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir) -> 
             compile_layers(module.model)
     random.seed(settings.seed)
     np.random.seed(settings.seed)
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.seed + run.ranks.data_rank)  # ranks with other examples have other dropout
     return models
 
 

@@ -232,7 +232,7 @@ class BasicTrainer:
         self.next_save = next_multiple(self.examples, self.settings.save_every)
         with self.clock("saving"), actionable_errors(SAVING):
             states = self.state_dict(self.logger.sizes() if logs is None else logs)
-            self.writer.write(self.examples, states, metrics or {}, at_once=self.updates == len(self.train_batches))
+            self.writer.write(self.examples, states, metrics or {}, blocking=self.updates == len(self.train_batches))
 
     def export(self, metrics: dict[str, float]) -> None:
         """Write the model for from_pretrained into the newest checkpoint, as LATEST/hf; upload it if that is asked."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import islice
 
 import torch
+from torch.optim import Optimizer
 
 from dpo.checkpoints import random_states, set_random_states
 from dpo.console import log_message
@@ -44,7 +45,8 @@ def fit_budget(
     def measure(budget: int) -> float:
         return peak_of_pass(policy, largest_pass(budget), dtype)
 
-    with training_state(settings, policy, packer.device):
+    with training_state(settings, policy, packer.device) as optimizer:
+        limit -= copied_bytes(settings, policy, optimizer, packer.device)
         measure(1)  # makes the gradients, which lie beside the activations of all passes but the first
         budget, used = largest_budget(measure, min(packer.max_tokens, most), most, limit)
     budget = min(budget, largest_pass(budget).n_tokens)  # as measured: other examples would fill a pass further
@@ -81,6 +83,14 @@ def largest_budget(measure: Callable[[int], float], start: int, most: int, limit
             return low, used
 
 
+def copied_bytes(settings: Settings, policy: ResponseLogps, optimizer: Optimizer, device: torch.device) -> int:
+    """Return the bytes of a device's memory that the copy takes from which a checkpoint is written."""
+    if device.type != "cpu" or not settings.background_saves:
+        return 0
+    states = (value for held in optimizer.state.values() for value in held.values() if isinstance(value, torch.Tensor))
+    return sum(tensor.nbytes for tensor in (*policy.trained_parameters(), *states))
+
+
 def heaviest_part(batches: BatchIterator, n_parts: int, layout: str) -> Sequence[TokenizedExample]:
     """Return the part of a training batch that costs the most tokens, among those of the first SEEN examples."""
     size = batches.batch_size // n_parts
@@ -108,7 +118,7 @@ def peak_of_pass(policy: ResponseLogps, batch: PackedBatch, dtype: torch.dtype) 
 
 
 @contextmanager
-def training_state(settings: Settings, policy: ResponseLogps, device: torch.device) -> Iterator[None]:
+def training_state(settings: Settings, policy: ResponseLogps, device: torch.device) -> Iterator[Optimizer]:
     """Hold what lies beside activations in training, an optimizer's state, and compute as in training; undo both."""
     states, was_training = random_states(), policy.training
     optimizer = stepped_optimizer(settings, policy)
@@ -116,7 +126,7 @@ def training_state(settings: Settings, policy: ResponseLogps, device: torch.devi
     if settings.activation_checkpointing:
         recompute_activations(policy.model)
     try:
-        yield
+        yield optimizer
     finally:
         if settings.activation_checkpointing:
             recompute_activations(policy.model, on=False)

@@ -27,6 +27,7 @@ from dpo.examples import TokenizedExample
 from dpo.launch import count_processes
 from dpo.packing import PackedBatch, Packer, balance
 from dpo.parallel import copy_shards, without_weights
+from dpo.rendezvous import agree_on_start
 from dpo.settings import Settings
 from dpo.signals import Signals
 from dpo.stragglers import LayerClock, StragglerWatch
@@ -53,7 +54,7 @@ class Ranks:
 
     rank = 0
     world_size = 1
-    data_size = 1  # parts of a batch, each of one rank or of several that compute layers together
+    data_rank, data_size = 0, 1  # parts of a batch, each of one rank or of several that compute layers together
     is_main = True  # whether this process is the one that writes files
     group: dist.ProcessGroup | None = None  # that gathers; None: the one of all that is done in the main thread
 
@@ -88,7 +89,7 @@ class Ranks:
         """Call work on the main rank and return its result there, and on the other ranks what shared makes of it."""
         return work()
 
-    def apart(self) -> Self:
+    def with_own_group(self) -> Self:
         """Return the same ranks for another thread, whose gathering does not meet that of this one."""
         return self
 
@@ -135,7 +136,6 @@ class ProcessGroup(Ranks):
         """Join the processes that torchrun's environment variables name; call it once per process."""
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.is_main = self.rank == 0
-        self.restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
         if device.type == "cuda":
             local_rank, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local_rank >= n_gpus:
@@ -147,8 +147,7 @@ class ProcessGroup(Ranks):
         hosts = self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.store = TCPStore(address, port, is_master=hosts, timeout=timeout, wait_for_workers=False)
-        # Keys of an attempt that failed would mislead the next one: torchrun's store outlives its restarts.
-        prefix = f"attempt-{self.restarts}"
+        prefix = agree_on_start(self.store, self.rank, self.world_size, timeout.total_seconds())
         watched = TCPStore(address, port, is_master=False, timeout=timeout)  # for its thread
         self.watchdog = Watchdog(PrefixStore(prefix, watched), self.rank, self.world_size, hosts)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -183,7 +182,7 @@ class ProcessGroup(Ranks):
     def on_main(self, work: Callable[[], T]) -> T:
         result: list[Any] = [None]
         if self.is_main:
-            result = [work()]  # a failure is published by the watchdog, and ends the ranks that wait here
+            result = [work()]  # a failure ends the main thread there, whose watchdog then ends the ranks that wait here
         dist.broadcast_object_list(result, src=0, group=self.group)
         return result[0]
 
@@ -197,7 +196,7 @@ class ProcessGroup(Ranks):
         received = self.on_main(send)
         return results[0] if self.is_main else received
 
-    def apart(self) -> Self:
+    def with_own_group(self) -> Self:
         other = copy.copy(self)
         other.group = dist.new_group(backend="gloo", timeout=self.timeout)
         return other
@@ -241,13 +240,14 @@ class ProcessGroup(Ranks):
         return super().usage(device) | (times if any(seconds) else {})
 
     def same_run(self, path: Path) -> tuple[Path, bool]:
-        path = self.on_main(lambda: path)
-        if self.restarts == 0:
-            if self.is_main:
+        def find() -> tuple[Path, bool]:
+            if not self.store.check(["run"]):
                 self.store.set("run", str(path))
-            return path, False
-        path = Path(self.store.get("run").decode()) if self.store.check(["run"]) else path
-        return path, self.on_main((path / "config.yaml").is_file)
+                return path, False
+            first = Path(self.store.get("run").decode())
+            return first, (first / "config.yaml").is_file()
+
+        return self.on_main(find)
 
     def close(self) -> None:
         """Leave when every rank is done; none exits before all have stopped watching it."""

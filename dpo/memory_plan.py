@@ -4,7 +4,7 @@ A process group that does not exist shards a copy of the model, by the very code
 pass keeps for its backward pass is measured.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -104,6 +104,8 @@ def memory_plan(trainer: "BasicTrainer", settings: Settings, prepare: Prepare, n
             "gathered layers, embeddings and head": gathered,
             "whole gradient between the passes of an update": sum(map(whole_bytes, trained)) if several else 0,
         }
+    if settings.background_saves and trainer.device.type != "cuda":
+        found["copy from which a checkpoint is written"] = found["gradients"] + found["optimizer state"]
     longest = max((one for part in passes for one in part), key=lambda one: one.n_tokens)
     what = f"activations of a pass of {longest.n_tokens:,} tokens, measured"
     return found | {what: activation_bytes(trainer, longest, settings)}
@@ -121,23 +123,29 @@ def local_bytes(tensor: Tensor) -> int:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
 
 
-def whole_bytes(parameter: Tensor) -> int:
-    """Return the bytes of a parameter once it is gathered, but for what other ranks of a tensor-parallel group hold."""
+def whole_bytes(parameter: Tensor, in_half: bool = False) -> int:
+    """Return the bytes of a parameter once it is gathered, in 16 bits or as it is stored.
+
+    Without what other ranks of a tensor-parallel group hold.
+    """
+    element = 2 if in_half else parameter.element_size()
     if not isinstance(parameter, DTensor):
-        return parameter.nbytes
+        return parameter.numel() * element
     mesh, parts = parameter.device_mesh, 1
     for name, size, placement in zip(mesh.mesh_dim_names or (), mesh.shape, parameter.placements, strict=True):
         parts *= size if name == "tensor" and placement.is_shard() else 1
-    return parameter.numel() * parameter.element_size() // parts
+    return parameter.numel() * element // parts
 
 
 def gathered_bytes(module: ResponseLogps, settings: Settings, trainer: "BasicTrainer") -> int:
     """Return the bytes that are gathered at a time: two layers, and all that is in none, in the dtype of a pass."""
     own = layers(module.model, settings.model.block_name)
-    sizes = [sum(map(whole_bytes, layer.parameters())) for layer in own]
-    total = sum(map(whole_bytes, module.parameters())) - sum(sizes) + sum(sorted(sizes)[-2:])
     in_half = trainer.device.type == "cuda" and trainer.dtype == torch.bfloat16
-    return total // 2 if in_half else total
+    sizes, total = (
+        [sum(whole_bytes(parameter, in_half) for parameter in part.parameters()) for part in parts]
+        for parts in (own, [module])
+    )
+    return total[0] - sum(sizes) + sum(sorted(sizes)[-2:])
 
 
 def activation_bytes(trainer: "BasicTrainer", batch: PackedBatch, settings: Settings) -> int:
@@ -163,12 +171,13 @@ def activation_bytes(trainer: "BasicTrainer", batch: PackedBatch, settings: Sett
 def kept_bytes(trainer: "BasicTrainer", batch: PackedBatch) -> int:
     """Return the bytes that a forward pass keeps for its backward pass, each once, without parameters."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in trainer.policy.parameters()}
+    frozen = {frozenset(parameter.shape) for parameter in trainer.policy.parameters() if not parameter.requires_grad}
     kept: dict[int, int] = {}
     held: list[Tensor] = []  # so that no address is used twice
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights and not is_cast_weight(tensor):
+        if storage.data_ptr() not in weights and not is_cast_weight(tensor, frozen):
             kept[storage.data_ptr()] = storage.nbytes()
             held.append(tensor.detach())
         return tensor
@@ -179,8 +188,13 @@ def kept_bytes(trainer: "BasicTrainer", batch: PackedBatch) -> int:
     return sum(kept.values())
 
 
-def is_cast_weight(tensor: Tensor) -> bool:
-    """Return whether a tensor is a parameter in another dtype, whose memory FSDP shards."""
+def is_cast_weight(tensor: Tensor, frozen: Collection[frozenset[int]]) -> bool:
+    """Return whether a tensor is a parameter in another dtype, whose memory FSDP shards.
+
+    One of a frozen parameter has no history, and is known by its sizes, in any order.
+    """
+    if not tensor.requires_grad:
+        return tensor.dim() == 2 and frozenset(tensor.shape) in frozen
     node: Any = tensor.grad_fn
     while node is not None and node.name() in CASTS:
         node = node.next_functions[0][0]

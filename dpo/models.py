@@ -161,7 +161,7 @@ def set_quantized_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def unexpected_tensors(model: PreTrainedModel, name: str, unexpected: Iterable[str]) -> list[str]:
-    """Return the tensors of a checkpoint that belong into the model but are not in it; log those of other parts.
+    """Return the tensors of a checkpoint that belong to the model but are not in it; log those of other parts.
 
     Other parts are heads that this architecture does not load, such as `mtp` for the prediction of several tokens.
     """

@@ -1,5 +1,7 @@
 """Writing checkpoints while the training waits, or beside it from a copy in host memory."""
 
+import os
+import sys
 import threading
 import time
 from functools import partial
@@ -9,15 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dpo.checkpoints import save_checkpoint
 from dpo.console import log_message
 from dpo.distributed import Ranks
-from dpo.errors import actionable_errors, summarize_error
+from dpo.errors import Stopped, actionable_errors, exit_code_of, summarize_error
 from dpo.settings import Settings
 from dpo.shards import save_shards
 
-SAVING = "while saving a checkpoint, which gathers all weights and the optimizer's state"
+SAVING = "while saving a checkpoint; background_saves=false makes no copy of it in memory"
+PATIENCE = 15.0  # seconds that a rank which has failed waits for a checkpoint before the others hear of it
 
 
 class CheckpointWriter:
@@ -28,18 +32,19 @@ class CheckpointWriter:
 
     def __init__(self, path: Path, ranks: Ranks, settings: Settings):
         self.in_background = settings.background_saves
-        self.path, self.ranks = path, ranks.apart() if self.in_background else ranks
+        self.path, self.ranks = path, ranks.with_own_group() if self.in_background else ranks
         self.keep = (settings.keep_checkpoints, settings.keep_policies)
+        self.gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
-    def write(self, step: int, states: dict[str, Any], metrics: dict[str, float], at_once: bool = False) -> None:
+    def write(self, step: int, states: dict[str, Any], metrics: dict[str, float], blocking: bool = False) -> None:
         """Write a checkpoint, after the one before; return when it is on disk, or when the states are copied.
 
-        RunError if the disk does not take this one or the one before.
+        RunError if this one or the one before cannot be written.
         """
         self.wait()
-        if at_once or not self.in_background:
+        if blocking or not self.in_background:
             log_message(f"Wrote {self.save(step, states, metrics)}")
             return
         with actionable_errors(SAVING):
@@ -59,9 +64,11 @@ class CheckpointWriter:
     def run(self, step: int, states: dict[str, Any], metrics: dict[str, float]) -> None:
         """Write a checkpoint in the background."""
         start = time.monotonic()
+        if self.gpu is not None:
+            torch.cuda.set_device(self.gpu)  # a thread begins with the first one
         try:
             folder = self.save(step, states, metrics)
-            log_message(f"Wrote {folder} in {time.monotonic() - start:.1f} s beside the training")
+            log_message(f"Wrote {folder} in {time.monotonic() - start:.1f} s in the background")
         except BaseException as error:
             self.error = error  # raised in the main thread
 
@@ -71,10 +78,10 @@ class CheckpointWriter:
             error, self.error = self.error, None
             raise error
 
-    def wait(self) -> None:
-        """Wait until nothing is being written any more, and raise what went wrong."""
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until nothing is being written any more, or some seconds, and raise what went wrong."""
         if self.thread is not None:
-            self.thread.join()
+            self.thread.join(timeout)
             self.thread = None
         self.check()
 
@@ -84,13 +91,16 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is None:
+        if error is None or isinstance(error, Stopped):
             self.wait()
-        elif isinstance(error, Exception):  # not a second Ctrl-C, which ends at once
+        elif isinstance(error, Exception):
             try:
-                self.wait()
-            except Exception as other:
-                log_message(f"{summarize_error(other)}")
+                self.wait(None if self.ranks.world_size == 1 else PATIENCE)
+            except Exception as other:  # the training's own failure is the one to raise
+                log_message(summarize_error(other))
+        elif self.thread is not None and self.thread.is_alive():  # a second Ctrl-C
+            sys.stdout.flush()
+            os._exit(exit_code_of(error))  # an interpreter that ends under a thread of torch's may abort
 
 
 def copy_to_host(value: Any, memo: dict[Any, Tensor]) -> Any:
@@ -102,10 +112,13 @@ def copy_to_host(value: Any, memo: dict[Any, Tensor]) -> Any:
         return {key: copy_to_host(each, memo) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(copy_to_host(each, memo) for each in value)
+    if is_traceable_wrapper_subclass(value):  # a tensor made of others, such as DTensor and torchao's of 8 bits
+        names, context = value.__tensor_flatten__()
+        parts = {name: copy_to_host(getattr(value, name), memo) for name in names}
+        return type(value).__tensor_unflatten__(parts, context, value.shape, value.stride())
     if not isinstance(value, Tensor):
         return value
-    is_plain = type(value) in (Tensor, torch.nn.Parameter)
-    key = (value.data_ptr(), value.shape, value.stride(), value.dtype) if is_plain and value.numel() else id(value)
+    key = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else id(value)
     if key not in memo:
         memo[key] = value.detach().to("cpu", copy=True)
     return memo[key]

@@ -36,8 +36,9 @@ class IndexUnpickler(pickle.Unpickler):
     """Reads DCP's index; UnpicklingError for a name of anything that no index holds."""
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "pathlib" if module == "pathlib._local" else module  # as Python 3.13 names it
         if name not in CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong into an index of tensors")
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong in an index of tensors")
         return super().find_class(module, name)
 
 

@@ -44,8 +44,10 @@ class Watchdog:
         self.closing, self.failed = threading.Event(), threading.Event()
         self.failure: Failure | None = None
         self.seen, self.seen_at = b"", time.monotonic()
+        self.looked_at = time.monotonic()
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
+        threading.Thread(target=self.watch_store, daemon=True).start()
 
     @property
     def exit_code(self) -> int:
@@ -96,6 +98,7 @@ class Watchdog:
             try:
                 self.store.set(f"alive-{self.rank}", f"{beat} {os.getpid()} {socket.gethostname()}")
                 self.look()
+                self.looked_at = time.monotonic()
             except RuntimeError as error:
                 if not self.closing.is_set():
                     self.report(Failure(self.rank, f"the store of all ranks is gone ({summarize_error(error)})", 7))
@@ -103,6 +106,14 @@ class Watchdog:
                 time.sleep(GRACE)  # the main thread ends by itself, unless it waits for a rank that is gone
                 sys.stderr.flush()
                 os._exit(self.failure.code)
+
+    def watch_store(self) -> None:
+        """End this process where the store does not respond, as one on a machine without power does not."""
+        while not self.closing.wait(INTERVAL):
+            if self.failure is None and time.monotonic() - self.looked_at > PATIENCE:
+                print_errors([f"rank {self.rank}: the store of all ranks gave no response for {PATIENCE:.0f} s"])
+                sys.stderr.flush()
+                os._exit(EXIT_CODES["rank"])
 
     def look(self) -> None:
         """Look for a failure: one that was published, or of the rank that this one watches."""

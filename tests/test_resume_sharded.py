@@ -36,7 +36,14 @@ from dpo.distributed import ProcessGroup
 from dpo.run_configs import read_run_config
 from dpo.runs import RunDir
 
-SHARDED = (*BUSY, "loss=dpo", "trainer=FSDPTrainer", "sample_during_eval=false", "n_eval_examples=4")
+SHARDED = (
+    *BUSY,
+    "loss=dpo",
+    "trainer=FSDPTrainer",
+    "background_saves=true",
+    "sample_during_eval=false",
+    "n_eval_examples=4",
+)
 DROPOUT = {rank: [dropout] for rank in range(4)}
 N_EVENTS = 6 + 4 + 7  # updates, evaluations and calls of save
 
@@ -257,6 +264,17 @@ def test_a_rank_that_is_killed_after_it_wrote_its_shard_spoils_no_checkpoint(who
     done = command_lines(folder, again(folder), 2, DROPOUT)
     assert [run.returncode for run in done] == [0, 0], done[0].stderr
     same(folder, whole)
+
+
+def test_a_save_that_fails_after_a_signal_ends_all_with_its_exit_code(tmp_path):
+    folder = tmp_path / "run"
+    faults = {0: [limit_files("save", 100_000, 24), at_event(7, send(signal.SIGTERM))]}  # as the third update begins
+    done = command_lines(folder, fresh(folder, *SHARDED), 2, faults)
+    assert [run.returncode for run in done] == [4, 4], done[0].stderr + done[1].stderr
+    assert "SIGTERM" in done[0].stderr and [path.name for path in checkpoints.checkpoints(folder)] == [
+        "step-16",
+        "step-8",
+    ]
 
 
 @pytest.mark.parametrize("failing", [0, 1])

@@ -181,9 +181,10 @@ def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
     for name, settings in ADAPTERS.items() if n == 2 else ():
         ranks.arrange(n if "ddp=true" in settings else 1)
         trainer = build(folder / name, ranks, *TINY, *settings, "trainer=FSDPTrainer")
+        seeds = ranks.gather(torch.initial_seed())
         gradient, held = whole_gradient(trainer), bytes_held(trainer)
         if rank == 0:
-            torch.save((gradient, held), folder / f"{name}.pt")
+            torch.save((gradient, held, seeds), folder / f"{name}.pt")
     ranks.arrange(1)
     weights = archived(folder, ranks)
     if rank == 0:
@@ -222,10 +223,11 @@ def test_the_gradient_of_an_adapter_is_that_of_one_process_and_each_rank_holds_i
     for name, settings in ADAPTERS.items() if n == 2 else ():
         trainer = make_trainer(*(setting for setting in settings if setting != "ddp=true"))
         expected, total = whole_gradient(trainer), bytes_held(trainer)
-        gradient, held = torch.load(folder / f"{name}.pt")
+        gradient, held, seeds = torch.load(folder / f"{name}.pt")
         apart = float((gradient - expected).norm() / expected.norm())
         report(f"gradient of an adapter, {name}: {apart:.1g} from that of one process")
         assert apart < (1e-2 if "bfloat16" in name else 1e-6)
+        assert len(set(seeds)) == n  # of dropout
         assert held == total if name == "replicated" else held < 1.1 * total / n
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import without_measurements
 
 from dpo import budgets
-from dpo.budgets import heaviest_part, largest_budget, peak_of_pass, training_state
+from dpo.budgets import copied_bytes, heaviest_part, largest_budget, peak_of_pass, training_state
 from dpo.checkpoints import random_states
 from dpo.errors import UserError
 from dpo.models import recompute_activations
@@ -78,6 +78,16 @@ def test_real_passes_decide(share, budget, make_trainer, monkeypatch, capsys):
         f"max_tokens_per_pass={most}: its passes need" if budget == "most" else "not even the smallest pass fits into 0"
     )
     assert line in capsys.readouterr().out
+
+
+def test_the_copy_from_which_a_checkpoint_is_written_needs_memory_of_a_cpu(make_trainer):
+    trainer = make_trainer("loss=dpo")
+    optimizer = stepped_optimizer(trainer.settings, trainer.policy)
+    settings = [trainer.settings.model_copy(update={"background_saves": on}) for on in (True, False)]
+    sizes = [copied_bytes(each, trainer.policy, optimizer, torch.device("cpu")) for each in settings]
+    weights = sum(parameter.nbytes for parameter in trainer.policy.parameters())
+    assert 2 * weights <= sizes[0] < 2.01 * weights and sizes[1] == 0  # RMSprop's squares and a count per tensor
+    assert copied_bytes(settings[0], trainer.policy, optimizer, torch.device("cuda")) == 0
 
 
 def test_the_heaviest_part_of_a_batch_is_found(make_trainer):

@@ -7,7 +7,7 @@ from faults import command_line
 from ranks import call_in_child
 from transformers import AutoModelForCausalLM
 
-from dpo.memory_plan import is_cast_weight, kept_bytes, memory_plan
+from dpo.memory_plan import is_cast_weight, kept_bytes, memory_plan, whole_bytes
 from parallel_trainers import TRAINERS
 
 PLAIN = ("loss=dpo", "max_tokens_per_pass=300")
@@ -78,8 +78,23 @@ def test_what_a_pass_keeps_is_that_of_its_operations():
 
 def test_weights_that_autocast_has_cast_are_no_activations():
     weight = torch.nn.Parameter(torch.randn(3, 3))
-    assert is_cast_weight(weight.bfloat16()) and is_cast_weight(weight.bfloat16().t())
-    assert not is_cast_weight(weight * 2) and not is_cast_weight(torch.ones(3))
+    assert is_cast_weight(weight.bfloat16(), []) and is_cast_weight(weight.bfloat16().t(), [])
+    assert not is_cast_weight(weight * 2, []) and not is_cast_weight(torch.ones(3), [])
+    frozen = torch.ones(2, 3)
+    assert is_cast_weight(frozen.bfloat16().t(), {frozenset(frozen.shape)})
+    assert not is_cast_weight(torch.ones(4, 3), {frozenset(frozen.shape)})
+
+
+def test_what_is_gathered_in_16_bits_has_two_bytes_an_element_whatever_it_is_stored_in():
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.ones(3, 5, dtype=dtype)
+        assert whole_bytes(weight, in_half=True) == 30 and whole_bytes(weight) == weight.nbytes
+
+
+def test_the_copy_from_which_a_checkpoint_is_written_is_one_of_weights_and_optimizer(make_trainer):
+    saves = plan(make_trainer(*PLAIN), 2, "trainer=FSDPTrainer", "background_saves=true")
+    assert saves["copy from which a checkpoint is written"] == saves["weights"] + saves["optimizer state"]
+    assert "copy" not in " ".join(plan(make_trainer(*PLAIN), 2, "trainer=FSDPTrainer"))
 
 
 def test_recomputed_activations_are_fewer(make_trainer):

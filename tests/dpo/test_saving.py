@@ -1,15 +1,17 @@
 """Checkpoints that are written beside the training: of the state when they were asked for, one at a time."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY, validated
+from torch.testing._internal.two_tensor import TwoTensor
 
 from dpo import saving
 from dpo.checkpoints import PARTS, read_checkpoint
 from dpo.distributed import ALONE
-from dpo.errors import RunError
+from dpo.errors import RunError, Stopped
 from dpo.saving import CheckpointWriter, copy_to_host
 
 
@@ -40,13 +42,13 @@ def test_a_checkpoint_holds_the_state_of_when_it_was_asked_for(writer, gate, tmp
     gate.set()
     writer.wait()
     assert read_checkpoint(tmp_path / "step-8")["policy"]["w"] == 1.0
-    assert f"Wrote {tmp_path / 'step-8'} in " in capsys.readouterr().out
+    assert f"Wrote {tmp_path / 'step-8'} in " in (out := capsys.readouterr().out) and " s in the background" in out
 
 
-def test_the_next_checkpoint_waits_for_the_one_before_also_where_it_is_written_at_once(writer, gate, tmp_path):
+def test_the_next_checkpoint_waits_for_the_one_before_also_where_training_waits_for_it(writer, gate, tmp_path):
     writer.write(8, states(1.0), {})
     threading.Timer(0.2, gate.set).start()
-    writer.write(16, states(2.0), {}, at_once=True)
+    writer.write(16, states(2.0), {}, blocking=True)
     assert [(tmp_path / name / "policy.pt").is_file() for name in ("step-8", "step-16", "LATEST")] == [True] * 3
     assert (tmp_path / "LATEST").resolve().name == "step-16"
 
@@ -78,11 +80,31 @@ def test_a_training_that_fails_still_gets_its_checkpoint_and_names_its_own_failu
     assert (tmp_path / "LATEST" / "policy.pt").is_file()
 
 
-def test_an_interrupt_does_not_wait(writer, gate, tmp_path):
+def test_a_training_that_is_stopped_fails_with_its_checkpoint(writer, monkeypatch):
+    monkeypatch.setattr(saving, "save_checkpoint", fail)
+    with pytest.raises(RunError, match="the disk is full"), writer:
+        writer.write(8, states(1.0), {})
+        raise Stopped("SIGTERM")
+
+
+def test_a_rank_that_fails_does_not_wait_for_long(writer, gate, monkeypatch):
+    monkeypatch.setattr(saving, "PATIENCE", 0.1)
+    writer.ranks = SimpleNamespace(world_size=2, on_main=lambda work: work())
+    with pytest.raises(ValueError, match="mine"), writer:
+        writer.write(8, states(1.0), {})
+        thread = writer.thread
+        raise ValueError("mine")
+    assert thread.is_alive()
+    gate.set()
+
+
+def test_a_second_interrupt_ends_the_process_at_once(writer, gate, monkeypatch):
+    codes = []
+    monkeypatch.setattr(saving.os, "_exit", codes.append)
     with pytest.raises(KeyboardInterrupt), writer:
         writer.write(8, states(1.0), {})
         raise KeyboardInterrupt
-    assert not (tmp_path / "step-8").exists()
+    assert codes == [130] and writer.thread.is_alive()
     gate.set()
 
 
@@ -102,3 +124,11 @@ def test_a_copy_shares_no_memory_with_its_source_and_tied_weights_share_theirs()
     assert copied["t"].shape == (3, 2) and copied["t"].unique().tolist() == [1.0]
     assert copied["n"][0] == 1 and copied["n"][1][0].tolist() == [[1.0] * 3] and copied["n"][1][1] == "x"
     assert not copied["a"].requires_grad
+
+
+def test_a_copy_of_a_tensor_made_of_others_copies_these():
+    source = TwoTensor(torch.ones(2), torch.zeros(2))
+    copied = copy_to_host({"m": source}, {})["m"]
+    source.a += 1
+    source.b += 1
+    assert type(copied) is TwoTensor and copied.a.tolist() == [1, 1] and copied.b.tolist() == [0, 0]

@@ -95,6 +95,21 @@ def test_a_process_of_another_machine_is_judged_by_its_signs_of_life_alone(make,
     assert mine.failure.rank == 1
 
 
+def test_a_store_that_does_not_respond_ends_the_process(monkeypatch, capsys):
+    class Silent(HashStore):
+        def set(self, *args: str) -> None:
+            time.sleep(2)
+
+    codes = []
+    monkeypatch.setattr(watchdog, "INTERVAL", 0.01)
+    monkeypatch.setattr(watchdog, "PATIENCE", 0.1)
+    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+    mine = Watchdog(Silent(), 0, 2, hosts=False)
+    time.sleep(0.5)
+    mine.close()
+    assert set(codes) == {7} and "rank 0: the store of all ranks gave no response for 0 s" in capsys.readouterr().err
+
+
 def test_the_state_of_a_process_is_known_while_there_is_one():
     assert process_state(os.getpid()) in ("R", "S")
     assert process_state(2**22 + 1) == ""
