@@ -15,6 +15,7 @@ TESTS = [*ROOT.glob("tests/**/*.py")]
 OWN = {path.stem for path in [*CODE, *TESTS]} | {"dpo"}
 TOOLS = {"pytest-xdist", "ruff", "mypy", "types-pyyaml", "types-tqdm", "mutmut"}  # run, not imported
 THROUGH_TORCH = {"tensorboard"}  # which torch.utils.tensorboard imports
+COMPARED = {"trl"}  # which one benchmark measures beside this project
 FIXED = {"pydantic-core", "huggingface-hub"}  # parts of pydantic and transformers, which fix their versions
 
 
@@ -79,7 +80,7 @@ def extras() -> dict[str, Requirement]:
 
 
 def test_every_library_that_the_code_imports_is_a_dependency_or_an_extra_and_no_other_one_is():
-    assert imported(CODE) - FIXED | THROUGH_TORCH == by_name(project()["dependencies"]).keys() | extras().keys()
+    assert imported(CODE) - FIXED - COMPARED | THROUGH_TORCH == by_name(project()["dependencies"]).keys() | extras().keys()
 
 
 def test_the_libraries_of_extras_are_imported_in_functions_alone_and_peft_is_installed_for_the_tests():
