@@ -16,7 +16,7 @@ from torch.distributed.launcher.api import LaunchConfig, launch_agent
 from dpo.console import log_message
 from dpo.errors import EXIT_CODES, print_errors
 
-SAVING = 600  # seconds that the ranks have to write a checkpoint after a signal, before they are killed
+SHUTDOWN_TIMEOUT = 600  # seconds that the ranks have to write a checkpoint after a signal, before they are killed
 
 
 def count_processes(n_processes: int | str, device: str) -> int:
@@ -44,7 +44,7 @@ def launch(script: Path, arguments: Sequence[str], n_processes: int) -> None:
         local_addr="localhost",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(),
-        shutdown_timeout=SAVING,
+        shutdown_timeout=SHUTDOWN_TIMEOUT,
     )
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, forward)
