@@ -157,7 +157,7 @@ STAGES = {
     "dpo": [
         "loss=dpo",
         "loss.beta=2",  # lets the gradient fade once a warm review is some 10 times likelier than the cold one
-        *("optimizer=SGD", "lr=0.04"),  # RMSprop moves weights that no preference is about as far as any other
+        *("optimizer=SGD", "lr=0.08"),  # RMSprop moves weights that no preference is about as far as any other
         *("batch_size=32", "n_epochs=1", "warmup_steps=15"),  # 62 updates in all; the default warmup is 150
         "n_eval_model_samples=200",
     ],
