@@ -438,7 +438,7 @@ def test_a_harmless_override_is_taken_and_recorded(whole, tmp_path):
 def test_checkpoints_written_in_the_background_are_those_that_training_would_have_waited_for(whole, tmp_path):
     folder, expected = tmp_path / "run", whole((*DPO, "keep_checkpoints=null"))
     result = command_line(folder, fresh(folder, *DPO, "keep_checkpoints=null", "background_saves=true"), dropout)
-    assert result.returncode == 0 and result.stdout.count(" s beside the training\n") == 5
+    assert result.returncode == 0 and result.stdout.count(" s in the background\n") == 5
     for checkpoint in checkpoints.checkpoints(expected):
         states = [checkpoints.read_checkpoint(run / checkpoint.name) for run in (folder, expected)]
         for part in ("policy", "optimizer", "scheduler"):
