@@ -23,11 +23,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from composition import compose  # which adds the project's root to the path
 
 from build import build_trainer, load_inputs
+from dpo.devices import peak_memory
 from dpo.runs import RunDir
 
+CPU = torch.device("cpu")
 MAX_LENGTH, MAX_PROMPT = 512, 256
 SHARED = (
     *("loss=dpo", f"max_length={MAX_LENGTH}", f"max_prompt_length={MAX_PROMPT}", "lr=1e-6", "warmup_steps=0"),
@@ -40,11 +43,6 @@ class Measured(NamedTuple):
 
     seconds: float
     peak_gb: float
-
-
-def peak_gb() -> float:
-    """Return the peak of this process's resident memory in GB."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
 def write_pairs(args: argparse.Namespace, folder: Path) -> None:
@@ -72,7 +70,7 @@ def ours(args: argparse.Namespace, folder: Path, overrides: tuple[str, ...]) -> 
         trainer = build_trainer(settings, loss, load_inputs(settings, loss), run)
         ends = [time.perf_counter() for batch in trainer.train_batches if trainer.train_step(batch)]
     assert len(ends) == 2 * args.updates
-    return Measured(ends[-1] - ends[args.updates - 1], peak_gb())
+    return Measured(ends[-1] - ends[args.updates - 1], peak_memory(CPU) / 1e9)
 
 
 def trl(args: argparse.Namespace, folder: Path, microbatch: int, **options: Any) -> Measured:
@@ -111,7 +109,7 @@ def trl(args: argparse.Namespace, folder: Path, microbatch: int, **options: Any)
         trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[Watch()])
         trainer.train()
     assert len(ends) == 2 * args.updates
-    return Measured(ends[-1] - ends[args.updates - 1], peak_gb())
+    return Measured(ends[-1] - ends[args.updates - 1], peak_memory(CPU) / 1e9)
 
 
 def ways(args: argparse.Namespace) -> dict[str, Callable[[Path], Measured]]:

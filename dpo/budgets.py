@@ -14,6 +14,7 @@ from dpo.console import log_message
 from dpo.devices import autocast, available_memory, peak_memory, reset_peak_memory
 from dpo.errors import UserError, is_out_of_memory
 from dpo.examples import BatchIterator, TokenizedExample
+from dpo.forecast import size_of, tensors_in
 from dpo.logps import ResponseLogps, response_logps
 from dpo.models import recompute_activations
 from dpo.optimizers import stepped_optimizer
@@ -87,8 +88,8 @@ def copied_bytes(settings: Settings, policy: ResponseLogps, optimizer: Optimizer
     """Return the bytes of a device's memory that the copy takes from which a checkpoint is written."""
     if device.type != "cpu" or not settings.background_saves:
         return 0
-    states = (value for held in optimizer.state.values() for value in held.values() if isinstance(value, torch.Tensor))
-    return sum(tensor.nbytes for tensor in (*policy.trained_parameters(), *states))
+    states = (value for held in optimizer.state.values() for value in tensors_in(held))
+    return size_of([*policy.trained_parameters(), *states])
 
 
 def heaviest_part(batches: BatchIterator, n_parts: int, layout: str) -> Sequence[TokenizedExample]:

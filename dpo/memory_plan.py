@@ -141,11 +141,12 @@ def gathered_bytes(module: ResponseLogps, settings: Settings, trainer: "BasicTra
     """Return the bytes that are gathered at a time: two layers, and all that is in none, in the dtype of a pass."""
     own = layers(module.model, settings.model.block_name)
     in_half = trainer.device.type == "cuda" and trainer.dtype == torch.bfloat16
-    sizes, total = (
-        [sum(whole_bytes(parameter, in_half) for parameter in part.parameters()) for part in parts]
-        for parts in (own, [module])
-    )
-    return total[0] - sum(sizes) + sum(sorted(sizes)[-2:])
+
+    def size_of(part: nn.Module) -> int:
+        return sum(whole_bytes(parameter, in_half) for parameter in part.parameters())
+
+    sizes = sorted(map(size_of, own))
+    return size_of(module) - sum(sizes) + sum(sizes[-2:])
 
 
 def activation_bytes(trainer: "BasicTrainer", batch: PackedBatch, settings: Settings) -> int:
@@ -171,7 +172,9 @@ def activation_bytes(trainer: "BasicTrainer", batch: PackedBatch, settings: Sett
 def kept_bytes(trainer: "BasicTrainer", batch: PackedBatch) -> int:
     """Return the bytes that a forward pass keeps for its backward pass, each once, without parameters."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in trainer.policy.parameters()}
-    frozen = {frozenset(parameter.shape) for parameter in trainer.policy.parameters() if not parameter.requires_grad}
+    frozen = {
+        tuple(sorted(parameter.shape)) for parameter in trainer.policy.parameters() if not parameter.requires_grad
+    }
     kept: dict[int, int] = {}
     held: list[Tensor] = []  # so that no address is used twice
 
@@ -188,13 +191,13 @@ def kept_bytes(trainer: "BasicTrainer", batch: PackedBatch) -> int:
     return sum(kept.values())
 
 
-def is_cast_weight(tensor: Tensor, frozen: Collection[frozenset[int]]) -> bool:
+def is_cast_weight(tensor: Tensor, frozen: Collection[tuple[int, ...]]) -> bool:
     """Return whether a tensor is a parameter in another dtype, whose memory FSDP shards.
 
     One of a frozen parameter has no history, and is known by its sizes, in any order.
     """
     if not tensor.requires_grad:
-        return tensor.dim() == 2 and frozenset(tensor.shape) in frozen
+        return tensor.dim() == 2 and tuple(sorted(tensor.shape)) in frozen
     node: Any = tensor.grad_fn
     while node is not None and node.name() in CASTS:
         node = node.next_functions[0][0]

@@ -1,4 +1,4 @@
-"""Writing checkpoints while the training waits, or beside it from a copy in host memory."""
+"""Writing checkpoints while the training waits, or in the background from a copy in host memory."""
 
 import os
 import sys
@@ -47,8 +47,7 @@ class CheckpointWriter:
         if blocking or not self.in_background:
             log_message(f"Wrote {self.save(step, states, metrics)}")
             return
-        with actionable_errors(SAVING):
-            states = copy_to_host(states, {})
+        states = copy_to_host(states, {})
         self.thread = threading.Thread(target=self.run, args=(step, states, metrics), daemon=True)
         self.thread.start()
 

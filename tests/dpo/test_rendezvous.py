@@ -11,9 +11,8 @@ from dpo.errors import RunError
 from dpo.rendezvous import agree_on_start
 
 
-def start(delays: list[float]) -> list[str]:
+def start(port: int, delays: list[float]) -> list[str]:
     """Return the name that each rank of a start gets, of which each begins after some seconds."""
-    port = start.store.port
 
     def one(rank: int) -> str:
         time.sleep(delays[rank])
@@ -24,8 +23,8 @@ def start(delays: list[float]) -> list[str]:
 
 
 def test_each_start_in_one_store_has_a_name_of_its_own_whichever_rank_comes_first():
-    start.store = make_store()
-    names = [start(delays) for delays in ([0.0, 0.0, 0.0], [0.3, 0.0, 0.1], [0.0, 0.3, 0.0])]
+    store = make_store()
+    names = [start(store.port, delays) for delays in ([0.0, 0.0, 0.0], [0.3, 0.0, 0.1], [0.0, 0.3, 0.0])]
     assert all(len(set(of_ranks)) == 1 for of_ranks in names)
     assert len({of_ranks[0] for of_ranks in names}) == 3
 

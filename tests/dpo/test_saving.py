@@ -1,4 +1,4 @@
-"""Checkpoints that are written beside the training: of the state when they were asked for, one at a time."""
+"""Checkpoints that are written in the background: of the state when they were asked for, one at a time."""
 
 import threading
 from types import SimpleNamespace
