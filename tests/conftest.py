@@ -289,11 +289,22 @@ FAMILIES = ("gpt2", "gpt_neox", "llama", "qwen2", "gemma3")
 
 
 @pytest.fixture(scope="session", params=FAMILIES)
-def tiny_folder(request, tmp_path_factory) -> Path:
-    """Write one family's tiny random model and its tokenizer, as from_pretrained opens them."""
-    folder = tmp_path_factory.mktemp(request.param)
-    tokenizer = tiny_tokenizer(request.param)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(tiny_config(request.param, len(tokenizer))).save_pretrained(folder)
-    return folder
+def tiny_folder(request, write_tiny_folder) -> Path:
+    """Return the folder of one family's tiny random model and its tokenizer, as from_pretrained opens them."""
+    return write_tiny_folder(request.param)
+
+
+@pytest.fixture(scope="session")
+def write_tiny_folder(tmp_path_factory):
+    """Return a function that writes a family's folder, once: pytest makes a fixture anew when its parameter changes."""
+
+    @cache
+    def write(family: str) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        tokenizer = tiny_tokenizer(family)
+        tokenizer.save_pretrained(folder)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(tiny_config(family, len(tokenizer))).save_pretrained(folder)
+        return folder
+
+    return write

@@ -98,3 +98,12 @@ def test_dev_holds_the_libraries_that_only_tests_import_and_the_tools():
     table = project()
     libraries = imported(TESTS) - FIXED - by_name(table["dependencies"]).keys()
     assert libraries | TOOLS == by_name(table["optional-dependencies"]["dev"]).keys()
+
+
+def test_mutation_testing_copies_every_module_and_names_files_that_exist():
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutmut"]
+    roots = {path.name for path in ROOT.glob("*.py")}
+    assert roots <= {*options["also_copy"], *options["source_paths"]}
+    tests = [name.removeprefix("--deselect=") for name in options["pytest_add_cli_args"]]
+    named = [*options["only_mutate"], *options["also_copy"], *options["pytest_add_cli_args_test_selection"], *tests]
+    assert [name for name in named if not (ROOT / name).exists()] == []
