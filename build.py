@@ -49,11 +49,11 @@ from dpo.objectives import Loss
 from dpo.optimizers import bfloat16_note, optimizer_problems
 from dpo.packing import Packer
 from dpo.parallel import reshard, without_weights
+from dpo.precomputation import Precomputation
 from dpo.references import (
     AdapterReference,
     CachedReference,
     ModelReference,
-    Precomputation,
     Reference,
     SyncedReference,
     check_first_margin,

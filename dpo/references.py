@@ -1,31 +1,24 @@
 """Where a preference loss gets the reference's log-probabilities: a second model, the policy's base, or a cache."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-import transformers
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
-from dpo.adapters import AdapterWeights, reference_weights
+from dpo.adapters import AdapterWeights
 from dpo.checkpoints import atomic_write
-from dpo.console import log_message, prefetch, progress
-from dpo.devices import autocast
+from dpo.console import log_message
 from dpo.distributed import Ranks
 from dpo.errors import RunError, UserError
-from dpo.examples import BatchIterator, TextExample, TokenizedExample
+from dpo.examples import TextExample, TokenizedExample
 from dpo.logps import Logps, ResponseLogps, response_logps
 from dpo.packing import PackedBatch, Packer
 from dpo.sampling import Sampler
-
-CACHE_VERSION = 4  # part of a cache's key; raise it where the code computes other numbers or orders them anew
 
 
 class Reference(Protocol):
@@ -253,96 +246,3 @@ def digest_of(example: TextExample) -> int:
 def checksum(values: torch.Tensor) -> str:
     """Return the SHA-256 of a tensor's numbers; torch reads a flipped bit without an error."""
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Precomputation:
-    """Computes a CachedReference by the policy, before its first update.
-
-    It walks the very passes of the first epoch and of the evaluation, so that these get the numbers that a second model
-    would give; what the first epoch leaves out and a later one needs is computed in passes of its own.
-    """
-
-    policy: ResponseLogps
-    packer: Packer
-    dtype: torch.dtype
-    train_batches: BatchIterator
-    eval_batches: BatchIterator
-    n_microbatches: int
-    compiled: bool
-    ranks: Ranks
-
-    @torch.no_grad()
-    def run(self, reference: CachedReference, own: Path | None, shared_dir: Path) -> None:
-        """Fill the cache, from the run's own file or one in the shared folder where they fit, and write both."""
-        key = self.key(reference)
-        shared = shared_dir / f"{key}.pt"
-        paths = [path for path in (own, shared) if path is not None]
-        found = self.ranks.on_main(lambda: next((path for path in paths if reference.load(path, key)), None))
-        if found is not None:
-            log_message(f"Reference: log-probabilities taken from {found}")
-        else:
-            self.compute(reference)
-            self.ranks.on_main(lambda: reference.save(shared, key))
-        reference.sums = self.ranks.on_main(lambda: reference.sums)
-        if self.train_batches.walks_beyond_first_epoch:
-            self.log_rounding(reference)
-        if own is not None and found != own:
-            self.ranks.on_main(lambda: reference.save(own, key))
-
-    def compute(self, reference: CachedReference) -> None:
-        """Compute the log-probabilities of all examples that the run will meet."""
-        train = self.train_batches
-        epoch = replace(train, n_epochs=1).from_start()
-        for batch in progress(prefetch(epoch), "reference, training data", total=len(epoch)):
-            self.fill(reference, batch.examples, self.n_microbatches)
-        for batch in progress(self.eval_batches.from_start(), "reference, evaluation data"):
-            self.fill(reference, batch.examples)
-        reference.merge(self.ranks.gather(reference.sums))  # what other ranks have computed is not missing
-        groups = train.groups if train.walks_beyond_first_epoch else []
-        left = reference.missing(example for group in groups for example in group)  # fewer than fill a batch
-        for start in range(0, len(left), train.batch_size):
-            self.fill(reference, train.tokenize(left[start : start + train.batch_size]), self.n_microbatches)
-        reference.merge(self.ranks.gather(reference.sums))
-
-    def fill(self, reference: CachedReference, examples: Sequence[TokenizedExample], n_microbatches: int = 1) -> None:
-        """Compute the examples' log-probabilities in the passes of a batch."""
-        with autocast(self.policy.model.dtype, self.dtype, self.packer.device):
-            for batch, scale, _ in self.ranks.passes(self.packer, examples, n_microbatches):
-                with self.packer.memory_hint(batch):
-                    logps = response_logps(self.policy, batch)
-                if scale:
-                    reference.fill(batch, logps)
-
-    def log_rounding(self, reference: CachedReference) -> None:
-        """Print how far the numbers of a few examples move when they share no pass, as in later epochs' passes."""
-        examples = next(iter(self.train_batches.from_start())).examples[:8]
-        with autocast(self.policy.model.dtype, self.dtype, self.packer.device):
-            batches = list(replace(self.packer, max_tokens=1)(examples))
-            apart = [(response_logps(self.policy, b).sums - reference.logps(b).sums).abs().flatten() for b in batches]
-        moved = torch.cat(apart)
-        log_message(
-            f"Reference: other passes move a log-probability by {moved.mean():.2g} nats, at most {moved.max():.2g}."
-        )
-
-    def key(self, reference: CachedReference) -> str:
-        """Return the SHA-256 of all that the numbers depend on: weights, texts in their order, settings, versions."""
-        packer, model = self.packer, self.policy.model
-        kind = (self.dtype, packer.device.type, self.compiled, self.policy.float32_head)
-        how = (CACHE_VERSION, self.n_microbatches, packer.layout, packer.max_tokens, *kind)
-        ranks = (self.ranks.world_size, self.ranks.data_size)  # which share a batch's passes
-        several = ranks if self.ranks.world_size > 1 else ()
-        settings = (self.train_batches.settings(), self.eval_batches.settings(), (*how, *several))
-        versions = (torch.__version__, transformers.__version__)
-        return fingerprint(model, (reference.order, settings, versions))
-
-
-def fingerprint(model: PreTrainedModel, settings: object) -> str:
-    """Return the SHA-256 of a model's weights and config, and of settings."""
-    config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
-    digest = hashlib.sha256(repr((settings, config, model.config._attn_implementation)).encode())
-    for name, value in reference_weights(model).items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        whole: torch.Tensor = value.full_tensor() if isinstance(value, DTensor) else value
-        digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -19,7 +19,8 @@ from dpo.examples import TextExample
 from dpo.logps import ResponseLogps, response_logps
 from dpo.models import copy_reference
 from dpo.packing import Packer, make_microbatches
-from dpo.references import CachedReference, ModelReference, Precomputation, sums_of_logps
+from dpo.precomputation import Precomputation
+from dpo.references import CachedReference, ModelReference, sums_of_logps
 
 CACHED = (
     "loss=dpo",
@@ -112,10 +113,10 @@ def test_other_weights_have_a_cache_of_their_own(precompute, make_trainer, tmp_p
 
 @pytest.mark.parametrize("library", ["torch", "transformers"])
 def test_other_versions_have_a_cache_of_their_own(library, precompute, monkeypatch):
-    def key_of_another_version(self, reference: CachedReference) -> str:
+    def key_of_another_version(self, *arguments: object) -> str:
         with monkeypatch.context() as patched:
             patched.setattr(f"{library}.__version__", "0.1")
-            return key(self, reference)
+            return key(self, *arguments)
 
     key = Precomputation.key
     precompute()

@@ -1,0 +1,103 @@
+"""A response that stands in several pairs of a prompt is computed once, and the other data in training's own passes."""
+
+import json
+from itertools import combinations
+
+import pytest
+import torch
+from conftest import ROOT
+from tiny_models import respond
+
+from dpo import precomputation
+from dpo.precomputation import merge
+from dpo.references import CachedReference
+
+SHARED = "each is computed once"
+SHORT = ("max_length=96", "max_prompt_length=48", "batch_size=4", "eval_batch_size=4", "max_tokens_per_pass=300")
+
+
+@pytest.fixture
+def rankings(tmp_path):
+    """Return the setting of a data set with 3 prompts that have 4 answers each, all 6 pairs of them."""
+    rows = []
+    for i in range(3):
+        answers = [f" It is {i + k}, " + "and so on, " * k + "as I said." for k in range(4)]
+        pairs = combinations(answers, 2)
+        rows += [{"prompt": f"\n\nHuman: How much is {i}?\n\nAssistant:", "chosen": a, "rejected": b} for a, b in pairs]
+    for name, some in (("train", rows), ("test", rows[:4])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    return f"datasets=['{tmp_path}']"
+
+
+@pytest.fixture
+def precompute(make_trainer, tmp_path):
+    """Return a function that builds a trainer whose reference is cached."""
+    cached = ("loss=dpo", "loss.precompute_reference=true", f"local_dirs=['{tmp_path}']", "n_epochs=1")
+    return lambda *overrides: make_trainer(*cached, *SHORT, *overrides)
+
+
+# Merged examples
+
+
+def test_each_response_to_a_prompt_is_kept_once_in_the_order_of_the_pairs():
+    pairs = [respond([1], [2], [3]), respond([1], [4, 5], [2]), respond([9], [2], [3])]
+    merged = list(merge(pairs, 100))
+    assert [(one.prompt, one.responses) for one in merged] == [([1], ([2], [3], [4, 5])), ([9], ([2], [3]))]
+
+
+def test_a_merged_example_has_no_more_tokens_than_a_pass_unless_it_holds_a_single_response():
+    pairs = [respond([1], [2], [3]), respond([1], [4, 5], [6, 7, 8, 9])]
+    assert [one.responses for one in merge(pairs, 4)] == [([2], [3]), ([4, 5],), ([6, 7, 8, 9],)]
+    assert [one.responses for one in merge(pairs, 5)] == [([2], [3], [4, 5]), ([6, 7, 8, 9],)]
+
+
+# Caches
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
+def test_shared_responses_are_computed_once_and_get_the_numbers_of_a_second_model(
+    layout, precompute, rankings, make_trainer, capsys, monkeypatch
+):
+    computed, compute = [], precomputation.response_logps
+    monkeypatch.setattr(
+        precomputation,
+        "response_logps",
+        lambda module, batch: computed.extend(batch.examples) or compute(module, batch),
+    )
+    trainer = precompute(rankings, f"layout={layout}")
+    texts = [text for group in trainer.train_batches.groups for text in group]
+    pairs = trainer.train_batches.tokenize(texts)
+    merged = list(merge(pairs, 300))
+    share = sum(map(len, merged)) / sum(map(len, pairs))
+    assert len(pairs) == 18 and [len(one.responses) for one in merged] == [4, 4, 4] and share < 0.5
+    out = capsys.readouterr().out
+    assert f"{SHARED} for its prompt, {share:.0%} of the pairs' tokens" in out
+    assert "other passes move a log-probability by" in out
+    assert sorted(map(len, computed[:3])) == sorted(map(len, merged))  # then the evaluation, in pairs
+    assert all(len(one.responses) == 2 for one in computed[3:])
+    live = make_trainer("loss=dpo", *SHORT, rankings, f"layout={layout}").reference
+    assert isinstance(trainer.reference, CachedReference)
+    for batch in trainer.packer(pairs):
+        torch.testing.assert_close(trainer.reference.logps(batch).sums, live.logps(batch).sums, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("other", ["n_examples=8", f"datasets=['{ROOT / 'tests' / 'goldens' / 'data'}']"])
+def test_less_than_an_epoch_and_pairs_that_share_nothing_are_computed_in_the_passes_of_training(
+    other, precompute, rankings, make_trainer, capsys
+):
+    trainer = precompute(rankings, other)
+    assert SHARED not in capsys.readouterr().out
+    live = make_trainer("loss=dpo", *SHORT, rankings, other).reference
+    batch = next(iter(trainer.train_batches.from_start()))
+    for part in trainer.packer(batch.examples):
+        assert torch.equal(trainer.reference.logps(part).sums, live.logps(part).sums)
+
+
+def test_merged_examples_and_the_passes_of_training_have_caches_of_their_own(precompute, rankings, capsys, monkeypatch):
+    precompute(rankings)
+    capsys.readouterr()
+    precompute(rankings)
+    assert "taken from" in capsys.readouterr().out
+    monkeypatch.setattr(precomputation, "WORTHWHILE", 0.0)
+    precompute(rankings)
+    assert "taken from" not in capsys.readouterr().out
