@@ -14,6 +14,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")  # of this process alone
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in this process: each other one would import torch
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the forks of faults.py
 
 import hydra

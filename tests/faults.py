@@ -97,7 +97,7 @@ def run_command_line(arguments: tuple[str, ...], faults: tuple[Fault, ...], out:
     except BaseException:
         traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             with contextlib.suppress(OSError):  # a fault may have limited the files that they are
                 stream.flush()
     return code

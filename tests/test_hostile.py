@@ -7,15 +7,15 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import GOLDENS, ROOT, TINY, read_data, validated
+from conftest import GOLDENS, TINY, read_data, validated
 from faults import BUSY, again, command_line, fresh, rng
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -407,11 +407,16 @@ def test_texts_cannot_write_to_the_terminal_and_no_encoding_stops_a_run(tmp_path
 
 
 def test_a_run_whose_streams_are_closed_goes_to_its_end(tmp_path):
+    def closed() -> None:
+        """Do what Python does where it starts without streams."""
+        sys.stdin = sys.stdout = sys.stderr = None
+        for descriptor in range(3):
+            with suppress(OSError):  # the streams may have closed it
+                os.close(descriptor)
+
     folder = tmp_path / "run"
-    settings = (*BUSY, "loss=sft", "n_examples=16", f"local_run_dir='{folder}'")
-    command = ["bash", "-c", 'exec "$0" train.py "$@" <&- >&- 2>&-', sys.executable, *settings]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    assert subprocess.run(command, cwd=ROOT, env=environment, timeout=300).returncode == 0
+    done = command_line(folder, fresh(folder, *BUSY, "loss=sft", "n_examples=16"), closed)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (folder / "LATEST" / "hf").is_dir()
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert records[-1]["examples"] == 16

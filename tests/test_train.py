@@ -347,9 +347,8 @@ def test_a_machine_that_cannot_compile_is_told_in_one_line(run_cli, monkeypatch,
 def sft_run(tmp_path_factory):
     """Run SFT once, with samples, for the tests of what it wrote."""
     folder = tmp_path_factory.mktemp("sft") / "run"
-    command = [sys.executable, "train.py", "loss=sft", *SHORT, "sample_during_eval=true", "n_eval_model_samples=3"]
-    command += [f"local_run_dir='{folder}'", "batch_size=8", "exp_name=offline"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    samples = ("sample_during_eval=true", "n_eval_model_samples=3")
+    done = command_line(folder, fresh(folder, "loss=sft", *SHORT, *samples, "exp_name=offline"))
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
