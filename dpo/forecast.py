@@ -5,10 +5,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dpo.checkpoints import atomic_write, sha256
 from dpo.console import log_message, prefetch, progress
 from dpo.devices import peak_memory, reset_peak_memory, total_memory
 from dpo.examples import Batch
@@ -16,12 +19,14 @@ from dpo.models import recompute_activations
 from dpo.packing import PackedBatch
 from dpo.references import ModelReference, SyncedReference
 from dpo.sampling import distinct_prompts
+from dpo.saving import copy_to_host
 
 if TYPE_CHECKING:
     from trainers import BasicTrainer
 
 MEASURED = 20_000  # training examples whose tokens are counted, at most
 TIMED_UPDATES, TIMED_SECONDS = 20, 30.0  # updates that are timed, until the first of the two is reached
+WRITTEN = 2**28  # bytes that are written to see how long a checkpoint takes
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ def forecast(trainer: "BasicTrainer") -> None:
     peaks = {"loading": peak_memory(device)}
     workload = Workload.of(trainer, MEASURED)
     trainer.train_step(workload.longest)  # makes the optimizer's state, and whatever is made at a first pass
+    saving = time_saving(trainer)
+    copied = copy_to_host(trainer.tensors(), {}) if holds_copies(trainer) else {}
     reset_peak_memory(device)
     trainer.train_step(workload.longest)
     seconds = time_updates(trainer)
@@ -73,8 +80,8 @@ def forecast(trainer: "BasicTrainer") -> None:
     sampling, peaks["sampling"] = measured(device, lambda: time_samples(trainer))
     for line in (
         *workload_lines(trainer, workload),
-        *time_lines(trainer, workload, seconds, evaluation, sampling),
-        *memory_lines(trainer, workload, peaks),
+        *time_lines(trainer, workload, seconds, evaluation, sampling, saving),
+        *memory_lines(trainer, workload, peaks, size_of(tensors_below(copied))),
     ):
         log_message(line)
 
@@ -116,6 +123,39 @@ def time_samples(trainer: "BasicTrainer") -> float:
     return (time.perf_counter() - start) * -(-len(prompts) // len(first))
 
 
+def time_saving(trainer: "BasicTrainer") -> float:
+    """Return the seconds that the last checkpoint and the export take, from those of writing a part of them."""
+    if trainer.settings.debug:
+        return 0.0
+    states = trainer.tensors()
+    tensors, part = tensors_below(states), list[torch.Tensor]()
+    for tensor in tensors:
+        if size_of(part) < WRITTEN:
+            part.append(tensor)
+    folder = next(folder for folder in trainer.run.path.absolute().parents if folder.exists())
+    start = time.perf_counter()
+    with TemporaryDirectory(dir=folder, prefix=".dry-run-") as name:
+        atomic_write(Path(name, "part.pt"), lambda staging: torch.save(part, staging))
+        sha256(Path(name, "part.pt"))
+        seconds = time.perf_counter() - start
+    written = size_of(tensors) + size_of(tensors_below(states["policy"]))  # the export has the policy once more
+    return seconds * written / size_of(part)
+
+
+def count_saves(trainer: "BasicTrainer") -> int:
+    """Return how many checkpoints a run writes before its last one: of evaluations, and every save_every examples."""
+    settings, before_last = trainer.settings, (len(trainer.train_batches) - 1) * trainer.settings.batch_size
+    evaluations = count_evaluations(trainer) - 1 - int(settings.do_first_eval)
+    return evaluations + (0 if settings.save_every is None else before_last // settings.save_every)
+
+
+def holds_copies(trainer: "BasicTrainer") -> bool:
+    """Return whether updates run while a checkpoint is written from a copy in the device's memory."""
+    settings = trainer.settings
+    saves = settings.background_saves and not settings.debug and count_saves(trainer) > 0
+    return saves and trainer.device.type == "cpu"
+
+
 def count_evaluations(trainer: "BasicTrainer") -> int:
     """Return how many evaluations a run makes: a first one, those that fall due before an update, and the last."""
     settings, n_updates = trainer.settings, len(trainer.train_batches)
@@ -124,7 +164,7 @@ def count_evaluations(trainer: "BasicTrainer") -> int:
 
 
 def time_lines(
-    trainer: "BasicTrainer", workload: Workload, update: float, evaluation: float, sampling: float
+    trainer: "BasicTrainer", workload: Workload, update: float, evaluation: float, sampling: float, saving: float
 ) -> Iterable[str]:
     """Yield the time of an update and of the run; update and evaluation are in seconds per token."""
     settings, n_updates, n_evaluations = trainer.settings, len(trainer.train_batches), count_evaluations(trainer)
@@ -137,13 +177,14 @@ def time_lines(
         f"{n_updates:,} updates": each * n_updates,
         f"{n_evaluations} evaluations": evaluation * test * n_evaluations,
         "samples": sampling * n_sampled,
+        "saving": saving * (1 if settings.background_saves else 1 + count_saves(trainer)),
     }
     if trainer.loss.needs_reference and trainer.loss.cached_reference:
         train = trainer.train_batches
         n = min(train.n_items, len(train) * settings.batch_size)
         parts["the reference's log-probabilities"] = evaluation * (n * per_example + test)
     listed = ", ".join(f"{what} {duration(seconds)}" for what, seconds in parts.items() if seconds)
-    yield f"Time to the end: {duration(sum(parts.values()))} ({listed}), besides loading and saving."
+    yield f"Time to the end: {duration(sum(parts.values()))} ({listed}), besides loading and the report."
 
 
 def duration(seconds: float) -> str:
@@ -173,8 +214,11 @@ def size_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
 
-def memory_lines(trainer: "BasicTrainer", workload: Workload, peaks: dict[str, int]) -> Iterable[str]:
-    """Yield the peak memory, and that of an update with each remedy that the run does not use yet."""
+def memory_lines(trainer: "BasicTrainer", workload: Workload, peaks: dict[str, int], copied: int = 0) -> Iterable[str]:
+    """Yield the peak memory, and that of an update with each remedy that the run does not use yet.
+
+    copied are the bytes of the copy from which a checkpoint is written meanwhile.
+    """
     now, phase = max((peak, phase) for phase, peak in peaks.items())
     n = workload.longest_pass.n_tokens
     yield (
@@ -185,7 +229,7 @@ def memory_lines(trainer: "BasicTrainer", workload: Workload, peaks: dict[str, i
     found = measured_remedies(trainer, workload) if can_measure else {}
     for setting, peak in found.items():
         yield f"  {setting}: {peak / 1e9:.2f} GB, measured"
-    for setting, peak in computed_remedies(trainer, workload, peaks["an update"]).items():
+    for setting, peak in computed_remedies(trainer, workload, peaks["an update"], copied).items():
         yield f"  {setting}: {peak / 1e9:.2f} GB, computed"
 
 
@@ -204,7 +248,7 @@ def measured_remedies(trainer: "BasicTrainer", workload: Workload) -> dict[str, 
     return found
 
 
-def computed_remedies(trainer: "BasicTrainer", workload: Workload, peak: int) -> dict[str, int]:
+def computed_remedies(trainer: "BasicTrainer", workload: Workload, peak: int, copied: int = 0) -> dict[str, int]:
     """Return the peak memory of an update with each setting that needs a run of its own, in bytes, at most.
 
     Gradients count where a batch is computed in several passes, since all of them then lie beside the activations.
@@ -220,12 +264,20 @@ def computed_remedies(trainer: "BasicTrainer", workload: Workload, peak: int) ->
     if second and own_dtype and not isinstance(reference, SyncedReference) and getattr(loss, "ld_alpha", 1) == 1:
         found["loss.precompute_reference=true"] = peak - second
     if settings.lora is None and own_dtype and not settings.sync_reference:
-        found["lora=default"] = peak - second - state - trained * several
+        found["lora=default"] = peak - second - state - trained * several - copied
     in_float32 = settings.model.policy_dtype == "float32" and settings.compute_precision != "float32"
     if in_float32 and settings.optimizer != "Muon":
         own = second if own_dtype else 0
-        found["model.policy_dtype=bfloat16"] = peak - (weights + state + own + trained * several) // 2
+        found["model.policy_dtype=bfloat16"] = peak - (weights + state + own + trained * several + copied) // 2
     return found
+
+
+def tensors_below(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in tensors_below(part)]
 
 
 def tensors_in(state: Any) -> list[torch.Tensor]:

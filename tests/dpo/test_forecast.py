@@ -14,11 +14,14 @@ from dpo.forecast import (
     Workload,
     computed_remedies,
     count_evaluations,
+    count_saves,
     duration,
+    holds_copies,
     measured_remedies,
     memory_lines,
     size_of,
     time_lines,
+    time_saving,
     workload_lines,
 )
 from dpo.signals import Signals
@@ -95,7 +98,36 @@ def test_evaluations_are_counted_as_a_run_makes_them(settings, expected, make_tr
     assert len(made) == expected
 
 
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (["eval_every=1000", "do_first_eval=false"], 0),
+        (["eval_every=8", "do_first_eval=true"], 2),  # after 8 and 16 of 24 examples
+        (["eval_every=1000", "save_every=8"], 2),
+        (["eval_every=1000", "save_every=20"], 0),  # reached by the last update alone
+    ],
+)
+def test_checkpoints_are_counted_as_a_run_writes_them_and_copied_if_training_goes_on(
+    settings, expected, make_trainer, monkeypatch
+):
+    settings = ("loss=sft", "n_examples=24", "n_eval_examples=8", *settings)
+    trainer = make_trainer(*settings)
+    assert count_saves(trainer) == expected and not holds_copies(trainer)
+    assert holds_copies(make_trainer(*settings, "background_saves=true")) == (expected > 0)
+    trainer.train()
+    assert len(list(trainer.run.path.glob("step-*"))) == expected + 1
+
+
 # Time
+
+
+def test_the_time_of_a_checkpoint_is_that_of_a_part_of_it_and_grows_with_its_size(make_trainer, monkeypatch):
+    """Writing all of the weights took 2 s, and the export has them once more."""
+    ticks = iter([0.0, 2.0])
+    trainer = make_trainer("loss=sft", "optimizer=SGD")  # which keeps nothing beside the weights
+    monkeypatch.setattr("dpo.forecast.time.perf_counter", lambda: next(ticks))
+    assert time_saving(trainer) == pytest.approx(4.0)
+    assert time_saving(make_trainer("loss=sft", "debug=true")) == 0.0
 
 
 def test_the_time_is_that_of_updates_evaluations_and_samples(make_trainer):
@@ -106,11 +138,14 @@ def test_the_time_is_that_of_updates_evaluations_and_samples(make_trainer):
     trainer = make_trainer("loss=dpo", "n_examples=24", "n_eval_examples=8")
     workload = replace(Workload.of(trainer, 8), examples=10, tokens=1000)
     test = sum(len(example) for batch in trainer.eval_batches.from_start() for example in batch.examples)
-    each, total = time_lines(trainer, workload, 0.01, 0.001, 5.0)
+    each, total = time_lines(trainer, workload, 0.01, 0.001, 5.0, 1.5)
     assert each == "Time: 8 seconds per update, 100 tokens per second."
-    seconds = 24 + 2 * 0.001 * test + 3 * 5
+    seconds = 24 + 2 * 0.001 * test + 3 * 5 + 1.5
     parts = f"3 updates 24.0 seconds, 2 evaluations {2 * 0.001 * test:.1f} seconds, samples 15.0 seconds"
-    assert total == f"Time to the end: {seconds:.1f} seconds ({parts}), besides loading and saving."
+    assert (
+        total
+        == f"Time to the end: {seconds:.1f} seconds ({parts}, saving 1.5 seconds), besides loading and the report."
+    )
 
 
 def test_a_cached_reference_takes_one_pass_over_all_examples(make_trainer):
@@ -118,7 +153,7 @@ def test_a_cached_reference_takes_one_pass_over_all_examples(make_trainer):
     trainer = make_trainer("loss=dpo", "n_examples=24", "n_eval_examples=8", "loss.precompute_reference=true")
     workload = replace(Workload.of(trainer, 8), examples=10, tokens=1000)
     test = sum(len(example) for batch in trainer.eval_batches.from_start() for example in batch.examples)
-    _, total = time_lines(trainer, workload, 0.01, 0.001, 0.0)
+    _, total = time_lines(trainer, workload, 0.01, 0.001, 0.0, 0.0)
     assert f"the reference's log-probabilities {2.4 + 0.001 * test:.1f} seconds)" in total
 
 
@@ -159,6 +194,9 @@ def test_computed_remedies_leave_out_what_they_save(make_trainer):
         "lora=default": 10**9 - 3 * weights - steps,
         "model.policy_dtype=bfloat16": 10**9 - (4 * weights + steps) // 2,
     }
+    copied = computed_remedies(trainer, workload, 10**9, copied=2 * weights)
+    assert copied["lora=default"] == found["lora=default"] - 2 * weights
+    assert copied["model.policy_dtype=bfloat16"] == found["model.policy_dtype=bfloat16"] - weights
     whole = make_trainer("loss=dpo", "max_tokens_per_pass=100000")
     whole.train_step(workload.longest)
     assert computed_remedies(whole, workload, 10**9)["lora=default"] == 10**9 - 2 * weights - steps
