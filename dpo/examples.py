@@ -224,7 +224,7 @@ def hash_texts(digest: "hashlib._Hash", groups: Iterable[Iterable[TextExample]])
     """Update a hash by prompt, responses, truncation and label of all examples."""
     for group in groups:
         content = [text[:3] if text.label is None else (*text[:3], text.label) for text in group]
-        digest.update(repr(content).encode("utf-8", "backslashreplace"))
+        digest.update(repr(content).encode())
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ class BatchIterator:
         """Return the group of each example of an epoch, and its place in the group, for an order of the groups."""
         import numpy as np
 
-        groups = np.frombuffer(order, dtype=np.int64) if order else np.zeros(0, dtype=np.int64)
+        groups = np.frombuffer(order, dtype=np.int64)
         sizes = self.sizes[groups]
         starts = np.cumsum(sizes) - sizes
         return np.repeat(groups, sizes), np.arange(sizes.sum()) - np.repeat(starts, sizes)

@@ -1,12 +1,17 @@
 """Tokenization, truncation, and the iterator's order."""
 
+import hashlib
 import json
+import logging
+import random
 import re
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from conftest import tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -137,6 +142,24 @@ def test_an_epoch_is_reached_without_walking_those_before_it():
     assert tokenized == [4, 4]
 
 
+def test_the_start_is_where_an_iterator_begins_that_was_walked_in_part():
+    batches = walk(UNEVEN, 4, n_epochs=2)
+    for _ in zip(range(7), batches, strict=False):
+        pass
+    assert rows_of(batches.from_start()) == rows_of(walk(UNEVEN, 4, n_epochs=2))
+    assert batches.position == {"epoch": 1, "batch": 2}
+
+
+def test_epochs_have_the_originals_order():
+    """Its seeds are draws from NumPy's generator below 2**32; each epoch shuffles the list that the one before left."""
+    seeds, order, expected = np.random.RandomState(3).randint(0, 2**32, size=3), list(range(8)), []
+    for seed in seeds:
+        random.Random(int(seed)).shuffle(order)
+        expected += [[f"{i}" for i in order[:4]], [f"{i}" for i in order[4:]]]
+    batches = walk([1] * 8, 4, seed=3, n_epochs=3)
+    assert [[example.text.prompt for example in batch.examples] for batch in batches] == expected
+
+
 def test_two_seeds_give_two_orders_and_one_seed_one():
     orders = [rows_of(walk(UNEVEN, 4, seed, n_epochs=2)) for seed in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
@@ -157,6 +180,8 @@ def test_keep_last_yields_the_remainder_too():
     rows = rows_of(walk(UNEVEN, 4, n_epochs=1, keep_last=True))
     assert [len(batch) for batch in rows] == [4, 4, 4, 4, 4, 2]
     assert sorted(sum(rows, [])) == list(range(1, 23))
+    limited = rows_of(walk(UNEVEN, 4, n_epochs=1, n_examples=10, keep_last=True))
+    assert limited == [rows[0], rows[1], rows[2][:2]]  # ten examples
 
 
 def test_pairs_of_a_prompt_follow_each_other_in_the_order_of_the_file():
@@ -182,6 +207,37 @@ def test_an_iterator_without_a_full_batch_is_empty_and_ends():
     assert list(walk([1, 1], 4, n_epochs=3)) == []
     assert list(walk([1, 1], 4, n_epochs=None, n_examples=10)) == []
     assert list(walk([], 4, n_epochs=1, keep_last=True)) == []
+
+
+# The fingerprint
+
+
+class Named(Letters):
+    """Letters that knows its vocabulary."""
+
+    def get_vocab(self):
+        return {"b": 2, "a": 1}
+
+
+class Backed(Named):
+    """A tokenizer that is made of one of the tokenizers library."""
+
+    backend_tokenizer = SimpleNamespace(to_str=lambda: "rules and vocabulary")
+
+
+@pytest.mark.parametrize(
+    "tokenizer, vocabulary", [(Named(), "[('a', 1), ('b', 2)]"), (Backed(), "'rules and vocabulary'")]
+)
+def test_a_fingerprint_is_that_of_earlier_versions_and_depends_on_rules_and_texts_alone(tokenizer, vocabulary):
+    groups = [
+        [TextExample("p\ud800", ("a", "b"), "keep_end", 1, "mine", (2.0, 1.0))],
+        [TextExample("q", ("c",), "keep_start", 2, "mine", label=True)],
+    ]
+    batches = BatchIterator(groups, Tokenization(tokenizer, 20, 10), 2, n_epochs=1)
+    rules = f"(({vocabulary}, (20, 10, False)), 2)"
+    texts = "[('p\\ud800', ('a', 'b'), 'keep_end')]" + "[('q', ('c',), 'keep_start', True)]"
+    assert batches.fingerprint() == hashlib.sha256((rules + texts).encode()).hexdigest()
+    assert replace(batches, batch_size=1, seed=1, n_epochs=2).fingerprint() == batches.fingerprint()
 
 
 # BOS
@@ -216,6 +272,16 @@ def test_a_tokenizer_that_adds_bos_where_training_does_not_or_the_reverse_gets_a
         assert note.startswith("Training puts" if add_bos else "The tokenizer puts")
 
 
+def test_a_text_that_is_longer_than_the_tokenizer_expects_gets_no_warning(caplog, monkeypatch):
+    """Training cuts it anyway; the tokenizer's model takes 256 tokens."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tokenizer = tiny_tokenizer("gpt2")
+    (example,) = Tokenization(tokenizer, 64, 32)([TextExample("garden " * 300, (" lamp",), "keep_end", 1, "")])
+    assert len(example.prompt) == 32 and caplog.records == []
+    tokenizer("garden " * 300)
+    assert "longer than the specified maximum sequence length" in caplog.text
+
+
 # Special tokens, and tokens beyond the model's embeddings
 
 
@@ -231,11 +297,11 @@ def special(**ids):
         ({"eos": 2, "bos": 1}, True, []),
         ({"eos": 9}, False, []),
         ({"eos": 9, "bos": 10, "pad": 11}, False, []),  # a BOS or pad that is not used may be anything
-        ({}, False, ["model.tokenizer_name_or_path: the tokenizer has no eos token"]),
+        ({}, False, ["model.tokenizer_name_or_path: the tokenizer has no eos token, which ends a response$"]),
         ({"eos": 10}, False, ["model.tokenizer_name_or_path: .* eos token </s> has id 10, .* 10 embeddings"]),
         ({"eos": 2}, True, ["model.add_bos=true: the tokenizer has no bos token, set it to false"]),
         ({"eos": 2, "bos": 12}, True, ["model.add_bos=true: .* bos token <s> has id 12, .* 10 embeddings"]),
-        ({"bos": 12}, True, ["no eos token", "bos token <s> has id 12"]),
+        ({"bos": 12}, True, ["no eos token", "bos token <s> has id 12, .*; choose the model's own tokenizer$"]),
     ],
 )
 def test_special_tokens_are_refused_only_if_they_are_used_and_cannot_be(ids, add_bos, problems):
@@ -310,7 +376,9 @@ def test_finding_prompts_without_a_token_hardly_costs_anything():
 def test_many_prompts_are_tokenized_in_several_calls(monkeypatch):
     monkeypatch.setattr(dpo.examples, "CHUNK", 3)
     prompts = [f"{i}" for i in range(10)] + [" " * i for i in range(1, 12)]
-    assert Tokenization(NoSpaces(), 20, 10).empty_prompts(prompts) == set(prompts[10:])
+    tokenizer = NoSpaces()
+    assert Tokenization(tokenizer, 20, 10).empty_prompts(prompts) == set(prompts[10:])
+    assert tokenizer.n_letters == 10 + 36 + 66  # digits; 1 to 8 spaces, which are the excerpts; 1 to 11 spaces
 
 
 def test_a_prompt_without_a_token_that_was_not_found_is_refused_at_its_batch():

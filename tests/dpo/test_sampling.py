@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, inputs_of
+from conftest import TINY, inputs_of, validated
 from tiny_models import respond, tiny
 from transformers import GenerationConfig
 
@@ -86,6 +86,14 @@ def test_the_seed_alone_decides_what_is_drawn(model):
     torch.manual_seed(2)
     assert SAMPLER.generate(model, prompts, "sampling") == first
     assert replace(SAMPLER, seed=1).generate(model, prompts, "sampling") != first
+
+
+def test_a_runs_settings_describe_its_samples():
+    lengths = ("max_length=20", "max_prompt_length=10", "eval_batch_size=3")
+    drawing = ("sample_temperature=0.5", "sample_top_k=7", "sample_top_p=0.9", "seed=5")
+    settings, _ = validated("loss=dpo", *TINY, *lengths, *drawing)
+    expected = replace(SAMPLER, max_length=20, batch_size=3, temperature=0.5, top_k=7, top_p=0.9, seed=5)
+    assert Sampler.of(settings, SAMPLER.tokenizer, SAMPLER.device, SAMPLER.dtype) == expected
 
 
 def test_prompt_and_sample_together_have_max_length_tokens(model):
