@@ -110,6 +110,9 @@ def test_padding_is_never_seen(model):
     for prompts, at in (([short, long], 0), ([long, short], 1)):
         assert sampler.generate(model, prompts, "sampling")[at] == alone and len(alone) == 8
     assert len(set(alone)) > 2
+    beyond = Tokens()
+    beyond.pad_token_id = 97  # the model has no such embedding
+    assert replace(sampler, tokenizer=beyond).generate(model, [short, long], "sampling")[0] == alone
 
 
 def test_a_sample_ends_at_the_end_token_and_other_samples_of_its_batch_go_on(model):

@@ -93,6 +93,20 @@ def test_a_missing_model_is_one_line_whatever_is_interpolated_from_it():
 
 
 @pytest.mark.parametrize(
+    "override, line",
+    [
+        ("~lr", "lr: is missing; a run's config.yaml holds every setting"),
+        ("local_run_dir=???", "local_run_dir: is missing; set local_run_dir=VALUE, a name"),
+        ("wandb.enabled=${nowhere}", "wandb.enabled: is missing; set wandb.enabled=VALUE, true or false"),
+        ("wandb=none", "wandb: is a group of settings; use wandb.enabled=false"),
+        ("columns=null", "columns: is a group of settings; `python train.py --help columns` lists them"),
+    ],
+)
+def test_a_setting_that_is_taken_away_or_a_value_in_the_place_of_a_group_is_one_line(override, line):
+    assert problems(*VALID, override) == [line]
+
+
+@pytest.mark.parametrize(
     "loss, override",
     [
         *(("sft", "+loss.beta=0.1"), ("ipo", "+loss.label_smoothing=0.1"), ("dpo", "+loss.average_log_prob=true")),
@@ -269,6 +283,19 @@ def test_a_config_without_lora_trains_all_weights_and_one_with_some_of_its_keys_
     assert validate(values, defaults, LOSSES)[0].lora is None
     lora = validate(values | {"lora.r": 8}, defaults, LOSSES)[0].lora
     assert lora.model_dump() == yaml.safe_load((ROOT / "config" / "lora" / "default.yaml").read_text()) | {"r": 8}
+
+
+def test_a_resumed_run_that_lacks_keys_takes_the_values_of_the_files_that_need_no_other():
+    defaults = default_values(ROOT / "config", "dpo", resumed=True)
+    without = {"exp_name", "local_run_dir", "model.name_or_path", "lora"}  # given, interpolated, or a group
+    assert set(defaults) == set(known_keys({"dpo": LOSSES["dpo"]})) - without
+    assert (defaults["lr"], defaults["wandb.enabled"], defaults["loss.beta"]) == (5e-7, True, 0.1)
+
+
+def test_a_flat_config_holds_plain_values_and_the_mapping_of_an_optimizer_whole():
+    values = flatten(compose(*VALID, "optimizer_args={betas:[0.8,0.9]}"))
+    assert yaml.safe_load(yaml.safe_dump(values)) == values  # which takes no other types
+    assert values["optimizer_args"] == {"betas": [0.8, 0.9]}
 
 
 def test_a_setting_of_lora_without_lora_is_one_line():
