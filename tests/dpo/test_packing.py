@@ -1,9 +1,13 @@
 """Layouts and microbatches: which token stands where, and which example lies in which pass."""
 
+import re
+
 import pytest
+import torch
 from tiny_models import make_examples, respond
 
-from dpo.packing import LAYOUTS, balance, make_microbatches
+from dpo.errors import RunError
+from dpo.packing import LAYOUTS, Packer, balance, make_microbatches
 
 PLENTY = 2**30  # tokens a pass
 EOS = 4
@@ -44,6 +48,51 @@ def test_a_shared_prefix_is_computed_once_and_without_padding():
     assert part.inputs["position_ids"].tolist() == [
         [*[0, 1, 2], *[3, 4], *[3, 4, 5, 6], *[0], *[1], *[1, 2, 3], *range(9), *[9], *[9, 10]]
     ]
+    assert part.segments.tolist() == [
+        [0] * 9 + [1] * 5 + [2] * 12,
+        [*[0] * 3, *[1] * 2, *[2] * 4, *[0], *[1], *[2] * 3, *[0] * 9, *[1], *[2] * 2],
+    ]
+    assert part.example_offsets == ((0, 9), (9, 14), (14, 26))
+
+
+def test_a_padded_pass_has_a_row_per_response_the_first_ones_first_and_masks_what_fills_them():
+    (part,) = make_microbatches(PAIRS[:2], "padded", PLENTY)
+    rows = [[3, 3, 3, 1, EOS], [0, EOS], [3, 3, 3, 2, 2, 0, EOS], [0, 3, 1, EOS]]
+    assert part.inputs["input_ids"].tolist() == [row + [0] * (7 - len(row)) for row in rows]
+    assert part.inputs["attention_mask"].tolist() == [[1] * len(row) + [0] * (7 - len(row)) for row in rows]
+    assert part.segments is None and part.example_offsets == ()
+
+
+@pytest.mark.parametrize("layout, cost", [("shared_prefix", 9 + 5 + 12), ("padded", 11 * 3 * 2)])
+def test_examples_that_just_fit_keep_their_order_and_else_the_longest_come_first(layout, cost):
+    """26 tokens in all, or 6 rows of 11; one token less, and the last one, of 12 tokens, opens the first pass."""
+    (part,) = make_microbatches(PAIRS, layout, cost)
+    assert part.n_tokens == cost and list(part.examples) == PAIRS
+    passes = [list(part.examples) for part in make_microbatches(PAIRS, layout, cost - 1)]
+    assert passes == [[PAIRS[2], PAIRS[0]], [PAIRS[1]]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_tensors_of_a_pass_are_on_the_packers_device(layout):
+    (part,) = Packer(layout, PLENTY, torch.device("meta"))(PAIRS)
+    tensors = [*part.inputs.values(), part.sources, part.targets, part.lengths]
+    tensors += [part.segments] if layout == "shared_prefix" else []
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    "n, where",
+    [
+        (1, "9 tokens, 1 examples, the longest of 9 tokens; lower max_length in a new run"),
+        (2, "14 tokens, 2 examples, the longest of 9 tokens; lower max_tokens_per_pass, which is 1000"),
+    ],
+)
+def test_a_lack_of_memory_names_the_pass_and_the_setting_that_makes_it_smaller(n, where):
+    packer = Packer("shared_prefix", 1000, torch.device("cpu"))
+    (part,) = packer(PAIRS[:n])
+    line = f"out of memory in a pass of {where}, or set activation_checkpointing=true (MemoryError)"
+    with pytest.raises(RunError, match=f"^{re.escape(line)}$"), packer.memory_hint(part):
+        raise MemoryError
 
 
 @pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
