@@ -190,14 +190,15 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_float32_logits_of_bfloat16_ones_exist_a_few_tokens_at_a_time(monkeypatch):
-    monkeypatch.setitem(FLOAT32_BYTES, "cpu", 3 * 4 * 11)
+@pytest.mark.parametrize("size, rows", [(3 * 4 * 11, 3), (4 * 11 - 1, 1)])
+def test_float32_logits_of_bfloat16_ones_exist_a_few_tokens_at_a_time(size, rows, monkeypatch):
+    monkeypatch.setitem(FLOAT32_BYTES, "cpu", size)
     logits, kept = torch.randn(7, 11, dtype=torch.bfloat16).requires_grad_(), []
     with Largest() as forward, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         logps = target_logps(logits, torch.arange(7))
     with Largest() as backward:
         logps.sum().backward()
-    assert (forward.rows, backward.rows) == (3, 3)
+    assert (forward.rows, backward.rows) == (rows, rows)
     assert [t.dtype for t in kept if t.is_floating_point()] == [torch.bfloat16]
 
 
@@ -230,6 +231,31 @@ def test_chunked_logits_give_the_same_numbers_and_gradients(monkeypatch):
         results.append((logps.detach(), model.lm_head.weight.grad, model.model.embed_tokens.weight.grad))
     for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "n_bytes, calls", [(25 * 4 * 97, [25]), (24 * 4 * 97, [24, 1, 1, 24]), (7 * 4 * 97, [7, 7, 7, 4, 4, 7, 7, 7])]
+)
+def test_logits_of_up_to_so_many_bytes_are_kept_and_beyond_recomputed_in_chunks_of_them(n_bytes, calls, monkeypatch):
+    """25 response tokens, a vocabulary of 97; the head alone is trained."""
+    monkeypatch.setattr("dpo.logps.CHUNK_BYTES", n_bytes + 4 * 97 - 1)
+    monkeypatch.setattr("dpo.logps.CHUNK_TOKENS", 6)
+    model, sizes = tiny("Llama"), []
+    model.base_model.requires_grad_(False)
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: sizes.append(len(logits)))
+    module = ResponseLogps(model, separate_head=True)
+    (part,) = make_microbatches(EXAMPLES, "shared_prefix", PLENTY)
+    module(part).sum().backward()
+    assert sizes == calls and model.lm_head.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_a_pass_keeps_no_keys_and_values_for_generating(separate):
+    model, caches = tiny("Llama"), []
+    model.base_model.register_forward_hook(lambda body, args, output: caches.append(output.past_key_values))
+    (part,) = make_microbatches(EXAMPLES, "shared_prefix", PLENTY)
+    response_logps(ResponseLogps(model, separate), part)
+    assert caches == [None]
 
 
 def test_logits_that_a_model_caps_or_scales_are_left_to_the_model():
@@ -313,6 +339,8 @@ def test_collisions_are_the_log_of_the_sum_of_squared_probabilities(separate, mo
     found = response_logps(module, batch)
     assert torch.allclose(found.tokens, plain.tokens, atol=1e-6) and found.tokens.requires_grad
     assert plain.collisions is None and not found.collisions.requires_grad
+    assert torch.equal(found.detach().tokens, found.tokens) and torch.equal(found.detach().sums, found.sums)
+    assert not (found.detach().tokens.requires_grad or found.detach().sums.requires_grad)
     expected = []
     with torch.no_grad():
         for example in EXAMPLES:
