@@ -5,6 +5,7 @@ import getpass
 import re
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +75,12 @@ def test_a_setting_that_changes_a_log_probability_has_a_cache_of_its_own(precomp
 
 def test_each_part_of_a_key_counts_by_itself(precompute, monkeypatch):
     """A run in bfloat16 also computes its logits in float32, which no other setting does."""
+
+    def several(world_size: int, data_size: int) -> Ranks:
+        ranks = Ranks()
+        ranks.world_size, ranks.data_size = world_size, data_size
+        return ranks
+
     made = []
     monkeypatch.setattr(Precomputation, "run", lambda self, reference, *paths: made.append((self, reference)))
     precompute()
@@ -88,9 +95,12 @@ def test_each_part_of_a_key_counts_by_itself(precompute, monkeypatch):
         replace(own, packer=replace(own.packer, device=torch.device("meta"))),
         replace(own, train_batches=replace(own.train_batches, seed=1)),
         replace(own, eval_batches=replace(own.eval_batches, batch_size=2)),
+        *(replace(own, ranks=several(*sizes)) for sizes in ((2, 1), (2, 2), (4, 2))),
     ]
     keys = [one.key(reference) for one in (own, *others)]
     reference.order = "another"
+    keys.append(own.key(reference))
+    own.policy.model.config.layer_norm_epsilon = 1e-3
     keys.append(own.key(reference))
     assert len(set(keys)) == len(keys)
     assert own.key(reference) == keys[-1]
@@ -131,7 +141,37 @@ def test_a_cache_holds_what_a_second_model_would_give(precompute, make_trainer, 
     for batches in (trainer.train_batches, trainer.eval_batches):
         for batch in batches.from_start():
             for part in trainer.packer(batch.examples):
-                torch.testing.assert_close(cached.logps(part).sums, trainer.reference.logps(part).sums)
+                found = cached.logps(part)
+                torch.testing.assert_close(found.sums, trainer.reference.logps(part).sums)
+                assert torch.equal(found.lengths, part.lengths)
+                assert cached.logps(part.to(torch.device("meta"))).sums.device.type == "meta"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_passes_of_the_first_epoch_and_of_the_evaluation_find_exactly_what_the_policy_gives(
+    precision, make_trainer, home
+):
+    place = (f"datasets=['{home / 'data'}']", f"local_dirs=['{home}']")
+    trainer = make_trainer(*CACHED, *place, f"precision={precision}")
+    for batches in (trainer.train_batches, trainer.eval_batches):
+        for part in (part for batch in batches.from_start() for part in trainer.packer(batch.examples)):
+            with torch.no_grad(), trainer.autocast():
+                assert torch.equal(trainer.reference.logps(part).sums, response_logps(trainer.policy, part).sums)
+
+
+@pytest.mark.parametrize("n_epochs, left", [(1, []), (2, [1, 1])])
+def test_each_example_is_computed_once_if_a_batch_needs_it_in_parts_as_large_as_those_of_its_batch(
+    n_epochs, left, precompute, monkeypatch
+):
+    """8 rows are one batch of 6, in halves, and 2 that come in a later epoch's; the evaluation has 4."""
+    passes = []
+    monkeypatch.setattr(Precomputation, "log_rounding", lambda self, reference: None)
+    compute = lambda policy, batch: passes.append(len(batch.examples)) or response_logps(policy, batch)  # noqa: E731
+    monkeypatch.setattr("dpo.references.response_logps", compute)
+    settings = ("batch_size=6", "gradient_accumulation_steps=2", "max_tokens_per_pass=100000")
+    cache, _ = precompute(*settings, f"n_epochs={n_epochs}")
+    assert passes == [3, 3, 4, *left]
+    assert len(cache.sums) == 12 and cache.sums.isnan().any(dim=1).sum() == 2 - len(left)
 
 
 def test_a_cache_in_the_shared_folder_is_readable_and_named_by_its_key(precompute, home):
@@ -140,13 +180,15 @@ def test_a_cache_in_the_shared_folder_is_readable_and_named_by_its_key(precomput
     assert files and all(len(path.stem) == 64 and path.suffix == ".pt" for path in files)
 
 
-def test_later_epochs_report_how_far_other_passes_move_the_cached_numbers(make_trainer, home, capsys):
-    trainer = make_trainer(*CACHED, f"datasets=['{home / 'data'}']", f"local_dirs=['{home}']")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_later_epochs_report_how_far_other_passes_move_the_cached_numbers(precision, make_trainer, home, capsys):
+    settings = (*CACHED, f"datasets=['{home / 'data'}']", f"local_dirs=['{home}']", f"precision={precision}")
+    make_trainer(*settings)
     assert "other passes move" not in capsys.readouterr().out
-    trainer = make_trainer(*CACHED, f"datasets=['{home / 'data'}']", f"local_dirs=['{home}']", "n_epochs=2")
+    trainer = make_trainer(*settings, "n_epochs=2")
     line = re.search(r"other passes move a log-probability by (\S+) nats, at most (\S+)\.\n", capsys.readouterr().out)
     apart = []
-    with torch.no_grad():
+    with torch.no_grad(), trainer.autocast():
         for example in next(iter(trainer.train_batches.from_start())).examples[:8]:
             (batch,) = make_microbatches([example], trainer.packer.layout, 1)
             alone = response_logps(trainer.policy, batch).sums
@@ -193,12 +235,39 @@ def test_a_corrupt_cache_is_computed_again(tmp_path):
     path = tmp_path / "reference.pt"
     cache.save(path, "key")
     other = CachedReference(["a", "b"], 2)
-    assert not other.load(path, "another key") and other.load(path, "key")
-    assert torch.equal(other.sums, cache.sums)
+    assert not other.load(path, "another key") and other.sums.isnan().all()
+    assert not CachedReference(["a"], 2).load(path, "key")
+    assert other.load(path, "key") and torch.equal(other.sums, cache.sums)
     content, number = path.read_bytes(), cache.sums.numpy().tobytes()
     at = content.index(number)
     path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     assert not CachedReference(["a", "b"], 2).load(path, "key")
+
+
+class Touching:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_cache_that_holds_code_is_computed_again_and_the_code_never_runs(tmp_path):
+    cache = CachedReference(["a"], 2)
+    cache.save(tmp_path / "reference.pt", "key")
+    content = torch.load(tmp_path / "reference.pt")
+    torch.save(content | {"more": Touching(tmp_path / "touched")}, tmp_path / "reference.pt")
+    assert not cache.load(tmp_path / "reference.pt", "key") and not (tmp_path / "touched").exists()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_and_stops_nothing(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "reference.pt"
+    CachedReference(["a"], 2).save(path, "key")
+    line = rf"{re.escape(str(path))}: cannot be written \(.*\), so it may be computed again\.\n"
+    assert re.fullmatch(line, capsys.readouterr().out)
 
 
 # A second model
@@ -218,8 +287,11 @@ def test_reference_dtype_is_the_dtype_of_the_reference_alone(dtype, make_trainer
     assert apart < 5
 
 
-@pytest.mark.parametrize("family", ["Llama", "GPT2"])  # GPT-2's output head is its embedding
-def test_a_reference_computes_in_the_dtype_of_the_run_or_else_in_its_own(family):
+@pytest.mark.parametrize(
+    "family, weight",  # GPT-2's output head is its embedding
+    [("Llama", "model.layers.0.mlp.up_proj.weight"), ("GPT2", "transformer.h.0.mlp.c_fc.weight")],
+)
+def test_a_reference_computes_in_the_dtype_of_the_run_or_else_in_its_own(family, weight):
     """Of the policy in float32: of a run in bfloat16 as under its autocast, of a reference in float16 without one."""
     policy = tiny(family)
     modules = [ResponseLogps.wrap(copy_reference(policy, dtype)) for dtype in (None, None, "float16")]
@@ -230,6 +302,7 @@ def test_a_reference_computes_in_the_dtype_of_the_run_or_else_in_its_own(family)
             in_bfloat16 = response_logps(modules[0], part).sums
             for module, expected in ((modules[1], in_bfloat16), (modules[2], in_float16)):
                 assert torch.equal(ModelReference(module, torch.bfloat16).logps(part).sums, expected)
+    assert modules[1].model.get_parameter(weight).dtype == torch.bfloat16
 
 
 def test_a_second_model_samples_once():
@@ -263,6 +336,16 @@ def test_a_synced_reference_moves_every_second_update(mix, make_trainer):
         assert (margin == 0.0) == (update == 1 or (mix == 1 and update % 2 == 1))
         if update == 4:
             break
+
+
+def test_a_reference_that_has_become_the_policy_samples_what_it_samples(make_trainer):
+    settings = ("max_length=48", "max_prompt_length=24", "lr=1e-3", "warmup_steps=0")
+    trainer = make_trainer("loss=dpo", "sync_reference=1", "sync_mix=1.0", *settings)
+    batch = next(iter(trainer.train_batches))
+    prompts = batch.examples[:2]
+    before = trainer.reference.generate(prompts)
+    trainer.train_step(batch)
+    assert trainer.reference.generate(prompts) == trainer.sampler.sample(trainer.policy.model, prompts, "") != before
 
 
 def test_a_synced_reference_is_in_the_checkpoint_and_goes_on_bit_for_bit(make_trainer):
