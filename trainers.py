@@ -122,7 +122,7 @@ class BasicTrainer:
         with self.clock("optimizer"):
             lr = float(self.scheduler.get_last_lr()[0])
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             self.scheduler.step()
         self.examples += len(batch.examples)
         self.updates += 1

@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 import losses
 from dpo import logps
+from dpo.checkpoints import read_checkpoint
+from dpo.distributed import Pass, Ranks
 from dpo.errors import RunError, Stopped, UserError
 from dpo.objectives import mismatch
 from dpo.packing import LAYOUTS
@@ -61,6 +65,11 @@ def test_throughput_is_counted_in_the_examples_and_tokens_of_a_second(make_train
     tokens = sum(len(part.prompt) + sum(map(len, part.responses)) for part in batch.examples)
     assert metrics["examples_per_second"] == len(batch.examples) / 4
     assert metrics["tokens_per_second"] == tokens / 4
+    sizes = {name: p.numel() for name, p in trainer.policy.model.named_parameters() if p.dim() == 2}
+    head, positions = sizes.pop("transformer.wte.weight"), sizes.pop("transformer.wpe.weight")
+    n_responses = sum(len(response) for part in batch.examples for response in part.responses)
+    flops = 8 * (sum(sizes.values()) * tokens + head * n_responses)  # 2 in each of 2 forward passes, 4 in the backward
+    assert positions and metrics["mfu"] == pytest.approx(flops / 4 / 1e9, rel=1e-12)
 
 
 def test_each_record_has_the_seconds_and_the_memory_that_went_into_it(make_trainer):
@@ -145,10 +154,37 @@ def test_accumulation_and_token_budget_change_nothing_in_the_gradient(layout, lo
     batch = next(iter(trainer.train_batches))
     assert len({len(response) for example in batch.examples for response in example.responses}) >= 6
     assert (len(list(trainer.packer(batch.examples))) > 1) == (max_tokens == 300)
-    expected = oracle_gradient(trainer, batch.examples)
+    expected, passes = oracle_gradient(trainer, batch.examples), []
+    trainer.policy.register_forward_hook(lambda *_: passes.append(1))
     for accumulation in (1, 2, 4):
+        passes.clear()
         actual = gradient(trainer, batch, accumulation)
         assert (actual - expected).norm() < 1e-5 * expected.norm(), accumulation
+        assert len(passes) == accumulation or max_tokens == 300
+
+
+@pytest.mark.parametrize("every_pass", [False, True])
+def test_a_pass_that_keeps_up_with_another_rank_counts_nowhere_and_ranks_sum_gradients_after_the_last_or_each(
+    every_pass, make_trainer, monkeypatch
+):
+    class TwoRanks(Ranks):
+        def passes(self, packer, examples, n_parts=1):
+            yield from (Pass(part, 1.0, False) for part in packer(examples, n_parts))
+            yield Pass(next(packer(examples[:1])), 0.0, True)
+
+    trainer = make_trainer("loss=dpo", "max_tokens_per_pass=300", "lr=1e-30")
+    trainer.settings = trainer.settings.model_copy(update={"reduce_every_pass": every_pass})
+    perturb(trainer.policy)
+    batch = next(iter(trainer.train_batches))
+    synced, found = [], []
+    monkeypatch.setattr(trainer.policy, "set_requires_gradient_sync", synced.append)
+    for ranks in (trainer.ranks, TwoRanks()):
+        trainer.ranks = ranks
+        synced.clear()
+        metrics = without_measurements(trainer.train_step(batch))
+        found.append({name: value for name, value in metrics.items() if not name.startswith("counters/")})
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert synced == [every_pass] * len(list(trainer.packer(batch.examples))) + [True] and len(synced) > 2
 
 
 @pytest.mark.parametrize("setting", ["CHUNK_TOKENS", "activation_checkpointing"])
@@ -454,6 +490,40 @@ def test_checkpoints_that_are_due_between_two_updates_come_after_the_second(make
     assert {path.name for path in trainer.run.path.glob("step-*")} == {f"step-{step}" for step in saved}
 
 
+def test_every_update_is_logged_and_one_per_interval_is_shown_beside_every_evaluation(make_trainer, capsys):
+    """A rate of 3, 2 and 1 thousandths in 3 updates."""
+    settings = ("n_examples=24", "n_eval_examples=8", "eval_every=8", "minimum_log_interval_secs=1000", "debug=true")
+    trainer = make_trainer("loss=sft", *settings, "scheduler=linear", "lr=3e-3", "warmup_steps=0")
+    trainer.train()
+    records = [json.loads(line) for line in (trainer.run.path / "metrics.jsonl").read_text().splitlines()]
+    updates = [record for record in records if "loss/train" in record]
+    assert [record["lr"] for record in updates] == pytest.approx([3e-3, 2e-3, 1e-3])
+    assert all(record["grad_norm"] > 0 for record in updates)
+    assert sum(record.get("seconds/data", 0.0) for record in records) > 0
+    counts = [[record[f"counters/{name}"] for name in ("examples", "updates")] for record in updates]
+    assert counts == [[8, 1], [16, 2], [24, 3]] == [[record["examples"], record["updates"]] for record in updates]
+    out = capsys.readouterr().out
+    assert re.findall("(.*) updates: loss/train", out) == ["8 examples, 1"]
+    evaluations = ["0 examples, 0", "8 examples, 1", "16 examples, 2", "24 examples, 3"]
+    assert re.findall("(.*) updates: .*loss/eval", out) == evaluations
+
+
+def test_an_evaluation_prints_how_much_was_truncated_so_far_also_after_a_resume(make_trainer, capsys):
+    settings = ("loss=dpo", "max_length=60", "max_prompt_length=30", "n_eval_examples=8", "debug=true")
+    trainer, resumed = make_trainer(*settings), make_trainer(*settings)
+    batches = [batch for batch, _ in zip(trainer.train_batches, range(2), strict=False)]
+    for batch in batches:
+        trainer.train_step(batch)
+    cut = Counter(what for batch in batches for example in batch.examples for what in example.truncated)
+    assert len(cut) > 1 and min(cut.values()) > 0
+    counts = ", ".join(f"{what} {cut[what]}" for what in sorted(cut))
+    resumed.load_state_dict(copy.deepcopy(trainer.state_dict([0, 0, 0])))
+    capsys.readouterr()
+    for one in (trainer, resumed):
+        one.evaluate_and_save()
+        assert f"Truncated so far, of 16 training examples: {counts}\n" in capsys.readouterr().out
+
+
 def test_an_evaluation_prints_its_advice_if_there_is_some(make_trainer, monkeypatch, capsys):
     trainer = make_trainer("loss=dpo", "n_eval_examples=8", "debug=true")
     trainer.evaluate_and_save()
@@ -461,6 +531,96 @@ def test_an_evaluation_prints_its_advice_if_there_is_some(make_trainer, monkeypa
     monkeypatch.setattr("trainers.displacement_advice", lambda metrics: f"of {metrics['diagnosis/displaced']:.0f}")
     trainer.evaluate_and_save()
     assert "Advice: of 0.\n" in capsys.readouterr().out
+
+
+# Checkpoints
+
+
+SHORT = ("loss=sft", "n_examples=16", "n_eval_examples=8", "do_first_eval=false")
+
+
+def test_a_checkpoint_has_its_evaluation_and_the_last_one_repeats_it_where_a_run_goes_on(make_trainer):
+    trainer = make_trainer(*SHORT, "eval_every=8")
+    trainer.train()
+    content = (trainer.run.path / "metrics.jsonl").read_bytes()
+    evaluated = {r["examples"]: r["loss/eval"] for r in map(json.loads, content.splitlines()) if "loss/eval" in r}
+    for step, kept in ((8, [False, True]), (16, [False, True, False])):
+        folder = trainer.run.path / f"step-{step}"
+        assert json.loads((folder / "metrics.json").read_text())["loss/eval"] == evaluated[step]
+        run = read_checkpoint(folder)["run"]
+        records = map(json.loads, content[: run["logs"][0]].splitlines())
+        assert ["loss/eval" in record for record in records] == kept
+        assert run["identity"] == trainer.run.identity
+
+
+def test_a_stop_while_an_evaluation_samples_repeats_all_of_it_where_the_run_goes_on(make_trainer, monkeypatch):
+    def stop():
+        raise Stopped("SIGTERM")
+
+    trainer = make_trainer("loss=dpo", "n_eval_examples=8", "sample_during_eval=true")
+    trainer.train_step(next(iter(trainer.train_batches)))
+    before = trainer.logger.sizes()
+    monkeypatch.setattr(trainer, "sample", stop)
+    with pytest.raises(Stopped):
+        trainer.evaluate_and_save()
+    assert trainer.logger.sizes() != before == read_checkpoint(trainer.run.path / "step-8")["run"]["logs"]
+
+
+@pytest.mark.parametrize("asked, steps", [("save", {"step-8", "step-16"}), ("stop", {"step-8"})])
+def test_a_signal_during_an_update_gives_a_checkpoint_right_after_it(asked, steps, make_trainer, monkeypatch):
+    trainer = make_trainer(*SHORT)
+    if asked == "save":
+        monkeypatch.setattr(trainer.signals, "take_save", lambda: trainer.updates == 1)
+        trainer.train()
+    else:
+        trainer.signals.stop = "SIGTERM"
+        with pytest.raises(Stopped):
+            trainer.train()
+    assert {path.name for path in trainer.run.path.glob("step-*")} == steps
+
+
+def test_only_the_last_checkpoint_which_the_export_needs_is_waited_for(make_trainer, monkeypatch):
+    trainer, waited = make_trainer(*SHORT, "save_every=8", "background_saves=true"), []
+    write = trainer.writer.write
+    monkeypatch.setattr(
+        trainer.writer, "write", lambda *what, blocking: waited.append(blocking) or write(*what, blocking=blocking)
+    )
+    trainer.train()
+    assert waited == [False, True]
+    assert (trainer.run.path / "step-8" / "policy.pt").is_file() and (trainer.run.path / "step-16" / "hf").is_dir()
+
+
+@pytest.mark.parametrize(
+    "part, hint",
+    [
+        ("clip_gradient", "outside of a forward pass; a smaller model or fewer parameters to train need less"),
+        ("state_dict", "while saving a checkpoint; background_saves=false makes no copy of it in memory"),
+    ],
+)
+def test_a_lack_of_memory_outside_of_a_pass_names_what_needs_less(part, hint, make_trainer, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    trainer = make_trainer(*SHORT, "save_every=8")
+    monkeypatch.setattr(trainer, part, no_memory)
+    with pytest.raises(RunError, match=f"^out of memory {hint} .MemoryError.$"):
+        trainer.train()
+
+
+def test_an_export_has_the_facts_of_its_run_and_is_uploaded_where_that_is_asked(make_trainer, monkeypatch):
+    uploads = []
+    monkeypatch.setattr("trainers.upload", lambda *what: uploads.append(what))
+    trainer = make_trainer(*SHORT, "push_to_hub=me/name")
+    trainer.train()
+    folder = trainer.run.path / "step-16" / "hf"
+    assert uploads == [(folder, "me/name")]
+    card = (folder / "README.md").read_text()
+    assert "trained with `loss=sft` on data: 16 examples in 2 updates." in card
+    assert "On 8 evaluation examples, after the last update." in card
+    last = json.loads((trainer.run.path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"| loss/eval | {last['loss/eval']:.4g} |" in card
+    hashes = [f"| {what} | {digest} |" for what, digest in trainer.run.identity.items() if what != "the settings"]
+    assert hashes and all(line in card for line in hashes)
 
 
 # Samples
@@ -522,12 +682,25 @@ def test_a_trainer_that_loads_a_state_goes_on_as_the_one_that_gave_it(loss, make
 
 
 def test_a_state_of_another_machine_is_taken_with_a_note_of_what_differs(make_trainer, capsys):
-    one, other = make_trainer("loss=sft"), make_trainer("loss=sft")
+    settings = ("layout=padded", "precision=bfloat16", "max_tokens_per_pass=300", "activation_checkpointing=true")
+    one, other = make_trainer("loss=sft", *settings), make_trainer("loss=sft", "max_tokens_per_pass=700")
     state = one.state_dict([0, 0])
-    state["run"]["surroundings"] |= {"the number of threads": 64}
+    kinds = ("the number of threads", "the number of processes", "the number of parts of a batch")
+    state["run"]["surroundings"] |= {"torch": "1.0"} | dict.fromkeys(kinds, 64)
+    capsys.readouterr()
     other.load_state_dict(state)
-    change = f"the number of threads was 64, is {torch.get_num_threads()}."
-    assert f"Not bit for bit what it would have been without the stop: {change}" in capsys.readouterr().out
+    changes = [
+        f"torch was 1.0, is {torch.__version__}",
+        f"the number of threads was 64, is {torch.get_num_threads()}",
+        "the number of processes was 64, is 1",
+        "the number of parts of a batch was 64, is 1",
+        "the layout was padded, sdpa attention, is shared_prefix, packed attention",
+        "the dtype of the computation was torch.bfloat16, is torch.float32",
+        "max_tokens_per_pass was 300, is 700",
+        "activation_checkpointing was True, is False",
+    ]
+    expected = f"Not bit for bit what it would have been without the stop: {'; '.join(changes)}.\n"
+    assert capsys.readouterr().out == expected
 
 
 @pytest.mark.parametrize("part", ["policy", "optimizer", "scheduler", "run"])
