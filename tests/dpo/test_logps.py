@@ -10,6 +10,7 @@ from tiny_models import EXAMPLES, PLENTY, respond, sums_of_logps, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo.attention import use_attention
 from dpo.examples import TextExample, Tokenization
 from dpo.logps import FLOAT32_BYTES, ResponseLogps, response_logps, target_logps
 from dpo.packing import LAYOUTS, make_microbatches
@@ -256,6 +257,18 @@ def test_a_pass_keeps_no_keys_and_values_for_generating(separate):
     (part,) = make_microbatches(EXAMPLES, "shared_prefix", PLENTY)
     response_logps(ResponseLogps(model, separate), part)
     assert caches == [None]
+
+
+def test_attention_in_a_shared_row_looks_at_one_example_at_a_time(monkeypatch):
+    """Prompts and responses of 9 + 5 + 3, 4 + 2 + 8 and 13 + 1 + 6 tokens, in 2 layers."""
+    model, widths = tiny("Llama"), []
+    use_attention(model, "packed")
+    attend = torch.nn.functional.scaled_dot_product_attention
+    spy = lambda *states, **how: widths.extend(each.shape[2] for each in states) or attend(*states, **how)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    (part,) = make_microbatches(EXAMPLES, "shared_prefix", PLENTY)
+    response_logps(ResponseLogps(model, separate_head=True), part)
+    assert widths == ([17] * 3 + [14] * 3 + [20] * 3) * 2
 
 
 def test_logits_that_a_model_caps_or_scales_are_left_to_the_model():
