@@ -167,7 +167,7 @@ def test_each_example_is_computed_once_if_a_batch_needs_it_in_parts_as_large_as_
     passes = []
     monkeypatch.setattr(Precomputation, "log_rounding", lambda self, reference: None)
     compute = lambda policy, batch: passes.append(len(batch.examples)) or response_logps(policy, batch)  # noqa: E731
-    monkeypatch.setattr("dpo.references.response_logps", compute)
+    monkeypatch.setattr("dpo.precomputation.response_logps", compute)
     settings = ("batch_size=6", "gradient_accumulation_steps=2", "max_tokens_per_pass=100000")
     cache, _ = precompute(*settings, f"n_epochs={n_epochs}")
     assert passes == [3, 3, 4, *left]
