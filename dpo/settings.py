@@ -265,7 +265,7 @@ def problem_line(
     """Return one line for an error of pydantic, or None where another line names its cause."""
     value, name = detail["input"], key.removeprefix(prefix)
     if detail["type"] == "extra_forbidden":
-        return f"{key}: the chosen loss has no such setting" if key in known else suggest(key, written(value), known)
+        return suggest(key, written(value), known)
     if isinstance(value, OmegaConfBaseException):
         caused = "name_or_path" in str(value) and key != "model.name_or_path"
         return None if caused else f"{key}: is missing; set {key}=VALUE, {allowed(kind, name)}"

@@ -99,6 +99,7 @@ def test_a_missing_model_is_one_line_whatever_is_interpolated_from_it():
         ("local_run_dir=???", "local_run_dir: is missing; set local_run_dir=VALUE, a name"),
         ("wandb.enabled=${nowhere}", "wandb.enabled: is missing; set wandb.enabled=VALUE, true or false"),
         ("wandb=none", "wandb: is a group of settings; use wandb.enabled=false"),
+        ("wandb=all", "wandb: is a group of settings; use wandb.enabled=true"),
         ("columns=null", "columns: is a group of settings; `python train.py --help columns` lists them"),
     ],
 )
