@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -71,7 +72,7 @@ def forecast(trainer: "BasicTrainer") -> None:
     workload = Workload.of(trainer, MEASURED)
     trainer.train_step(workload.longest)  # makes the optimizer's state, and whatever is made at a first pass
     saving = time_saving(trainer)
-    copied = copy_to_host(trainer.tensors(), {}) if holds_copies(trainer) else {}
+    copied = copy_to_host(trainer.state_dict([]), {}) if holds_copies(trainer) else {}
     reset_peak_memory(device)
     trainer.train_step(workload.longest)
     seconds = time_updates(trainer)
@@ -125,35 +126,37 @@ def time_samples(trainer: "BasicTrainer") -> float:
 
 def time_saving(trainer: "BasicTrainer") -> float:
     """Return the seconds that the last checkpoint and the export take, from those of writing a part of them."""
-    if trainer.settings.debug:
+    config, states = trainer.run.config, trainer.state_dict([])
+    if config.debug:  # the settings of a dry run say so of every run
         return 0.0
-    states = trainer.tensors()
     tensors, part = tensors_below(states), list[torch.Tensor]()
     for tensor in tensors:
         if size_of(part) < WRITTEN:
             part.append(tensor)
-    folder = next(folder for folder in trainer.run.path.absolute().parents if folder.exists())
+    folder = next(folder for folder in Path(config.local_run_dir).absolute().parents if folder.exists())
     start = time.perf_counter()
-    with TemporaryDirectory(dir=folder, prefix=".dry-run-") as name:
+    with suppress(OSError), TemporaryDirectory(dir=folder, prefix=".dry-run-") as name:
         atomic_write(Path(name, "part.pt"), lambda staging: torch.save(part, staging))
         sha256(Path(name, "part.pt"))
         seconds = time.perf_counter() - start
-    written = size_of(tensors) + size_of(tensors_below(states["policy"]))  # the export has the policy once more
-    return seconds * written / size_of(part)
+        exports_all = trainer.settings.lora is None or trainer.settings.lora.export_merged
+        exported = size_of(trainer.policy.parameters()) if exports_all else size_of(tensors_below(states["policy"]))
+        return seconds * (size_of(tensors) + exported) / size_of(part)
+    return 0.0  # the run will tell why it cannot write there
 
 
 def count_saves(trainer: "BasicTrainer") -> int:
     """Return how many checkpoints a run writes before its last one: of evaluations, and every save_every examples."""
     settings, before_last = trainer.settings, (len(trainer.train_batches) - 1) * trainer.settings.batch_size
-    evaluations = count_evaluations(trainer) - 1 - int(settings.do_first_eval)
-    return evaluations + (0 if settings.save_every is None else before_last // settings.save_every)
+    clocks = [every for every in (settings.eval_every, settings.save_every) if every is not None]
+    due = (n for every in clocks for n in range(every, before_last + 1, every))
+    return len({-(-n // settings.batch_size) for n in due})
 
 
 def holds_copies(trainer: "BasicTrainer") -> bool:
     """Return whether updates run while a checkpoint is written from a copy in the device's memory."""
-    settings = trainer.settings
-    saves = settings.background_saves and not settings.debug and count_saves(trainer) > 0
-    return saves and trainer.device.type == "cpu"
+    saves = not trainer.run.config.debug and count_saves(trainer) > 0
+    return saves and trainer.settings.background_saves and trainer.device.type == "cpu"
 
 
 def count_evaluations(trainer: "BasicTrainer") -> int:

@@ -18,13 +18,13 @@ from dpo.devices import autocast
 from dpo.distributed import Ranks
 from dpo.examples import BatchIterator, TokenizedExample
 from dpo.logps import ResponseLogps, response_logps
-from dpo.packing import Packer
+from dpo.packing import LAYOUTS, Packer
 from dpo.references import CachedReference
 
 CACHE_VERSION = 4  # part of a cache's key; raise it where the code computes other numbers or orders them anew
-PROMPTS = 1000  # that are looked at, to see whether pairs share responses
 WORTHWHILE = 0.8  # share of the pairs' tokens up to which merged examples are computed in their place
-MERGED_AT_A_TIME = 64  # prompts
+SEEN = 2000  # pairs by which that share is estimated, of prompts from all of the data
+MERGED = 512  # pairs that are merged at a time
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Precomputation:
 
     It walks the very passes of the first epoch and of the evaluation, so that these get the numbers that a second model
     would give; what the first epoch leaves out and a later one needs is computed in passes of its own. But where the
-    pairs of a prompt share responses, as in rankings, each response is computed once, beside the others of its prompt.
+    pairs share prompts and responses, as in rankings, each response is computed once, beside the others of its prompt.
     """
 
     policy: ResponseLogps
@@ -65,26 +65,28 @@ class Precomputation:
             self.ranks.on_main(lambda: reference.save(own, key))
 
     def merged_share(self) -> float:
-        """Return the tokens of merged examples as a share of the pairs' tokens, over some prompts of a whole epoch.
+        """Return the tokens of merged examples as a share of the pairs' tokens, over pairs from all of the data.
 
         1 for less than an epoch, whose pairs alone are worth computing.
         """
-        train = self.train_batches
+        train, cost = self.train_batches, LAYOUTS[self.packer.layout].cost
         if len(train) < train.batches_per_epoch:
             return 1.0
-        pairs = train.tokenize([text for group in islice(train.groups, PROMPTS) for text in group])
-        return sum(map(len, merge(pairs, self.packer.max_tokens))) / sum(map(len, pairs))
+        prompts = (train.groups[i] for i in range(0, len(train.groups), -(-train.n_items // SEEN)))
+        pairs = train.tokenize(list(islice((text for group in prompts for text in group), SEEN)))
+        merged = merge(pairs, self.packer.layout, self.packer.max_tokens)
+        return sum(cost([one]) for one in merged) / sum(cost([pair]) for pair in pairs)
 
-    def compute(self, reference: CachedReference, merged_share: float = 1.0) -> None:
+    def compute(self, reference: CachedReference, merged_share: float) -> None:
         """Compute the log-probabilities of all examples that the run will meet."""
         train = self.train_batches
         if merged_share <= WORTHWHILE:
             share = f"{merged_share:.0%} of the pairs' tokens"
-            log_message(f"Reference: pairs share responses; each is computed once for its prompt, {share}.")
-            prompts = iter(train.groups)
-            for _ in progress(range(0, len(train.groups), MERGED_AT_A_TIME), "reference, training data"):
-                texts = [text for group in islice(prompts, MERGED_AT_A_TIME) for text in group]
-                self.fill_merged(reference, train.tokenize(texts))
+            log_message(f"Reference: each response is computed once, beside the others of its prompt: about {share}.")
+            texts = (text for group in train.groups for text in group)
+            parts = (train.tokenize(list(islice(texts, MERGED))) for _ in range(0, train.n_items, MERGED))
+            for pairs in progress(prefetch(parts), "reference, training data", total=-(-train.n_items // MERGED)):
+                self.fill_merged(reference, pairs)
         else:
             epoch = replace(train, n_epochs=1).from_start()
             for batch in progress(prefetch(epoch), "reference, training data", total=len(epoch)):
@@ -110,7 +112,7 @@ class Precomputation:
     def fill_merged(self, reference: CachedReference, pairs: Sequence[TokenizedExample]) -> None:
         """Compute each response of the pairs once, and store its log-probability for every pair that has it."""
         found: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
-        merged = sorted(merge(pairs, self.packer.max_tokens), key=n_responses)
+        merged = sorted(merge(pairs, self.packer.layout, self.packer.max_tokens), key=n_responses)
         with autocast(self.policy.model.dtype, self.dtype, self.packer.device):
             for _, examples in groupby(merged, key=n_responses):  # those of a pass have equally many
                 for batch, scale, _ in self.ranks.passes(self.packer, list(examples)):
@@ -158,20 +160,21 @@ def fingerprint(model: PreTrainedModel, settings: object) -> str:
     return digest.hexdigest()
 
 
-def merge(pairs: Sequence[TokenizedExample], max_tokens: int) -> Iterator[TokenizedExample]:
-    """Yield examples that hold each response to a prompt once, as many in one as max_tokens allow; one fits always."""
+def merge(pairs: Sequence[TokenizedExample], layout: str, max_tokens: int) -> Iterator[TokenizedExample]:
+    """Yield examples that hold each response to a prompt once, as many in one as max_tokens allow, but at least one."""
     texts = {tuple(pair.prompt): pair.text for pair in pairs}
     responses: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {prompt: {} for prompt in texts}
     for pair in pairs:
         responses[tuple(pair.prompt)] |= dict.fromkeys(map(tuple, pair.responses))
     for prompt, distinct in responses.items():
-        own: list[list[int]] = []
+        one = TokenizedExample(texts[prompt], list(prompt), ())
         for response in distinct:
-            if own and len(prompt) + sum(map(len, own)) + len(response) > max_tokens:
-                yield TokenizedExample(texts[prompt], list(prompt), tuple(own))
-                own = []
-            own.append(list(response))
-        yield TokenizedExample(texts[prompt], list(prompt), tuple(own))
+            more = replace(one, responses=(*one.responses, list(response)))
+            if one.responses and LAYOUTS[layout].cost([more]) > max_tokens:
+                yield one
+                more = replace(one, responses=(list(response),))
+            one = more
+        yield one
 
 
 def n_responses(example: TokenizedExample) -> int:

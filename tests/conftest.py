@@ -203,7 +203,8 @@ def make_trainer(tmp_path):
         made = []
 
         def make(*overrides: str) -> BasicTrainer:
-            overrides = (*TINY, f"local_run_dir='{tmp_path / f'run{len(made)}'}'", *overrides)
+            places = (f"local_run_dir='{tmp_path / f'run{len(made)}'}'", f"local_dirs=['{tmp_path}']")
+            overrides = (*TINY, *places, *overrides)
             settings, loss = validated(*overrides)
             run = stack.enter_context(RunDir(Path(settings.local_run_dir), compose(*overrides)))
             made.append(build_trainer(settings, loss, load_inputs(settings, loss), run))

@@ -72,6 +72,11 @@ class Runner:
         self.run_tests(session, [item for item in session.items if item.nodeid in chosen])
         if session.testsfailed:
             raise session.Failed("a test fails on the unchanged code")
+        control = os.fork()
+        if control == 0:
+            self.be_mutant("", session, [items[test] for test in items if test in chosen])
+        if os.waitstatus_to_exitcode(os.waitpid(control, 0)[1]) != 0:
+            raise session.Failed("a test fails on the unchanged code in a forked child, where it runs once more")
         gc.freeze()  # else each child would copy the memory of all objects, to count them
         running: dict[int, str] = {}
         for name in [*self.names, *[""] * self.jobs]:

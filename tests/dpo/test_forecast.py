@@ -36,15 +36,19 @@ SHORT = ("n_examples=16", "n_eval_examples=8", "eval_batch_size=4", "do_first_ev
 @pytest.mark.parametrize(
     "overrides, remedies",
     [
-        (["loss=dpo"], {"loss.precompute_reference", "lora", "model.policy_dtype"}),
+        (
+            ["loss=dpo", "background_saves=true", "eval_every=8"],
+            {"loss.precompute_reference", "lora", "model.policy_dtype"},
+        ),
         (["loss=dpo", "loss.precompute_reference=true"], {"lora", "model.policy_dtype"}),
         (["loss=dpo", "lora=default", "activation_checkpointing=true"], {"model.policy_dtype"}),
         (["loss=sft", "optimizer=Muon", "sample_during_eval=true"], {"lora"}),
     ],
     ids=["dpo", "cached", "adapter", "sft"],
 )
-def test_a_dry_run_prints_its_forecast_and_leaves_nothing(overrides, remedies, tmp_path, capsys):
-    folder = tmp_path / "run"
+def test_a_dry_run_prints_its_forecast_and_leaves_nothing(overrides, remedies, tmp_path, capsys, monkeypatch):
+    folder, copies = tmp_path / "run", []
+    monkeypatch.setattr("dpo.forecast.copy_to_host", lambda states, memo: copies.append(states) or {})
     settings = [*TINY, *SHORT, "dry_run=true", f"local_run_dir='{folder}'", f"local_dirs=['{tmp_path / 'cache'}']"]
     train.run(compose(*settings, "precision=auto", "max_tokens_per_pass=200", *overrides), Signals(), ())
     out = capsys.readouterr().out
@@ -58,6 +62,8 @@ def test_a_dry_run_prints_its_forecast_and_leaves_nothing(overrides, remedies, t
     assert found == dict.fromkeys(measured, "measured") | dict.fromkeys(remedies, "computed")
     assert ("the reference's log-probabilities" in out) == ("loss.precompute_reference=true" in overrides)
     assert ("samples" in out.split("Time to the end")[1]) == ("sample_during_eval=true" in overrides)
+    assert re.search(r"saving [\d.]+ seconds.*\), besides loading and the report", out)
+    assert len(copies) == ("background_saves=true" in overrides)
 
 
 # Counts
@@ -104,12 +110,12 @@ def test_evaluations_are_counted_as_a_run_makes_them(settings, expected, make_tr
         (["eval_every=1000", "do_first_eval=false"], 0),
         (["eval_every=8", "do_first_eval=true"], 2),  # after 8 and 16 of 24 examples
         (["eval_every=1000", "save_every=8"], 2),
+        (["eval_every=8", "save_every=8"], 2),
+        (["eval_every=1000", "save_every=3"], 2),  # 24 examples in 3 updates
         (["eval_every=1000", "save_every=20"], 0),  # reached by the last update alone
     ],
 )
-def test_checkpoints_are_counted_as_a_run_writes_them_and_copied_if_training_goes_on(
-    settings, expected, make_trainer, monkeypatch
-):
+def test_checkpoints_are_counted_as_a_run_writes_them_and_copied_if_training_goes_on(settings, expected, make_trainer):
     settings = ("loss=sft", "n_examples=24", "n_eval_examples=8", *settings)
     trainer = make_trainer(*settings)
     assert count_saves(trainer) == expected and not holds_copies(trainer)
@@ -121,13 +127,23 @@ def test_checkpoints_are_counted_as_a_run_writes_them_and_copied_if_training_goe
 # Time
 
 
-def test_the_time_of_a_checkpoint_is_that_of_a_part_of_it_and_grows_with_its_size(make_trainer, monkeypatch):
-    """Writing all of the weights took 2 s, and the export has them once more."""
-    ticks = iter([0.0, 2.0])
+def test_the_time_of_a_checkpoint_is_scaled_from_a_part_of_it_and_the_export(make_trainer, monkeypatch):
+    """The first tensor took 2 s, the others take as long per byte, and the export has the weights once more."""
     trainer = make_trainer("loss=sft", "optimizer=SGD")  # which keeps nothing beside the weights
-    monkeypatch.setattr("dpo.forecast.time.perf_counter", lambda: next(ticks))
-    assert time_saving(trainer) == pytest.approx(4.0)
+    sizes = [4 * parameter.numel() for parameter in trainer.policy.parameters()]
+    monkeypatch.setattr("dpo.forecast.WRITTEN", 1)
+    monkeypatch.setattr("dpo.forecast.time.perf_counter", iter([0.0, 2.0]).__next__)
+    assert time_saving(trainer) == pytest.approx(2 * 2 * sum(sizes) / sizes[0], rel=0.02)  # random states are saved too
     assert time_saving(make_trainer("loss=sft", "debug=true")) == 0.0
+
+
+def test_the_saves_to_a_folder_that_cannot_be_written_take_no_time(make_trainer, monkeypatch):
+    def refuse(**options: object) -> None:
+        raise PermissionError
+
+    trainer = make_trainer("loss=sft")
+    monkeypatch.setattr("dpo.forecast.TemporaryDirectory", refuse)
+    assert time_saving(trainer) == 0.0
 
 
 def test_the_time_is_that_of_updates_evaluations_and_samples(make_trainer):
