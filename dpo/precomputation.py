@@ -111,7 +111,7 @@ class Precomputation:
 
     def fill_merged(self, reference: CachedReference, pairs: Sequence[TokenizedExample]) -> None:
         """Compute each response of the pairs once, and store its log-probability for every pair that has it."""
-        found: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
+        found: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}  # of a prompt and a response
         merged = sorted(merge(pairs, self.packer.layout, self.packer.max_tokens), key=n_responses)
         with autocast(self.policy.model.dtype, self.dtype, self.packer.device):
             for _, examples in groupby(merged, key=n_responses):  # those of a pass have equally many
@@ -119,11 +119,9 @@ class Precomputation:
                     with self.packer.memory_hint(batch):
                         sums = response_logps(self.policy, batch).sums.tolist()
                     for example, row in zip(batch.examples, sums, strict=True):
-                        prompt = tuple(example.prompt)
-                        found |= {(prompt, tuple(r)): x for r, x in zip(example.responses, row, strict=True) if scale}
-        for pair in pairs:
-            keys = [(tuple(pair.prompt), tuple(response)) for response in pair.responses]
-            reference.sums[reference.rows([pair.text])] = torch.tensor([found.get(key, torch.nan) for key in keys])
+                        found |= dict(zip(responses_of(example), row, strict=True)) if scale else {}
+        sums_of_pairs = [[found.get(response, torch.nan) for response in responses_of(pair)] for pair in pairs]
+        reference.sums[reference.rows(pair.text for pair in pairs)] = torch.tensor(sums_of_pairs)
 
     def log_rounding(self, reference: CachedReference) -> None:
         """Print how far the numbers of a few examples move when they share no pass, as in later epochs' passes."""
@@ -175,6 +173,11 @@ def merge(pairs: Sequence[TokenizedExample], layout: str, max_tokens: int) -> It
                 more = replace(one, responses=(list(response),))
             one = more
         yield one
+
+
+def responses_of(example: TokenizedExample) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Return prompt and response for each response of an example."""
+    return [(tuple(example.prompt), tuple(response)) for response in example.responses]
 
 
 def n_responses(example: TokenizedExample) -> int:
