@@ -111,6 +111,19 @@ def test_merged_examples_and_the_passes_of_training_have_caches_of_their_own(pre
     assert "taken from" not in capsys.readouterr().out
 
 
+def test_pairs_are_merged_in_parts_and_examples_with_as_many_responses_share_passes(precompute, rankings, monkeypatch):
+    """18 pairs in one part: 3 examples of 4 responses. Parts of 5 cut the prompts, to the same sums."""
+    passes, compute = [], precomputation.response_logps
+    monkeypatch.setattr(precomputation.CachedReference, "load", lambda *arguments: False)
+    monkeypatch.setattr(
+        precomputation, "response_logps", lambda module, batch: passes.append(batch) or compute(module, batch)
+    )
+    whole = precompute(rankings, "max_tokens_per_pass=100000").reference.sums
+    assert passes[0].lengths.shape == (3, 4)
+    monkeypatch.setattr(precomputation, "MERGED", 5)
+    torch.testing.assert_close(precompute(rankings).reference.sums, whole, rtol=0, atol=1e-3)
+
+
 class Half(Ranks):
     """One of two ranks, each of which computes every second example, and the first one again with scale 0."""
 
