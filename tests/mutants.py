@@ -122,7 +122,9 @@ class Runner:
                 return
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep how long a test takes with its fixtures."""
+        """Keep how long a test takes with its fixtures, and name one that fails on the unchanged code."""
+        if report.failed and not os.environ["MUTANT_UNDER_TEST"]:
+            print(f"{report.nodeid} fails on the unchanged code", file=sys.__stderr__)
         self.durations[report.nodeid] = self.durations.get(report.nodeid, 0.0) + report.duration
 
 
