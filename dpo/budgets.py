@@ -88,8 +88,7 @@ def copied_bytes(settings: Settings, policy: ResponseLogps, optimizer: Optimizer
     """Return the bytes of a device's memory that the copy takes from which a checkpoint is written."""
     if device.type != "cpu" or not settings.background_saves:
         return 0
-    states = (value for held in optimizer.state.values() for value in tensors_in(held))
-    return size_of([*policy.trained_parameters(), *states])
+    return size_of([*policy.trained_parameters(), *tensors_in([*optimizer.state.values()])])
 
 
 def heaviest_part(batches: BatchIterator, n_parts: int, layout: str) -> Sequence[TokenizedExample]:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -82,7 +82,7 @@ def forecast(trainer: "BasicTrainer") -> None:
     for line in (
         *workload_lines(trainer, workload),
         *time_lines(trainer, workload, seconds, evaluation, sampling, saving),
-        *memory_lines(trainer, workload, peaks, size_of(tensors_below(copied))),
+        *memory_lines(trainer, workload, peaks, size_of(tensors_in(copied))),
     ):
         log_message(line)
 
@@ -125,24 +125,26 @@ def time_samples(trainer: "BasicTrainer") -> float:
 
 
 def time_saving(trainer: "BasicTrainer") -> float:
-    """Return the seconds that the last checkpoint and the export take, from those of writing a part of them."""
-    config, states = trainer.run.config, trainer.state_dict([])
-    if config.debug:  # the settings of a dry run say so of every run
+    """Return the seconds that the last checkpoint and the export take, from those of writing a part of them.
+
+    0 where the run's folder cannot be written to, which the run itself will refuse.
+    """
+    config = trainer.run.config
+    if config.debug:  # not trainer.settings.debug, which is set in every dry run
         return 0.0
-    tensors, part = tensors_below(states), list[torch.Tensor]()
-    for tensor in tensors:
-        if size_of(part) < WRITTEN:
-            part.append(tensor)
+    states = trainer.state_dict([])
+    tensors = tensors_in(states)
+    sizes_before = accumulate((tensor.nbytes for tensor in tensors), initial=0)
+    part = [tensor for tensor, before in zip(tensors, sizes_before, strict=False) if before < WRITTEN]
+    exports_all = trainer.settings.lora is None or trainer.settings.lora.export_merged
+    exported = trainer.policy.parameters() if exports_all else tensors_in(states["policy"])
     folder = next(folder for folder in Path(config.local_run_dir).absolute().parents if folder.exists())
-    start = time.perf_counter()
+    seconds, start = 0.0, time.perf_counter()
     with suppress(OSError), TemporaryDirectory(dir=folder, prefix=".dry-run-") as name:
         atomic_write(Path(name, "part.pt"), lambda staging: torch.save(part, staging))
         sha256(Path(name, "part.pt"))
         seconds = time.perf_counter() - start
-        exports_all = trainer.settings.lora is None or trainer.settings.lora.export_merged
-        exported = size_of(trainer.policy.parameters()) if exports_all else size_of(tensors_below(states["policy"]))
-        return seconds * (size_of(tensors) + exported) / size_of(part)
-    return 0.0  # the run will tell why it cannot write there
+    return seconds * (size_of(tensors) + size_of(exported)) / size_of(part)
 
 
 def count_saves(trainer: "BasicTrainer") -> int:
@@ -260,7 +262,7 @@ def computed_remedies(trainer: "BasicTrainer", workload: Workload, peak: int, co
     several = len(list(trainer.packer(workload.longest.examples, settings.gradient_accumulation_steps))) > 1
     weights = size_of(trainer.policy.parameters())
     trained = size_of(trainer.policy.trained_parameters())
-    state = size_of(value for held in trainer.optimizer.state.values() for value in tensors_in(held))
+    state = size_of(tensors_in([*trainer.optimizer.state.values()]))
     second = size_of(reference.module.parameters()) if isinstance(reference, ModelReference) else 0
     found = {}
     own_dtype = settings.model.reference_dtype is None
@@ -275,17 +277,12 @@ def computed_remedies(trainer: "BasicTrainer", workload: Workload, peak: int, co
     return found
 
 
-def tensors_below(value: Any) -> list[torch.Tensor]:
+def tensors_in(value: Any) -> list[torch.Tensor]:
     """Return the tensors in nested dicts and lists."""
     if isinstance(value, torch.Tensor):
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in tensors_below(part)]
-
-
-def tensors_in(state: Any) -> list[torch.Tensor]:
-    """Return the tensors of one parameter's state in an optimizer."""
-    return [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return [tensor for part in parts for tensor in tensors_in(part)]
 
 
 # The data

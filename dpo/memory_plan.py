@@ -92,7 +92,7 @@ def memory_plan(trainer: "BasicTrainer", settings: Settings, prepare: Prepare, n
         reference = None if second is None else prepare(without_weights(second), settings, ranks, trainer.dtype)
         trained = policy.trained_parameters()
         optimizer = stepped_optimizer(settings, policy)
-        state = [value for held in optimizer.state.values() for value in tensors_in(held)]
+        state = tensors_in([*optimizer.state.values()])
         models = [policy] if reference is None else [policy, reference]
         gathered = 0 if settings.ddp else sum(gathered_bytes(model, settings, trainer) for model in models)
         several = max(map(len, passes)) > 1 and not settings.reduce_every_pass and not settings.ddp

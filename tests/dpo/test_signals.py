@@ -22,5 +22,5 @@ with ProcessSignals().installed() as signals:
     with signals.deferred():
         print(signals.take_save(), signals.take_save(), signals.stop)
 """
-    told = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
-    assert told == "True False None\n"
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    assert printed == "True False None\n"
