@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -10,7 +12,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-Attention = Callable[..., tuple[torch.Tensor, None]]  # as transformers calls it, with a mask that holds examples
+# On a CPU, in examples of at least this many tokens, each response attends apart from the others, so that less of what
+# the mask hides is computed; in shorter ones more calls cost as much as that saves (benchmarks/README.md).
+BRANCHED = 384
 
 
 def attention_kinds(device: torch.device) -> list[str]:
@@ -88,40 +92,63 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend example by example: cost grows with the sum of the squared lengths, not with the square of their sum.
 
-    query, key, value are (1, heads, seq, d) and the mask (1, 1, seq, seq). Where the mask carries no example_offsets,
-    this is torch's attention.
+    query, key, value are (1, heads, seq, d) and the mask (1, 1, seq, seq). Where the mask carries no branches, the
+    lengths of each example's prompt and responses, this is torch's attention.
     """
-    offsets = getattr(attention_mask, "example_offsets", None)
-    if attention_mask is None or offsets is None:
+    branches = getattr(attention_mask, "branches", None)
+    if attention_mask is None or branches is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    attend: Attention = cpu_attention if query.device.type == "cpu" else sdpa_attention_forward
-    lengths = [end - start for start, end in offsets]
-    examples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), offsets, strict=True)
-    parts = [
-        attend(module, *states, attention_mask[:, :, start:end, start:end], **kwargs)[0]
-        for *states, (start, end) in examples
-    ]
+    sizes, parts = list(map(sum, branches)), []
+    split = (states.split(sizes, dim=2) for states in (query, key, value))  # slices' gradients would be whole tensors
+    for lengths, end, q, k, v in zip(branches, accumulate(sizes), *split, strict=True):
+        mask = attention_mask[:, :, end - sum(lengths) : end, end - sum(lengths) : end]
+        if query.device.type == "cpu":
+            parts.append(cpu_attention(q, k, v, mask, list(lengths), **kwargs))
+        else:
+            parts.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
     return torch.cat(parts, dim=1), None
 
 
 def cpu_attention(
-    module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor,
+    mask: torch.Tensor,
+    branches: list[int],
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attend in at least float32, with as many key heads as there are; the result is of the values' dtype.
+) -> torch.Tensor:
+    """Attend in one example in at least float32, with as many key heads as there are; the result is (1, seq, heads, d).
 
-    For sequences of some hundred tokens torch's kernel is slower in bfloat16, and repeated keys would only be stored.
+    branches are the lengths of its prompt and responses. The result is of the values' dtype. For sequences of some
+    hundred tokens torch's kernel is slower in bfloat16, and repeated keys would only be stored.
     """
     dtype = torch.promote_types(value.dtype, torch.float32)
-    query, key, mask = (tensor.to(dtype) for tensor in (query, key, attention_mask))
+    attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True)
+    q, k, v, mask = (tensor.to(dtype) for tensor in (query, key, value, mask))
     with torch.autocast("cpu", enabled=False):
-        out = F.scaled_dot_product_attention(
-            query, key, value.to(dtype), attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=True
+        out = branched(attend, q, k, v, mask, branches) if q.shape[2] >= BRANCHED else attend(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2).to(value.dtype)
+
+
+def branched(
+    attend: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    branches: list[int],
+) -> torch.Tensor:
+    """Attend in the prompt and first response causally, then in each other response to the prompt and itself."""
+    rows = [branches[0] + branches[1], *branches[2:]]
+    queries, masks = query.split(rows, dim=2), mask.split(rows, dim=2)
+    keys, values = key.split(branches, dim=2), value.split(branches, dim=2)
+    parts = [attend(queries[0], torch.cat(keys[:2], 2), torch.cat(values[:2], 2), is_causal=True)]
+    for k, (q, m) in enumerate(zip(queries[1:], masks[1:], strict=True), start=2):
+        seen = m.split(branches, dim=3)
+        own_keys, own_values, own_mask = (
+            torch.cat((part[0], part[k]), dim) for part, dim in ((keys, 2), (values, 2), (seen, 3))
         )
-    return out.transpose(1, 2).to(value.dtype), None
+        parts.append(attend(q, own_keys, own_values, attn_mask=own_mask))
+    return torch.cat(parts, 2)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from itertools import accumulate
 
 import torch
 
@@ -22,7 +21,7 @@ class PackedBatch:
     examples         the examples, in this order
     segments         (2, seq) for a row that holds several examples, from which its attention mask is made: the index of
                      each token's example, and of its branch in it (0: the prompt, 1 and up: the responses); else None
-    example_offsets  (start, end) of each example in such a row, beyond which attention need not look
+    branches         for such a row, the lengths of the prompt and the responses of each example; else empty
     """
 
     inputs: dict[str, torch.Tensor]
@@ -31,7 +30,7 @@ class PackedBatch:
     lengths: torch.Tensor
     examples: tuple[TokenizedExample, ...]
     segments: torch.Tensor | None = None
-    example_offsets: tuple[tuple[int, int], ...] = ()
+    branches: tuple[tuple[int, ...], ...] = ()
 
     @property
     def n_tokens(self) -> int:
@@ -83,25 +82,21 @@ def shared_prefix(examples: Sequence[TokenizedExample]) -> PackedBatch:
     tokens: list[int] = []
     positions: list[int] = []
     sources: list[int] = []
-    spans: list[list[int]] = []
+    branches: list[tuple[int, ...]] = []
     for example in examples:
         start, n_prompt = len(tokens), len(example.prompt)
+        branches.append((n_prompt, *map(len, example.responses)))
         tokens += example.prompt
         positions += range(n_prompt)
-        span = [n_prompt]
         for response in example.responses:
             sources += [start + n_prompt - 1, *range(len(tokens), len(tokens) + len(response) - 1)]
             tokens += response
             positions += range(n_prompt, n_prompt + len(response))
-            span.append(len(response))
-        spans.append(span)
     inputs = {"input_ids": torch.tensor([tokens]), "position_ids": torch.tensor([positions])}
-    lengths = torch.tensor([length for span in spans for length in span])
-    numbers = [[i for i, span in enumerate(spans) for _ in span], [k for span in spans for k in range(len(span))]]
-    segments = torch.tensor(numbers).repeat_interleave(lengths, dim=1)
-    ends = list(accumulate(map(sum, spans)))
-    offsets = tuple(zip([0, *ends], ends, strict=False))
-    return replace(pack(inputs, sources, examples), segments=segments, example_offsets=offsets)
+    lengths = torch.tensor([length for example in branches for length in example])
+    numbers = [(i, k) for i, example in enumerate(branches) for k in range(len(example))]
+    segments = torch.tensor(numbers).T.repeat_interleave(lengths, dim=1)
+    return replace(pack(inputs, sources, examples), segments=segments, branches=tuple(branches))
 
 
 def pack(inputs: dict[str, torch.Tensor], sources: list[int], examples: Sequence[TokenizedExample]) -> PackedBatch:
