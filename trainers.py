@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dpo.accumulation import accumulate_in_place
 from dpo.checkpoints import random_states, set_random_states
 from dpo.console import log_message, prefetch, progress, progress_bar
 from dpo.devices import autocast, platform
@@ -82,7 +83,7 @@ class BasicTrainer:
     @staticmethod
     def prepare(module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype) -> ResponseLogps:
         """Return the policy, or the reference, as it computes; the optimizer is made of the policy's parameters."""
-        return module
+        return accumulate_in_place(module)
 
     # Training
 

@@ -29,8 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import trainers  # noqa: E402
+from dpo.devices import peak_memory  # noqa: E402
 from dpo.optimizers import OptimizerOptions, make_optimizer, stochastic_round  # noqa: E402
 
+CPU = torch.device("cpu")
 DEFAULTS = ("lr=5e-7", "warmup_steps=0", "batch_size=4", "max_length=256", "max_prompt_length=128")
 SWITCHES = ("loss=dpo", "device=cpu", "wandb.enabled=false", "sample_during_eval=false")
 
@@ -96,7 +98,7 @@ def run_here(way: str, own_kernels: bool, overrides: list[str]) -> None:
     def make_and_watch(name: str, parameters: Iterable[Parameter], lr: float, _: OptimizerOptions) -> Optimizer:
         optimizer = make(name, parameters, lr)
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
-        optimizer.register_step_post_hook(lambda *_: peaks.append(peak_gb()))
+        optimizer.register_step_post_hook(lambda *_: peaks.append(peak_memory(CPU) / 1e9))
         return optimizer
 
     trainers.make_optimizer = make_and_watch  # type: ignore[attr-defined, assignment]  # which trainers imports
@@ -104,11 +106,6 @@ def run_here(way: str, own_kernels: bool, overrides: list[str]) -> None:
     with nullcontext() if own_kernels else Float32Products():
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
     print(peaks[-1])
-
-
-def peak_gb() -> float:
-    """Return this process's peak of resident memory in GB."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
 def measure(way: str, args: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:

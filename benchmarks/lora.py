@@ -17,9 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from composition import compose  # which adds the project's root to the path
 
 from build import build_trainer, load_inputs
+from dpo.devices import peak_memory
 from dpo.runs import RunDir
 from trainers import BasicTrainer
 
@@ -46,7 +48,7 @@ def peak_gb(way: str, args: argparse.Namespace, overrides: list[str], n_updates:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
         for _, batch in zip(range(n_updates), trainer.train_batches, strict=False):
             trainer.train_step(batch)
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    return peak_memory(torch.device("cpu")) / 1e9
 
 
 def train(trainers: dict[str, BasicTrainer]) -> dict[str, list[dict[str, float]]]:

@@ -28,8 +28,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from dpo.accumulation import accumulate_in_place
 from dpo.attention import attention_kinds, use_attention
-from dpo.devices import autocast, limit_onednn_cache, pick_device, tokens_per_pass
+from dpo.devices import autocast, limit_onednn_cache, peak_memory, pick_device, tokens_per_pass
 from dpo.examples import TextExample, Tokenization, TokenizedExample
 from dpo.logps import ResponseLogps, response_logps
 from dpo.models import compile_layers, recompute_activations
@@ -90,8 +91,7 @@ class Bench:
 
     def make_batches(self) -> list[list[TokenizedExample]]:
         """Draw batches of examples with real lengths and random tokens."""
-        rng = random.Random(0)
-        lengths = json.loads(Path(__file__).with_name("hh_lengths.json").read_text())
+        rng, lengths = random.Random(0), json.loads(Path(__file__).with_name("hh_lengths.json").read_text())
         rng.shuffle(lengths)
         cut = Tokenization(None, self.args.max_length, self.args.max_prompt_length).truncate  # type: ignore[arg-type]
         batches = []
@@ -124,6 +124,13 @@ class Bench:
             for module in model.modules():
                 module._compiled_call_impl = module.compiled_call if on else None
 
+    def accumulate(self, in_place: bool) -> None:
+        """Add to the gradients of head and embeddings in place, or let autograd do it as the original does."""
+        for part in (self.policy.get_input_embeddings(), self.policy.get_output_embeddings()):
+            part._forward_hooks.clear()
+        if in_place:
+            accumulate_in_place(self.response_logps)
+
     def finish(self) -> None:
         """Clip, step, and clear the gradient, as training does."""
         torch.nn.utils.clip_grad_norm_(self.policy.parameters(), 10.0)
@@ -142,7 +149,6 @@ def backward(policy: torch.Tensor, reference: torch.Tensor, n: int) -> None:
 def update(bench: Bench, way: Way, batch: list[TokenizedExample]) -> list[float]:
     """Do one update as trainers.py does it; return the policy's log-probabilities in the order of the batch."""
     reference: Reference = bench.cached_reference if way.cached else bench.reference(way.dtype)
-    bench.response_logps.float32_head = way.cached and way.dtype != torch.float32
     result: dict[TextExample, list[float]] = {}
     with autocast(torch.float32, way.dtype, bench.device):
         for layout in make_microbatches(batch, way.layout, way.max_tokens):
@@ -192,14 +198,6 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_gb(device: torch.device) -> float:
-    """Return the peak of memory since reset_peak, in GB: of the GPU, or of the whole process, weights included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
 def clock(device: torch.device) -> float:
@@ -260,11 +258,13 @@ def run_once(bench: Bench, way: Way, batch: list[TokenizedExample]) -> tuple[lis
     else:
         bench.reference(way.dtype)
     bench.use_compiled(way.compile)
+    bench.response_logps.float32_head = way.cached and way.dtype != torch.float32
+    bench.accumulate(in_place=way.update is update)
     reset_peak(bench.device)
     start = clock(bench.device)
     numbers = way.update(bench, way, batch)
     seconds = clock(bench.device) - start
-    return numbers, seconds, peak_gb(bench.device)
+    return numbers, seconds, peak_memory(bench.device) / 1e9
 
 
 def main() -> None:

@@ -203,6 +203,17 @@ def test_float32_logits_of_bfloat16_ones_exist_a_few_tokens_at_a_time(size, rows
     assert [t.dtype for t in kept if t.is_floating_point()] == [torch.bfloat16]
 
 
+def test_the_gradient_of_logits_takes_their_place_once():
+    logits = torch.randn(7, 11).requires_grad_()
+    logps, where = target_logps(logits * 1, torch.arange(7)), []
+    logps.grad_fn.register_hook(lambda gradients, _: where.append(gradients[0].data_ptr()))
+    kept = logps.grad_fn.saved_tensors[0].data_ptr()
+    logps.sum().backward(retain_graph=True)
+    assert where == [kept]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logps.sum().backward()
+
+
 def test_the_gradient_of_a_log_probability_has_no_gradient_of_its_own():
     logits = torch.randn(7, 11).requires_grad_()
     logps = target_logps(logits, torch.arange(7))

@@ -2,6 +2,7 @@
 
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +52,12 @@ def runs_on_mps(name: str) -> bool:
     return not keys or any(key == "MPS" or key.startswith("Composite") for key in keys)
 
 
+def as_on_a_gpu(query, key, value, mask, branches, **how):
+    """Attend in one example by torch's own attention."""
+    module = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1])
+    return sdpa_attention_forward(module, query, key, value, mask, **how)[0]
+
+
 def test_the_table_knows_what_mps_lacks():
     assert runs_on_mps("aten::mm") and runs_on_mps("aten::cat") and runs_on_mps("aten::reshape")
     assert not runs_on_mps("aten::segment_reduce") and not runs_on_mps("aten::_segment_reduce_backward")
@@ -63,7 +70,7 @@ def test_an_update_uses_operators_that_mps_has_and_no_float64(name, layout, dtyp
     """Both ways to the logits, and chunks of them; a CPU's own attention is left out as a GPU leaves it out."""
     monkeypatch.setattr("dpo.logps.CHUNK_BYTES", 0)
     monkeypatch.setattr("dpo.logps.CHUNK_TOKENS", 7)
-    monkeypatch.setattr("dpo.attention.cpu_attention", sdpa_attention_forward)
+    monkeypatch.setattr("dpo.attention.cpu_attention", as_on_a_gpu)
     module = ResponseLogps.wrap(tiny(name), float32_head=dtype != torch.float32)
     use_attention(module.model, "packed")
     optimizer = torch.optim.RMSprop(module.parameters(), lr=1e-3)
