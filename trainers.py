@@ -26,7 +26,7 @@ from dpo.model_card import Outcome, model_card
 from dpo.objectives import NOTHING, Context, Loss, Sums
 from dpo.optimizers import OptimizerOptions, make_optimizer
 from dpo.packing import PackedBatch, Packer
-from dpo.references import Reference, sums_of_logps
+from dpo.references import Reference, repeated, sums_of_logps
 from dpo.runs import RunDir
 from dpo.sampling import Sampler, distinct_prompts
 from dpo.saving import SAVING, CheckpointWriter
@@ -197,7 +197,7 @@ class BasicTrainer:
         """Return the evaluation's mean metrics and diagnosis, and log each pair; RunError if the loss is not finite."""
         self.policy.eval()
         metrics = BatchMetrics()
-        with self.clock("evaluation"), self.autocast():
+        with self.clock("evaluation"), self.autocast(), repeated(self.reference):
             examples = (example for batch in self.eval_batches.from_start() for example in batch.examples)
             sums = self.loss.batch_sums(examples, partial(self.sums_of_logps, before_pass=self.signals.check))
             for batch in progress(self.eval_batches.from_start(), "evaluating"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -25,6 +25,7 @@ from dpo.saving import copy_to_host
 if TYPE_CHECKING:
     from trainers import BasicTrainer
 
+T = TypeVar("T")
 MEASURED = 20_000  # training examples whose tokens are counted, at most
 TIMED_UPDATES, TIMED_SECONDS = 20, 30.0  # updates that are timed, until the first of the two is reached
 WRITTEN = 2**28  # bytes that are written to see how long a checkpoint takes
@@ -77,11 +78,11 @@ def forecast(trainer: "BasicTrainer") -> None:
     trainer.train_step(workload.longest)
     seconds = time_updates(trainer)
     peaks["an update"] = peak_memory(device)  # of all these: passes of several lengths leave pieces of free memory
-    evaluation, peaks["an evaluation"] = measured(device, lambda: time_evaluation(trainer))
+    evaluations, peaks["an evaluation"] = measured(device, lambda: time_evaluation(trainer))
     sampling, peaks["sampling"] = measured(device, lambda: time_samples(trainer))
     for line in (
         *workload_lines(trainer, workload),
-        *time_lines(trainer, workload, seconds, evaluation, sampling, saving),
+        *time_lines(trainer, workload, seconds, evaluations, sampling, saving),
         *memory_lines(trainer, workload, peaks, size_of(tensors_in(copied))),
     ):
         log_message(line)
@@ -102,15 +103,22 @@ def time_updates(trainer: "BasicTrainer") -> float:
     return (time.perf_counter() - start) / tokens
 
 
-def time_evaluation(trainer: "BasicTrainer") -> float:
-    """Return the seconds per token of the first two evaluation batches."""
+def time_evaluation(trainer: "BasicTrainer") -> tuple[float, float]:
+    """Return the seconds per token of the first two evaluation batches, at a run's first evaluation and at later ones.
+
+    A reference that stays computes nothing in the later ones.
+    """
     whole = trainer.eval_batches
     few = replace(whole, n_examples=min(2 * whole.batch_size, whole.n_examples or whole.n_items))
     tokens = sum(map(count_tokens, few.from_start()))
-    trainer.eval_batches, start = few, time.perf_counter()
-    trainer.evaluate()
+    trainer.eval_batches, seconds = few, []
+    for _ in range(2):
+        start = time.perf_counter()
+        trainer.evaluate()
+        seconds.append((time.perf_counter() - start) / tokens)
     trainer.eval_batches = whole
-    return (time.perf_counter() - start) / tokens
+    first, later = seconds
+    return first, first if trainer.settings.sync_reference else later
 
 
 def time_samples(trainer: "BasicTrainer") -> float:
@@ -169,9 +177,15 @@ def count_evaluations(trainer: "BasicTrainer") -> int:
 
 
 def time_lines(
-    trainer: "BasicTrainer", workload: Workload, update: float, evaluation: float, sampling: float, saving: float
+    trainer: "BasicTrainer",
+    workload: Workload,
+    update: float,
+    evaluations: tuple[float, float],
+    sampling: float,
+    saving: float,
 ) -> Iterable[str]:
-    """Yield the time of an update and of the run; update and evaluation are in seconds per token."""
+    """Yield the time of an update and of the run; update and evaluations are in seconds per token."""
+    first, later = evaluations
     settings, n_updates, n_evaluations = trainer.settings, len(trainer.train_batches), count_evaluations(trainer)
     per_example = workload.tokens / workload.examples
     each = update * per_example * settings.batch_size
@@ -180,14 +194,14 @@ def time_lines(
     n_sampled = n_evaluations + (trainer.reference is not None)  # whose samples are made once
     parts = {
         f"{n_updates:,} updates": each * n_updates,
-        f"{n_evaluations} evaluations": evaluation * test * n_evaluations,
+        f"{n_evaluations} evaluations": test * (first + later * (n_evaluations - 1)),
         "samples": sampling * n_sampled,
         "saving": saving * (1 if settings.background_saves else 1 + count_saves(trainer)),
     }
     if trainer.loss.needs_reference and trainer.loss.cached_reference:
         train = trainer.train_batches
         n = min(train.n_items, len(train) * settings.batch_size)
-        parts["the reference's log-probabilities"] = evaluation * (n * per_example + test)
+        parts["the reference's log-probabilities"] = first * (n * per_example + test)
     listed = ", ".join(f"{what} {duration(seconds)}" for what, seconds in parts.items() if seconds)
     yield f"Time to the end: {duration(sum(parts.values()))} ({listed}), besides loading and the report."
 
@@ -201,7 +215,7 @@ def duration(seconds: float) -> str:
 # Memory
 
 
-def measured(device: torch.device, work: Callable[[], float]) -> tuple[float, int]:
+def measured(device: torch.device, work: Callable[[], T]) -> tuple[T, int]:
     """Return what work returns, and the peak memory in bytes while it ran."""
     reset_peak_memory(device)
     return work(), peak_memory(device)

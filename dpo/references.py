@@ -1,7 +1,9 @@
 """Where a preference loss gets the reference's log-probabilities: a second model, the policy's base, or a cache."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +34,11 @@ class Reference(Protocol):
     def generate(self, prompts: Sequence[TokenizedExample]) -> list[TokenizedExample]:
         """Return each prompt with one sampled response, the same at every call while the reference stays."""
 
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Run passes that come again, the same ones, in every evaluation; some references compute them once."""
+        yield
+
     def after_update(self, n_updates: int) -> None:
         """Follow the policy, of which n_updates have been made; most references stay."""
         return
@@ -43,6 +50,11 @@ class Reference(Protocol):
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Load what `state_dict` returned."""
         return
+
+
+def repeated(reference: Reference | None) -> AbstractContextManager[None]:
+    """Return a context for passes that come again in every evaluation, with the reference if there is one."""
+    return nullcontext() if reference is None else reference.repeated()
 
 
 @torch.no_grad()
@@ -70,30 +82,79 @@ def sums_of_logps(
     return policy_sums, reference_sums
 
 
-class ModelReference(Reference):
-    """A second model, computed in dtype where its parameters are in float32, else in their own dtype."""
+class ComputedReference(Reference):
+    """Weights that stay as they are: what comes again in every evaluation is computed once."""
 
-    def __init__(self, module: ResponseLogps, dtype: torch.dtype, sampler: Sampler | None = None):
-        self.module, self.sampler = module, sampler
-        self.in_float32 = module.model.dtype == torch.float32
+    def __init__(self, sampler: Sampler | None):
+        self.sampler = sampler
         self.samples: list[TokenizedExample] | None = None
-        if self.in_float32 and dtype != torch.float32:
-            store_linear_weights(module.model, dtype)
+        self.known: dict[tuple[int, ...], Logps] = {}  # of the passes of evaluations that ended, by their examples
+        self.new: dict[tuple[int, ...], Logps] | None = None  # of the passes of an evaluation that runs
+
+    @abstractmethod
+    def compute(self, batch: PackedBatch) -> Logps:
+        """Compute the log-probabilities of the batch's responses."""
+
+    @abstractmethod
+    def sample(self, prompts: Sequence[TokenizedExample]) -> list[TokenizedExample]:
+        """Return each prompt with one sampled response."""
 
     @torch.no_grad()
     def logps(self, batch: PackedBatch) -> Logps:
         """Return the log-probabilities of the batch's responses."""
+        if self.new is None:
+            return self.compute(batch)
+        key = tuple(digest_of(example.text) for example in batch.examples)
+        if key in self.known:
+            return self.known[key]
+        self.new[key] = self.compute(batch)
+        return self.new[key]
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Keep the log-probabilities of the passes within, if all succeed, and compute none that is kept.
+
+        A pass that comes twice within is computed twice, so that ranks with different passes compute equally often.
+        """
+        self.new = {}
+        try:
+            yield
+            self.known |= self.new
+        finally:
+            self.new = None
+
+    def forget(self) -> None:
+        """Compute anew what is kept, since the weights have changed."""
+        self.samples, self.known = None, {}
+
+    def generate(self, prompts: Sequence[TokenizedExample]) -> list[TokenizedExample]:
+        """Return each prompt with one sampled response."""
+        if self.samples is None:
+            self.samples = self.sample(prompts)
+        return self.samples
+
+
+class ModelReference(ComputedReference):
+    """A second model, computed in dtype where its parameters are in float32, else in their own dtype."""
+
+    def __init__(self, module: ResponseLogps, dtype: torch.dtype, sampler: Sampler | None = None):
+        super().__init__(sampler)
+        self.module = module
+        self.in_float32 = module.model.dtype == torch.float32
+        if self.in_float32 and dtype != torch.float32:
+            store_linear_weights(module.model, dtype)
+
+    def compute(self, batch: PackedBatch) -> Logps:
+        """Compute the log-probabilities of the batch's responses."""
         if self.in_float32:  # under the caller's autocast, as the policy
             return response_logps(self.module, batch)
         with torch.autocast(batch.targets.device.type, enabled=False):
             return response_logps(self.module, batch)
 
-    def generate(self, prompts: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-        """Return each prompt with one sampled response; the model never changes, so they are sampled once."""
+    def sample(self, prompts: Sequence[TokenizedExample]) -> list[TokenizedExample]:
+        """Return each prompt with one sampled response."""
         assert self.sampler is not None
-        if self.samples is None:
-            self.samples = self.sampler.sample(self.module.model, prompts, "sampling the reference")
-        return self.samples
+        return self.sampler.sample(self.module.model, prompts, "sampling the reference")
 
 
 class SyncedReference(ModelReference):
@@ -110,7 +171,7 @@ class SyncedReference(ModelReference):
     def after_update(self, n_updates: int) -> None:
         """Move the weights if it is time to."""
         if n_updates % self.every == 0:
-            self.samples = None
+            self.forget()
             for own, new in zip(self.module.parameters(), self.policy.parameters(), strict=True):
                 own.lerp_(new, self.mix)
 
@@ -120,6 +181,7 @@ class SyncedReference(ModelReference):
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Load the weights."""
+        self.forget()
         self.module.model.load_state_dict(state)
 
 
@@ -134,25 +196,23 @@ def store_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-class AdapterReference(Reference):
+class AdapterReference(ComputedReference):
     """The policy without its adapter, or with a frozen one in its place: no second model."""
 
     def __init__(self, policy: ResponseLogps, adapter: AdapterWeights, sampler: Sampler):
-        self.policy, self.adapter, self.sampler = policy, adapter, sampler
-        self.samples: list[TokenizedExample] | None = None
+        super().__init__(sampler)
+        self.policy, self.adapter = policy, adapter
 
-    @torch.no_grad()
-    def logps(self, batch: PackedBatch) -> Logps:
-        """Return the log-probabilities of the batch's responses."""
+    def compute(self, batch: PackedBatch) -> Logps:
+        """Compute the log-probabilities of the batch's responses."""
         with self.adapter.as_reference():
             return response_logps(self.policy, batch)
 
-    def generate(self, prompts: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-        """Return each prompt with one sampled response; the frozen weights never change, so they are sampled once."""
-        if self.samples is None:
-            with self.adapter.as_reference():
-                self.samples = self.sampler.sample(self.policy.model, prompts, "sampling the reference")
-        return self.samples
+    def sample(self, prompts: Sequence[TokenizedExample]) -> list[TokenizedExample]:
+        """Return each prompt with one sampled response."""
+        assert self.sampler is not None
+        with self.adapter.as_reference():
+            return self.sampler.sample(self.policy.model, prompts, "sampling the reference")
 
 
 @torch.no_grad()

@@ -167,6 +167,9 @@ def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
     sampled = trainer.sample()
     if rank == 0:
         (folder / "sampled.json").write_text(json.dumps(sampled))
+    evaluations = [trainer.evaluate() for _ in range(2)]
+    if rank == 0:
+        (folder / "evaluations.json").write_text(json.dumps(evaluations))
     messages = slow_updates(trainer, ranks) if n == 2 else []
     if rank == 0:
         (folder / "messages.json").write_text(json.dumps(messages))
@@ -236,6 +239,15 @@ def test_samples_and_their_divergence_are_those_of_one_process(sharded, make_tra
     whole_gradient(trainer)
     expected, found = trainer.sample(), json.loads((sharded[-1] / "sampled.json").read_text())
     assert found == pytest.approx(expected, rel=1e-4) and expected["diagnosis/kl"] != 0.0
+
+
+def test_ranks_with_fewer_passes_than_others_evaluate_as_one_process_also_without_computing_the_reference_again(
+    sharded, make_trainer
+):
+    trainer = make_trainer(*PLAIN)
+    whole_gradient(trainer)
+    expected, (first, second) = trainer.evaluate(), json.loads((sharded[-1] / "evaluations.json").read_text())
+    assert first == second == pytest.approx(expected, rel=1e-4)
 
 
 def test_each_rank_computes_its_share_of_what_ktos_divergence_needs_and_all_get_that_of_one_process(

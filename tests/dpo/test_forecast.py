@@ -147,20 +147,22 @@ def test_the_saves_to_a_folder_that_cannot_be_written_take_no_time(make_trainer,
 
 
 def test_the_time_is_that_of_updates_evaluations_and_samples(make_trainer):
-    """3 updates of 8 examples of 100 tokens at 0.01 s: 8 s each, 24 s in all. 2 evaluations at 0.001 s per token.
+    """3 updates of 8 examples of 100 tokens at 0.01 s: 8 s each, 24 s in all. 3 evaluations at 0.001 s per token,
+    but 0.0004 from the second on.
 
-    Samples of 5 s come with each evaluation, and once from the reference.
+    Samples of 5 s come with each evaluation, and once from the reference; two checkpoints take 1.5 s each.
     """
-    trainer = make_trainer("loss=dpo", "n_examples=24", "n_eval_examples=8")
+    trainer = make_trainer("loss=dpo", "n_examples=24", "n_eval_examples=8", "eval_every=16")
     workload = replace(Workload.of(trainer, 8), examples=10, tokens=1000)
     test = sum(len(example) for batch in trainer.eval_batches.from_start() for example in batch.examples)
-    each, total = time_lines(trainer, workload, 0.01, 0.001, 5.0, 1.5)
+    each, total = time_lines(trainer, workload, 0.01, (0.001, 0.0004), 5.0, 1.5)
     assert each == "Time: 8 seconds per update, 100 tokens per second."
-    seconds = 24 + 2 * 0.001 * test + 3 * 5 + 1.5
-    parts = f"3 updates 24.0 seconds, 2 evaluations {2 * 0.001 * test:.1f} seconds, samples 15.0 seconds"
+    evaluations = (0.001 + 2 * 0.0004) * test
+    seconds = 24 + evaluations + 4 * 5 + 2 * 1.5
+    parts = f"3 updates 24.0 seconds, 3 evaluations {evaluations:.1f} seconds, samples 20.0 seconds"
     assert (
         total
-        == f"Time to the end: {seconds:.1f} seconds ({parts}, saving 1.5 seconds), besides loading and the report."
+        == f"Time to the end: {seconds:.1f} seconds ({parts}, saving 3.0 seconds), besides loading and the report."
     )
 
 
@@ -169,7 +171,7 @@ def test_a_cached_reference_takes_one_pass_over_all_examples(make_trainer):
     trainer = make_trainer("loss=dpo", "n_examples=24", "n_eval_examples=8", "loss.precompute_reference=true")
     workload = replace(Workload.of(trainer, 8), examples=10, tokens=1000)
     test = sum(len(example) for batch in trainer.eval_batches.from_start() for example in batch.examples)
-    _, total = time_lines(trainer, workload, 0.01, 0.001, 0.0, 0.0)
+    _, total = time_lines(trainer, workload, 0.01, (0.001, 0.0), 0.0, 0.0)
     assert f"the reference's log-probabilities {2.4 + 0.001 * test:.1f} seconds)" in total
 
 

@@ -5,6 +5,7 @@ import getpass
 import re
 import tracemalloc
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from dpo.logps import ResponseLogps, response_logps
 from dpo.models import copy_reference
 from dpo.packing import Packer, make_microbatches
 from dpo.precomputation import Precomputation
-from dpo.references import CachedReference, ModelReference, sums_of_logps
+from dpo.references import AdapterReference, CachedReference, ModelReference, sums_of_logps
 
 CACHED = (
     "loss=dpo",
@@ -315,6 +316,65 @@ def test_a_second_model_samples_once():
 
     reference = ModelReference(ResponseLogps.wrap(tiny("GPT2")), torch.float32, CountingSampler())
     assert reference.generate(EXAMPLES) == reference.generate(EXAMPLES) == ["sample 1"] * len(EXAMPLES)
+
+
+# What an evaluation repeats
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Collect the passes that references compute."""
+    found = []
+    for kind in (ModelReference, AdapterReference):
+        compute = kind.compute
+        monkeypatch.setattr(kind, "compute", lambda self, batch, own=compute: found.append(batch) or own(self, batch))
+    return found
+
+
+@pytest.mark.parametrize("settings", [(), ("lora=default",)], ids=["second model", "adapter"])
+def test_a_reference_that_stays_is_computed_in_the_first_evaluation_alone(settings, make_trainer, computed):
+    trainer = make_trainer("loss=dpo", "n_eval_examples=8", "lr=1e-3", "warmup_steps=0", *settings)
+    trainer.evaluate()
+    assert computed
+    for batch in trainer.eval_batches.from_start():
+        computed.clear()
+        trainer.train_step(batch)
+        assert computed  # of an evaluation's examples too
+    computed.clear()
+    found = trainer.evaluate()
+    assert not computed and found["rewards_eval/margins"] != 0.0
+    trainer.reference.forget()
+    assert trainer.evaluate() == found and computed
+
+
+def test_a_reference_that_has_moved_is_computed_again(make_trainer, computed):
+    trainer = make_trainer("loss=dpo", "sync_reference=2", "sync_mix=1.0", "lr=1e-3", "warmup_steps=0")
+    moved = []
+    for batch in islice(trainer.train_batches, 2):
+        trainer.evaluate()
+        computed.clear()
+        trainer.evaluate()
+        moved.append(bool(computed))
+        trainer.train_step(batch)
+    computed.clear()
+    assert trainer.evaluate()["rewards_eval/margins"] == 0.0 and computed
+    assert moved == [False, False]
+
+
+def test_a_pass_that_comes_twice_is_computed_twice_and_none_of_an_evaluation_that_fails_is_kept(computed):
+    """A rank with fewer passes than another repeats one to keep up, as long as the other computes."""
+    reference = ModelReference(ResponseLogps.wrap(tiny("GPT2")), torch.float32)
+    batch = next(Packer("padded", 1000, torch.device("cpu"))(EXAMPLES))
+    with pytest.raises(ZeroDivisionError), reference.repeated():
+        reference.logps(batch)
+        raise ZeroDivisionError
+    counts = []
+    for _ in range(2):
+        computed.clear()
+        with reference.repeated():
+            sums = [reference.logps(batch).sums for _ in range(2)]
+        counts.append(len(computed))
+    assert counts == [2, 0] and torch.equal(*sums) and torch.equal(sums[0], reference.logps(batch).sums)
 
 
 # A reference that follows the policy
