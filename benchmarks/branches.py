@@ -39,7 +39,8 @@ def main() -> None:
     for lengths in args.lengths:
         prompt, *responses = ([rng.randrange(49152) for _ in range(int(n))] for n in lengths.split(","))
         example = TokenizedExample(TextExample("", ("", ""), "keep_end", 0, ""), prompt, tuple(responses))
-        batch, seconds = shared_prefix([example]), {name: [0.0] for name in WAYS}
+        batch = shared_prefix([example])
+        seconds: dict[str, list[float]] = {name: [] for name in WAYS}
         for repeat in range(args.repeats + 1):
             for name in list(WAYS)[:: 1 if repeat % 2 else -1]:
                 attention.BRANCHED = WAYS[name]
@@ -48,7 +49,7 @@ def main() -> None:
                     response_logps(module, batch)
                 response_logps(module, batch).sums.sum().backward()
                 seconds[name].append(time.perf_counter() - start)
-        together, apart = (times[2:] for times in seconds.values())  # without the warm-up
+        together, apart = (times[1:] for times in seconds.values())  # without the warm-up
         ratio = statistics.median(a / b for a, b in zip(apart, together, strict=True))
         cells = [lengths.replace(",", ", "), *(f"{statistics.median(times):.2f}" for times in (together, apart))]
         print("| " + " | ".join([*cells, f"{ratio:.2f}"]) + " |", flush=True)

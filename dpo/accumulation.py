@@ -1,7 +1,8 @@
 """Gradients of the token embeddings and the head, added to those of earlier passes without tensors of their own.
 
 A matrix of the vocabulary's size is a small model's largest parameter. In every pass, autograd makes one for the head's
-gradient, one of zeros for the embeddings', and one for their sum where the weights are tied; here is one per update.
+gradient, one of zeros for the embeddings', and one for their sum where the weights are tied. Here is one per update,
+where the head computes in its weight's dtype and the embeddings on a CPU.
 """
 
 from typing import Any
@@ -20,12 +21,11 @@ def accumulate_in_place(module: ResponseLogps) -> ResponseLogps:
     for a module on one device whose gradients backward() computes. Returns the module.
     """
     head, embeddings = module.head, module.model.get_input_embeddings()
-    has_bias = len(list(head.parameters())) > 1
-    if type(head) is nn.Linear and not has_bias and not module.float32_head:
+    if type(head) is nn.Linear and getattr(head, "bias", None) is None and not module.float32_head:
         head.register_forward_hook(with_head_gradient)
-    on_cpu = embeddings.weight.device.type == "cpu"  # elsewhere index_add_ adds equal tokens' rows in no certain order
-    if type(embeddings) is nn.Embedding and on_cpu and not embeddings.scale_grad_by_freq:
-        embeddings.register_forward_hook(with_embedding_gradient)
+    if type(embeddings) is nn.Embedding and not embeddings.scale_grad_by_freq:
+        if embeddings.weight.device.type == "cpu":  # elsewhere index_add_ adds equal tokens' rows in no certain order
+            embeddings.register_forward_hook(with_embedding_gradient)
     return module
 
 
@@ -52,6 +52,7 @@ class HeadGradient(torch.autograd.Function):
         """Return the logits, which are computed already."""
         ctx.save_for_backward(hidden)
         ctx.weight = weight  # itself: what is recomputed (checkpoint) unpacks another tensor
+        ctx.mark_dirty(logits)  # else they would be a view, which a model could not change in place
         return logits
 
     @staticmethod
@@ -75,6 +76,7 @@ class EmbeddingGradient(torch.autograd.Function):
         """Return the embeddings, which are looked up already."""
         ctx.save_for_backward(ids)
         ctx.weight, ctx.padding_id = weight, padding_id
+        ctx.mark_dirty(hidden)
         return hidden
 
     @staticmethod

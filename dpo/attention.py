@@ -1,6 +1,6 @@
 """Which tokens attend to which in a row that holds several examples, on CPU and GPU."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
@@ -92,18 +92,18 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend example by example: cost grows with the sum of the squared lengths, not with the square of their sum.
 
-    query, key, value are (1, heads, seq, d) and the mask (1, 1, seq, seq). Where the mask carries no branches, the
-    lengths of each example's prompt and responses, this is torch's attention.
+    query, key, value are (1, heads, seq, d) and the mask (1, 1, seq, seq). Where the mask carries no
+    branch_lengths, those of a PackedBatch, this is torch's attention.
     """
-    branches = getattr(attention_mask, "branches", None)
-    if attention_mask is None or branches is None:
+    examples = getattr(attention_mask, "branch_lengths", None)
+    if attention_mask is None or examples is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    sizes, parts = list(map(sum, branches)), []
+    sizes, parts = list(map(sum, examples)), []
     split = (states.split(sizes, dim=2) for states in (query, key, value))  # slices' gradients would be whole tensors
-    for lengths, end, q, k, v in zip(branches, accumulate(sizes), *split, strict=True):
+    for lengths, end, q, k, v in zip(examples, accumulate(sizes), *split, strict=True):
         mask = attention_mask[:, :, end - sum(lengths) : end, end - sum(lengths) : end]
         if query.device.type == "cpu":
-            parts.append(cpu_attention(q, k, v, mask, list(lengths), **kwargs))
+            parts.append(cpu_attention(q, k, v, mask, lengths, **kwargs))
         else:
             parts.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
     return torch.cat(parts, dim=1), None
@@ -114,21 +114,21 @@ def cpu_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor,
-    branches: list[int],
+    lengths: Sequence[int],
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Attend in one example in at least float32, with as many key heads as there are; the result is (1, seq, heads, d).
 
-    branches are the lengths of its prompt and responses. The result is of the values' dtype. For sequences of some
+    lengths are those of its prompt and responses. The result is of the values' dtype. For sequences of some
     hundred tokens torch's kernel is slower in bfloat16, and repeated keys would only be stored.
     """
     dtype = torch.promote_types(value.dtype, torch.float32)
     attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True)
     q, k, v, mask = (tensor.to(dtype) for tensor in (query, key, value, mask))
     with torch.autocast("cpu", enabled=False):
-        out = branched(attend, q, k, v, mask, branches) if q.shape[2] >= BRANCHED else attend(q, k, v, attn_mask=mask)
+        out = branched(attend, q, k, v, mask, lengths) if q.shape[2] >= BRANCHED else attend(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).to(value.dtype)
 
 
@@ -138,17 +138,15 @@ def branched(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor,
-    branches: list[int],
+    lengths: Sequence[int],
 ) -> torch.Tensor:
     """Attend in the prompt and first response causally, then in each other response to the prompt and itself."""
-    rows = [branches[0] + branches[1], *branches[2:]]
+    rows = [lengths[0] + lengths[1], *lengths[2:]]
     queries, masks = query.split(rows, dim=2), mask.split(rows, dim=2)
-    keys, values = key.split(branches, dim=2), value.split(branches, dim=2)
+    keys, values = key.split(lengths, dim=2), value.split(lengths, dim=2)
     parts = [attend(queries[0], torch.cat(keys[:2], 2), torch.cat(values[:2], 2), is_causal=True)]
-    for k, (q, m) in enumerate(zip(queries[1:], masks[1:], strict=True), start=2):
-        seen = m.split(branches, dim=3)
-        own_keys, own_values, own_mask = (
-            torch.cat((part[0], part[k]), dim) for part, dim in ((keys, 2), (values, 2), (seen, 3))
-        )
-        parts.append(attend(q, own_keys, own_values, attn_mask=own_mask))
+    for i, (own, seen) in enumerate(zip(queries[1:], masks[1:], strict=True), start=2):
+        both = ((keys, 2), (values, 2), (seen.split(lengths, dim=3), 3))  # of the prompt and of the response
+        k, v, m = (torch.cat((part[0], part[i]), dim) for part, dim in both)
+        parts.append(attend(own, k, v, attn_mask=m))
     return torch.cat(parts, 2)

@@ -119,7 +119,10 @@ def peak_of_pass(policy: ResponseLogps, batch: PackedBatch, dtype: torch.dtype) 
 
 @contextmanager
 def training_state(settings: Settings, policy: ResponseLogps, device: torch.device) -> Iterator[Optimizer]:
-    """Hold what lies beside activations in training, an optimizer's state, and compute as in training; undo both."""
+    """Hold what lies beside activations in training, an optimizer's state, and compute as in training; undo both.
+
+    Gradients are not added in place (dpo/accumulation.py), which takes no more memory than this.
+    """
     states, was_training = random_states(), policy.training
     optimizer = stepped_optimizer(settings, policy)
     policy.train()

@@ -161,7 +161,7 @@ def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
     elif batch.segments is not None:
         mask = inputs["attention_mask"] = additive_mask(batch.segments, model.dtype)
         # for packed_attention; models pass a 4D mask on as it is
-        mask.branches = batch.branches  # type: ignore[attr-defined]
+        mask.branch_lengths = batch.branch_lengths  # type: ignore[attr-defined]
     if getattr(model.config, "output_router_logits", False):  # only for a loss of their own, which misreads a 4D mask
         inputs["output_router_logits"] = False
     return inputs | {"use_cache": False}

@@ -21,7 +21,7 @@ class PackedBatch:
     examples         the examples, in this order
     segments         (2, seq) for a row that holds several examples, from which its attention mask is made: the index of
                      each token's example, and of its branch in it (0: the prompt, 1 and up: the responses); else None
-    branches         for such a row, the lengths of the prompt and the responses of each example; else empty
+    branch_lengths   for such a row, the lengths of the prompt and the responses of each example; else empty
     """
 
     inputs: dict[str, torch.Tensor]
@@ -30,7 +30,7 @@ class PackedBatch:
     lengths: torch.Tensor
     examples: tuple[TokenizedExample, ...]
     segments: torch.Tensor | None = None
-    branches: tuple[tuple[int, ...], ...] = ()
+    branch_lengths: tuple[tuple[int, ...], ...] = ()
 
     @property
     def n_tokens(self) -> int:
@@ -96,7 +96,7 @@ def shared_prefix(examples: Sequence[TokenizedExample]) -> PackedBatch:
     lengths = torch.tensor([length for example in branches for length in example])
     numbers = [(i, k) for i, example in enumerate(branches) for k in range(len(example))]
     segments = torch.tensor(numbers).T.repeat_interleave(lengths, dim=1)
-    return replace(pack(inputs, sources, examples), segments=segments, branches=tuple(branches))
+    return replace(pack(inputs, sources, examples), segments=segments, branch_lengths=tuple(branches))
 
 
 def pack(inputs: dict[str, torch.Tensor], sources: list[int], examples: Sequence[TokenizedExample]) -> PackedBatch:

@@ -83,13 +83,13 @@ def sums_of_logps(
 
 
 class ComputedReference(Reference):
-    """Weights that stay as they are: what comes again in every evaluation is computed once."""
+    """A reference that computes; what comes again in every evaluation is computed once, or after `forget` once more."""
 
     def __init__(self, sampler: Sampler | None):
         self.sampler = sampler
         self.samples: list[TokenizedExample] | None = None
-        self.known: dict[tuple[int, ...], Logps] = {}  # of the passes of evaluations that ended, by their examples
-        self.new: dict[tuple[int, ...], Logps] | None = None  # of the passes of an evaluation that runs
+        self.known: dict[bytes, Logps] = {}  # of the passes of evaluations that ended, by their tokens
+        self.new: dict[bytes, Logps] | None = None  # of the passes of an evaluation that runs
 
     @abstractmethod
     def compute(self, batch: PackedBatch) -> Logps:
@@ -104,7 +104,8 @@ class ComputedReference(Reference):
         """Return the log-probabilities of the batch's responses."""
         if self.new is None:
             return self.compute(batch)
-        key = tuple(digest_of(example.text) for example in batch.examples)
+        tokens = [(example.prompt, example.responses) for example in batch.examples]  # KTO pairs texts with others'
+        key = hashlib.sha256(repr(tokens).encode()).digest()
         if key in self.known:
             return self.known[key]
         self.new[key] = self.compute(batch)

@@ -26,6 +26,7 @@ from dpo.runs import RunDir
 from parallel_trainers import FSDPTrainer
 
 PLAIN = ("loss=dpo", "max_tokens_per_pass=300", "n_eval_model_samples=3")  # of 4 ranks, one has no sample of its own
+UNEVEN = ("loss=dpo", "max_tokens_per_pass=100", "eval_batch_size=3", "n_eval_examples=12")
 KTO = ("loss=kto", "max_tokens_per_pass=300")
 LORA = (*PLAIN, "lora=default", "lora.r=4")
 ADAPTERS = {
@@ -107,6 +108,15 @@ def divergence(trainer) -> tuple[dict[str, float], int]:
     return dict(sums), len(examples)
 
 
+def evaluation(trainer, ranks) -> tuple[dict[str, float], list[tuple[int, int]]]:
+    """Evaluate; return the metrics and, of each rank, how many passes the reference had and how many differed."""
+    compute, passes = trainer.reference.compute, []
+    trainer.reference.compute = lambda batch: passes.append(id(batch.examples[0].text)) or compute(batch)
+    metrics = trainer.evaluate()
+    trainer.reference.compute = compute
+    return metrics, ranks.gather((len(passes), len(set(passes))))
+
+
 def weights_of(model) -> dict[str, torch.Tensor]:
     """Return the weights of a sharded model, whole, on every rank."""
     return whole_tensors(model.state_dict(keep_vars=True), keep=True)
@@ -167,12 +177,14 @@ def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
     sampled = trainer.sample()
     if rank == 0:
         (folder / "sampled.json").write_text(json.dumps(sampled))
-    evaluations = [trainer.evaluate() for _ in range(2)]
-    if rank == 0:
-        (folder / "evaluations.json").write_text(json.dumps(evaluations))
     messages = slow_updates(trainer, ranks) if n == 2 else []
     if rank == 0:
         (folder / "messages.json").write_text(json.dumps(messages))
+    trainer = build(folder / "uneven", ranks, *TINY, *UNEVEN, "trainer=FSDPTrainer")
+    move(trainer.policy)
+    evaluations = [evaluation(trainer, ranks) for _ in range(2)]
+    if rank == 0:
+        (folder / "evaluations.json").write_text(json.dumps(evaluations))
     trainer = build(folder / "kto", ranks, *TINY, *KTO, f"datasets=['{folder / 'labels'}']", "trainer=FSDPTrainer")
     sums, n_examples = divergence(trainer)
     shares, gradient = ranks.gather((sums, n_examples)), whole_gradient(trainer)
@@ -241,13 +253,17 @@ def test_samples_and_their_divergence_are_those_of_one_process(sharded, make_tra
     assert found == pytest.approx(expected, rel=1e-4) and expected["diagnosis/kl"] != 0.0
 
 
-def test_ranks_with_fewer_passes_than_others_evaluate_as_one_process_also_without_computing_the_reference_again(
+def test_ranks_evaluate_as_one_process_and_all_compute_the_reference_in_the_first_evaluation_alone(
     sharded, make_trainer
 ):
-    trainer = make_trainer(*PLAIN)
-    whole_gradient(trainer)
+    """A rank with fewer passes than another repeats one."""
+    trainer = make_trainer(*UNEVEN)
+    move(trainer.policy)
     expected, (first, second) = trainer.evaluate(), json.loads((sharded[-1] / "evaluations.json").read_text())
-    assert first == second == pytest.approx(expected, rel=1e-4)
+    (metrics, passes), (again, later) = first, second
+    assert metrics == again == pytest.approx(expected, rel=1e-4)
+    assert len({n for n, _ in passes}) == 1 < len({distinct for _, distinct in passes})
+    assert later == [[0, 0]] * sharded[0]
 
 
 def test_each_rank_computes_its_share_of_what_ktos_divergence_needs_and_all_get_that_of_one_process(

@@ -6,12 +6,14 @@ from tiny_models import EXACT, EXAMPLES, NOT_EXACT, respond, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo import logps
-from dpo.accumulation import accumulate_in_place
+from dpo.accumulation import EmbeddingGradient, HeadGradient, accumulate_in_place
 from dpo.devices import autocast
 from dpo.logps import ResponseLogps
 from dpo.models import recompute_activations
 from dpo.packing import make_microbatches
 
+# Heads with a bias, and embeddings with a scale, have autograd's gradients.
+OTHER_TYPES = {"GPTJ": {HeadGradient}, **dict.fromkeys(("Gemma2", "Gemma3Text"), {EmbeddingGradient})}
 PASSES = [respond([5, 0, 7, 0], [4, 0], [3]), *EXAMPLES]  # 0 is these models' padding, whose embedding has no gradient
 
 
@@ -39,8 +41,15 @@ def assert_same_gradients(module, layout, dtype=torch.float32, rtol=1e-5, atol=1
 
 @pytest.mark.parametrize("name", [*EXACT, *NOT_EXACT])
 @pytest.mark.parametrize("tied", [True, False])
-def test_gradients_of_several_passes_are_those_of_autograd(name, tied):
+def test_gradients_of_several_passes_are_those_of_autograd(name, tied, monkeypatch):
+    used = []
+    for function in (HeadGradient, EmbeddingGradient):
+        own = function.apply
+        monkeypatch.setattr(
+            function, "apply", lambda *args, own=own, function=function: used.append(function) or own(*args)
+        )
     assert_same_gradients(ResponseLogps.wrap(tiny(name, tie_word_embeddings=tied)), "padded")
+    assert set(used) == {HeadGradient, EmbeddingGradient} - OTHER_TYPES.get(name, set())
 
 
 def test_gradients_are_those_of_autograd_where_layers_and_logits_are_recomputed(monkeypatch):
@@ -55,6 +64,21 @@ def test_gradients_are_those_of_autograd_where_layers_and_logits_are_recomputed(
 def test_gradients_are_those_of_autograd_under_autocast(float32_head):
     module = ResponseLogps.wrap(tiny("Llama", tie_word_embeddings=True), float32_head)
     assert_same_gradients(module, "shared_prefix", torch.bfloat16, rtol=0.02, atol=0.02)
+
+
+def test_gradients_of_bfloat16_weights_are_those_of_autograd():
+    module = ResponseLogps.wrap(tiny("Llama", tie_word_embeddings=True).bfloat16())
+    assert_same_gradients(module, "shared_prefix", rtol=0.05, atol=0.1)
+
+
+def test_models_may_change_embeddings_and_logits_in_place():
+    """As CTRL scales its embeddings."""
+    module = ResponseLogps.wrap(tiny("Llama", tie_word_embeddings=True))
+    expected = gradients(module, "shared_prefix")
+    accumulate_in_place(module)
+    for part in (module.model.get_input_embeddings(), module.head):
+        part.register_forward_hook(lambda part, inputs, output: output.mul_(1.0))
+    torch.testing.assert_close(gradients(module, "shared_prefix"), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", ["lm_head.weight", "model.embed_tokens.weight"])

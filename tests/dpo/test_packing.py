@@ -52,7 +52,7 @@ def test_a_shared_prefix_is_computed_once_and_without_padding():
         [0] * 9 + [1] * 5 + [2] * 12,
         [*[0] * 3, *[1] * 2, *[2] * 4, *[0], *[1], *[2] * 3, *[0] * 9, *[1], *[2] * 2],
     ]
-    assert part.branches == ((3, 2, 4), (1, 1, 3), (9, 1, 2))
+    assert part.branch_lengths == ((3, 2, 4), (1, 1, 3), (9, 1, 2))
 
 
 def test_a_padded_pass_has_a_row_per_response_the_first_ones_first_and_masks_what_fills_them():
@@ -60,7 +60,7 @@ def test_a_padded_pass_has_a_row_per_response_the_first_ones_first_and_masks_wha
     rows = [[3, 3, 3, 1, EOS], [0, EOS], [3, 3, 3, 2, 2, 0, EOS], [0, 3, 1, EOS]]
     assert part.inputs["input_ids"].tolist() == [row + [0] * (7 - len(row)) for row in rows]
     assert part.inputs["attention_mask"].tolist() == [[1] * len(row) + [0] * (7 - len(row)) for row in rows]
-    assert part.segments is None and part.branches == ()
+    assert part.segments is None and part.branch_lengths == ()
 
 
 @pytest.mark.parametrize("layout, cost", [("shared_prefix", 9 + 5 + 12), ("padded", 11 * 3 * 2)])

@@ -331,9 +331,14 @@ def computed(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("settings", [(), ("lora=default",)], ids=["second model", "adapter"])
+@pytest.mark.parametrize(
+    "settings", [("loss=dpo",), ("loss=dpo", "lora=default"), ("loss=kto",)], ids=["second model", "adapter", "kto"]
+)
 def test_a_reference_that_stays_is_computed_in_the_first_evaluation_alone(settings, make_trainer, computed):
-    trainer = make_trainer("loss=dpo", "n_eval_examples=8", "lr=1e-3", "warmup_steps=0", *settings)
+    """KTO computes the same prompts with other examples' responses too, in passes of the same texts."""
+    trainer = make_trainer(
+        "n_eval_examples=8", "eval_batch_size=8", "max_tokens_per_pass=100000", "lr=1e-3", "warmup_steps=0", *settings
+    )
     trainer.evaluate()
     assert computed
     for batch in trainer.eval_batches.from_start():
