@@ -121,7 +121,7 @@ def peak_of_pass(policy: ResponseLogps, batch: PackedBatch, dtype: torch.dtype) 
 def training_state(settings: Settings, policy: ResponseLogps, device: torch.device) -> Iterator[Optimizer]:
     """Hold what lies beside activations in training, an optimizer's state, and compute as in training; undo both.
 
-    Gradients are not added in place (dpo/accumulation.py), which takes no more memory than this.
+    Training also adds gradients in place (dpo/accumulation.py), so that it needs a little less.
     """
     states, was_training = random_states(), policy.training
     optimizer = stepped_optimizer(settings, policy)
