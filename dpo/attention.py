@@ -92,8 +92,8 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend example by example: cost grows with the sum of the squared lengths, not with the square of their sum.
 
-    query, key, value are (1, heads, seq, d) and the mask (1, 1, seq, seq). Where the mask carries no
-    branch_lengths, those of a PackedBatch, this is torch's attention.
+    query, key, value are (1, heads, seq, d) and the mask (1, 1, seq, seq). Where the mask carries no branch_lengths,
+    those of a PackedBatch, this is torch's attention.
     """
     examples = getattr(attention_mask, "branch_lengths", None)
     if attention_mask is None or examples is None:
@@ -101,7 +101,8 @@ def packed_attention(
     sizes, parts = list(map(sum, examples)), []
     split = (states.split(sizes, dim=2) for states in (query, key, value))  # slices' gradients would be whole tensors
     for lengths, end, q, k, v in zip(examples, accumulate(sizes), *split, strict=True):
-        mask = attention_mask[:, :, end - sum(lengths) : end, end - sum(lengths) : end]
+        own = slice(end - sum(lengths), end)
+        mask = attention_mask[:, :, own, own]
         if query.device.type == "cpu":
             parts.append(cpu_attention(q, k, v, mask, lengths, **kwargs))
         else:
@@ -121,8 +122,8 @@ def cpu_attention(
 ) -> torch.Tensor:
     """Attend in one example in at least float32, with as many key heads as there are; the result is (1, seq, heads, d).
 
-    lengths are those of its prompt and responses. The result is of the values' dtype. For sequences of some
-    hundred tokens torch's kernel is slower in bfloat16, and repeated keys would only be stored.
+    lengths are those of its prompt and responses. The result is of the values' dtype. For sequences of some hundred
+    tokens torch's kernel is slower in bfloat16, and repeated keys would only be stored.
     """
     dtype = torch.promote_types(value.dtype, torch.float32)
     attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True)

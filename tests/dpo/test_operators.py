@@ -53,7 +53,7 @@ def runs_on_mps(name: str) -> bool:
     return not keys or any(key == "MPS" or key.startswith("Composite") for key in keys)
 
 
-def as_on_a_gpu(query, key, value, mask, branches, **how):
+def as_on_a_gpu(query, key, value, mask, lengths, **how):
     """Attend in one example by torch's own attention."""
     module = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1])
     return sdpa_attention_forward(module, query, key, value, mask, **how)[0]
