@@ -29,10 +29,11 @@ from dpo.distributed import Ranks
 from dpo.errors import actionable_errors, raise_problems
 from dpo.examples import BatchIterator, Tokenization, bos_note
 from dpo.export import AllWeights
+from dpo.first_update import check_first_margin
 from dpo.forecast import forecast
 from dpo.inspection import inspect
 from dpo.layouts import LayoutChoice, choose_layout, recorded_layout
-from dpo.logps import ResponseLogps
+from dpo.logps import ResponseLogps, response_logps
 from dpo.memory_plan import print_memory_plan
 from dpo.metrics import make_logger
 from dpo.models import (
@@ -56,7 +57,6 @@ from dpo.references import (
     ModelReference,
     Reference,
     SyncedReference,
-    check_first_margin,
 )
 from dpo.runs import RunDir
 from dpo.sampling import Sampler, add_stops, distinct_prompts
@@ -213,6 +213,8 @@ def build_trainer(
     sampler = Sampler.of(settings, inputs.tokenizer, inputs.device, models.dtype)
     sampler = replace(sampler, before_batch=signals.check, stops=inputs.stops)
     reference = make_reference(settings, loss, inputs, models, sampler, run)
+    if reference is not None and not starts_exact(settings):
+        reference.starts_exact = False
     reshard(models.policy)  # the optimizer is made of sharded parameters
     if isinstance(reference, ModelReference):
         reference.module = prepare(reference.module)
@@ -282,8 +284,10 @@ def make_reference(
         reference = AdapterReference(models.policy, models.adapter, sampler)
         log_message(f"Reference: {models.adapter.describe_reference()}; no second model is loaded.")
         shortest = min(next(iter(test.from_start())).examples, key=len)
-        with autocast(models.policy.model.dtype, models.dtype, inputs.device):
-            check_first_margin(models.policy, reference, next(models.packer([shortest])))
+        with torch.no_grad(), autocast(models.policy.model.dtype, models.dtype, inputs.device):
+            models.policy.eval()
+            batch = next(models.packer([shortest]))
+            check_first_margin(response_logps(models.policy, batch), reference.logps(batch))
         if not loss.cached_reference:
             return reference
     samples = None
@@ -309,6 +313,13 @@ def make_reference(
     )
     precomputation.run(cache, own, shared)
     return cache
+
+
+def starts_exact(settings: Settings) -> bool:
+    """Return whether policy and reference compute the same function, bit for bit, before the first update."""
+    has_other_dtype = settings.model.reference_dtype not in (None, settings.model.policy_dtype)
+    has_random_start = settings.lora is not None and settings.lora.path is not None and settings.lora.dropout > 0
+    return not (has_other_dtype or has_random_start or settings.dry_run)
 
 
 def resume_trainer(trainer: BasicTrainer, run: RunDir) -> None:

@@ -20,6 +20,7 @@ from dpo.distributed import Ranks
 from dpo.errors import RunError, Stopped, UserError, actionable_errors, is_out_of_memory
 from dpo.examples import Batch, BatchIterator
 from dpo.export import TrainedWeights, upload
+from dpo.first_update import check_first_margin, check_gradients, strict_autograd
 from dpo.logps import ResponseLogps, response_logps
 from dpo.metrics import BatchMetrics, MetricLogger, check_evaluation, check_finite
 from dpo.model_card import Outcome, model_card
@@ -79,6 +80,8 @@ class BasicTrainer:
         self.next_eval: float = 0 if settings.do_first_eval else settings.eval_every
         self.next_save = next_multiple(self.examples, settings.save_every)
         self.truncated: Counter[str] = Counter()
+        self.expects_zero_margin = False  # until the first update: policy and reference are the same function
+        self.gradients_checked = False  # by this process, also if it resumes a run
 
     @staticmethod
     def prepare(module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype) -> ResponseLogps:
@@ -89,8 +92,9 @@ class BasicTrainer:
 
     def train(self) -> None:
         """Walk the batches that are left, evaluating and saving whenever due, then evaluate and save once more."""
+        self.expects_zero_margin = self.reference is not None and self.reference.starts_exact
         bar = progress_bar("training", "update", len(self.train_batches), initial=self.updates)
-        with bar, actionable_errors(NO_MEMORY), self.signals.deferred(), self.writer:
+        with bar, actionable_errors(NO_MEMORY), strict_autograd(), self.signals.deferred(), self.writer:
             for batch in self.clock.waiting("data", prefetch(self.train_batches)):
                 if self.eval_due():
                     self.evaluate_and_save()
@@ -117,6 +121,8 @@ class BasicTrainer:
                 with self.packer.memory_hint(microbatch):
                     losses = self.losses(microbatch, metrics if scale else BatchMetrics(), sums)
                     (losses.sum() * scale / len(batch.examples)).backward()
+        if not self.gradients_checked:
+            self.gradients_checked = self.check_gradients(batch)
         with self.clock("forward_backward"):  # whose end the host waits for where it reads the norm
             grad_norm = self.clip_gradient()
             check_finite(metrics, grad_norm, self.updates + 1, self.run.path, self.ranks)
@@ -147,9 +153,21 @@ class BasicTrainer:
         with self.clock("reference"):
             reference_logps = None if self.reference is None else self.reference.logps(batch)
         policy_logps, context = response_logps(self.policy, batch), Context(batch.examples, sums, self.loss_state)
+        if self.expects_zero_margin and not self.updates and reference_logps is not None:
+            check_first_margin(policy_logps, reference_logps)
         losses, values = self.loss(policy_logps, reference_logps, context)
         metrics.add(batch.examples, values | log_ratios(policy_logps, reference_logps) | lengths(batch))
         return losses
+
+    def check_gradients(self, batch: Batch) -> bool:
+        """Check that every trained parameter has a gradient; False if the next update has to be checked instead."""
+
+        def compute_logps() -> torch.Tensor:
+            with self.autocast():
+                passes = self.ranks.passes(self.packer, batch.examples, self.settings.gradient_accumulation_steps)
+                return torch.cat([response_logps(self.policy, each.batch).sums for each in passes])
+
+        return check_gradients(self.policy, compute_logps, self.ranks)
 
     def clip_gradient(self) -> torch.Tensor:
         """Clip the gradient to max_grad_norm and return its norm before that."""

@@ -130,6 +130,7 @@ def load_policy(settings: Settings, config: PreTrainedConfig, device: torch.devi
         wrong = [f"{kind.removesuffix('_keys')} {sorted(map(str, info[kind]))}" for kind in info if info[kind]]
         if wrong:
             raise UserError(f"model.name_or_path={name}: its weights do not fit its config: {'; '.join(wrong)}")
+    keep_weights_unpacked(policy)
     for module in policy.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -158,6 +159,17 @@ def set_quantized_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.compute_dtype = dtype  # type: ignore[assignment]  # a plain attribute
+
+
+def keep_weights_unpacked(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for the bfloat16 instructions of a CPU.
+
+    It packs a layer's weight in the first forward pass that needs no gradient. That rounds the weight's scales to
+    bfloat16, and the kernel for packed weights has no backward pass: no gradient reaches what lies before the layer.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a plain attribute
 
 
 def unexpected_tensors(model: PreTrainedModel, name: str, unexpected: Iterable[str]) -> list[str]:

@@ -49,12 +49,14 @@ class Precomputation:
     def run(self, reference: CachedReference, own: Path | None, shared_dir: Path) -> None:
         """Fill the cache, from the run's own file or one in the shared folder where they fit, and write both."""
         merged_share = self.merged_share()
+        reference.starts_exact = merged_share > WORTHWHILE
         key = self.key(reference, merged_share <= WORTHWHILE)
         shared = shared_dir / f"{key}.pt"
         paths = [path for path in (own, shared) if path is not None]
         found = self.ranks.on_main(lambda: next((path for path in paths if reference.load(path, key)), None))
         if found is not None:
             log_message(f"Reference: log-probabilities taken from {found}")
+            reference.starts_exact = False  # another machine, or another number of threads, may have rounded them
         else:
             self.compute(reference, merged_share)
             self.ranks.on_main(lambda: reference.save(shared, key))
