@@ -286,8 +286,8 @@ def computed_remedies(trainer: "BasicTrainer", workload: Workload, peak: int, co
         found["lora=default"] = peak - second - state - trained * several - copied
     in_float32 = settings.model.policy_dtype == "float32" and settings.compute_precision != "float32"
     if in_float32 and settings.optimizer != "Muon":
-        own = second if own_dtype else 0
-        found["model.policy_dtype=bfloat16"] = peak - (weights + state + own + trained * several + copied) // 2
+        own = second - weights // 2 if second and own_dtype else 0  # much of it may be in bfloat16 already
+        found["model.policy_dtype=bfloat16"] = peak - own - (weights + state + trained * several + copied) // 2
     return found
 
 

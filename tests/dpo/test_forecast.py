@@ -196,28 +196,34 @@ def test_a_peak_is_seen_and_can_be_counted_anew():
     assert peak < total_memory(CPU)
 
 
-def test_computed_remedies_leave_out_what_they_save(make_trainer):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_computed_remedies_leave_out_what_they_save(dtype, make_trainer, monkeypatch):
     """RMSprop keeps as much as the weights in float32, and a count of steps for each; so much are the gradients too.
 
-    The batch passes in several parts, so that all gradients lie beside the activations.
+    The batch passes in several parts, so that all gradients lie beside the activations. Where the run computes in
+    bfloat16, so are the weights of the reference's linear layers: all that GPT-2 has in its blocks but for layer norms.
     """
+    monkeypatch.setattr("dpo.devices.computes_bfloat16_natively", lambda device: dtype == torch.bfloat16)
     trainer = make_trainer("loss=dpo", "max_tokens_per_pass=200", "precision=auto")
+    assert trainer.dtype == dtype
     workload = Workload.of(trainer, 8)
     trainer.train_step(workload.longest)
-    weights = 4 * sum(p.numel() for p in trainer.policy.parameters())
-    steps = 4 * len(list(trainer.policy.parameters()))
+    sizes = {name: p.numel() for name, p in trainer.policy.model.named_parameters()}
+    weights, steps = 4 * sum(sizes.values()), 4 * len(sizes)
+    linear = sum(size for name, size in sizes.items() if ".attn." in name or ".mlp." in name)
+    reference = weights - (4 - dtype.itemsize) * linear
     found = computed_remedies(trainer, workload, 10**9)
     assert found == {
-        "loss.precompute_reference=true": 10**9 - weights,
-        "lora=default": 10**9 - 3 * weights - steps,
-        "model.policy_dtype=bfloat16": 10**9 - (4 * weights + steps) // 2,
+        "loss.precompute_reference=true": 10**9 - reference,
+        "lora=default": 10**9 - reference - 2 * weights - steps,
+        "model.policy_dtype=bfloat16": 10**9 - (reference - weights // 2) - (3 * weights + steps) // 2,
     }
     copied = computed_remedies(trainer, workload, 10**9, copied=2 * weights)
     assert copied["lora=default"] == found["lora=default"] - 2 * weights
     assert copied["model.policy_dtype=bfloat16"] == found["model.policy_dtype=bfloat16"] - weights
-    whole = make_trainer("loss=dpo", "max_tokens_per_pass=100000")
+    whole = make_trainer("loss=dpo", "max_tokens_per_pass=100000", "precision=auto")
     whole.train_step(workload.longest)
-    assert computed_remedies(whole, workload, 10**9)["lora=default"] == 10**9 - 2 * weights - steps
+    assert computed_remedies(whole, workload, 10**9)["lora=default"] == 10**9 - reference - weights - steps
 
 
 @pytest.mark.parametrize(
