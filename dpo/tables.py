@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -127,7 +128,7 @@ def open_source(name: str, splits: SplitNames, known: Collection[str] = ()) -> S
 
     known are the names of data sets that are no paths, for the message about a name that is nothing of all this.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # which leaves ~ in place where there is no such home
     if path.is_dir():
         is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
         return open_saved(path, splits) if is_saved else open_folder(path, splits)

@@ -276,8 +276,9 @@ def test_a_folder_of_folders_with_splits_of_their_own_is_refused(tmp_path, monke
     assert splits_of(open_source(str(tmp_path), ANY)) == (["train.jsonl"], None)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert splits_of(open_source("~/harmless/*.jsonl", ANY)) == (["test.jsonl", "train.jsonl"], None)
-    with pytest.raises(UserError, match=r"datasets=\[~/gone.jsonl\]: there is no such file"):
-        open_source("~/gone.jsonl", ANY)
+    for name in ("~/gone.jsonl", "~no-such-user/a.jsonl"):
+        with pytest.raises(UserError, match=rf"datasets=\[{name}\]: there is no such file"):
+            open_source(name, ANY)
 
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
