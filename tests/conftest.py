@@ -12,10 +12,23 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+# The environment of every test, set before a library reads it: nothing that a user has set for other programs.
+FOREIGN = (
+    *("WANDB_", "HF_", "TRANSFORMERS_", "ACCELERATE_", "FSDP_", "TORCH", "TQDM_", "HYDRA_", "OPENAI_"),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "SLURM_"),  # of launchers
+    *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"),  # local servers need none
+    *("COLUMNS", "LINES", "PYTHONWARNINGS", "PYTHONIOENCODING", "PYTHONUNBUFFERED", "PYTHONOPTIMIZE"),
+    *("MKL_NUM_THREADS", "MKL_VERBOSE", "OMP_", "KMP_", "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"),
+)
+for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+    del os.environ[name]
+os.environ["OMP_NUM_THREADS"] = "1"  # of other processes; of this one, see below
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")  # of this process alone
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in this process: each other one would import torch
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the forks of faults.py
+if "PYTEST_XDIST_WORKER" not in os.environ:  # whose home is that of the process that started it
+    os.environ["HOME"] = tempfile.mkdtemp(prefix="home-")  # without keys, caches and settings of other programs
 
 import hydra
 import pytest
@@ -87,8 +100,15 @@ def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="the full counts of kills, stops, mutations")
 
 
+def pytest_configure(config):
+    if config.option.markexpr == "not gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a machine with GPUs tests what any other does; -m gpu uses them
+
+
 def pytest_sessionfinish():
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"])
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["HOME"])
 
 
 @pytest.fixture
@@ -129,14 +149,12 @@ class Run:
 
 @pytest.fixture
 def run_cli(tmp_path):
-    """Return a function that runs train.py with overrides, offline, without wandb, in one thread."""
+    """Return a function that runs train.py with overrides, without wandb."""
 
     def run(*overrides: str) -> Run:
         folder = tmp_path / "run"
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-        environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "train.py", "wandb.enabled=false", f"local_run_dir='{folder}'", *overrides]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         return Run(done.returncode, done.stdout, done.stderr, folder)
 
     return run

@@ -43,10 +43,9 @@ def test_the_launcher_ends_as_its_processes(end, tmp_path, capfd):
     assert ("rank 0: was killed by SIGKILL" in capfd.readouterr().err) == (end == "is killed")
 
 
-def test_the_command_line_starts_its_processes(tmp_path, counts, monkeypatch):
+def test_the_command_line_starts_its_processes(tmp_path, counts):
     """A name with a quote and a space reaches them whole."""
     n = counts(small=1, full=2)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder = tmp_path / "o'er there"
     quoted = str(folder).replace("'", "\\'")
     done = command_line(folder, (f"local_run_dir='{quoted}'", *SHORT, f"n_processes={n}"))
