@@ -27,6 +27,7 @@ import trainers
 from dpo import checkpoints
 
 Fault = Callable[[], None]
+HANG = 900.0  # seconds after which a process hangs, however busy the machine is
 
 # A run of 6 updates with everything in it: evaluations, samples, checkpoints by both clocks, and removal of old ones.
 BUSY = (
@@ -46,7 +47,7 @@ BUSY = (
 )
 
 
-def command_line(folder: Path, arguments: tuple[str, ...], *faults: Fault, timeout: float = 120) -> Run:
+def command_line(folder: Path, arguments: tuple[str, ...], *faults: Fault, timeout: float = HANG) -> Run:
     """Run `python train.py ARGUMENTS` in a child in which the faults were put; folder is its run directory."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         pid = os.fork()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from conftest import Run
-from faults import Fault, be_the_command_line, run_command_line, wait
+from faults import HANG, Fault, be_the_command_line, run_command_line, wait
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, launch_agent
@@ -33,7 +33,7 @@ def command_lines(
     arguments: Sequence[str],
     n: int,
     faults: Mapping[int, Sequence[Fault]] | None = None,
-    timeout: float = 120,
+    timeout: float = HANG,
 ) -> list[Run]:
     """Run `python train.py ARGUMENTS` as n ranks, with faults by rank; return what each of them did."""
     store, pids = make_store(), []
@@ -55,7 +55,7 @@ def command_lines(
     return [Run(code, texts[2 * i], texts[2 * i + 1], folder) for i, code in enumerate(codes)]
 
 
-def run_ranks(n: int, work: Callable[[int, int, Path], None], folder: Path, timeout: float = 300) -> None:
+def run_ranks(n: int, work: Callable[[int, int, Path], None], folder: Path, timeout: float = HANG) -> None:
     """Call work(rank, n, folder) in n forked children with torchrun's environment; AssertionError if one fails."""
     store, pids = make_store(), []
     for rank in range(n):
@@ -114,7 +114,7 @@ def torchrun(folder: Path, arguments: Sequence[str], n: int, fault: Callable[[in
                 code = error.get_first_failure()[1].exitcode
             finally:
                 os._exit(code)
-        code = wait(pid, 120)
+        code = wait(pid, HANG)
         texts = []
         for file in (out, err):
             file.seek(0)

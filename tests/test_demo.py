@@ -50,7 +50,7 @@ def test_the_judge_knows_every_review_of_the_demo_and_no_other_text():
 def train_demo(base: Path, *extra: str) -> demo.Outcome:
     """Run the demo's two stages with its real settings and some more, on one thread; return what they reached."""
     for stage in demo.STAGES:
-        done = command_line(base / stage, (*demo.overrides(stage, base), *extra), timeout=1200)
+        done = command_line(base / stage, (*demo.overrides(stage, base), *extra))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return demo.read_outcome(base / "dpo")
 
@@ -58,7 +58,7 @@ def train_demo(base: Path, *extra: str) -> demo.Outcome:
 def test_the_demo_makes_a_policy_that_writes_whole_warm_reviews(tmp_path, counts, report, monkeypatch):
     native = computes_bfloat16_natively(torch.device("cpu"))  # emulated, it takes hours
     soak = itertools.product(range(10), ["float32", "bfloat16"] if native else ["float32"])
-    for seed, precision in counts([(0, "auto")], soak):
+    for seed, precision in counts([(0, "float32")], soak):
         base = tmp_path / f"{seed}-{precision}"
         outcome = train_demo(base, f"seed={seed}", f"precision={precision}")
         numbers = " and ".join(f"{dict(outcome.counts(model))} ({name})" for model, name in demo.MODELS.items())
@@ -73,7 +73,7 @@ def test_the_demo_makes_a_policy_that_writes_whole_warm_reviews(tmp_path, counts
     done = run_code(code, ROOT)
     assert done.returncode == 0 and "How was The Golden Harbour" in done.stdout, done.stderr
     draw = draw.replace("demo.svg", str(tmp_path / "demo.svg"))
-    done = subprocess.run(["bash", "-c", draw], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", draw], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "demo.svg").stat().st_size > 1000, draw + done.stderr
 
 

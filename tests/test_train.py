@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import hydra
 import pytest
@@ -285,14 +287,20 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path):
     assert any("no eos token" in line for line in told)
 
 
-def test_a_reference_in_another_dtype_and_a_policy_in_bfloat16_train(make_trainer):
-    for dtypes in (("bfloat16", "null"), ("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16")):
-        names = ("model.policy_dtype", "model.reference_dtype")
-        settings = [f"{name}={dtype}" for name, dtype in zip(names, dtypes, strict=True)]
-        trainer = make_trainer("loss=dpo", "precision=auto", *settings)
-        metrics = trainer.train_step(next(iter(trainer.train_batches)))
-        assert math.isfinite(metrics["loss/train"])
-        assert dtypes[1] != "null" or metrics["rewards_train/margins"] == 0.0
+@pytest.mark.parametrize(
+    "policy, reference, precision",
+    [
+        ("bfloat16", "null", "bfloat16"),
+        ("bfloat16", "float32", "bfloat16"),
+        *(("float32", other, precision) for other in ("bfloat16", "float16") for precision in ("float32", "bfloat16")),
+    ],
+)
+def test_a_reference_in_another_dtype_and_a_policy_in_bfloat16_train(policy, reference, precision, make_trainer):
+    dtypes = (f"model.policy_dtype={policy}", f"model.reference_dtype={reference}", f"precision={precision}")
+    trainer = make_trainer("loss=dpo", *dtypes)
+    metrics = trainer.train_step(next(iter(trainer.train_batches)))
+    assert math.isfinite(metrics["loss/train"])
+    assert reference != "null" or metrics["rewards_train/margins"] == 0.0
 
 
 def test_a_model_whose_weights_do_not_fit_its_config_is_refused_by_name(tmp_path, run_forked):
@@ -482,6 +490,8 @@ def test_activation_checkpointing_changes_no_gradient(make_trainer):
     assert norms[0] == pytest.approx(norms[1], rel=1e-6)
 
 
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+@pytest.mark.skipif(not Path(sysconfig.get_path("include"), "Python.h").is_file(), reason="needs Python.h")
 def test_a_compiled_run_gives_the_same_numbers_and_does_not_compile_for_every_length(make_trainer, monkeypatch):
     attended = []
     attend = attention.cpu_attention

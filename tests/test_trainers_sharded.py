@@ -213,7 +213,7 @@ def sharded(request, tmp_path_factory) -> tuple[int, bool, Path]:
     folder = tmp_path_factory.mktemp("sharded")
     soak = request.config.getoption("--soak")
     labelled_rows(folder / "labels")
-    run_ranks(request.param, partial(train_cases, soak), folder, timeout=1200)
+    run_ranks(request.param, partial(train_cases, soak), folder)
     return request.param, soak, folder
 
 

