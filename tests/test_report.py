@@ -117,6 +117,39 @@ def test_every_chart_has_a_label_and_pairs_have_two(tmp_path):
     assert "Rewards, evaluation" not in labels  # which this run did not record
 
 
+def test_each_curve_and_each_axis_has_the_values_that_it_is_labelled_with(tmp_path, monkeypatch):
+    """At numbers of examples; pairs are those of the newest evaluation, and lengths chosen minus rejected."""
+    curves, points = {}, {}
+    monkeypatch.setattr("dpo.figures.line_chart", lambda title, lines, **how: curves.update({title: lines}) or "")
+    monkeypatch.setattr(
+        "dpo.figures.scatter_chart", lambda title, x, y, *labels, **how: points.update({title: (x, y, *labels)}) or ""
+    )
+    run = write_run(tmp_path / "run")
+    sides = ("rewards_eval__chosen", "rewards_eval__rejected")
+    ratios = [f"diagnosis__{side}_log_ratio_per_token" for side in ("chosen", "rejected")]
+    accuracy = {"rewards_train__accuracies": 0.5, "rewards_train__margins": 0.25}
+    with open(run.path / "metrics.jsonl", "a") as file:
+        for more in ({sides[0]: 0.1, sides[1]: -0.1}, {ratios[0]: -0.01, ratios[1]: -0.2}, accuracy):
+            file.write(json.dumps(record(16, **more)) + "\n")
+    page([RunFiles(run.path)])
+    drawn = {title: {line.label: (line.x, line.y) for line in lines} for title, lines in curves.items()}
+    assert drawn["Loss"] == {"train": ([8, 16], [0.69, 0.5]), "evaluation": ([16], [0.4])}
+    assert drawn["Reward accuracy"] == {"train": ([16], [0.5]), "evaluation": ([16], [0.75])}
+    assert drawn["Reward margin"] == {"train": ([16], [0.25]), "evaluation": ([16], [0.5])}
+    assert drawn["Rewards, evaluation"] == {"chosen": ([16], [0.1]), "rejected": ([16], [-0.1])}
+    per_token = drawn["Log-ratio to the reference per token, evaluation"]
+    assert per_token == {"chosen": ([16], [-0.01]), "rejected": ([16], [-0.2])}
+    assert drawn["Share of chosen responses less likely than at first"] == {"evaluation": ([16], [0.25])}
+    assert points["Log-ratios to the reference (nats)"] == (
+        *([0.5, -0.2, -0.9], [-0.5, 0.2, 0.9]),
+        *("chosen response", "rejected response"),
+    )
+    assert points["Margin and length"] == (
+        *([2.0, 3.0, 4.0], [0.5, -0.2, -0.9]),
+        *("tokens, chosen minus rejected", "reward margin"),
+    )
+
+
 def test_several_runs_are_laid_over_each_other_and_only_settings_that_differ_are_listed(tmp_path):
     other = {**SETTINGS, "exp_name": "second", "loss": {"name": "dpo", "beta": 0.5}}
     text = page([write_run(tmp_path / "one"), write_run(tmp_path / "other", other)])

@@ -482,12 +482,23 @@ def test_sampling_ignores_the_generation_settings_that_came_with_the_model(make_
     assert trainer.policy.model.generation_config.repetition_penalty == 50.0
 
 
-def test_activation_checkpointing_changes_no_gradient(make_trainer):
-    norms = []
+def test_activation_checkpointing_computes_a_layer_twice_in_every_update_and_changes_no_gradient(make_trainer):
+    """Once forward, once more in the backward pass; an evaluation between two updates switches nothing off."""
+    norms, calls = [], []
     for setting in ("false", "true"):
-        trainer = make_trainer("loss=dpo", f"activation_checkpointing={setting}")
-        norms.append(trainer.train_step(next(iter(trainer.train_batches)))["grad_norm"])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+        trainer = make_trainer(
+            "loss=dpo", f"activation_checkpointing={setting}", "max_tokens_per_pass=100000", "n_eval_examples=8"
+        )
+        computed = []
+        layer = trainer.policy.model.transformer.h[0].ln_1
+        layer.register_forward_hook(lambda *_, computed=computed: computed.append(1))
+        for batch, _ in zip(trainer.train_batches, range(2), strict=False):
+            computed.clear()
+            norms.append(trainer.train_step(batch)["grad_norm"])
+            calls.append(len(computed))
+            trainer.evaluate()
+    assert calls == [1, 1, 2, 2]
+    assert norms[:2] == pytest.approx(norms[2:], rel=1e-6)
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")

@@ -23,7 +23,8 @@ from dpo.errors import RunError, Stopped, UserError
 from dpo.logps import response_logps
 from dpo.objectives import mismatch
 from dpo.packing import LAYOUTS
-from dpo.sampling import distinct_prompts
+from dpo.sampling import Sampler, distinct_prompts
+from dpo.signals import ProcessSignals
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -492,6 +493,128 @@ def test_ten_updates_depend_on_no_layout_budget_or_accumulation(name, make_train
     assert runs[0][0]["loss/train"] != runs[0][-1]["loss/train"]
 
 
+# Evaluations
+
+SHORTER = ("max_length=48", "max_prompt_length=24")
+
+
+def single_logps(trainer, example):
+    """Return log pi and log ref of each response of an example, in float32, one unpadded sequence at a time."""
+    models = (trainer.policy.model, trainer.reference.module.model)
+    with torch.no_grad():
+        return [[sum_of_logps(m, example.prompt, y).item() for y in example.responses] for m in models]
+
+
+def evaluated_examples(trainer):
+    """Return the examples of an evaluation, in their order."""
+    return [example for batch in trainer.eval_batches.from_start() for example in batch.examples]
+
+
+def test_each_line_of_pairs_jsonl_has_the_numbers_of_its_own_row(make_trainer):
+    """On a policy that has moved, in passes of 300 tokens, which sort the examples; beta is 0.1."""
+    trainer = make_trainer("loss=dpo", "n_eval_examples=8", "max_tokens_per_pass=300")
+    perturb(trainer.policy)
+    trainer.evaluate()
+    lines = (trainer.run.path / "pairs.jsonl").read_text().splitlines()
+    found = {record["row"]: record for record in map(json.loads, lines)}
+    examples = evaluated_examples(trainer)
+    assert len(lines) == len(examples) == len(found) == 8
+    for example in examples:
+        record, (policy, reference) = found[example.text.row], single_logps(trainer, example)
+        ratios = [own - other for own, other in zip(policy, reference, strict=True)]
+        for i, side in enumerate(("chosen", "rejected")):
+            assert record[f"log_ratios/{side}"] == pytest.approx(ratios[i], rel=1e-3, abs=1e-3)
+            assert record[f"rewards/{side}"] == pytest.approx(0.1 * ratios[i], rel=1e-3, abs=1e-4)
+            assert record[f"lengths/{side}"] == len(example.responses[i])
+
+
+@pytest.mark.parametrize("name", ["kto", "kto of labels"])
+def test_ktos_divergence_in_an_evaluation_is_that_of_all_its_examples(name, make_trainer, tmp_path):
+    """Whatever the passes and batches: the mean of sigmoid(z - r) and 1.5 sigmoid(r - z), where beta is 0.1.
+
+    The reference is moved, so that the policy is the better model and z is above 0.
+    """
+    settings, losses_found = settings_of(name, tmp_path / "data"), []
+    for max_tokens, size in ((100_000, 16), (300, 3)):
+        passes = (f"max_tokens_per_pass={max_tokens}", f"eval_batch_size={size}")
+        trainer = make_trainer(*settings, *passes, "n_eval_examples=16")
+        perturb(trainer.reference.module)
+        losses_found.append(trainer.evaluate()["loss/eval"])
+    examples = evaluated_examples(trainer)
+    divergences, expected = [], []
+    for example in mismatch(examples):
+        policy, reference = single_logps(trainer, example)
+        divergences += [own - other for own, other in zip(policy, reference, strict=True)]
+    z = 0.1 * sum(divergences) / len(divergences)
+    for example in examples:
+        policy, reference = single_logps(trainer, example)
+        labels = [True, False] if example.text.label is None else [example.text.label]
+        for own, other, label in zip(policy, reference, labels, strict=True):
+            distance = z - 0.1 * (own - other)
+            expected.append(1 / (1 + math.exp(-distance)) if label else 1.5 / (1 + math.exp(distance)))
+    assert z > 0.1
+    assert losses_found == pytest.approx([sum(expected) / len(expected)] * 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_only_the_policys_training_passes_are_differentiated(loss, make_trainer):
+    """A graph that an evaluation kept would fill the memory."""
+    trainer = make_trainer(f"loss={loss}", "n_eval_examples=8", "n_eval_model_samples=2", *SHORTER)
+    found = {"policy": [], "reference": []}
+    for name, module in (("policy", trainer.policy), ("reference", trainer.reference.module)):
+        module.register_forward_hook(lambda *args, name=name: found[name].append(args[2].requires_grad))
+    batch = next(iter(trainer.train_batches))
+    trainer.evaluate()
+    trainer.sample()
+    assert found["policy"] and not any(found["policy"])
+    found["policy"].clear()
+    trainer.train_step(batch)
+    n_passes = len(list(trainer.packer(batch.examples)))
+    before = [] if loss == "dpo" else [False] * len(list(trainer.packer(mismatch(batch.examples))))
+    assert found["policy"] == before + [True] * n_passes
+    assert found["reference"] and not any(found["reference"])
+
+
+@pytest.mark.parametrize(
+    "phase, nth", [("an evaluation", 2), ("the policy's samples", 1), ("the reference's samples", 3)]
+)
+def test_a_signal_in_the_midst_of_the_last_evaluation_stops_the_run_with_every_update_saved(
+    phase, nth, make_trainer, monkeypatch
+):
+    """An update is one pass; the evaluation has two batches, and so have the samples of each model."""
+    sizes = ("n_eval_examples=8", "eval_batch_size=4", "n_eval_model_samples=8", "max_tokens_per_pass=100000")
+    settings = ("n_examples=8", "do_first_eval=false", "sample_during_eval=true", *sizes, *SHORTER)
+    trainer = make_trainer("loss=dpo", *settings)
+    owner, name = (trainer, "losses") if phase == "an evaluation" else (Sampler, "generate_batch")
+    work, calls = getattr(owner, name), []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == nth:
+            trainer.signals.stop = "SIGTERM"
+        return work(*args)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(Stopped):
+        trainer.train()
+    assert len(calls) == nth
+    folder = trainer.run.path / "step-8"
+    assert read_checkpoint(folder)["run"]["counters"]["updates"] == 1 and not (folder / "hf").exists()
+
+
+def test_a_wish_for_a_checkpoint_during_an_evaluation_is_granted_after_the_next_update(make_trainer, monkeypatch):
+    trainer = make_trainer("loss=sft", "n_examples=24", "n_eval_examples=8")
+    trainer.signals, evaluate = ProcessSignals(), trainer.evaluate
+
+    def interrupted():
+        trainer.signals.save = not trainer.examples
+        return evaluate()
+
+    monkeypatch.setattr(trainer, "evaluate", interrupted)
+    trainer.train()
+    assert {path.name for path in trainer.run.path.glob("step-*")} == {"step-8", "step-24"}
+
+
 # The schedule
 
 
@@ -648,7 +771,51 @@ def test_an_export_has_the_facts_of_its_run_and_is_uploaded_where_that_is_asked(
     assert hashes and all(line in card for line in hashes)
 
 
+def test_the_card_of_an_export_has_the_figures_of_the_last_evaluation_of_all_pairs(make_trainer, tmp_path):
+    """Of 40 pairs each fourth has the wrong label: 75% are right, and all of the training pairs."""
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        rows = golden_rows(split)
+        for row in rows[::4] if split == "test" else ():
+            row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ("n_examples=16", "eval_every=8", "n_eval_examples=1000", "lr=1e-4", "warmup_steps=0")
+    trainer = make_trainer("loss=dpo", f"datasets=['{tmp_path / 'data'}']", *settings)
+    trainer.train()
+    *_, before, update, last = map(json.loads, (trainer.run.path / "metrics.jsonl").read_text().splitlines())
+    card = (trainer.run.path / "step-16" / "hf" / "README.md").read_text()
+    assert "On 40 evaluation examples, after the last update." in card
+    assert last["rewards_eval/accuracies"] == 0.75 and update["rewards_train/accuracies"] == 1.0
+    for name in ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins"):
+        assert f"| {name} | {last[name]:.4g} |" in card
+        assert last[name] != before[name] or name == "rewards_eval/accuracies"
+    diagnosis = {k.removeprefix("diagnosis/"): v for k, v in last.items() if k.startswith("diagnosis/")}
+    low, high = (diagnosis.pop(f"accuracy_{end}") for end in ("low", "high"))
+    assert f"| {last['rewards_eval/accuracies']:.4g} | {low:.4g} to {high:.4g} |" in card
+    assert len(diagnosis) > 5 and all(f"| {name} | {value:.4g} |" in card for name, value in diagnosis.items())
+
+
 # Samples
+
+
+def test_samples_and_figures_of_a_policy_that_has_moved_are_each_models_own(make_trainer):
+    """The divergence is that of the policy's own samples, one unpadded sequence at a time."""
+    trainer = make_trainer("loss=dpo", "sample_during_eval=true", "n_eval_model_samples=3", *SHORTER)
+    perturb(trainer.policy)
+    found, prompts = trainer.sample(), distinct_prompts(trainer.eval_batches, 3)
+    models = {"policy": trainer.policy.model, "reference": trainer.reference.module.model}
+    drawn = {name: trainer.sampler.sample(model, prompts, "again") for name, model in models.items()}
+    rows = map(json.loads, (trainer.run.path / "samples.jsonl").read_text().splitlines())
+    expected = [(name, sample.text.responses[0]) for name in models for sample in drawn[name]]
+    assert [(row["model"], row["sample"]) for row in rows] == expected
+    assert all(own.responses != other.responses for own, other in zip(*drawn.values(), strict=True))
+    sums = [single_logps(trainer, sample) for sample in drawn["policy"]]
+    n_tokens, n_others = (sum(len(sample.responses[0]) for sample in drawn[name]) for name in models)
+    divergence = sum(policy - reference for (policy,), (reference,) in sums)
+    assert found["diagnosis/kl"] == pytest.approx(divergence / 3, rel=1e-4)
+    assert found["diagnosis/kl_per_token"] == pytest.approx(divergence / n_tokens, rel=1e-4)
+    assert found["diagnosis/entropy_per_token"] == pytest.approx(-sum(p for (p,), _ in sums) / n_tokens, rel=1e-4)
+    assert found["diagnosis/sample_length_difference"] == pytest.approx((n_tokens - n_others) / 3)
 
 
 def test_each_evaluation_records_the_divergence_of_its_samples_which_is_zero_before_the_first_update(make_trainer):

@@ -1,5 +1,8 @@
 """Archives: what is taken over from older ones, and what is refused by name."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import tiny_config
@@ -69,3 +72,13 @@ def test_an_archive_that_is_none_is_refused_and_executes_nothing(content, tmp_pa
     with pytest.raises(UserError, match=r"model\.archive=.*policy\.pt: (cannot be read|holds no weights)"):
         load_archive(str(path))
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9, 0.99, 1.0])
+def test_an_archive_that_was_cut_off_is_refused(share, tmp_path):
+    """As a full disk or a broken download leaves it; at 1.0 one byte is missing."""
+    path = Path(archive_of(tiny("gpt2").state_dict(), tmp_path))
+    size = path.stat().st_size
+    os.truncate(path, min(int(share * size), size - 1))
+    with pytest.raises(UserError, match=r"model\.archive=.*policy\.pt: cannot be read"):
+        load_archive(str(path))

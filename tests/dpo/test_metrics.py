@@ -30,6 +30,43 @@ def drawn(text):
     return TokenizedExample(TextExample("p", (text,), "keep_end", 7, "mine"), [1], ([2],))
 
 
+class RecordingTracker(Tracker):
+    """Keeps what it is given."""
+
+    def __init__(self):
+        self.logged, self.tables = [], []
+
+    def log(self, metrics, step):
+        self.logged.append((metrics, step))
+
+    def table(self, name, step, columns, rows):
+        self.tables.append((name, step, columns, rows))
+
+
+def test_a_tracker_gets_what_the_console_shows_at_a_step_in_examples(tmp_path):
+    tracker = RecordingTracker()
+    logger = MetricLogger(tmp_path, tracker, minimum_interval_secs=1000)
+    for n in (1, 2):
+        logger.log({"examples": 8 * n, "updates": n, "loss/train": 0.5 / n}, thin=True)
+    logger.log({"examples": 16, "updates": 2, "loss/eval": 0.25})
+    logger.close()
+    assert tracker.logged == [({"loss/train": 0.5}, 8), ({"loss/eval": 0.25}, 16)]
+
+
+def test_samples_are_kept_and_tracked_by_model_at_a_step_in_examples(tmp_path):
+    tracker = RecordingTracker()
+    logger = MetricLogger(tmp_path, tracker)
+    logger.log_samples(8, {"policy": [drawn("one")], "reference": [drawn("other")]})
+    logger.close()
+    columns = ["step", "prompt", "sample"]
+    assert tracker.tables == [
+        ("policy_samples", 8, columns, [[8, "p", "one"]]),
+        ("reference_samples", 8, columns, [[8, "p", "other"]]),
+    ]
+    records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [list(record.values()) for record in records] == [[8, "policy", "p", "one"], [8, "reference", "p", "other"]]
+
+
 def test_a_metric_of_some_examples_is_their_mean_and_is_left_out_where_no_example_has_it():
     """One pass with a desirable example, 3, and one with two of three, 1 and 2: mean 2, whatever the others."""
     metrics, text = BatchMetrics(), TextExample("p", ("a",), "keep_end", 7, "mine")

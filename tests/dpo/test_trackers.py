@@ -10,7 +10,7 @@ from conftest import TINY, compose, validated
 import build
 from dpo import combinations
 from dpo.errors import UserError
-from dpo.runs import RunDir
+from dpo.runs import Checkpoint, RunDir
 from dpo.trackers import TensorBoardTracker, Tracker, Trackers, TrackioTracker, WandbTracker
 
 
@@ -160,3 +160,27 @@ def test_the_settings_name_the_trackers_and_wandb_has_a_switch_of_its_own(
     assert [type(one).__name__ for one in tracker.trackers] == made
     debug = (*overrides, "debug=true")
     assert type(build.make_tracker(validated(*debug)[0], RunDir(tmp_path, compose(*debug)))) is Tracker
+
+
+@pytest.mark.parametrize("resumed, purged, resume", [(False, None, "never"), (True, 17, "allow")])
+def test_trackers_get_the_names_and_the_unresolved_settings_of_the_run_and_where_it_is_resumed(
+    resumed, purged, resume, libraries, tmp_path, monkeypatch
+):
+    """A checkpoint after 16 examples; a tracker that resolved the settings would publish a secret."""
+    monkeypatch.setattr(combinations, "is_installed", lambda library: True)
+    monkeypatch.setattr(build, "WandbTracker", Recorder)
+    monkeypatch.setenv("SECRET", "hunter2")
+    names = ("wandb.entity=us", "wandb.project=p", "exp_name=e", "wandb.enabled=true")
+    trackers = "trackers=[wandb,tensorboard,trackio]"
+    overrides = ("loss=dpo", *TINY, f"local_run_dir='{tmp_path}'", *names, trackers)
+    run = RunDir(tmp_path, compose(*overrides, "model.block_name=${oc.env:SECRET}"))
+    run.resumed = resumed
+    run.checkpoint = Checkpoint(tmp_path / "step-16", {}) if resumed else None
+    wandb, tensorboard, trackio = build.make_tracker(validated(*overrides)[0], run).trackers
+    _, (folder, given), _ = wandb.calls[0]
+    config = given.pop("config")
+    assert (folder, given) == (tmp_path, {"entity": "us", "project": "p", "name": "e"})
+    assert config["lr"] == 5e-7 and config["model"]["block_name"] == "${oc.env:SECRET}"
+    assert tensorboard.run.calls == [("init", (tmp_path / "tensorboard",), {"purge_step": purged})]
+    expected = {"project": "p", "name": tmp_path.name, "config": config, "resume": resume, "embed": False}
+    assert trackio.run.calls == [("init", (), expected)]
