@@ -36,9 +36,11 @@ from faults import (
 )
 from transformers import PreTrainedModel
 
+import build
 import trainers
 from dpo import checkpoints, errors, runs, trackers
 from dpo.archives import load_archive
+from dpo.precomputation import Precomputation
 
 DPO = (*BUSY, "loss=dpo", "keep_checkpoints=2")
 SFT = (*BUSY, "loss=sft", "keep_checkpoints=2")
@@ -288,6 +290,41 @@ def test_an_interrupt_after_another_signal_still_waits_and_a_second_one_does_not
     folder = tmp_path / "run"
     assert command_line(folder, fresh(folder, *DPO), at_event(6, many)).returncode == 130
     assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-8"]
+
+
+@pytest.mark.parametrize("moment, code", [("evaluate", 143), ("export", 0)])
+def test_a_signal_in_the_last_evaluation_stops_the_run_and_one_after_it_lets_it_end(moment, code, tmp_path):
+    def interrupted(self, *args, **kwargs):
+        if self.examples == 16:
+            send(signal.SIGTERM)()
+        return work(self, *args, **kwargs)
+
+    work, folder = getattr(trainers.BasicTrainer, moment), tmp_path / "run"
+    short = ("n_examples=16", "eval_every=1000", "save_every=null", "sample_during_eval=false", "do_first_eval=false")
+    fault = lambda: setattr(trainers.BasicTrainer, moment, interrupted)  # noqa: E731
+    result = command_line(folder, fresh(folder, *BUSY, "loss=dpo", *short), fault)
+    assert result.returncode == code, result.stderr
+    assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-16"]
+    assert (folder / "LATEST" / "hf" / "model.safetensors").exists() == (code == 0)
+    assert ("To resume: python train.py resume=" in result.stdout) == (code == 143)
+
+
+@pytest.mark.parametrize("phase", ["choose_layout", "precomputation"])
+def test_a_signal_before_training_stops_at_once(phase, tmp_path):
+    """In the check of the layout, or in the first of several batches of which a cached reference is computed."""
+    owner, name = (build, phase) if phase == "choose_layout" else (Precomputation, "fill")
+    work, calls = getattr(owner, name), tmp_path / "calls"
+
+    def interrupted(*args, **kwargs):
+        calls.write_text(calls.read_text() + name if calls.exists() else name)
+        send(signal.SIGTERM)()
+        return work(*args, **kwargs)
+
+    folder = tmp_path / "run"
+    settings = (*BUSY, "loss=dpo", "loss.precompute_reference=true", f"local_dirs=['{tmp_path}']")
+    result = command_line(folder, fresh(folder, *settings), lambda: setattr(owner, name, interrupted))
+    assert result.returncode == 143 and "Traceback" not in result.stderr, result.stderr
+    assert calls.read_text() == name and not list(tmp_path.rglob("*.pt"))
 
 
 def test_sigusr1_saves_and_goes_on(whole, tmp_path):

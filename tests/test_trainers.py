@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+import threading
 from collections import Counter
 from itertools import islice
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from chat_families import FAMILIES, TURNS, answer
 from conftest import TINY, golden_rows, inputs_of, tiny_config, tiny_tokenizer, without_measurements
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MistralConfig
 
+import build
 import losses
 from dpo import logps
 from dpo.checkpoints import read_checkpoint
@@ -23,6 +25,7 @@ from dpo.errors import RunError, Stopped, UserError
 from dpo.logps import response_logps
 from dpo.objectives import mismatch
 from dpo.packing import LAYOUTS
+from dpo.runs import Checkpoint
 from dpo.sampling import Sampler, distinct_prompts
 from dpo.signals import ProcessSignals
 
@@ -232,6 +235,56 @@ def perturb(model):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_the_gradient_is_clipped_to_its_largest_norm_and_its_norm_before_that_is_recorded(make_trainer):
+    """One step of SGD with a rate of 1 moves the weights by the clipped gradient."""
+    norms, moved = [], []
+    for limit in (0.5, 1e6):
+        trainer = make_trainer("loss=dpo", "optimizer=SGD", "lr=1.0", "warmup_steps=0", f"max_grad_norm={limit}")
+        before = flat_values(trainer.policy)
+        norms.append(trainer.train_step(next(iter(trainer.train_batches)))["grad_norm"])
+        moved.append((flat_values(trainer.policy) - before).norm().item())
+    assert norms[0] == norms[1] > 1.0
+    assert moved == pytest.approx([0.5, norms[1]], rel=1e-4)
+
+
+def flat_values(model):
+    """Return the parameters as one vector."""
+    return torch.cat([parameter.detach().flatten().double() for parameter in model.parameters()])
+
+
+def test_the_next_batch_is_made_while_an_update_is_computed(make_trainer, monkeypatch):
+    trainer = make_trainer("loss=sft", "n_examples=16", "n_eval_examples=8", "do_first_eval=false", "debug=true")
+    made, second, waited = [], threading.Event(), []
+    tokenize, train_step = trainer.train_batches.tokenize, trainer.train_step
+
+    def tokenized(texts):
+        made.append(texts)
+        if len(made) == 2:
+            second.set()
+        return tokenize(texts)
+
+    trainer.train_batches.tokenize = tokenized
+    monkeypatch.setattr(trainer, "train_step", lambda batch: waited.append(second.wait(60)) or train_step(batch))
+    trainer.train()
+    assert waited == [True, True] and len(made) == 2
+
+
+def test_policy_and_reference_are_compiled_where_that_is_asked(make_trainer, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(build, "compile_layers", compiled.append)
+    assert make_trainer("loss=dpo") and compiled == []
+    trainer = make_trainer("loss=dpo", "compile=true")
+    assert compiled == [trainer.policy.model, trainer.reference.module.model]
+
+
+def test_a_resumed_trainer_lets_go_of_the_checkpoint_that_it_has_loaded(make_trainer):
+    trainer = make_trainer("loss=sft")
+    states, run = trainer.state_dict([0, 0, 0]), trainer.run
+    run.checkpoint, run.resumed = Checkpoint(run.path / "step-0", states), True
+    build.resume_trainer(trainer, run)
+    assert run.checkpoint == Checkpoint(run.path / "step-0", {})
 
 
 # Losses that depend on the whole batch
@@ -564,14 +617,16 @@ def test_only_the_policys_training_passes_are_differentiated(loss, make_trainer)
     for name, module in (("policy", trainer.policy), ("reference", trainer.reference.module)):
         module.register_forward_hook(lambda *args, name=name: found[name].append(args[2].requires_grad))
     batch = next(iter(trainer.train_batches))
-    trainer.evaluate()
-    trainer.sample()
-    assert found["policy"] and not any(found["policy"])
-    found["policy"].clear()
-    trainer.train_step(batch)
-    n_passes = len(list(trainer.packer(batch.examples)))
-    before = [] if loss == "dpo" else [False] * len(list(trainer.packer(mismatch(batch.examples))))
-    assert found["policy"] == before + [True] * n_passes
+    n_passes, n_others = (len(list(trainer.packer(some))) for some in (batch.examples, mismatch(batch.examples)))
+    for _ in range(2):
+        found["policy"].clear()
+        trainer.evaluate()
+        trainer.sample()
+        assert found["policy"] and not any(found["policy"]) and not trainer.policy.training
+        found["policy"].clear()
+        trainer.train_step(batch)
+        assert found["policy"] == [False] * (n_others if loss == "kto" else 0) + [True] * n_passes
+        assert trainer.policy.training
     assert found["reference"] and not any(found["reference"])
 
 

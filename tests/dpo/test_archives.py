@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from dpo.archives import load_archive, load_weights
 from dpo.errors import UserError
 
+MAPS = Path("/proc/self/maps")  # which files are mapped into memory
+
 
 def tiny(family):
     torch.manual_seed(0)
@@ -49,6 +51,14 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path):
     told = str(refusal.value)
     assert "missing transformer.ln_f.bias" in told and "unexpected transformer.surplus" in told
     assert "transformer.wpe.weight has shape (3, 3), the model's is (256, 32)" in told
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="needs Linux")
+def test_the_tensors_of_an_archive_stay_in_its_file(tmp_path):
+    """Instead of a copy in memory, of the size of a model."""
+    path = archive_of(tiny("gpt2").state_dict(), tmp_path)
+    state = load_archive(path)
+    assert state and path in MAPS.read_text()
 
 
 class Canary:

@@ -49,11 +49,11 @@ print(mallinfo().uordblks - before)
     assert few < kept / 2, (few, kept)
 
 
-def test_the_environment_decides_how_many_kernels_are_kept(monkeypatch):
+def test_a_run_keeps_few_kernels_unless_the_environment_says_how_many(monkeypatch, make_trainer):
     monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")  # so that it is taken back, whatever it was
     monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-    devices.limit_onednn_cache()
+    make_trainer("loss=sft")
     assert os.environ["LRU_CACHE_CAPACITY"] == "7"
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
 

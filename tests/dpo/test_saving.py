@@ -53,6 +53,21 @@ def test_the_next_checkpoint_waits_for_the_one_before_also_where_training_waits_
     assert (tmp_path / "LATEST").resolve().name == "step-16"
 
 
+@pytest.mark.parametrize("in_background, blocking", [(False, False), (True, True)])
+def test_a_checkpoint_that_training_waits_for_is_written_from_no_copy(in_background, blocking, tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "copy_to_host", lambda *args: pytest.fail("a copy was made"))
+    settings = validated(*TINY, "loss=dpo", f"background_saves={in_background}")[0]
+    writer = CheckpointWriter(tmp_path, ALONE, settings)
+    writer.write(8, states(1.0), {}, blocking=blocking)
+    assert writer.thread is None and (tmp_path / "LATEST" / "policy.pt").is_file()
+
+
+def test_what_is_kept_is_what_the_settings_name(tmp_path):
+    for n, policies in ((None, False), (2, True)):
+        kept = (f"keep_checkpoints={'null' if n is None else n}", f"keep_policies={policies}")
+        assert CheckpointWriter(tmp_path, ALONE, validated(*TINY, "loss=dpo", *kept)[0]).keep == (n, policies)
+
+
 def fail(*args):
     raise RunError("the disk is full", "disk")
 
