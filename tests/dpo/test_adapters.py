@@ -1,12 +1,14 @@
 """LoRA: what an adapter computes and trains, what the reference beside it is, and what is saved, merged and refused."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import GOLDENS, ROOT, TINY, compose, inputs_of, validated, without_measurements
+from safetensors.torch import save_file
 from tiny_models import EXAMPLES, PLENTY, sums_of_logps, tiny
 
 from dpo import adapters, combinations
@@ -407,6 +409,17 @@ def test_what_is_not_a_plain_adapter_is_refused(change, trained, make_trainer):
 
 def test_a_folder_without_an_adapters_weights_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="lora.path=.*: cannot be read"):
+        read_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.99])
+def test_an_adapter_that_was_cut_off_is_refused(share, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({f"base_model.model.c_fc.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}, path)
+    assert len(read_adapter(str(tmp_path)).weights) == 2
+    os.truncate(path, int(share * path.stat().st_size))
     with pytest.raises(UserError, match="lora.path=.*: cannot be read"):
         read_adapter(str(tmp_path))
 

@@ -241,8 +241,10 @@ def test_a_corrupt_cache_is_computed_again(tmp_path):
     assert other.load(path, "key") and torch.equal(other.sums, cache.sums)
     content, number = path.read_bytes(), cache.sums.numpy().tobytes()
     at = content.index(number)
-    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-    assert not CachedReference(["a", "b"], 2).load(path, "key")
+    cut_off = [content[: int(share * len(content))] for share in (0.3, 0.6, 0.9, 0.99)]
+    for damaged in (content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :], content[:-1], *cut_off):
+        path.write_bytes(damaged)
+        assert not CachedReference(["a", "b"], 2).load(path, "key")
 
 
 class Touching:
