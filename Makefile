@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests that each fork 2 or 4 ranks: they run one at a time
+SHARDED := tests/test_trainers_sharded.py tests/test_trainers_tensor_parallel.py
 
 .PHONY: demo test soak lint mutants clean
 
@@ -20,9 +22,11 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: .venv/train
 	$(BIN)/python demo.py
 
+# The second part also runs where the first one failed, and make fails if either did; Ctrl-C ends both.
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/test_trainers_sharded.py --ignore tests/test_trainers_tensor_parallel.py
-	$(BIN)/python -m pytest tests/test_trainers_sharded.py tests/test_trainers_tensor_parallel.py  # apart: each test forks 2 or 4 ranks
+	trap 'exit 130' INT; \
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(addprefix --ignore ,$(SHARDED)); first=$$?; \
+	$(BIN)/python -m pytest $(SHARDED) && exit $$first
 
 soak: .venv/dev
 	$(BIN)/python -m pytest -n 2 --soak tests/test_resume.py tests/test_resume_sharded.py tests/test_trainers_sharded.py tests/test_hostile.py \
