@@ -1,5 +1,6 @@
 """Starting the processes of a run on this machine, by the launcher that torchrun is made of."""
 
+import inspect
 import logging
 import os
 import signal
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
@@ -34,18 +36,7 @@ def launch(script: Path, arguments: Sequence[str], n_processes: int) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks print what is wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_processes)))
     log_message(f"Starting {n_processes} processes on this machine.")
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=n_processes,
-        run_id=str(os.getpid()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(),
-        shutdown_timeout=SHUTDOWN_TIMEOUT,
-    )
+    config = make_config(n_processes)
     if hasattr(signal, "SIGUSR1"):
         signal.signal(signal.SIGUSR1, forward)
     try:
@@ -57,6 +48,27 @@ def launch(script: Path, arguments: Sequence[str], n_processes: int) -> None:
         sys.exit(first.exitcode if first.exitcode > 0 else EXIT_CODES["rank"])
     except SignalException as error:
         sys.exit(128 + error.sigval)
+
+
+def make_config(n_processes: int) -> LaunchConfig:
+    """Describe n_processes on this machine, with the time to shut down where this version of torch lets one set it."""
+    options: dict[str, Any] = {}
+    if "shutdown_timeout" in inspect.signature(LaunchConfig).parameters:
+        options["shutdown_timeout"] = SHUTDOWN_TIMEOUT
+    else:  # torch 2.11
+        log_message(f"torch {torch.__version__} kills the processes 30 seconds after a signal, also amid a checkpoint.")
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n_processes,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(),
+        **options,
+    )
 
 
 def forward(number: int, frame: FrameType | None) -> None:

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from dataclasses import make_dataclass
 
 import pytest
 import torch
@@ -20,6 +21,24 @@ def test_every_visible_gpu_gets_a_process(monkeypatch):
     assert launch.count_processes(3, "auto") == 3
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert launch.count_processes("auto", "auto") == 1
+
+
+def test_the_processes_get_time_to_shut_down_where_torch_can_be_told(monkeypatch, capsys):
+    def standing_in(shutdown_timeout=30, **options):
+        return options | {"shutdown_timeout": shutdown_timeout}
+
+    monkeypatch.setattr(launch, "LaunchConfig", standing_in)
+    config = launch.make_config(3)
+    assert (config["nproc_per_node"], config["shutdown_timeout"]) == (3, 600)
+    assert capsys.readouterr().out == ""
+
+
+def test_where_torch_cannot_be_told_the_user_is(monkeypatch, capsys):
+    names = "min_nodes max_nodes nproc_per_node run_id rdzv_backend rdzv_endpoint local_addr max_restarts logs_specs"
+    as_in_torch_2_11 = make_dataclass("LaunchConfig", names.split())
+    monkeypatch.setattr(launch, "LaunchConfig", as_in_torch_2_11)
+    assert launch.make_config(3).nproc_per_node == 3
+    assert "kills the processes 30 seconds after a signal" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("end", ["exits", "is killed", "is signalled"])
