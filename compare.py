@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo.console import guard_streams, log_message
 from dpo.errors import UserError, exit_on_error
+from dpo.installation import CONFIG
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from dpo.objectives import Loss
     from dpo.settings import Settings
 
-CONFIG = Path(__file__).resolve().parent / "config"
 REFERENCE = "reference"
 
 

@@ -43,7 +43,7 @@ def load_hub_split(path: str, split: str, cache_dir: str | None) -> "Dataset":
         return datasets.load_dataset(path, split=split, cache_dir=cache_dir)
     except Exception as error:  # the hub client raises many kinds: no network, no such data set, no disk
         reason = summarize_error(error)
-        advice = "pass a local folder, datasets=[PATH] with train.jsonl, or try `make demo`"
+        advice = "pass a local folder, datasets=[PATH] with train.jsonl, or try datasets=[demo]"
         raise UserError(f"data set {path}: cannot be fetched ({reason}); {advice}") from None
 
 

@@ -17,6 +17,7 @@ from dpo.config_files import read_config_files
 from dpo.console import guard_streams, log_message, mark_rank, on_terminal
 from dpo.errors import Stopped, UserError, exit_on_error, raise_problems
 from dpo.help import print_help
+from dpo.installation import COMMAND, CONFIG
 from dpo.signals import ProcessSignals, Signals
 from dpo.suggestions import find_wrong_words, suggest
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from dpo.objectives import Loss
     from dpo.settings import Settings
 
-CONFIG = Path(__file__).resolve().parent / "config"
 QUOTE = """: quote a value with special characters, as in "datasets=['~/pairs.jsonl']\""""
 
 
@@ -95,7 +95,7 @@ def train(
         try:
             trainer.train()
         except (Stopped, KeyboardInterrupt):
-            log_message(f"To resume: python train.py resume={shlex.quote(str(run_dir.path))}")
+            log_message(f"To resume: {COMMAND} resume={shlex.quote(str(run_dir.path))}")
             raise
     examples, updates = trainer.examples, trainer.updates
     log_message(f"Done: {examples:,} examples in {updates:,} updates. Everything is in {run_dir.path}")

@@ -5,11 +5,10 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
-from pathlib import Path
 
 from omegaconf import OmegaConf
 
-PROJECT = Path(__file__).resolve().parent
+from dpo.installation import PROJECT
 
 
 def slug(name: str) -> str:

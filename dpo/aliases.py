@@ -5,6 +5,7 @@ and nearby tools. When a feature is built, its line becomes `Renamed`; when a ke
 """
 
 from dpo.answers import Answer, Choice, Note, Renamed, Steps, Switch
+from dpo.installation import COMMAND
 
 # Parts of answers
 
@@ -147,7 +148,7 @@ TABLE: tuple[tuple[str, Answer], ...] = (
         Note(f"use lora=default lora.quantize=nf4, which needs bitsandbytes; {LESS_MEMORY}"),
     ),
     ("load_in_8bit", Note("weights of 8 bits are not supported; use lora=default lora.quantize=nf4")),
-    ("peft_config lora_config", Note("use lora=default; `python train.py --help lora` lists its settings")),
+    ("peft_config lora_config", Note(f"use lora=default; `{COMMAND} --help lora` lists its settings")),
     (
         "modules_to_save additional_target",
         Note("beside an adapter no whole layer is trained; lora.targets adapts more"),

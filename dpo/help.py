@@ -10,6 +10,7 @@ from pathlib import Path
 from shutil import get_terminal_size
 
 from dpo.config_files import REQUIRED, ConfigFiles, Group, Option, Setting, read_config_files
+from dpo.installation import COMMAND
 from dpo.suggestions import suggest, suggest_option
 
 FLAGS = ("--help", "-h")
@@ -21,20 +22,21 @@ INTRODUCTION = (
     "or a variant of it, on one or more GPUs, on Apple silicon or on a CPU."
 )
 COMMANDS = (
-    ("python train.py loss=sft model=gpt2", "SFT; it prints its run directory, RUN"),
-    ("python train.py loss=dpo model=gpt2 model.archive=RUN/LATEST/policy.pt", "DPO, which starts from there"),
-    ("python train.py resume=RUN", "go on with a run that was stopped"),
+    (f"{COMMAND} loss=sft model=gpt2", "SFT; it prints its run directory, RUN"),
+    (f"{COMMAND} loss=dpo model=gpt2 model.archive=RUN/LATEST/policy.pt", "DPO, which starts from there"),
+    (f"{COMMAND} resume=RUN", "go on with a run that was stopped"),
 )
 USAGE = (
     "Settings are written KEY=VALUE, in any order. Below, each stands with its default. A value with brackets or "
-    "spaces needs quotes in most shells: 'datasets=[hh,shp]'. `make demo` trains a tiny model without a network."
+    "spaces needs quotes in most shells: 'datasets=[hh,shp]'."
 )
 MORE = (
     ("--help KEY", "one setting or choice, as --help lr, --help loss, --help model=gpt2"),
     ("loss=help", "all losses: formula, whether it needs a reference, typical settings, paper"),
+    ("loss=sft model=tiny datasets=[demo] max_length=128 max_prompt_length=64", "a tiny model, without a network"),
     ("-m loss.beta=0.1,0.5 lr=1e-6,1e-5", "a run for each combination of values"),
     ("--cfg job", "print the settings that a command comes to, and train nothing"),
-    ("-sc install=bash", 'completion of keys in the shell: eval "$(python train.py -sc install=bash)"'),
+    ("-sc install=bash", f'completion of keys in the shell: eval "$({COMMAND} -sc install=bash)"'),
     ("--hydra-help", "the other flags, which are those of Hydra"),
 )
 

@@ -55,7 +55,7 @@ def fetch(what: str, name: str, load: Callable[[], T]) -> T:
     except Exception as error:  # a corrupt or foreign folder makes transformers raise nearly anything
         if is_out_of_memory(error):
             raise
-        advice = "give the path of a local folder, or try `make demo`, which needs no download"
+        advice = "give the path of a local folder, or try model=tiny, which needs no download"
         raise UserError(f"{what}={name}: cannot be loaded ({summarize_error(error)}); {advice}") from None
 
 

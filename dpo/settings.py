@@ -15,6 +15,7 @@ from pydantic_core import ErrorDetails
 
 from dpo.combinations import combination_problems
 from dpo.errors import raise_problems
+from dpo.installation import COMMAND
 from dpo.suggestions import suggest, written
 
 MAPPINGS = ("optimizer_args",)  # settings that are mappings with keys of their own
@@ -108,7 +109,7 @@ class Settings(Group):
     exp_name: str = Field(pattern=r"^\w[\w.+=-]*$", description="a name without slashes")
     local_dirs: list[Text] = Field(min_length=1, description="a list of folders")
     local_run_dir: Text
-    resume: None = Field(description="given without Hydra's flags: python train.py resume=RUN_DIR")
+    resume: None = Field(description=f"given without Hydra's flags: {COMMAND} resume=RUN_DIR")
     debug: Flag
     dry_run: Flag
     trackers: list[Literal["wandb", "tensorboard", "trackio"]] = Field(

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 from dpo.aliases import ALIASES, LOSS_NAMES
+from dpo.installation import COMMAND
 
 NEAR = 0.85  # the similarity, as difflib measures it, from which a word counts as a typing error for another
 HYDRA_ONLY = re.compile(r"--(config|experimental|hydra|shell)|-(cp|cn|cd|sc)$")  # with these flags nothing is checked
@@ -50,7 +51,7 @@ def suggest(key: str, value: str | None, known: Collection[str]) -> str:
         return f"{key}: the chosen loss has no such setting"
     groups = _groups(known)
     if key in groups:
-        instead = ALIASES[key].text(value) if key in ALIASES else f"`python train.py --help {key}` lists them"
+        instead = ALIASES[key].text(value) if key in ALIASES else f"`{COMMAND} --help {key}` lists them"
         return f"{key}: is a group of settings; {instead}"
     problem = f"{key}: there is no such setting; "
     names = _names(known)
@@ -68,7 +69,7 @@ def suggest(key: str, value: str | None, known: Collection[str]) -> str:
         return problem + ALIASES[group].text(None)
     else:
         near, lists = _nearest(key, [*names, *ALIASES]), "--help"
-    return problem + (f"`python train.py {lists}` lists all of them" if near is None else answers[near])
+    return problem + (f"`{COMMAND} {lists}` lists all of them" if near is None else answers[near])
 
 
 def suggest_option(group: str, name: str, options: Sequence[str]) -> str:

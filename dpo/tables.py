@@ -201,7 +201,7 @@ def open_saved(folder: Path, splits: SplitNames) -> Source:
 def open_hub(name: str, splits: SplitNames) -> Source:
     """Load a hub data set, me/set or me/set:config, from the hub or its cache on this machine."""
     path, _, config = name.partition(":")
-    advice = "; give the path of a local folder, or try `make demo`, which needs no download"
+    advice = "; give the path of a local folder, or try datasets=[demo], which needs no download"
     with reading(f"data set {name}", advice):
         import datasets
 

@@ -1,12 +1,15 @@
-"""pyproject.toml, the requirements files, and what the code imports agree; what the Makefile runs."""
+"""pyproject.toml, the requirements files, and what the code imports agree; the Makefile, and the installed command."""
 
 import ast
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
+from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 from conftest import ROOT
@@ -16,7 +19,7 @@ from packaging.utils import canonicalize_name
 CODE = [*ROOT.glob("*.py"), *ROOT.glob("dpo/*.py"), *ROOT.glob("benchmarks/*.py")]
 TESTS = [*ROOT.glob("tests/**/*.py")]
 OWN = {path.stem for path in [*CODE, *TESTS]} | {"dpo"}
-TOOLS = {"pytest-xdist", "ruff", "mypy", "types-pyyaml", "types-tqdm", "mutmut"}  # run, not imported
+TOOLS = {"pytest-xdist", "setuptools", "ruff", "mypy", "types-pyyaml", "types-tqdm", "mutmut"}  # run, not imported
 THROUGH_TORCH = {"tensorboard"}  # which torch.utils.tensorboard imports
 COMPARED = {"trl"}  # which one benchmark measures beside this project
 FIXED = {"pydantic-core", "huggingface-hub"}  # parts of pydantic and transformers, which fix their versions
@@ -123,3 +126,64 @@ def test_make_test_runs_both_parts_and_fails_if_either_fails(first, second, tmp_
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["one", "two"], done.stderr
     assert (done.returncode != 0) == bool(first or second)
+
+
+def pip(*arguments: str | Path) -> None:
+    """Run pip without a network."""
+    command = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--no-input", *arguments]
+    subprocess.run(command, check=True)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Build the wheel from a copy, since a build writes into its sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    sources = folder / "sources"
+    sources.mkdir()
+    for path in (ROOT / "pyproject.toml", ROOT / "README.md", *ROOT.glob("*.py")):
+        shutil.copy(path, sources)
+    for name in ("config", "docs", "dpo"):
+        shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
+    pip("wheel", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, sources)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_every_module_template_and_config_file_and_nothing_else(wheel):
+    code = [*ROOT.glob("*.py"), *ROOT.glob("dpo/**/*.py"), *ROOT.glob("dpo/**/*.jinja")]
+    config = [path for path in ROOT.glob("config/**/*.*") if path.suffix not in (".py", ".pyc")]
+    data = [*config, ROOT / "docs" / "losses.md"]  # the page that loss=help prints
+    expected = {path.relative_to(ROOT).as_posix() for path in code}
+    expected |= {f"dpo/share/{path.relative_to(ROOT).as_posix()}" for path in data}
+    assert {name for name in ZipFile(wheel).namelist() if ".dist-info/" not in name} == expected
+
+
+def test_the_installed_command_helps_refuses_and_trains_from_any_folder(wheel, tmp_path):
+    """Training starts a further process, whose code is that of the wheel too."""
+    site, folder = tmp_path / "site", tmp_path / "any folder"
+    pip("install", "--no-index", "--no-deps", "--target", site, wheel)
+    folder.mkdir()
+    pairs = [{"prompt": f"\n\nHuman: {i}?\n\nAssistant:", "chosen": " Yes.", "rejected": " No."} for i in range(10)]
+    (folder / "pairs.jsonl").write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
+    environment = os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+    def dpo_train(*arguments: str) -> subprocess.CompletedProcess:
+        command = [site / "bin" / "dpo-train", *arguments]
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+    page = dpo_train("--help").stdout
+    assert "dpo-train loss=sft model=gpt2" in page and "train.py" not in page
+    assert "loss=hinge" in dpo_train("loss=help").stdout
+    refused = dpo_train("loss=dpo", "zebra=1")
+    assert (refused.returncode, refused.stderr) == (
+        2, "error: zebra: there is no such setting; `dpo-train --help` lists all of them\n",
+    )  # fmt: skip
+    done = dpo_train(
+        "loss=sft", "model=tiny", "datasets=[pairs.jsonl]", "max_length=64", "max_prompt_length=32", "batch_size=2",
+        "n_examples=2", "n_eval_examples=1", "sample_during_eval=false", "wandb.enabled=false", "device=cpu",
+        "trainer=FSDPTrainer", "n_processes=1", "local_run_dir=run",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (folder / "run" / "LATEST" / "hf" / "tokenizer.json").is_file() and (
+        folder / "run" / "report.html"
+    ).is_file()

@@ -335,7 +335,7 @@ def test_a_model_that_cannot_be_fetched_is_one_line_with_advice(run_forked):
     run = run_forked("loss=dpo", "model.name_or_path=nobody/nothing")
     assert run.returncode == 2
     (line,) = run.stderr.splitlines()
-    assert line.startswith("error: model.name_or_path=nobody/nothing: cannot be loaded") and "make demo" in line
+    assert line.startswith("error: model.name_or_path=nobody/nothing: cannot be loaded") and "try model=tiny" in line
 
 
 def test_a_machine_that_cannot_compile_is_told_in_one_line(run_cli, monkeypatch, tmp_path):
