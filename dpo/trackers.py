@@ -2,6 +2,7 @@
 
 import netrc
 import os
+import shlex
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -115,7 +116,7 @@ class WandbTracker(LibraryTracker):
                 mode = "offline"
                 self.run = wandb.init(**settings | {"mode": mode, "resume": None})
             if mode == "offline":
-                folders = " ".join(map(str, wandb_folders(run_dir)))
+                folders = shlex.join(map(str, wandb_folders(run_dir)))
                 log_message(f"wandb: no key or no network, so it records offline; to upload it: wandb sync {folders}")
 
 

@@ -258,7 +258,7 @@ def test_a_signal_stops_after_the_update_and_nothing_is_lost(name, code, whole, 
             updates = max(record["updates"] for record in logs_of(folder)[0]) if logs_of(folder)[0] else 0
             found = checkpoints.newest_checkpoint(folder)
             assert (found[1]["run"]["counters"]["updates"] if found else 0) == updates
-            assert f"To resume: python train.py resume={folder}" in result.stdout
+            assert f"To resume: python train.py resume={shlex.quote(str(folder))}" in result.stdout
         resumed(folder)
         assert_same(folder, whole(DPO))
     assert stopped

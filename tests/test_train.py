@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -354,7 +355,7 @@ def test_a_machine_that_cannot_compile_is_told_in_one_line(run_cli, monkeypatch,
 @pytest.fixture(scope="module")
 def sft_run(tmp_path_factory):
     """Run SFT once, with samples, for the tests of what it wrote."""
-    folder = tmp_path_factory.mktemp("sft") / "run"
+    folder = tmp_path_factory.mktemp("sft") / "a run"  # a space, for which a command needs quotes
     samples = ("sample_during_eval=true", "n_eval_model_samples=3")
     done = command_line(folder, fresh(folder, "loss=sft", *SHORT, *samples, "exp_name=offline"))
     assert done.returncode == 0, done.stderr
@@ -414,7 +415,7 @@ def test_other_tools_open_the_model_that_a_run_leaves(sft_run):
 def test_wandb_without_a_key_records_offline_with_the_samples_as_tables(sft_run):
     folder, printed = sft_run
     (recorded,) = (folder / "wandb").glob("offline-run-*")
-    assert f"wandb sync {recorded}" in printed
+    assert f"wandb sync {shlex.quote(str(recorded))}" in printed
     assert list(recorded.glob("*.wandb"))[0].stat().st_size > 1000
     tables = [json.loads(path.read_text()) for path in recorded.glob("files/media/table/policy_samples*.json")]
     assert len(tables) == 3
