@@ -321,7 +321,8 @@ def test_a_signal_before_training_stops_at_once(phase, tmp_path):
         return work(*args, **kwargs)
 
     folder = tmp_path / "run"
-    settings = (*BUSY, "loss=dpo", "loss.precompute_reference=true", f"local_dirs=['{tmp_path}']")
+    cached = ("loss=dpo", "loss.precompute_reference=true", "sample_during_eval=false")
+    settings = (*BUSY, *cached, f"local_dirs=['{tmp_path}']")
     result = command_line(folder, fresh(folder, *settings), lambda: setattr(owner, name, interrupted))
     assert result.returncode == 143 and "Traceback" not in result.stderr, result.stderr
     assert calls.read_text() == name and not list(tmp_path.rglob("*.pt"))
