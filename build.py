@@ -64,6 +64,7 @@ from dpo.settings import Settings
 from dpo.signals import Signals
 from dpo.table_data import joined, scores_of
 from dpo.tables import is_hub_name
+from dpo.threads import set_threads
 from dpo.trackers import TensorBoardTracker, Tracker, Trackers, TrackioTracker, WandbTracker
 from parallel_trainers import TRAINERS
 from preference_datasets import DATASETS, load_data
@@ -188,6 +189,7 @@ def build_trainer(
 ) -> BasicTrainer:
     """Load the models and build the trainer, which stands where the run directory's checkpoint left it, if any."""
     signals = run.ranks.agree(signals or Signals())
+    set_threads(inputs.device, run.checkpoint and run.checkpoint.states)
     with actionable_errors(LOADING):
         models = load_models(settings, loss, inputs, run)
     if inputs.stops:

@@ -35,6 +35,7 @@ from dpo.schedules import make_scheduler
 from dpo.settings import Settings
 from dpo.signals import Signals
 from dpo.stopwatch import Stopwatch
+from dpo.threads import ThreadCheck
 from dpo.utilization import Utilization
 from losses import preference_loss  # noqa: F401  (the original's users import preference_loss from here)
 from report import update_report
@@ -72,6 +73,8 @@ class BasicTrainer:
         self.optimizer = make_optimizer(settings.optimizer, self.policy.trained_parameters(), settings.lr, options)
         self.scheduler = make_scheduler(settings, self.optimizer, len(train_batches))
         self.writer = CheckpointWriter(run.path, ranks, settings)
+        width, resumable = policy.model.config.get_text_config().hidden_size, None if settings.debug else run.path
+        self.threads = ThreadCheck.of(width, dtype, self.device, resumable)
         self.utilization = Utilization(policy, reference, dtype, ranks.world_size)
         self.loss_state: Sums = {}  # what the loss keeps of earlier batches
         self.sums_of_logps = partial(sums_of_logps, policy, reference, packer, ranks)  # for Loss.batch_sums
@@ -100,6 +103,7 @@ class BasicTrainer:
                     self.evaluate_and_save()
                 metrics = self.train_step(batch)
                 self.log(metrics, thin=True)
+                self.threads.after_update()
                 if self.save_due():
                     self.save()
                 self.writer.check()

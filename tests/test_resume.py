@@ -39,6 +39,7 @@ from transformers import PreTrainedModel
 import build
 import trainers
 from dpo import checkpoints, errors, runs, trackers
+from dpo import threads as thread_check
 from dpo.archives import load_archive
 from dpo.precomputation import Precomputation
 
@@ -525,10 +526,47 @@ def test_other_weights_of_the_reference_are_refused(tmp_path, whole):
     assert result.returncode == 2 and "the reference's weights are not those that the run began with" in result.stderr
 
 
-def test_another_number_of_threads_is_said(whole, tmp_path):
+def threads(n: int, variable: str | None = None):
+    """Compute with n threads, as OMP_NUM_THREADS would set them or as torch would choose them."""
+
+    def install() -> None:
+        os.environ.pop("MKL_NUM_THREADS", None)
+        os.environ["OMP_NUM_THREADS"] = variable or ""
+        torch.set_num_threads(n)
+
+    return install
+
+
+def test_a_resumed_run_computes_with_the_threads_of_before_its_stop(whole, tmp_path):
+    expected = whole((*DPO, "keep_checkpoints=null"))
+    folder = copy_until(expected, tmp_path / "run", 40)
+    result = resumed(folder, threads(2))
+    assert "Number of threads: 1, as before the stop" in result.stdout and "Not bit for bit" not in result.stdout
+    assert_same(folder, expected)
+
+
+def test_another_number_of_threads_that_the_environment_sets_is_said(whole, tmp_path):
     folder = copy_until(whole((*DPO, "keep_checkpoints=null")), tmp_path / "run", 40)
-    result = resumed(folder, lambda: torch.set_num_threads(2))
+    result = resumed(folder, threads(2, variable="2"))
     assert "Not bit for bit" in result.stdout and "the number of threads was 1, is 2" in result.stdout
+
+
+def test_a_run_whose_threads_are_timed_gives_the_numbers_of_one_whose_are_not(tmp_path):
+    timed, plain = tmp_path / "timed", tmp_path / "plain"
+
+    def always_advise() -> None:
+        thread_check.RATIO = 0
+
+    def never_time() -> None:
+        thread_check.ROUNDS = 0
+
+    short = (*DPO, "do_first_eval=false", "eval_every=48", "save_every=null", "sample_during_eval=false")
+    one = command_line(timed, fresh(timed, *short), dropout, threads(2), always_advise)
+    other = command_line(plain, fresh(plain, *short), dropout, threads(2), never_time)
+    assert one.returncode == other.returncode == 0
+    advised = "as fast as the 2 of this run"
+    assert one.stdout.count(advised) == 1 and advised not in other.stdout
+    assert_same(timed, plain)
 
 
 def test_a_folder_that_holds_no_run_is_refused(tmp_path):
