@@ -74,27 +74,41 @@ def win_rates(run: RunFiles, command: str) -> tuple[list[float], list[float]]:
     return [x for x, _ in found], [y for _, y in found]
 
 
-def charts(runs: Sequence[RunFiles], judge: str | None = None) -> list[str]:
-    """Return the charts of some runs' reward against their KL; none where no run has recorded a KL."""
+def curves(runs: Sequence[RunFiles], judge: str | None = None) -> dict[str, list[Line]]:
+    """Return by its title each chart's curves of runs' reward against their KL; none where no run has recorded a KL."""
     names = labels(runs)
     columns = {title: [points(run, metric) for run in runs] for title, metric in CHARTS.items()}
     if judge is not None:
         columns = {"Win rate over the reference, by the judge": [win_rates(run, judge) for run in runs], **columns}
-    found = []
-    for title, curves in columns.items():
-        lines = [Line(name, x, y) for name, (x, y) in zip(names, curves, strict=True) if x]
-        if lines:
-            share = title == ACCURACY
-            found.append(line_chart(title, lines, share=share, x_label="KL to the reference, nats per response"))
-    return found
+    found = {
+        title: [Line(name, x, y) for name, (x, y) in zip(names, rows, strict=True) if x]
+        for title, rows in columns.items()
+    }
+    return {title: lines for title, lines in found.items() if lines}
 
 
-def page(runs: Sequence[RunFiles], found: Sequence[str]) -> str:
-    """Return the page of some runs and their charts."""
+def draw(title: str, lines: Sequence[Line]) -> str:
+    """Return a chart of reward against KL."""
+    return line_chart(title, lines, share=title == ACCURACY, x_label="KL to the reference, nats per response")
+
+
+def is_number(lines: Sequence[Line]) -> bool:
+    """Return whether a chart would have a single point."""
+    return sum(len(line.x) for line in lines) == 1
+
+
+def page(runs: Sequence[RunFiles], found: dict[str, list[Line]]) -> str:
+    """Return the page of some runs and their charts, of which one of a single point is a number."""
+    numbers = {
+        f"{title}, at a KL of {lines[0].x[0]:.3g} nats per response": f"{lines[0].y[0]:.3g}"
+        for title, lines in found.items()
+        if is_number(lines)
+    }
+    figures = [draw(title, lines) for title, lines in found.items() if not is_number(lines)]
     return render(
         title="Reward against KL",
-        tiles={"runs": len(runs)},
-        charts={"Each point is an evaluation, each curve the course of a run": found},
+        tiles={"runs": len(runs)} | numbers,
+        charts={"Each point is an evaluation, each curve the course of a run": figures} if figures else {},
         samples={},
         suspects=[],
         names=[run.name for run in runs],
@@ -111,14 +125,17 @@ def close_sweep(folder: Path, paths: Sequence[Path], judge: str | None = None, s
     if not runs:
         return
     log_message("\n".join(["", *summary(runs)]))
-    found = charts(runs, judge)
+    found = curves(runs, judge)
     if not found:
         needs = "sample_during_eval=true, and a reference that is a model, so loss.precompute_reference=false"
         log_message(f"No frontier.html: no evaluation recorded a KL (diagnosis/kl), which needs {needs}.")
         return
     files = {folder / "frontier.html": page(runs, found)}
     if svg is not None:
-        files[svg] = standalone(found[0])
+        title, lines = next(iter(found.items()))
+        if is_number(lines):
+            raise UserError(f"--svg {svg}: {title} has a single evaluation, which is no chart; lower eval_every")
+        files[svg] = standalone(draw(title, lines))
     for path, text in files.items():
         write_page(path, text)
         log_message(f"Wrote {path}")

@@ -7,16 +7,18 @@ python report.py RUN --suspects     list the pairs whose reward margin stayed ne
 
 import argparse
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo.console import log_message
 from dpo.errors import UserError, exit_on_error, summarize_error
+
+if TYPE_CHECKING:
+    from dpo.figures import Line
 
 TEMPLATE = Path(__file__).with_name("dpo") / "report.html.jinja"
 Record = Mapping[str, Any]
@@ -51,8 +53,9 @@ class RunFiles:
 
     @property
     def evaluation(self) -> Record:
-        """The record of the newest evaluation."""
-        return next((record for record in reversed(self.metrics) if "loss/eval" in record), {})
+        """The numbers of the newest evaluation that are finite; metrics.jsonl has null for the others."""
+        record = next((record for record in reversed(self.metrics) if "loss/eval" in record), {})
+        return {name: value for name, value in record.items() if value is not None}
 
     @property
     def name(self) -> str:
@@ -64,10 +67,9 @@ class RunFiles:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # texts hold other line ends
         return [json.loads(line) for line in lines]
 
-    def column(self, name: str) -> tuple[list[float], list[float]]:
-        """Return the numbers of examples at which a metric was recorded, and its values."""
-        found = [(record["examples"], record[name]) for record in self.metrics if record.get(name) is not None]
-        return [x for x, _ in found], [y for _, y in found]
+    def records_of(self, metric: str) -> list[Record]:
+        """Return the records in which a metric is a finite number."""
+        return [record for record in self.metrics if record.get(metric) is not None]
 
 
 # Likely wrong labels
@@ -97,7 +99,7 @@ def suspects(pairs: Iterable[Record]) -> list[Suspect]:
     found = [
         Suspect(source, f"{row}, pair {n}" if (source, row, 2) in margins else str(row), sum(values) / len(values))
         for (source, row, n), values in margins.items()
-        if max(values) < 0
+        if all(value < 0 for value in values)  # NaN is not negative
     ]
     return sorted(found, key=lambda suspect: suspect.margin)
 
@@ -107,18 +109,22 @@ def suspects(pairs: Iterable[Record]) -> list[Suspect]:
 
 @dataclass(frozen=True)
 class Curve:
-    """A metric over the course of a run; of one that every update records, the noise is drawn faintly."""
+    """A metric over the course of a run.
+
+    faint: noise of updates beside a curve of evaluations. headline: its newest value stands at the top of the page.
+    """
 
     label: str
     metric: str
-    every_update: bool = False
+    faint: bool = False
+    headline: bool = False
 
 
 def train_and_evaluation(kind: str, name: str = "") -> list[Curve]:
     """Return the curves of a metric that updates and evaluations record."""
     return [
-        Curve("train", f"{kind}_train/{name}" if name else f"{kind}/train", True),
-        Curve("evaluation", f"{kind}_eval/{name}" if name else f"{kind}/eval"),
+        Curve("train", f"{kind}_train/{name}" if name else f"{kind}/train", faint=True),
+        Curve("evaluation", f"{kind}_eval/{name}" if name else f"{kind}/eval", headline=True),
     ]
 
 
@@ -135,14 +141,14 @@ CURVES = {
     "Reward margin": train_and_evaluation("rewards", "margins"),
     "Rewards, evaluation": of_responses("rewards_eval/{}"),
     "Log-ratio to the reference per token, evaluation": of_responses("diagnosis/{}_log_ratio_per_token"),
-    SHARES[1]: [Curve("evaluation", "diagnosis/displaced")],
-    LOGARITHMIC: [Curve("before clipping", "grad_norm", True)],
-    "KL from the reference, nats per response": [Curve("samples", "diagnosis/kl")],
+    SHARES[1]: [Curve("evaluation", "diagnosis/displaced", headline=True)],
+    LOGARITHMIC: [Curve("before clipping", "grad_norm")],
+    "KL from the reference, nats per response": [Curve("samples", "diagnosis/kl", headline=True)],
     "Entropy of the policy, nats per token": [Curve("samples", "diagnosis/entropy_per_token")],
     "Length of samples minus the reference's, tokens": [Curve("samples", "diagnosis/sample_length_difference")],
-    "Learning rate": [Curve("", "lr", True)],
-    "Pairs per second": [Curve("", "examples_per_second", True)],
-    "Share of the matrix rate (mfu)": [Curve("", "mfu", True)],
+    "Learning rate": [Curve("", "lr")],
+    "Pairs per second": [Curve("", "examples_per_second")],
+    "Share of the matrix rate (mfu)": [Curve("", "mfu")],
 }
 
 
@@ -170,20 +176,31 @@ def page(runs: Sequence[RunFiles]) -> str:
     """Return the page as HTML, which needs neither a network nor JavaScript."""
     from dpo.diagnosis import displacement_advice
 
-    several = len(runs) > 1
-    charts = {"Curves": curve_charts(runs)}
+    several, names = len(runs) > 1, names_of(runs)
+    curves, numbers = curves_and_numbers(runs, names if several else [""])
+    charts = {"Curves": curves}
     if not several:
         charts |= pair_charts(runs[0])
     return render(
-        title=", ".join(run.name for run in runs),
-        tiles={"runs": len(runs)} if several else tiles(runs[0]),
+        title=", ".join(names),
+        tiles=({"runs": str(len(runs))} if several else headlines(runs[0])) | numbers,
         advice=None if several else displacement_advice(runs[0].evaluation),
         charts={heading: figures for heading, figures in charts.items() if figures},
-        samples={f"Samples of {run.name}" if several else "Samples": samples(run) for run in runs if run.samples},
+        samples={
+            f"Samples of {name}" if several else "Samples": samples(run)
+            for name, run in zip(names, runs, strict=True)
+            if run.samples
+        },
         suspects=[] if several else suspects(runs[0].pairs),
-        names=[run.name for run in runs] if several else [],
+        names=names if several else [],
         settings=settings(runs),
     )
+
+
+def names_of(runs: Sequence[RunFiles]) -> list[str]:
+    """Return the names of some runs, or of equal names the folders, or of equal folders the paths."""
+    choices = [[run.name for run in runs], [run.path.name for run in runs], [str(run.path) for run in runs]]
+    return next((names for names in choices if len(set(names)) == len(names)), choices[-1])
 
 
 def render(**parts: Any) -> str:
@@ -194,58 +211,72 @@ def render(**parts: Any) -> str:
     return template.render(**parts)
 
 
-def tiles(run: RunFiles) -> dict[str, str]:
+def headlines(run: RunFiles) -> dict[str, str]:
     """Return the newest figures of a run, by what they are."""
-    evaluation = run.evaluation
     newest = run.metrics[-1] if run.metrics else {}
     found = {name: f"{newest.get(name, 0):,}" for name in ("examples", "updates")}
-    if evaluation.get("loss/eval") is not None:
-        found["loss, evaluation"] = f"{evaluation['loss/eval']:.4g}"
-    if "diagnosis/accuracy_low" in evaluation:
-        low, high = (100 * evaluation[f"diagnosis/accuracy_{side}"] for side in ("low", "high"))
-        accuracy = 100 * evaluation["rewards_eval/accuracies"]
-        found[f"reward accuracy, 95% interval {low:.0f} to {high:.0f}%"] = f"{accuracy:.0f}%"
-        found["reward margin"] = f"{evaluation['rewards_eval/margins']:.3g}"
-    if "diagnosis/displaced" in evaluation:
-        share = 100 * evaluation["diagnosis/displaced"]
-        found["chosen responses that are less likely than under the reference"] = f"{share:.0f}%"
-    if "diagnosis/kl" in evaluation:
-        kl, spread = evaluation["diagnosis/kl"], Z * evaluation.get("diagnosis/kl_stderr", math.nan)
-        found[f"KL from the reference in nats per response, 95% interval ±{spread:.2g}"] = f"{kl:.3g}"
+    for title, curves in CURVES.items():
+        for curve in curves:
+            if curve.headline and (line := line_of(run, curve)):
+                found |= number(title, line, run)
     return found
 
 
-def curve_charts(runs: Sequence[RunFiles]) -> list[str]:
-    """Return the curves of a run, or of several runs those of their evaluations where there are any."""
-    from dpo.figures import Line, line_chart
+def number(title: str, line: "Line", run: RunFiles) -> dict[str, str]:
+    """Return the last value of a line by its label, which says after how many examples, if there are more by now."""
+    value, end = ("{:.0%}", "{:.0%}") if title in SHARES else ("{:.4g}", "{:.3g}")
+    age = "" if line.x[-1] == run.metrics[-1]["examples"] else f"after {line.x[-1]:,} examples"
+    ends = [] if line.band is None else [end.format(edge[-1]) for edge in line.band]
+    label = (title, line.label, age, f"95% interval {' to '.join(ends)}" if ends else "")
+    return {", ".join(filter(None, label)): value.format(line.y[-1])}
 
-    figures = []
+
+def curves_and_numbers(runs: Sequence[RunFiles], names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return charts of what some runs recorded more than once, and by their labels the numbers recorded once.
+
+    Several runs are compared by their evaluations, if one of them has more than one.
+    """
+    from dpo.figures import line_chart
+
+    charts: list[str] = []
+    numbers: dict[str, str] = {}
     for title, curves in CURVES.items():
-        if len(runs) > 1:
-            curves = [curve for curve in curves if not curve.every_update] or curves
-        lines = []
-        for run in runs:
-            for curve in curves:
-                x, y = run.column(curve.metric)
-                label = ", ".join(filter(None, (run.name if len(runs) > 1 else "", curve.label)))
-                if x:
-                    band = interval(run, curve.metric)
-                    lines.append(Line(label, x, y, band, faint=curve.every_update and len(curves) > 1))
-        if lines:
-            figures.append(line_chart(title, lines, log_y=title == LOGARITHMIC, share=title in SHARES))
-    return figures
+        found = [
+            (line, run)
+            for curve in curves
+            for run, name in zip(runs, names, strict=True)
+            if (line := line_of(run, curve, name))
+        ]
+        lines, evaluations = [line for line, _ in found], [line for line, _ in found if not line.faint]
+        if len(runs) > 1 and any(len(line.x) > 1 for line in evaluations):
+            lines = evaluations
+        if any(len(line.x) > 1 for line in lines):
+            charts.append(line_chart(title, lines, log_y=title == LOGARITHMIC, share=title in SHARES))
+        else:
+            numbers |= {label: text for line, run in found for label, text in number(title, line, run).items()}
+    return charts, numbers
 
 
-def interval(run: RunFiles, metric: str) -> tuple[list[float], list[float]] | None:
-    """Return the lower and the upper ends of a metric's 95% intervals, where each of its values has one."""
-    _, values = run.column(metric)
-    if metric == "rewards_eval/accuracies":
-        low, high = (run.column(f"diagnosis/accuracy_{side}")[1] for side in ("low", "high"))
-    else:
-        spreads = [Z * error for error in run.column(f"{metric}_stderr")[1]]
-        low = [value - spread for value, spread in zip(values, spreads, strict=False)]
-        high = [value + spread for value, spread in zip(values, spreads, strict=False)]
-    return (low, high) if len(low) == len(values) else None
+def line_of(run: RunFiles, curve: Curve, name: str = "") -> "Line | None":
+    """Return a curve as a run recorded it, if it did; its label has a name if one is given."""
+    from dpo.figures import Line
+
+    records = run.records_of(curve.metric)
+    if not records:
+        return None
+    label = ", ".join(filter(None, (name, curve.label)))
+    x, y = [record["examples"] for record in records], [record[curve.metric] for record in records]
+    ends = [found for record in records if (found := interval(record, curve.metric)) is not None]
+    band = ([low for low, _ in ends], [high for _, high in ends]) if len(ends) == len(records) else None
+    return Line(label, x, y, band, curve.faint)
+
+
+def interval(record: Record, metric: str) -> tuple[float, float] | None:
+    """Return the lower and the upper end of a metric's 95% interval, if it has one."""
+    if metric == "rewards_eval/accuracies" and "diagnosis/accuracy_low" in record:
+        return record["diagnosis/accuracy_low"], record["diagnosis/accuracy_high"]
+    error = record.get(f"{metric}_stderr")
+    return None if error is None else (record[metric] - Z * error, record[metric] + Z * error)
 
 
 def pair_charts(run: RunFiles) -> dict[str, list[str]]:
@@ -255,14 +286,15 @@ def pair_charts(run: RunFiles) -> dict[str, list[str]]:
     newest = [pair for pair in run.pairs if pair["examples"] == run.pairs[-1]["examples"]]
     if not newest:
         return {}
-    margins = [float(pair["rewards/margins"]) for pair in newest]
-    longer = [pair["lengths/chosen"] - pair["lengths/rejected"] for pair in newest]
-    figures = [scatter_chart("Margin and length", longer, margins, "tokens, chosen minus rejected", "reward margin")]
-    if "log_ratios/chosen" in newest[0]:
-        chosen, rejected = ([float(pair[f"log_ratios/{side}"]) for pair in newest] for side in ("chosen", "rejected"))
-        title = "Log-ratios to the reference (nats)"
-        figures.insert(0, scatter_chart(title, chosen, rejected, "chosen response", "rejected response", diagonal=True))
-    return {f"Evaluation pairs after {newest[0]['examples']:,} examples": figures}
+    title, labels = "Log-ratios to the reference (nats)", ("chosen response", "rejected response")
+    names = ("log_ratios/chosen", "log_ratios/rejected")
+    ratios = [(float(pair[names[0]]), float(pair[names[1]])) for pair in newest if names[0] in pair]
+    lengths = [(pair["lengths/chosen"] - pair["lengths/rejected"], float(pair["rewards/margins"])) for pair in newest]
+    figures = [
+        scatter_chart(title, ratios, *labels, diagonal=True),
+        scatter_chart("Margin and length", lengths, "tokens, chosen minus rejected", "reward margin"),
+    ]
+    return {f"Evaluation pairs after {newest[0]['examples']:,} examples": [chart for chart in figures if chart]}
 
 
 def samples(run: RunFiles) -> dict[str, dict[str, str]]:

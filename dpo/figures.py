@@ -2,12 +2,14 @@
 
 import html
 import io
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 INK = "#010203"  # what matplotlib draws in this colour takes the text colour of the page
@@ -33,7 +35,8 @@ def line_chart(
 ) -> str:
     """Return a chart of lines as SVG; share: of values from 0 to 1.
 
-    Lines of the same label have the same colour and one entry in the legend.
+    Lines of the same label have the same colour and one entry in the legend. log_y: by orders of magnitude, where the
+    values span two of them or more.
     """
     figure = new_figure(title, x_label)
     colors: dict[str, str] = {}
@@ -48,14 +51,18 @@ def line_chart(
             color=color,
             linewidth=0.8 if line.faint else 1.6,
             alpha=0.6 if line.faint else 1.0,
-            marker="" if line.faint or len(line.x) > 30 else "o",
+            marker="o" if len(line.x) == 1 or (len(line.x) <= 30 and not line.faint) else "",
             markersize=3,
             label=None if known else line.label,
         )
-        if line.band is not None:
+        if line.band is not None and len(line.x) > 1:
             axes.fill_between(line.x, *line.band, color=color, alpha=0.15, linewidth=0)
-    axes.set_xlim(left=min((0.0, *(x for line in lines for x in line.x))))
-    if log_y:
+        elif line.band is not None:
+            axes.vlines(line.x, *line.band, color=color, alpha=0.5, linewidth=1.6)
+    x, y = [x for line in lines for x in line.x], [y for line in lines for y in line.y]
+    axes.set_xlim(left=min((0.0, *x)))
+    write_ticks_in_full(axes, x)
+    if log_y and 0 < min(y) * 100 < max(y):
         axes.set_yscale("log")
     if share:
         axes.set_ylim(-0.03, 1.03)
@@ -65,9 +72,16 @@ def line_chart(
 
 
 def scatter_chart(
-    title: str, x: Sequence[float], y: Sequence[float], x_label: str, y_label: str, diagonal: bool = False
-) -> str:
-    """Return a chart of points as SVG, with lines at 0 and, if asked for, where x equals y."""
+    title: str, points: Iterable[tuple[float, float]], x_label: str, y_label: str, diagonal: bool = False
+) -> str | None:
+    """Return a chart of the finite points as SVG, with lines at 0 and, if asked for, where x equals y.
+
+    None if all have the same x or the same y: the chart would show no relation.
+    """
+    finite = [point for point in points if all(map(math.isfinite, point))]
+    x, y = [x for x, _ in finite], [y for _, y in finite]
+    if len(set(x)) < 2 or len(set(y)) < 2:
+        return None
     figure = new_figure(title, x_label, y_label)
     (axes,) = figure.axes
     axes.axhline(0, color=INK, linewidth=0.5, alpha=0.5)
@@ -75,6 +89,7 @@ def scatter_chart(
     if diagonal:
         axes.axline((0, 0), slope=1, color=INK, linewidth=0.5, alpha=0.5, linestyle="--")
     axes.scatter(x, y, s=9, color=SERIES[0], alpha=0.6, linewidths=0)
+    write_ticks_in_full(axes, x)
     return to_svg(figure, title)
 
 
@@ -97,6 +112,20 @@ def new_figure(title: str, x_label: str, y_label: str = "") -> "Figure":
         spine.set_color(INK)
         spine.set_alpha(0.5)
     return figure
+
+
+def write_ticks_in_full(axes: "Axes", x: Iterable[float]) -> None:
+    """Write each tick in full, since a common factor would stand where the title is; whole numbers get whole ticks."""
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
+
+    for axis in (axes.xaxis, axes.yaxis):
+        plain = ScalarFormatter(useOffset=False)
+        plain.set_scientific(False)
+        is_small = max(map(abs, axis.get_view_interval())) < 1e-3
+        axis.set_major_formatter(StrMethodFormatter("{x:.3g}") if is_small else plain)
+    if all(float(value).is_integer() for value in x):
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def to_svg(figure: "Figure", label: str) -> str:

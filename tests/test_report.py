@@ -10,7 +10,7 @@ from conftest import golden_rows
 
 import report
 from dpo.errors import UserError
-from report import RunFiles, Suspect, interval, page, run_files, suspects, update_report
+from report import Curve, RunFiles, Suspect, line_of, page, run_files, suspects, update_report
 
 SETTINGS = {"exp_name": "first", "lr": 1e-3, "loss": {"name": "dpo", "beta": 0.1}}
 
@@ -63,18 +63,124 @@ def sample(model, text, examples=16, prompt="Hi"):
     return {"examples": examples, "model": model, "prompt": prompt, "sample": text}
 
 
+def tiles(text):
+    """Return the tiles of a page as {label: number}."""
+    return {label: value for value, label in re.findall(r'<div class="tile"><b>(.*?)</b><span>(.*?)</span>', text)}
+
+
+def charts(text):
+    """Return the titles of a page's charts."""
+    return re.findall(r'<svg[^>]* aria-label="([^"]*)"', text)
+
+
+def add_records(run, *records):
+    """Append records to a run's metrics; return the run."""
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in records)
+    return RunFiles(run.path)
+
+
+KL = "KL from the reference, nats per response"
+
+
 def test_the_page_shows_the_newest_figures_with_their_interval(tmp_path):
-    text = page([write_run(tmp_path / "run")])
-    tiles = dict(re.findall(r'<div class="tile"><b>(.*?)</b><span>(.*?)</span>', text))
-    assert tiles == {
-        "16": "examples",
-        "2": "updates",
-        "0.4": "loss, evaluation",
-        "75%": "reward accuracy, 95% interval 41 to 93%",
-        "0.5": "reward margin",
-        "25%": "chosen responses that are less likely than under the reference",
-        "3": "KL from the reference in nats per response, 95% interval ±0.98",
+    """1.96 * 0.5 = 0.98 on each side of the KL."""
+    run = write_run(tmp_path / "run")
+    evaluated = {
+        "Loss, evaluation": "0.4",
+        "Reward accuracy, evaluation, 95% interval 41% to 93%": "75%",
+        "Reward margin, evaluation": "0.5",
+        "Share of chosen responses less likely than at first, evaluation": "25%",
+        f"{KL}, samples, 95% interval 2.02 to 3.98": "3",
     }
+    assert tiles(page([run])) == {"examples": "16", "updates": "2", **evaluated}
+    shown = tiles(page([add_records(run, record(24, loss__train=0.45))]))
+    assert shown["examples"] == "24" and shown["Loss, evaluation, after 16 examples"] == "0.4"
+    assert len(shown) == 2 + len(evaluated) and all("after 16 examples" in label for label in list(shown)[2:])
+
+
+def test_what_a_run_recorded_once_is_a_number_and_no_chart(tmp_path):
+    """The loss has two updates beside its one evaluation, which is a point of the chart. Nothing is shown twice."""
+    run = write_run(tmp_path / "run")
+    once = {"rewards_eval__chosen": 0.2, "rewards_eval__rejected": -0.3, "diagnosis__entropy_per_token": 1.5}
+    text = page([add_records(run, record(16, **once))])
+    assert charts(text)[:3] == ["Loss", "Gradient norm", "Learning rate"]
+    assert set(charts(text)[3:]) == {"Log-ratios to the reference (nats)", "Margin and length"}
+    assert list(tiles(text).items())[7:] == [
+        ("Rewards, evaluation, chosen", "0.2"),
+        ("Rewards, evaluation, rejected", "-0.3"),
+        ("Entropy of the policy, nats per token, samples", "1.5"),
+    ]
+    run = add_records(run, record(24, **once))
+    assert {"Rewards, evaluation", "Entropy of the policy, nats per token"} <= set(charts(page([run])))
+
+
+def test_a_run_of_one_update_is_all_numbers(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run.path / "metrics.jsonl").write_text(json.dumps(record(8, loss__train=0.69, grad_norm=3.0, lr=1e-7)) + "\n")
+    (run.path / "pairs.jsonl").write_text("")
+    text = page([RunFiles(run.path)])
+    assert charts(text) == [] and "<h2>Curves" not in text
+    assert tiles(text) == {
+        "examples": "8",
+        "updates": "1",
+        "Loss, train": "0.69",
+        "Gradient norm, before clipping": "3",
+        "Learning rate": "1e-07",
+    }
+
+
+def test_values_that_are_not_finite_are_left_out(tmp_path):
+    """metrics.jsonl has null for them. Of the KL one value is left, of the margin none."""
+    run = write_run(tmp_path / "run")
+    bad = {"rewards_eval__margins": None, "diagnosis__kl": None, "diagnosis__chosen_log_ratio_per_token": None}
+    (run.path / "metrics.jsonl").write_text("")
+    run = add_records(run, record(8, diagnosis__kl=2.0), record(16, loss__eval=0.4, diagnosis__displaced=0.9, **bad))
+    text = page([run])
+    assert charts(text) == ["Log-ratios to the reference (nats)", "Margin and length"]
+    assert tiles(text) == {
+        "examples": "16",
+        "updates": "2",
+        "Loss, evaluation": "0.4",
+        "Share of chosen responses less likely than at first, evaluation": "90%",
+        f"{KL}, samples, after 8 examples": "2",
+    }
+
+
+def test_several_runs_have_points_beside_curves_and_a_number_for_each_where_none_has_a_curve(tmp_path):
+    """Both have one evaluation; then the second has another. Of the loss the updates are drawn until then."""
+    runs = [write_run(tmp_path / name, {**SETTINGS, "exp_name": name}) for name in ("first", "second")]
+    text = page(runs)
+    assert ">first, train<" in text and ">second, evaluation<" in text and KL not in charts(text)
+    shown = tiles(text)
+    assert shown["runs"] == "2" and [label for label in shown if label.startswith("KL")] == [
+        f"{KL}, {name}, samples, 95% interval 2.02 to 3.98" for name in ("first", "second")
+    ]
+    runs[1] = add_records(runs[1], record(24, loss__eval=0.3, diagnosis__kl=4.0))
+    text = page(runs)
+    assert {"Loss", KL} <= set(charts(text)) and not any(label.startswith(("KL", "Loss")) for label in tiles(text))
+    assert ">first, evaluation<" in text and ">first, train<" not in text
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders_or_their_paths(tmp_path):
+    samples = [{"examples": 16, "model": "policy", "prompt": "Hi", "sample": "x"}]
+    (tmp_path / "sub").mkdir()
+    runs = [write_run(tmp_path / name, samples=samples) for name in ("one", "other", "sub/one")]
+    text = page(runs[:2])
+    assert "<title>one, other</title>" in text and "Samples of one<" in text and "Samples of other<" in text
+    assert f"{KL}, one, samples" in text and f"{KL}, other, samples" in text
+    assert f"Samples of {tmp_path / 'sub' / 'one'}<" in page(runs)
+
+
+def test_pairs_that_are_alike_make_no_chart(tmp_path):
+    """At the first evaluation all margins are 0; and responses of one length show nothing of length."""
+    run = write_run(tmp_path / "run")
+    (run.path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in evaluated(0, [0, 0, 0])))
+    text = page([RunFiles(run.path)])
+    assert "Margin and length" not in charts(text) and "Evaluation pairs" not in text
+    alike = [pair | {"lengths/chosen": 9.0} for pair in evaluated(16, [1, 2, 3])]
+    (run.path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in alike))
+    assert charts(page([RunFiles(run.path)]))[-1] == "Log-ratios to the reference (nats)"
 
 
 def test_advice_stands_below_the_figures_where_there_is_some(tmp_path):
@@ -89,10 +195,12 @@ def test_advice_stands_below_the_figures_where_there_is_some(tmp_path):
 def test_curves_have_the_intervals_that_were_recorded(tmp_path):
     """Wilson's of the accuracy; 1.96 standard errors of others; none where one of the values has no error."""
     run = write_run(tmp_path / "run")
-    assert interval(run, "rewards_eval/accuracies") == ([0.41], [0.93])
-    low, high = interval(run, "diagnosis/kl")
+    assert line_of(run, Curve("", "rewards_eval/accuracies")).band == ([0.41], [0.93])
+    low, high = line_of(run, Curve("", "diagnosis/kl")).band
     assert (low, high) == (pytest.approx([2.02]), pytest.approx([3.98]))
-    assert interval(run, "diagnosis/displaced") is None
+    assert line_of(run, Curve("", "diagnosis/displaced")).band is None
+    run = add_records(run, record(24, diagnosis__kl=4.0))
+    assert line_of(run, Curve("", "diagnosis/kl")).band is None
 
 
 def test_the_page_needs_no_network_and_runs_no_script(tmp_path):
@@ -112,7 +220,7 @@ def test_samples_stand_side_by_side_the_reference_first(tmp_path):
 
 def test_every_chart_has_a_label_and_pairs_have_two(tmp_path):
     labels = re.findall(r'aria-label="([^"]*)"', page([write_run(tmp_path / "run")]))
-    assert {"Loss", "Reward accuracy", "Gradient norm", "Learning rate"} <= set(labels)
+    assert {"Loss", "Gradient norm", "Learning rate"} <= set(labels)
     assert {"Log-ratios to the reference (nats)", "Margin and length"} <= set(labels)
     assert "Rewards, evaluation" not in labels  # which this run did not record
 
@@ -163,6 +271,7 @@ def test_a_pair_is_suspect_if_its_margin_was_negative_at_every_evaluation_after_
     assert suspects(pairs) == [Suspect("mine", "0", -2.0)]
     assert suspects(evaluated(8, [-1, -3])) == [Suspect("mine", "1", -3.0), Suspect("mine", "0", -1.0)]
     assert suspects(evaluated(0, [-1])) == []
+    assert suspects(evaluated(8, [-1]) + evaluated(16, ["nan"])) == []  # as pairs.jsonl writes it
 
 
 def test_pairs_of_one_row_are_told_apart():
