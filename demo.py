@@ -144,7 +144,7 @@ def judge(text: str) -> str:
 
 SHARED = [
     *("model=tiny", "datasets=[demo]", "max_length=128", "max_prompt_length=64", "eval_batch_size=200"),
-    *("do_first_eval=false", "minimum_log_interval_secs=5", "wandb.enabled=false"),
+    *("minimum_log_interval_secs=5", "wandb.enabled=false"),
 ]
 # The settings lie far from any edge: docs/demo.md has what was measured around them.
 STAGES = {
@@ -152,6 +152,7 @@ STAGES = {
         "loss=sft",
         *("optimizer=AdamW", "lr=1e-3", "warmup_steps=30"),  # a model from random weights needs larger steps
         *("batch_size=16", "n_epochs=6"),  # until nearly all samples are whole: DPO needs a model that can write
+        "do_first_eval=false",
         "sample_during_eval=false",  # the DPO run samples from the SFT model too, as its reference
     ],
     "dpo": [
@@ -159,7 +160,7 @@ STAGES = {
         "loss.beta=2",  # lets the gradient fade once a warm review is some 10 times likelier than the cold one
         *("optimizer=SGD", "lr=0.08"),  # RMSprop moves weights that no preference is about as far as any other
         *("batch_size=32", "n_epochs=1", "warmup_steps=15"),  # 62 updates in all; the default warmup is 150
-        "n_eval_model_samples=200",
+        *("eval_every=500", "n_eval_model_samples=200"),  # 5 evaluations, the first and the last included
     ],
 }
 MODELS = {"reference": "SFT model", "policy": "DPO policy"}  # as samples.jsonl names them

@@ -105,7 +105,8 @@ def run_cell(folder: Path, cell: Cell) -> demo.Outcome:
     rate = factor * next(float(o.removeprefix("lr=")) for o in demo.STAGES["dpo"] if o.startswith("lr="))
     run_train(base / "sft", [*demo.overrides("sft", base), *shared])
     run = base / f"dpo-{factor:g}"
-    run_train(run, [*demo.overrides("dpo", base), *shared, f"lr={rate:g}"])
+    once = ["do_first_eval=false", f"eval_every={demo.SIZES['train']}"]  # one evaluation, at the end
+    run_train(run, [*demo.overrides("dpo", base), *shared, *once, f"lr={rate:g}"])
     return demo.read_outcome(run)
 
 

@@ -17,6 +17,7 @@ from faults import command_line, run_code
 
 import demo
 from dpo.devices import computes_bfloat16_natively
+from report import CURVES
 
 WARM, COLD = (demo.make_rows("test")[0][side] for side in ("chosen", "rejected"))
 
@@ -65,6 +66,11 @@ def test_the_demo_makes_a_policy_that_writes_whole_warm_reviews(tmp_path, counts
         report(f"demo, seed {seed}, {precision}: {numbers}; {outcome.accuracy:.3f}, {outcome.margin:.2f}")
         assert outcome.problems() == []
         assert outcome.accuracy >= 0.95
+        records = demo.read_lines(base / "dpo" / "metrics.jsonl")
+        evaluations = [record["examples"] for record in records if "loss/eval" in record]
+        assert evaluations == [0, 512, 1024, 1504, 1984]  # the first updates of 32 at or after each 500; the end
+        page = (base / "dpo" / "report.html").read_text(encoding="utf-8")
+        assert page.count("<svg") == len(CURVES) + 1  # all are curves, and a chart of the pairs, which are equally long
         assert 0.35 <= outcome.share("reference", "warm") <= 0.65  # DPO starts from a model that writes both kinds
     monkeypatch.chdir(ROOT)
     ask, draw = re.findall(r"^  (\S.*)$", demo.next_steps(base), re.MULTILINE)
