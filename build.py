@@ -20,11 +20,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from dpo.adapters import AdapterWeights, add_adapter
 from dpo.archives import weights_checksum
 from dpo.attention import use_attention
-from dpo.budgets import fit_budget
+from dpo.budgets import fit_budget, has_second_model, memory_before_loading, pass_memory, tokens_per_pass
 from dpo.chat import Rendering
 from dpo.console import log_message
 from dpo.data_checks import data_problems, schedule_notes, score_problems
-from dpo.devices import autocast, compute_dtype, limit_onednn_cache, pick_device, tokens_per_pass
+from dpo.devices import autocast, compute_dtype, float32_products, limit_onednn_cache, pick_device, read_facts
 from dpo.distributed import Ranks
 from dpo.errors import actionable_errors, raise_problems
 from dpo.examples import BatchIterator, Tokenization, bos_note
@@ -32,7 +32,7 @@ from dpo.export import AllWeights
 from dpo.first_update import check_first_margin
 from dpo.forecast import forecast
 from dpo.inspection import inspect
-from dpo.layouts import LayoutChoice, choose_layout, recorded_layout
+from dpo.layouts import choose_layout, recorded_layout
 from dpo.logps import ResponseLogps, response_logps
 from dpo.memory_plan import print_memory_plan
 from dpo.metrics import make_logger
@@ -118,9 +118,11 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     return Inputs(device, model_config, tokenizer, train_batches, eval_batches, stops)
 
 
-def inspect_inputs(settings: Settings, inputs: Inputs) -> None:
+def inspect_inputs(settings: Settings, loss: Loss, inputs: Inputs) -> None:
     """Print what would be trained on."""
-    max_tokens = tokens_per_pass(settings.max_tokens_per_pass, inputs.device)
+    dtype = compute_dtype(settings.compute_precision, getattr(torch, settings.model.policy_dtype), inputs.device)
+    estimate = partial(memory_before_loading, inputs.model_config, settings, loss, dtype)
+    max_tokens = tokens_per_pass(settings.max_tokens_per_pass, read_facts(inputs.device), estimate)
     inspect(inputs.train_batches, inputs.eval_batches, settings.inspect, settings.inspect_ids, max_tokens)
 
 
@@ -144,16 +146,12 @@ def load_models(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir) -> 
     """Load the policy, of several ranks on the main one alone, copy the reference, and seed all generators."""
     limit_onednn_cache()
     dtype = compute_dtype(settings.compute_precision, getattr(torch, settings.model.policy_dtype), inputs.device)
-    if inputs.device.type == "cuda" and dtype == torch.float32:
-        torch.set_float32_matmul_precision("high")  # TF32
-    known = None if run.checkpoint is None else recorded_layout(run.checkpoint.states, inputs.device)
-    # A model that is shared out is whole on one device only for the check of the layout, if there is one.
-    stays = run.ranks.world_size > 1 and (known is not None or settings.layout == "padded")
-    place = torch.device("cpu") if stays else inputs.device
-    load = partial(load_policy_module, settings, loss, inputs, known, place, dtype)
+    if dtype == torch.float32:
+        torch.set_float32_matmul_precision(float32_products(read_facts(inputs.device)))
+    load = partial(load_policy_module, settings, loss, inputs, run, dtype)
     models = run.ranks.from_main(load, Models.without_weights)
     use_attention(models.policy.model, models.policy.model.config._attn_implementation)  # which each process registers
-    if models.adapter is None and loss.needs_reference and not loss.cached_reference:
+    if has_second_model(settings, loss):
         reference = copy_reference(models.policy, settings.model.reference_dtype, run.ranks.copy)
         models = replace(models, reference=reference)
     models.policy.with_collisions = loss.needs_collisions
@@ -166,11 +164,13 @@ def load_models(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir) -> 
     return models
 
 
-def load_policy_module(
-    settings: Settings, loss: Loss, inputs: Inputs, known: LayoutChoice | None, place: torch.device, dtype: torch.dtype
-) -> Models:
+def load_policy_module(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir, dtype: torch.dtype) -> Models:
     """Load the policy to a device, and its adapter, and choose the layout by a check on a few examples."""
     device, policy_dtype = inputs.device, settings.model.policy_dtype
+    known = None if run.checkpoint is None else recorded_layout(run.checkpoint.states, device)
+    # A model that is shared out is whole on one device only for the check of the layout, if there is one.
+    stays = run.ranks.world_size > 1 and (known is not None or settings.layout == "padded")
+    place = torch.device("cpu") if stays else device
     log_message(f"Device: {device}. Computing in {dtype}, parameters and optimizer in {policy_dtype}.")
     policy = load_policy(settings, inputs.model_config, place)
     adapter = None if settings.lora is None else add_adapter(policy, settings)
@@ -180,7 +180,9 @@ def load_policy_module(
     examples = next(iter(inputs.eval_batches.from_start())).examples
     choice = choose_layout(module, [module], examples, settings.layout, settings.max_length, dtype, known)
     set_quantized_dtype(policy, dtype)
-    packer = Packer(choice.layout, tokens_per_pass(settings.max_tokens_per_pass, device), device)
+    n_shards = 1 if settings.ddp else run.ranks.world_size // settings.replicate
+    estimate = partial(pass_memory, module, settings, loss, dtype, choice, n_shards)
+    packer = Packer(choice.layout, tokens_per_pass(settings.max_tokens_per_pass, read_facts(device), estimate), device)
     return Models(module, adapter, None, packer, dtype)
 
 
@@ -205,6 +207,7 @@ def build_trainer(
         models = replace(
             models, packer=fit_budget(settings, models.policy, models.packer, inputs.train_batches, models.dtype)
         )
+    if settings.max_tokens_per_pass == "fit" or read_facts(inputs.device).kind == "cuda":
         run.config.max_tokens_per_pass = models.packer.max_tokens  # with which the run is resumed
     run.create()
     prepare = partial(TRAINERS[settings.trainer].prepare, settings=settings, ranks=run.ranks, dtype=models.dtype)

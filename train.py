@@ -83,7 +83,7 @@ def train(
     with open_run(Path(settings.local_run_dir), config, overrides, ranks) as run_dir:
         inputs = load_inputs(settings, loss)
         if settings.inspect:
-            return inspect_inputs(settings, inputs)
+            return inspect_inputs(settings, loss, inputs)
         if settings.dry_run:
             return dry_run(settings, loss, inputs, run_dir.config, signals)
         if run_dir.is_complete(len(inputs.train_batches)):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +12,23 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dpo.devices import DeviceFacts
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 # On a CPU, in examples of at least this many tokens, each response attends apart from the others, so that less of what
 # the mask hides is computed; in shorter ones more calls cost as much as that saves (benchmarks/README.md).
 BRANCHED = 384
 
 
-def attention_kinds(device: torch.device) -> list[str]:
-    """Return the kinds of attention to try on a device for rows that hold several examples, the fastest first."""
-    return ["flex_attention", "packed"] if device.type == "cuda" else ["packed"]
+def attention_kinds(facts: DeviceFacts) -> list[str]:
+    """Return the kinds of attention to try on a device for rows that hold several examples, the fastest first.
+
+    Flex attention is compiled by Triton; torch tests it from compute capability 8.0 on (test_flex_attention.py).
+    """
+    flex = facts.kind == "cuda" and facts.capability >= (8, 0) and facts.triton
+    return ["flex_attention", "packed"] if flex else ["packed"]
 
 
 def use_attention(model: PreTrainedModel, kind: str) -> None:
@@ -67,18 +76,56 @@ def additive_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(seen, 0.0, torch.finfo(torch.bfloat16).min).to(dtype)[None, None]
 
 
-FLEX_ROW = 2048  # tokens: rows are filled up to a multiple of this, so that few lengths are compiled
+FLEX_BLOCK = (
+    128  # tokens: rows are filled up to whole blocks of flex attention's mask, whose kernels then need no edges
+)
 
 
 def flex_inputs(inputs: dict[str, torch.Tensor], segments: torch.Tensor) -> dict[str, Any]:
-    """Return the inputs with a block mask, filled up by an example that no other one attends to."""
-    from torch.nn.attention.flex_attention import create_block_mask  # only a GPU needs it
+    """Return the inputs with a block mask, filled up by tokens that attend to themselves alone, and nothing to them.
 
-    missing = -segments.shape[1] % FLEX_ROW
-    segments = F.pad(segments, (0, missing), value=-1)
+    A token that attends to nothing would depend on how a kernel divides by 0. There are at least two blocks, since one
+    alone would be compiled for that shape.
+    """
     n = segments.shape[1]
-    mask = create_block_mask(lambda b, h, q, k: visible(segments, q, k), None, None, n, n, device=segments.device)
-    return {name: F.pad(value, (0, missing)) for name, value in inputs.items()} | {"attention_mask": mask}
+    missing = max(-n % FLEX_BLOCK, 2 * FLEX_BLOCK - n)
+    example = torch.full((missing,), n, device=segments.device)  # after all others, each token a branch of its own
+    branches = torch.arange(1, missing + 1, device=segments.device)
+    segments = torch.cat((segments, torch.stack((example, branches))), dim=1)
+    return {name: F.pad(value, (0, missing)) for name, value in inputs.items()} | {
+        "attention_mask": flex_mask(segments)
+    }
+
+
+def flex_mask(segments: torch.Tensor) -> "BlockMask":
+    """Return the mask of `visible` for flex attention, with nothing of size (seq, seq) on the way.
+
+    Of each block of queries and keys it is known from their first and last examples and branches whether no query
+    attends to a key, so that it is skipped, or each one to each, so that it is computed without a mask. Examples, and
+    the branches of one, come in ascending order.
+    """
+    from torch.nn.attention.flex_attention import BlockMask  # only a GPU needs it
+
+    blocks = segments.view(2, -1, FLEX_BLOCK)
+    (example, branch), (last_example, last_branch) = blocks.amin(-1), blocks.amax(-1)
+    order = torch.arange(len(example), device=segments.device)
+    query, key = order[:, None], order
+    alone = example == last_example  # blocks with tokens of one example
+    same = alone[query] & alone[key] & (example[query] == example[key])
+    apart = same & (branch[key] > 0) & (last_branch[key] < branch[query])
+    some = (key <= query) & (last_example[key] >= example[query]) & ~apart
+    one_branch = (branch[key] == last_branch[query]) & (last_branch[key] == branch[query])
+    full = (key < query) & same & ((last_branch[key] == 0) | one_branch)
+
+    def listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return how many keys' blocks each queries' block has, and their indices, first those that are chosen."""
+        chosen = chosen.int()[None, None]
+        return chosen.sum(-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).int()
+
+    def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return visible(segments, q, k)
+
+    return BlockMask.from_kv_blocks(*listed(some & ~full), *listed(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod)
 
 
 @torch.compiler.disable  # compiled, it would be another function for every number of examples

@@ -8,7 +8,9 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -17,10 +19,37 @@ import torch
 from dpo.errors import UserError
 
 
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What is known of a device before anything runs on it; what depends on the device is decided by these alone.
+
+    capability is CUDA's compute capability, (0, 0) elsewhere. bfloat16 is whether a CPU has instructions for it
+    (AVX-512 BF16 or AMX). triton is whether Triton is installed, which compiles kernels for GPUs. memory is in bytes:
+    what this process holds of a GPU or can still get, elsewhere the whole machine's.
+    """
+
+    kind: str
+    memory: int
+    capability: tuple[int, int] = (0, 0)
+    bfloat16: bool = False
+    triton: bool = False
+
+
+def read_facts(device: torch.device) -> DeviceFacts:
+    """Read the facts of a device."""
+    if device.type == "cuda":
+        capability, triton = torch.cuda.get_device_capability(device), find_spec("triton") is not None
+        return DeviceFacts("cuda", available_memory(device), capability=capability, triton=triton)
+    bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return DeviceFacts(device.type, total_memory(device), bfloat16=device.type == "cpu" and bfloat16)
+
+
 def pick_device(name: str) -> torch.device:
     """Return the device called `name`, or the best there is for auto; UserError if it is not there.
 
-    The GPU that cuda:N names becomes the process's current one.
+    Whatever computes on a device gets it here. The GPU that cuda:N names becomes the process's current one. On CUDA,
+    attention never runs in cuDNN: SDPA tries it first on Hopper, and it builds a plan for every new shape, which took
+    52 to 81 ms on an H200, each for the forward and the backward pass.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -28,6 +57,8 @@ def pick_device(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     if not available.get(kind, False) or (index and int(index) >= torch.cuda.device_count()):
         raise UserError(f"device={name}: not available here; use device=auto or device=cpu")
+    if kind == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if index:
         torch.cuda.set_device(int(index))  # kernels that Triton makes run there
     return torch.device(name)
@@ -49,13 +80,20 @@ def platform(device: torch.device) -> dict[str, str]:
     }
 
 
+# What is computed in which dtype
+
+
+def has_bfloat16(facts: DeviceFacts) -> bool:
+    """Return whether matrix products in bfloat16 run in hardware; emulation would be slower than float32.
+
+    Of NVIDIA's GPUs those from compute capability 8.0 on (Ampere); AMD's capabilities are 9 and above.
+    """
+    return facts.capability >= (8, 0) if facts.kind == "cuda" else facts.bfloat16
+
+
 def computes_bfloat16_natively(device: torch.device) -> bool:
-    """Return whether matrix products in bfloat16 run in hardware; emulation would be slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "mps":
-        return False
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Return has_bfloat16 of a device's facts."""
+    return has_bfloat16(read_facts(device))
 
 
 def compute_dtype(precision: str, policy_dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -66,12 +104,14 @@ def compute_dtype(precision: str, policy_dtype: torch.dtype, device: torch.devic
     return torch.bfloat16 if native else torch.float32
 
 
+def float32_products(facts: DeviceFacts) -> Literal["highest", "high"]:
+    """Return torch's precision of float32 matrix products: TF32 where a GPU has it, from compute capability 8.0 on."""
+    return "high" if facts.kind == "cuda" and facts.capability >= (8, 0) else "highest"
+
+
 def autocast(parameters: torch.dtype, dtype: torch.dtype, device: torch.device) -> torch.autocast:
     """Return a context that computes in dtype where the parameters are in float32, and in their own dtype elsewhere."""
     return torch.autocast(device.type, dtype, enabled=parameters == torch.float32 and dtype != torch.float32)
-
-
-TOKENS_PER_PASS = {"cpu": 768, "mps": 2048, "cuda": 8192}  # for the CPU measured (benchmarks/README.md), else guessed
 
 
 def limit_onednn_cache() -> None:
@@ -82,11 +122,6 @@ def limit_onednn_cache() -> None:
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "64")  # a pass uses about 30 shapes
-
-
-def tokens_per_pass(setting: int | Literal["auto", "fit"], device: torch.device) -> int:
-    """Resolve max_tokens_per_pass to a number of tokens, with which fit begins its search."""
-    return setting if isinstance(setting, int) else TOKENS_PER_PASS[device.type]
 
 
 # Memory

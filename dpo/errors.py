@@ -66,8 +66,8 @@ def actionable_errors(hint: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise RunError(f"out of memory {hint} ({reason})", "memory") from None
         if any(kind.__module__.startswith("torch._dynamo") for kind in type(error).__mro__):
-            message = f"compile=true: the model cannot be compiled here ({reason})"
-            raise UserError(f"{message}; set it to false") from None
+            message = f"the model cannot be compiled here ({reason})"
+            raise UserError(f"{message}; set compile=false, or where it is false already, layout=padded") from None
         raise
 
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dpo.attention import attention_kinds, torch_attention, use_attention
 from dpo.console import log_message
-from dpo.devices import platform
+from dpo.devices import autocast, platform, read_facts
 from dpo.errors import is_out_of_memory, summarize_error
 from dpo.examples import TokenizedExample
 from dpo.logps import ResponseLogps
@@ -49,7 +49,7 @@ def choose_layout(
         use_attention_in(models, choice.attention)
         return choice
     check = LayoutCheck(policy, examples, layout, max_length)
-    for kind in attention_kinds(check.device):
+    for kind in attention_kinds(read_facts(check.device)):
         try:
             use_attention_in(models, kind)
         except (ValueError, ImportError) as error:  # this kind of model has no such attention
@@ -78,7 +78,7 @@ def recorded_layout(states: Any, device: torch.device) -> LayoutChoice | None:
         unchanged = all(recorded.get(name) == value for name, value in platform(device).items())
     except (AttributeError, KeyError, TypeError, ValueError):  # forged, or of an earlier version
         return None
-    is_known = layout in LAYOUTS and attention in (*attention_kinds(device), "sdpa", "eager")
+    is_known = layout in LAYOUTS and attention in (*attention_kinds(read_facts(device)), "sdpa", "eager")
     return LayoutChoice(layout, attention) if unchanged and is_known else None
 
 
@@ -87,7 +87,7 @@ class LayoutCheck:
 
     The comparison is done in float32 without TF32, on two short examples and a long one in one pass. The long one has
     max_length tokens: a sliding window shows only there. Its last response alone is compared, which is as much as the
-    padded layout need compute for it.
+    padded layout need compute for it. Then the short examples pass forward and backward as in training.
     """
 
     def __init__(self, policy: ResponseLogps, examples: Sequence[TokenizedExample], layout: str, max_length: int):
@@ -106,21 +106,39 @@ class LayoutCheck:
 
         Logs the difference, also that of the short examples with the forward pass computed in dtype.
         """
+        step = "in float32"
         try:
             with float32_parameters(self.policy.model):
                 worst = self.difference([*self.short, self.long], self.expected)
+            if not worst <= TOLERANCE:
+                return f"log-probabilities differ by up to {worst:.2g} nats per token from those of layout=padded"
+            found = f"layout={self.layout}: within {worst:.1g} nats per token of layout=padded in float32"
+            step = f"in {dtype}, forward and backward"
+            rounding = self.train_pass(dtype)
+            found += f", {rounding:.1g} in {dtype}" if dtype != torch.float32 else ""
         except Exception as error:  # a model that takes no such mask or no position ids fails in many ways
             if is_out_of_memory(error):
                 raise
-            return f"the model fails with it ({type(error).__name__}: {summarize_error(error)})"
-        if not worst <= TOLERANCE:
-            return f"log-probabilities differ by up to {worst:.2g} nats per token from those of layout=padded"
-        found = f"layout={self.layout}: within {worst:.1g} nats per token of layout=padded in float32"
-        if dtype != torch.float32:
-            with torch.autocast(self.device.type, dtype, enabled=dtype != self.policy.model.dtype):
-                found += f", {self.difference(self.short, self.padded(self.short)):.1g} in {dtype}"
+            return f"the model fails with it {step} ({type(error).__name__}: {summarize_error(error)})"
         log_message(f"{found}.")
         return None
+
+    def train_pass(self, dtype: torch.dtype) -> float:
+        """Pass the short examples forward and backward, computed in dtype; return the difference from padded ones.
+
+        The gradient is that of the first parameter alone, which comes before all layers or in the first one, so that it
+        passes through the attention of all. It is not kept, and in evaluation mode no random number is drawn.
+        """
+        was_training, model = self.policy.training, self.policy.model
+        self.policy.eval()
+        try:
+            with autocast(model.dtype, dtype, self.device):
+                actual = self.policy(LAYOUTS[self.layout].pack(self.short).to(self.device))
+                rounding = 0.0 if dtype == torch.float32 else self.apart(actual, self.padded(self.short))
+            torch.autograd.grad(actual.sum(), self.policy.trained_parameters()[:1], allow_unused=True)
+        finally:
+            self.policy.train(was_training)
+        return rounding
 
     @torch.no_grad()
     def padded(self, examples: Sequence[TokenizedExample]) -> Tensor:
@@ -137,8 +155,12 @@ class LayoutCheck:
         actual = self.policy(LAYOUTS[self.layout].pack(examples).to(self.device))
         skipped = len(actual) - len(expected)
         n_before = len(actual) - sum(map(len, examples[-1].responses))
-        actual = torch.cat([actual[:n_before], actual[n_before + skipped :]])
-        return (actual - expected).abs().max().item()
+        return self.apart(torch.cat([actual[:n_before], actual[n_before + skipped :]]), expected)
+
+    @staticmethod
+    def apart(actual: Tensor, expected: Tensor) -> float:
+        """Return the largest difference of two tensors' numbers."""
+        return (actual.detach() - expected).abs().max().item()
 
 
 def resize(example: TokenizedExample, n_tokens: int, max_length: int) -> TokenizedExample:

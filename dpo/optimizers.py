@@ -283,11 +283,15 @@ def bfloat16_note(parameters: Iterable[Parameter], lr: float, optimizer_name: st
 
 def extra_bytes(parameters: Sequence[Parameter], optimizer_name: str) -> int:
     """Return the bytes that weights, gradients and moments of bfloat16 parameters need more in float32."""
-    n_moments = 0
-    if optimizer_name != "AdamW8bit":  # whose moments have 8 bits whatever the parameters have
-        probe = torch.nn.Parameter(torch.zeros(2))
-        probe.grad = torch.ones(2)
-        optimizer = getattr(torch.optim, optimizer_name)([probe])
-        optimizer.step()
-        n_moments = sum(has_shape(value, probe.shape) for value in optimizer.state[probe].values())
-    return 2 * (2 + n_moments) * sum(parameter.numel() for parameter in parameters)
+    return 2 * (2 + count_moments(optimizer_name)) * sum(parameter.numel() for parameter in parameters)
+
+
+def count_moments(optimizer_name: str) -> int:
+    """Return how many numbers an optimizer keeps per weight in the weight's dtype; AdamW8bit has its own of 8 bits."""
+    if optimizer_name == "AdamW8bit":
+        return 0
+    probe = torch.nn.Parameter(torch.zeros(2, 2))
+    probe.grad = torch.ones(2, 2)
+    optimizer = getattr(torch.optim, optimizer_name)([probe])
+    optimizer.step()
+    return sum(has_shape(value, probe.shape) for value in optimizer.state[probe].values())

@@ -345,7 +345,7 @@ def test_a_machine_that_cannot_compile_is_told_in_one_line(run_cli, monkeypatch,
     run = run_cli("loss=sft", *SHORT, "compile=true")
     assert run.returncode == 2
     line = run.stderr.splitlines()[-1]
-    assert line.startswith("error: compile=true: the model cannot be compiled here (") and "set it to false" in line
+    assert line.startswith("error: the model cannot be compiled here (") and "set compile=false" in line
     assert "Traceback" not in run.stderr
 
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from tiny_models import EXACT, EXAMPLES, sums_of_logps, tiny
+from tiny_models import EXACT, EXAMPLES, make_examples, sums_of_logps, tiny
 
 from dpo import attention
-from dpo.attention import BRANCHED, additive_mask, cpu_attention, use_attention
+from dpo.attention import BRANCHED, FLEX_BLOCK, additive_mask, cpu_attention, flex_inputs, use_attention
 from dpo.logps import ResponseLogps
+from dpo.packing import LAYOUTS
 
 
 @pytest.fixture
@@ -76,3 +77,55 @@ def test_responses_that_attend_apart_have_the_log_probabilities_of_rows_of_their
     padded = sums_of_logps(module, EXAMPLES, "padded")
     use_attention(module.model, "packed")
     torch.testing.assert_close(sums_of_logps(module, EXAMPLES, "shared_prefix"), padded, rtol=1e-5, atol=1e-5)
+
+
+# Flex attention
+
+ROWS = {
+    "less than a block": EXAMPLES,
+    "long examples": make_examples([(400, 300, 300), (20, 300, 10), (150, 140, 130)]),
+    "many short ones": make_examples([(9, 20, 30)] * 40),
+    "blocks end where branches end": make_examples([(128, 128, 128), (256, 128, 256)]),
+    "one token more": make_examples([(129, 128, 128)]),
+}
+
+
+def tokens_attended(inputs):
+    """Return which token attends to which by a block mask, (seq, seq), and how many pairs of blocks it computes."""
+    mask, n_blocks = inputs["attention_mask"], inputs["input_ids"].shape[1] // FLEX_BLOCK
+    order = torch.arange(n_blocks * FLEX_BLOCK)
+    by_token = mask.mask_mod(None, None, order[:, None], order)
+    seen, n_computed = torch.zeros_like(by_token), 0
+    for row in range(n_blocks):
+        for counts, indices, is_masked in (
+            (mask.kv_num_blocks, mask.kv_indices, True),
+            (mask.full_kv_num_blocks, mask.full_kv_indices, False),
+        ):
+            for column in indices[0, 0, row, : counts[0, 0, row]].tolist():
+                own = (
+                    slice(row * FLEX_BLOCK, (row + 1) * FLEX_BLOCK),
+                    slice(column * FLEX_BLOCK, (column + 1) * FLEX_BLOCK),
+                )
+                seen[own], n_computed = by_token[own] if is_masked else True, n_computed + 1
+    return seen, n_computed
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_block_mask_shows_what_the_additive_mask_shows_and_padding_sees_itself_alone(name):
+    row = LAYOUTS["shared_prefix"].pack(ROWS[name])
+    inputs, n = flex_inputs(row.inputs, row.segments), row.n_tokens
+    seen, n_computed = tokens_attended(inputs)
+    assert torch.equal(seen[:n, :n], additive_mask(row.segments, torch.float32)[0, 0] == 0)
+    assert torch.equal(seen[n:], torch.eye(len(seen), dtype=torch.bool)[n:]) and not seen[:n, n:].any()
+    blocks = seen.view(len(seen) // FLEX_BLOCK, FLEX_BLOCK, -1, FLEX_BLOCK).any(dim=3).any(dim=1)
+    assert blocks.sum() <= n_computed <= 1.05 * blocks.sum() + 2  # few blocks in which nothing is seen
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_are_filled_to_whole_blocks_two_at_least(name):
+    row = LAYOUTS["shared_prefix"].pack(ROWS[name])
+    inputs = flex_inputs(row.inputs, row.segments)
+    length = max(2 * FLEX_BLOCK, -(-row.n_tokens // FLEX_BLOCK) * FLEX_BLOCK)
+    assert {tuple(inputs[key].shape) for key in row.inputs} == {(1, length)}
+    assert inputs["attention_mask"].seq_lengths == (length, length)
+    assert inputs["input_ids"][0, : row.n_tokens].tolist() == row.inputs["input_ids"][0].tolist()

@@ -1,19 +1,170 @@
-"""max_tokens_per_pass=fit: the search for the budget, and that it leaves no trace in the run."""
+"""max_tokens_per_pass: what auto estimates for a GPU, the search of fit, and that it leaves no trace in the run."""
 
 import math
 
 import pytest
 import torch
-from conftest import without_measurements
+from conftest import TINY, validated, without_measurements
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PreTrainedModel
 
+import build
 from dpo import budgets
-from dpo.budgets import copied_bytes, heaviest_part, largest_budget, peak_of_pass, training_state
+from dpo.budgets import (
+    PassMemory,
+    auto_budget,
+    copied_bytes,
+    heaviest_part,
+    largest_budget,
+    pass_memory,
+    peak_of_pass,
+    tokens_per_pass,
+    training_state,
+)
 from dpo.checkpoints import random_states
+from dpo.devices import DeviceFacts
 from dpo.errors import UserError
+from dpo.layouts import LayoutChoice
+from dpo.logps import ResponseLogps
 from dpo.models import recompute_activations
 from dpo.optimizers import stepped_optimizer
 
 FIT = ("loss=dpo", "max_tokens_per_pass=fit", "n_eval_examples=8")
+GB = 10**9
+
+# The estimate
+
+SMOLLM2 = {
+    **{"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
+    **{"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+}
+PYTHIA = {
+    **{"vocab_size": 50304, "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32},
+    "num_attention_heads": 32,
+}
+SHAPES = {"SmolLM2": lambda: LlamaConfig(**SMOLLM2), "Pythia-2.8B": lambda: GPTNeoXConfig(**PYTHIA)}
+KINDS = {
+    "flex": LayoutChoice("shared_prefix", "flex_attention"),
+    "packed": LayoutChoice("shared_prefix", "packed"),
+    "padded": LayoutChoice("padded", "sdpa"),
+    "eager": LayoutChoice("shared_prefix", "eager"),
+}
+
+
+def estimated(shape, kind="flex", *overrides, trained=True, n_shards=1):
+    """Estimate the memory of a shape in bfloat16 on a GPU, with parameters in float32 and DPO's second model."""
+    settings, loss = validated(*TINY, "loss=dpo", "precision=auto", *overrides)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=getattr(torch, settings.model.policy_dtype))
+    model.requires_grad_(trained)
+    module = ResponseLogps(model, separate_head=True)
+    return pass_memory(module, settings, loss, torch.bfloat16, KINDS[kind], n_shards)
+
+
+def gpu(memory_gb):
+    """Return the facts of a GPU with so much memory free."""
+    return DeviceFacts("cuda", int(memory_gb * GB), capability=(9, 0), triton=True)
+
+
+# Peaks in GB of benchmarks/throughput.py, measured on one H200 with torch 2.11. 13,600 tokens are those of 64 pairs.
+MEASURED = [
+    ("SmolLM2", "flex", 8_192, 10),
+    ("SmolLM2", "flex", 32_768, 34),
+    ("Pythia-2.8B", "packed", 8_192, 63),
+    ("Pythia-2.8B", "padded", 8_192, 70),
+    ("Pythia-2.8B", "packed", 13_600, 78),
+    ("Pythia-2.8B", "flex", 13_600, 79),
+]
+
+
+@pytest.mark.parametrize("shape, kind, n_tokens, peak", MEASURED)
+def test_the_estimate_lies_above_what_was_measured_by_less_than_a_half(shape, kind, n_tokens, peak):
+    assert peak * GB <= estimated(shape, kind).of(n_tokens) <= 1.5 * peak * GB
+
+
+BUDGETS = [
+    # shape, GB of the GPU, tokens
+    ("SmolLM2", 16, 8_192),  # T4
+    ("SmolLM2", 25, 14_336),  # RTX 4090
+    ("SmolLM2", 85, 32_768),  # A100
+    ("SmolLM2", 149, 32_768),  # H200
+    ("Pythia-2.8B", 16, 1_024),  # even the weights do not fit: the run ends with what helps
+    ("Pythia-2.8B", 85, 6_144),
+    ("Pythia-2.8B", 149, 20_480),
+]
+
+
+@pytest.mark.parametrize("shape, memory, tokens", BUDGETS)
+def test_a_gpus_passes_have_as_many_tokens_as_fit(shape, memory, tokens):
+    facts, need = gpu(memory), estimated(shape)
+    assert auto_budget(facts, need) == tokens
+    share = 0.9 * memory * GB
+    assert need.of(tokens) <= share or tokens == budgets.LEAST
+    assert need.of(tokens + budgets.LEAST) > share or tokens == budgets.MOST["cuda"]
+
+
+def test_as_many_tokens_as_fit_are_found_also_where_memory_grows_with_their_square():
+    need = PassMemory(fixed=100.0, per_token=2.0, per_square=0.5)
+    assert need.of(10) == 170 and need.most_tokens(170) == 10 and need.most_tokens(169) == 9
+    assert PassMemory(100.0, 2.0).most_tokens(171) == 35 and need.most_tokens(50) == 0
+
+
+def test_settings_that_need_less_memory_are_estimated_to_need_less():
+    n, plain = 16_384, estimated("Pythia-2.8B")
+    less = {
+        "activation_checkpointing=true": estimated("Pythia-2.8B", "flex", "activation_checkpointing=true"),
+        "loss.precompute_reference=true": estimated("Pythia-2.8B", "flex", "loss.precompute_reference=true"),
+        "lora=default": estimated("Pythia-2.8B", "flex", "lora=default", trained=False),
+        "model.policy_dtype=bfloat16": estimated("Pythia-2.8B", "flex", "model.policy_dtype=bfloat16"),
+        "four devices": estimated("Pythia-2.8B", "flex", "trainer=FSDPTrainer", "reduce_every_pass=true", n_shards=4),
+    }
+    assert {name: need.of(n) < plain.of(n) for name, need in less.items()} == dict.fromkeys(less, True)
+    more = {
+        "optimizer=AdamW": estimated("Pythia-2.8B", "flex", "optimizer=AdamW"),
+        "a mask": estimated("Pythia-2.8B", "packed"),
+        "all weights of attention": estimated("Pythia-2.8B", "eager"),
+    }
+    assert {name: need.of(n) > plain.of(n) for name, need in more.items()} == dict.fromkeys(more, True)
+
+
+def test_eager_attention_keeps_its_weights_for_whole_rows():
+    """111 GB at 8,192 tokens of Gemma 2 (26 layers of 8 heads), measured on one H200: 8 bytes each."""
+    own = estimated("Pythia-2.8B", "eager")
+    assert own.per_square == 8 * 32 * 32  # heads, layers
+    assert 8 * 8 * 26 * 8_192**2 == pytest.approx(111 * GB, rel=0.01)
+
+
+def test_inspecting_on_a_gpu_estimates_from_the_config_alone(monkeypatch, capsys):
+    settings, loss = validated(*TINY, "loss=dpo", "inspect=1", "max_tokens_per_pass=auto")
+    monkeypatch.setattr(build, "read_facts", lambda device: gpu(24))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("loads weights"))
+    build.inspect_inputs(settings, loss, build.load_inputs(settings, loss))
+    assert "max_tokens_per_pass=auto: passes of up to 32,768 tokens; by an estimate" in capsys.readouterr().out
+
+
+def test_an_estimate_is_made_for_a_gpu_alone_and_a_number_is_kept(capsys):
+    def estimate():
+        return PassMemory(GB, 2e6)
+
+    for kind, tokens in (("cpu", 768), ("mps", 2048)):
+        assert tokens_per_pass("auto", DeviceFacts(kind, GB), lambda: pytest.fail("estimated")) == tokens
+    assert tokens_per_pass(5, gpu(1), lambda: pytest.fail("estimated")) == 5
+    assert tokens_per_pass("fit", gpu(25), estimate) == 10_240 and capsys.readouterr().out == ""
+    assert tokens_per_pass("auto", gpu(25), estimate) == 10_240  # (0.9 * 25 - 1) GB / 2 MB = 10,750
+    said = "max_tokens_per_pass=auto: passes of up to 10,240 tokens; by an estimate, training needs 21.5 of 22.5 GB"
+    assert capsys.readouterr().out == f"{said} with them.\n"
+    assert tokens_per_pass("auto", gpu(1), estimate) == 1_024
+    assert "3.0 of 0.9 GB with them; set activation_checkpointing=true" in capsys.readouterr().out
+
+
+def test_a_gpus_number_is_recorded_for_a_resumed_run_and_a_cpus_is_not(make_trainer, monkeypatch, capsys):
+    assert make_trainer("loss=dpo").run.config.max_tokens_per_pass == "auto"
+    monkeypatch.setattr(build, "read_facts", lambda device: gpu(24))
+    monkeypatch.setattr(build, "float32_products", lambda facts: "highest")
+    capsys.readouterr()
+    trainer = make_trainer("loss=dpo", "max_tokens_per_pass=auto")
+    assert trainer.packer.max_tokens == trainer.run.config.max_tokens_per_pass == 32_768
+    assert "max_tokens_per_pass=auto: passes of up to 32,768 tokens; by an estimate" in capsys.readouterr().out
+
 
 # The search
 

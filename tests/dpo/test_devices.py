@@ -10,6 +10,75 @@ import torch
 from conftest import ROOT
 
 from dpo import devices
+from dpo.attention import attention_kinds
+from dpo.devices import DeviceFacts, float32_products, has_bfloat16, pick_device, read_facts
+
+GB = 10**9
+
+# Devices, and what is decided for each: bfloat16 with precision=auto, TF32 in float32 products, kinds of attention.
+DEVICES = {
+    "AVX2": DeviceFacts("cpu", 16 * GB),
+    "AVX-512 BF16": DeviceFacts("cpu", 64 * GB, bfloat16=True),
+    "AMX": DeviceFacts("cpu", 256 * GB, bfloat16=True),
+    "MPS": DeviceFacts("mps", 36 * GB),
+    "T4": DeviceFacts("cuda", 16 * GB, capability=(7, 5), triton=True),
+    "A100": DeviceFacts("cuda", 85 * GB, capability=(8, 0), triton=True),
+    "A100 without Triton": DeviceFacts("cuda", 85 * GB, capability=(8, 0)),
+    "RTX 4090": DeviceFacts("cuda", 25 * GB, capability=(8, 9), triton=True),
+    "H200": DeviceFacts("cuda", 150 * GB, capability=(9, 0), triton=True),
+    "B200": DeviceFacts("cuda", 190 * GB, capability=(10, 0), triton=True),
+}
+FLEX = ["flex_attention", "packed"]
+DECISIONS = {
+    "AVX2": (False, "highest", ["packed"]),
+    "AVX-512 BF16": (True, "highest", ["packed"]),
+    "AMX": (True, "highest", ["packed"]),
+    "MPS": (False, "highest", ["packed"]),
+    "T4": (False, "highest", ["packed"]),
+    "A100": (True, "high", FLEX),
+    "A100 without Triton": (True, "high", ["packed"]),
+    "RTX 4090": (True, "high", FLEX),
+    "H200": (True, "high", FLEX),
+    "B200": (True, "high", FLEX),
+}
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_what_a_device_computes_in_is_decided_by_its_facts(name):
+    facts = DEVICES[name]
+    assert (has_bfloat16(facts), float32_products(facts), attention_kinds(facts)) == DECISIONS[name]
+
+
+@pytest.mark.parametrize("avx512, amx", [(False, False), (True, False), (False, True)])
+def test_a_cpus_facts_are_its_instructions_and_the_machines_memory(avx512, amx, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert read_facts(torch.device("cpu")) == DeviceFacts("cpu", memory, bfloat16=avx512 or amx)
+
+
+def test_a_gpus_facts_are_read_from_the_driver(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * GB, 150 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 40 * GB)  # which this process can use again
+    for spec in (None, object()):
+        monkeypatch.setattr(devices, "find_spec", lambda name, spec=spec: spec)
+        expected = DeviceFacts("cuda", 140 * GB, capability=(9, 0), triton=spec is not None)
+        assert read_facts(torch.device("cuda")) == expected
+
+
+@pytest.mark.parametrize(
+    "name, there, off",
+    [("auto", True, True), ("cuda", True, True), ("cuda:1", True, True), ("cpu", True, False), ("auto", False, False)],
+)
+def test_attention_never_runs_in_cudnn_where_a_gpu_is_picked(name, there, off, monkeypatch):
+    switched = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched.append)
+    pick_device(name)
+    assert switched == ([False] if off else [])
 
 
 def test_auto_precision_is_bfloat16_only_where_the_device_computes_it(monkeypatch):

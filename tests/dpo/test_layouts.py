@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import EXACT, EXAMPLES, NOT_EXACT, make_examples, sums_of_logps, tiny
 
+from dpo import layouts
 from dpo.attention import use_attention
 from dpo.layouts import choose_layout
 from dpo.logps import ResponseLogps
@@ -51,6 +52,57 @@ def test_experts_whose_model_has_a_loss_of_its_own_can_share_a_row(separate_head
     torch.testing.assert_close(padded, shared, rtol=1e-5, atol=1e-5)
 
 
+class Failing(ResponseLogps):
+    """Fails in rows that hold several examples: forward in bfloat16, or backward."""
+
+    fails_in = ""
+
+    def forward(self, batch):
+        logps = super().forward(batch)
+        if batch.segments is None or not self.fails_in:
+            return logps
+        if self.fails_in == "bfloat16" and torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("no kernel")
+        if self.fails_in in ("backward", "memory") and logps.requires_grad:
+            logps.register_hook(self.fail)
+        return logps
+
+    def fail(self, gradient):
+        raise RuntimeError("no kernel" if self.fails_in == "backward" else "CUDA out of memory")
+
+
+@pytest.mark.parametrize("fails_in", ["bfloat16", "backward"])
+def test_a_kind_of_attention_that_fails_in_bfloat16_or_backward_is_not_used(fails_in, monkeypatch, capsys):
+    module, tried = Failing(tiny("Llama"), True), []
+
+    def switch(models, kind):
+        tried.append(kind)
+        module.fails_in = fails_in if kind == "flex_attention" else ""
+
+    monkeypatch.setattr(layouts, "attention_kinds", lambda facts: ["flex_attention", "packed"])
+    monkeypatch.setattr(layouts, "use_attention_in", switch)
+    choice = choose_layout(module, [module], EXAMPLES, "shared_prefix", 64, torch.bfloat16)
+    assert choice.layout == "shared_prefix" and tried == ["flex_attention", "packed"]
+    why = "the model fails with it in torch.bfloat16, forward and backward (RuntimeError: no kernel)"
+    assert f"layout=shared_prefix cannot be used with flex_attention attention: {why}." in capsys.readouterr().out
+
+
+def test_a_check_that_is_out_of_memory_in_its_backward_pass_ends_the_run():
+    module = Failing(tiny("Llama"), True)
+    module.fails_in = "memory"
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        choose_layout(module, [module], EXAMPLES, "shared_prefix", 64, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_checks_backward_pass_leaves_no_gradient_and_draws_no_random_number(dtype):
+    module = ResponseLogps(tiny("Llama", attention_dropout=0.5), True).train()
+    state = torch.get_rng_state()
+    assert choose_layout(module, [module], EXAMPLES, "shared_prefix", 64, dtype).layout == "shared_prefix"
+    assert torch.equal(torch.get_rng_state(), state) and module.training
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
 class Shifted(ResponseLogps):
     """Gives another log-probability of one token, in rows that hold several examples."""
 
@@ -91,7 +143,7 @@ def test_the_check_computes_little_more_than_twice_the_longest_example():
     module = ResponseLogps(tiny("Llama", max_position_embeddings=512), True)
     module.register_forward_pre_hook(lambda module, args: tokens.append(args[0].inputs["input_ids"].numel()))
     choose_layout(module, [module], examples, "shared_prefix", 512, torch.float32)
-    assert 2 * 512 <= sum(tokens) <= 2 * 512 + 128
+    assert 2 * 512 <= sum(tokens) <= 2 * 512 + 192
 
 
 def test_a_check_that_was_made_before_is_not_repeated():
