@@ -12,6 +12,7 @@ logits and their float32 log-softmax for every position, in microbatches. Writes
 
 import argparse
 import copy
+import gc
 import json
 import random
 import statistics
@@ -31,7 +32,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaC
 
 from dpo.accumulation import accumulate_in_place
 from dpo.attention import attention_kinds, use_attention
-from dpo.devices import autocast, limit_onednn_cache, peak_memory, pick_device, tokens_per_pass
+from dpo.budgets import MOST
+from dpo.devices import autocast, limit_onednn_cache, peak_memory, pick_device, read_facts, reset_peak_memory
 from dpo.examples import TextExample, Tokenization, TokenizedExample
 from dpo.logps import ResponseLogps, response_logps
 from dpo.models import compile_layers, recompute_activations
@@ -108,12 +110,17 @@ class Bench:
     def reference(self, dtype: torch.dtype) -> ModelReference:
         """Return the live reference as training holds it for a dtype; only one at a time is kept."""
         if dtype not in self.references:
-            self.references.clear()
+            self.drop_references()
             model = copy.deepcopy(self.policy).requires_grad_(False)
             self.references[dtype] = ModelReference(ResponseLogps.wrap(model), dtype)
             self.compile(model)
         use_attention(self.references[dtype].module.model, self.policy.config._attn_implementation)
         return self.references[dtype]
+
+    def drop_references(self) -> None:
+        """Free the reference's memory: its compiled layers refer to themselves, so that it outlives its last name."""
+        self.references.clear()
+        gc.collect()
 
     def compile(self, model: PreTrainedModel) -> None:
         """Compile a model's layers, but let only the compiled row use what comes of it (see use_compiled)."""
@@ -194,15 +201,6 @@ def full_logps(model: PreTrainedModel, layout: PackedBatch, n: int) -> torch.Ten
 # Measuring
 
 
-def reset_peak(device: torch.device) -> None:
-    """Forget the peak of memory so far."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def clock(device: torch.device) -> float:
     """Return the time in seconds once the device has done its work."""
     if device.type == "cuda":
@@ -229,7 +227,7 @@ def peak_alone(number: int) -> float:
 
 def ways(args: argparse.Namespace, device: torch.device) -> list[Way]:
     """Return the rows of the table."""
-    budget = tokens_per_pass("auto", device) if args.max_tokens is None else args.max_tokens
+    budget = MOST[device.type] if args.max_tokens is None else args.max_tokens
     padded = Way("padded, float32", update, max_tokens=budget)
     packed = replace(padded, name="shared_prefix, float32", layout="shared_prefix")
     bf16 = replace(packed, name="shared_prefix, bfloat16", dtype=torch.bfloat16)
@@ -248,18 +246,18 @@ def ways(args: argparse.Namespace, device: torch.device) -> list[Way]:
     return [row for row in rows if not args.only or any(part in row.name for part in args.only)]
 
 
-def run_once(bench: Bench, way: Way, batch: list[TokenizedExample]) -> tuple[list[float], float, float]:
-    """Do one update; return its log-probabilities, seconds and peak memory in GB."""
-    use_attention(bench.policy, attention_kinds(bench.device)[0])
+def run_once(bench: Bench, way: Way, batch: list[TokenizedExample], kind: str) -> tuple[list[float], float, float]:
+    """Do one update with a kind of attention; return its log-probabilities, seconds and peak memory in GB."""
+    use_attention(bench.policy, kind if way.update is update else "sdpa")  # torch's own in the original's way
     recompute_activations(bench.policy, way.checkpointing)
     if way.cached:
-        bench.references.clear()
+        bench.drop_references()
     else:
         bench.reference(way.dtype)
     bench.use_compiled(way.compile)
     bench.response_logps.float32_head = way.cached and way.dtype != torch.float32
     bench.accumulate(in_place=way.update is update)
-    reset_peak(bench.device)
+    reset_peak_memory(bench.device)
     start = clock(bench.device)
     numbers = way.update(bench, way, batch)
     seconds = clock(bench.device) - start
@@ -275,7 +273,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=16, help="pairs an update")
     parser.add_argument("--repeats", type=int, default=3, help="updates a row, each on other pairs; the median counts")
     parser.add_argument("--microbatch", type=int, default=4, help="pairs a forward pass of the original's way")
-    parser.add_argument("--max-tokens", type=int, help="tokens a forward pass; default: as max_tokens_per_pass=auto")
+    parser.add_argument("--max-tokens", type=int, help="tokens a forward pass; default: auto's most")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--max-prompt-length", type=int, default=256)
     parser.add_argument("--compile", action="store_true", help="add the compiled row")
@@ -289,7 +287,8 @@ def main() -> None:
     if args.peak_of is None:
         print_table(bench, rows, measure(bench, rows))
     else:
-        print(max(run_once(bench, rows[args.peak_of], bench.batches[0])[2] for _ in range(2)))
+        kind = attention_kinds(read_facts(device))[0]
+        print(max(run_once(bench, rows[args.peak_of], bench.batches[0], kind)[2] for _ in range(2)))
 
 
 @dataclass
@@ -303,23 +302,24 @@ class Measured:
 
 
 def measure(bench: Bench, rows: list[Way]) -> dict[str, Measured]:
-    """Run every way once on each batch, interleaved, after one warm-up of the optimizer's state."""
+    """Run every way once on each batch, interleaved, after one update of each that is not measured."""
     bench.finish()
+    kind = attention_kinds(read_facts(bench.device))[0]
     measured = {row.name: Measured() for row in rows}
-    for row in rows:
-        if row.compile:  # the first update compiles
-            run_once(bench, row, bench.batches[0])
+    for row in rows:  # the first update of a way compiles what it needs, and makes its first allocations
+        run_once(bench, row, bench.batches[0], kind)
     for number, batch in enumerate(bench.batches):
         for row in rows:
-            m, (logps, seconds, gb) = measured[row.name], run_once(bench, row, batch)
+            m, (logps, seconds, gb) = measured[row.name], run_once(bench, row, batch, kind)
             m.seconds, m.gb, m.logps = [*m.seconds, seconds], [*m.gb, gb], [*m.logps, logps]
             print(f"update {number + 1}, {row.name}: {seconds:.1f} s, {gb:.1f} GB", file=sys.stderr, flush=True)
-    for row in rows:  # counted apart, since counting holds up a GPU and does not see into compiled code
+    # Counted apart: counting holds up a GPU, does not see into compiled code, and fails in flex attention.
+    for row in rows:
         with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-            run_once(bench, replace(row, compile=False), bench.batches[0])
+            run_once(bench, replace(row, compile=False), bench.batches[0], "packed")
         measured[row.name].flops = counter.get_total_flops()
     if bench.device.type == "cpu":
-        bench.references.clear()
+        bench.drop_references()
         for number, row in enumerate(rows):
             measured[row.name].gb = [peak_alone(number)]
     return measured
