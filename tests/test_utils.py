@@ -1,19 +1,30 @@
 """Where runs live on disk, and what an import does."""
 
 import getpass
+import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 import utils
 
 
-def test_a_run_directory_lies_in_the_first_folder_that_exists(tmp_path):
+@pytest.mark.parametrize("error", [None, KeyError, OSError])  # of Python 3.11 and 3.13, for a user without a name
+def test_a_run_directory_lies_in_the_first_folder_that_exists_under_the_users_name_or_number(
+    error, tmp_path, monkeypatch
+):
+    def getuser():
+        if error is not None:
+            raise error("no such user")
+        return "me"
+
+    monkeypatch.setattr(getpass, "getuser", getuser)
     there = tmp_path / "there"
     there.mkdir()
     found = utils.local_run_dir("exp", [str(tmp_path / "missing"), str(there), str(tmp_path)])
-    assert found.startswith(str(there / getpass.getuser() / "exp_"))
+    assert found.startswith(str(there / ("me" if error is None else str(os.getuid())) / "exp_"))
     assert utils.local_run_dir("exp", ["missing-a", "missing-b"]).startswith("missing-b")
 
 

@@ -1,7 +1,6 @@
 """Where the reference's log-probabilities come from: when they are taken from a cache, and in which dtype computed."""
 
 import copy
-import getpass
 import re
 import tracemalloc
 from dataclasses import replace
@@ -23,6 +22,7 @@ from dpo.models import copy_reference
 from dpo.packing import Packer, make_microbatches
 from dpo.precomputation import Precomputation
 from dpo.references import AdapterReference, CachedReference, ModelReference, sums_of_logps
+from utils import local_dir
 
 CACHED = (
     "loss=dpo",
@@ -177,7 +177,7 @@ def test_each_example_is_computed_once_if_a_batch_needs_it_in_parts_as_large_as_
 
 def test_a_cache_in_the_shared_folder_is_readable_and_named_by_its_key(precompute, home):
     precompute()
-    files = list((home / getpass.getuser() / "reference_cache").iterdir())
+    files = list(Path(local_dir([str(home)]), "reference_cache").iterdir())
     assert files and all(len(path.stem) == 64 and path.suffix == ".pt" for path in files)
 
 

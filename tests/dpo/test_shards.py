@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from dpo.distributed import ALONE
@@ -77,6 +78,25 @@ def test_an_index_with_other_entries_is_refused(entry, folder):
         pickle.dump(index, file)
     with pytest.raises(pickle.UnpicklingError, match="it holds more than tensors"):
         IndexReader(folder).read_metadata()
+
+
+class Attribute:
+    """Stands for a member of an enum, as Python 3.11.2 pickles it."""
+
+    def __init__(self, owner, name):
+        self.place = (owner, name)
+
+    def __reduce__(self):
+        return getattr, self.place
+
+
+def test_a_member_of_an_enum_is_read_as_every_python_writes_it_and_no_other_attribute():
+    member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
+    for written in (member, Attribute(_MEM_FORMAT_ENCODING, member.name)):
+        assert IndexUnpickler(io.BytesIO(pickle.dumps(written))).load() is member
+    for owner, name in ((_MEM_FORMAT_ENCODING, "__init__"), (torch.Size, "numel")):
+        with pytest.raises(pickle.UnpicklingError, match=f"the attribute {name} of .* does not belong in an index"):
+            IndexUnpickler(io.BytesIO(pickle.dumps(Attribute(owner, name)))).load()
 
 
 def test_an_index_that_python_3_13_wrote_is_read():
