@@ -19,7 +19,7 @@ from dpo.devices import device_name
 
 ROUNDS = 5  # updates after which all numbers of threads are timed in turn
 ROWS, PRODUCTS = 256, 16  # of a timing: 256 tokens through 16 matrices as wide as the model, far less than an update
-RATIO = 1.5  # fewer threads must be so many times as fast; measured: 0.6 to 0.8 without other processes, else 4 to 20
+RATIO = 1.5  # fewer threads must be so many times as fast; measured: 0.6 to 0.8 nearly alone, 2 to 20 on a busy machine
 VARIABLES = ("MKL_NUM_THREADS", "OMP_NUM_THREADS")  # the first that is set is the number of threads that torch uses
 
 
