@@ -130,6 +130,8 @@ def test_eager_attention_keeps_its_weights_for_whole_rows():
     """111 GB at 8,192 tokens of Gemma 2 (26 layers of 8 heads), measured on one H200: 8 bytes each."""
     own = estimated("Pythia-2.8B", "eager")
     assert own.per_square == 8 * 32 * 32  # heads, layers
+    assert estimated("Pythia-2.8B", "packed").per_square == 4  # one mask, in the dtype of the parameters
+    assert estimated("Pythia-2.8B", "padded").per_square == estimated("Pythia-2.8B", "flex").per_square == 0
     assert 8 * 8 * 26 * 8_192**2 == pytest.approx(111 * GB, rel=0.01)
 
 
