@@ -16,6 +16,7 @@ import torch
 
 from dpo.console import log_message
 from dpo.devices import device_name
+from dpo.installation import COMMAND
 
 ROUNDS = 5  # updates after which all numbers of threads are timed in turn
 ROWS, PRODUCTS = 256, 16  # of a timing: 256 tokens through 16 matrices as wide as the model, far less than an update
@@ -76,7 +77,7 @@ def advice(n: int, best: int, ratio: float, arguments: str) -> str:
     variable, threads = variable_set() or VARIABLES[-1], "1 thread computes" if best == 1 else f"{best} threads compute"
     return (
         f"Advice: {threads} {ratio:.1f} times as fast as the {n} of this run, as where other processes use the same "
-        f"cores. Stop it and go on with {variable}={best} python train.py {arguments}, which may round numbers "
+        f"cores. Stop it and go on with {variable}={best} {COMMAND} {arguments}, which may round numbers "
         "differently. OMP_WAIT_POLICY=PASSIVE in its place does not, and is a little slower."
     )
 
