@@ -321,10 +321,8 @@ def make_reference(
 
 
 def starts_exact(settings: Settings) -> bool:
-    """Return whether policy and reference compute the same function, bit for bit, before the first update."""
-    has_other_dtype = settings.model.reference_dtype not in (None, settings.model.policy_dtype)
-    has_random_start = settings.lora is not None and settings.lora.path is not None and settings.lora.dropout > 0
-    return not (has_other_dtype or has_random_start or settings.dry_run)
+    """Return whether the reference is, bit for bit, what the policy is before the first update."""
+    return settings.model.reference_dtype in (None, settings.model.policy_dtype) and not settings.dry_run
 
 
 def resume_trainer(trainer: BasicTrainer, run: RunDir) -> None:

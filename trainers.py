@@ -20,7 +20,7 @@ from dpo.distributed import Ranks
 from dpo.errors import RunError, Stopped, UserError, actionable_errors, is_out_of_memory
 from dpo.examples import Batch, BatchIterator
 from dpo.export import TrainedWeights, upload
-from dpo.first_update import check_first_margin, check_gradients, strict_autograd
+from dpo.first_update import check_first_margin, check_gradients, has_dropout, strict_autograd
 from dpo.logps import ResponseLogps, response_logps
 from dpo.metrics import BatchMetrics, MetricLogger, check_evaluation, check_finite
 from dpo.model_card import Outcome, model_card
@@ -95,7 +95,8 @@ class BasicTrainer:
 
     def train(self) -> None:
         """Walk the batches that are left, evaluating and saving whenever due, then evaluate and save once more."""
-        self.expects_zero_margin = self.reference is not None and self.reference.starts_exact
+        has_exact_start = self.reference is not None and self.reference.starts_exact
+        self.expects_zero_margin = has_exact_start and not has_dropout(self.policy)
         bar = progress_bar("training", "update", len(self.train_batches), initial=self.updates)
         with bar, actionable_errors(NO_MEMORY), strict_autograd(), self.signals.deferred(), self.writer:
             for batch in self.clock.waiting("data", prefetch(self.train_batches)):

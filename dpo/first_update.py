@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
@@ -17,6 +17,11 @@ from dpo.parallel import reshard
 
 SHOWN = 5  # names in a message
 MITIGATION = "try another device, precision or layout, or another version of the model's libraries"
+
+
+def has_dropout(policy: nn.Module) -> bool:
+    """Return whether a policy computes with random numbers in training, as with an adapter's dropout."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules())
 
 
 def check_first_margin(policy: Logps, reference: Logps) -> None:
