@@ -226,34 +226,38 @@ def test_every_chart_has_a_label_and_pairs_have_two(tmp_path):
 
 
 def test_each_curve_and_each_axis_has_the_values_that_it_is_labelled_with(tmp_path, monkeypatch):
-    """At numbers of examples; pairs are those of the newest evaluation, and lengths chosen minus rejected."""
+    """At numbers of examples; pairs are those of the newest evaluation, and lengths chosen minus rejected.
+
+    What is recorded after 16 examples comes again after 24, so that it is a curve.
+    """
     curves, points = {}, {}
     monkeypatch.setattr("dpo.figures.line_chart", lambda title, lines, **how: curves.update({title: lines}) or "")
     monkeypatch.setattr(
-        "dpo.figures.scatter_chart", lambda title, x, y, *labels, **how: points.update({title: (x, y, *labels)}) or ""
+        "dpo.figures.scatter_chart", lambda title, pairs, *labels, **how: points.update({title: (pairs, *labels)}) or ""
     )
     run = write_run(tmp_path / "run")
     sides = ("rewards_eval__chosen", "rewards_eval__rejected")
     ratios = [f"diagnosis__{side}_log_ratio_per_token" for side in ("chosen", "rejected")]
     accuracy = {"rewards_train__accuracies": 0.5, "rewards_train__margins": 0.25}
-    with open(run.path / "metrics.jsonl", "a") as file:
-        for more in ({sides[0]: 0.1, sides[1]: -0.1}, {ratios[0]: -0.01, ratios[1]: -0.2}, accuracy):
-            file.write(json.dumps(record(16, **more)) + "\n")
-    page([RunFiles(run.path)])
+    for more in ({sides[0]: 0.1, sides[1]: -0.1}, {ratios[0]: -0.01, ratios[1]: -0.2}, accuracy):
+        run = add_records(run, record(16, **more), record(24, **{name: 2 * value for name, value in more.items()}))
+    page([add_records(run, record(24, diagnosis__displaced=0.75))])
     drawn = {title: {line.label: (line.x, line.y) for line in lines} for title, lines in curves.items()}
     assert drawn["Loss"] == {"train": ([8, 16], [0.69, 0.5]), "evaluation": ([16], [0.4])}
-    assert drawn["Reward accuracy"] == {"train": ([16], [0.5]), "evaluation": ([16], [0.75])}
-    assert drawn["Reward margin"] == {"train": ([16], [0.25]), "evaluation": ([16], [0.5])}
-    assert drawn["Rewards, evaluation"] == {"chosen": ([16], [0.1]), "rejected": ([16], [-0.1])}
+    assert drawn["Reward accuracy"] == {"train": ([16, 24], [0.5, 1.0]), "evaluation": ([16], [0.75])}
+    assert drawn["Reward margin"] == {"train": ([16, 24], [0.25, 0.5]), "evaluation": ([16], [0.5])}
+    rewards = {"chosen": ([16, 24], [0.1, 0.2]), "rejected": ([16, 24], [-0.1, -0.2])}
+    assert drawn["Rewards, evaluation"] == rewards
     per_token = drawn["Log-ratio to the reference per token, evaluation"]
-    assert per_token == {"chosen": ([16], [-0.01]), "rejected": ([16], [-0.2])}
-    assert drawn["Share of chosen responses less likely than at first"] == {"evaluation": ([16], [0.25])}
+    assert per_token == {"chosen": ([16, 24], [-0.01, -0.02]), "rejected": ([16, 24], [-0.2, -0.4])}
+    share = drawn["Share of chosen responses less likely than at first"]
+    assert share == {"evaluation": ([16, 24], [0.25, 0.75])}
     assert points["Log-ratios to the reference (nats)"] == (
-        *([0.5, -0.2, -0.9], [-0.5, 0.2, 0.9]),
+        [(0.5, -0.5), (-0.2, 0.2), (-0.9, 0.9)],
         *("chosen response", "rejected response"),
     )
     assert points["Margin and length"] == (
-        *([2.0, 3.0, 4.0], [0.5, -0.2, -0.9]),
+        [(2.0, 0.5), (3.0, -0.2), (4.0, -0.9)],
         *("tokens, chosen minus rejected", "reward margin"),
     )
 
@@ -271,7 +275,8 @@ def test_a_pair_is_suspect_if_its_margin_was_negative_at_every_evaluation_after_
     assert suspects(pairs) == [Suspect("mine", "0", -2.0)]
     assert suspects(evaluated(8, [-1, -3])) == [Suspect("mine", "1", -3.0), Suspect("mine", "0", -1.0)]
     assert suspects(evaluated(0, [-1])) == []
-    assert suspects(evaluated(8, [-1]) + evaluated(16, ["nan"])) == []  # as pairs.jsonl writes it
+    unknown = [pair | {"rewards/margins": "nan"} for pair in evaluated(16, [0])]  # as pairs.jsonl writes it
+    assert suspects(evaluated(8, [-1]) + unknown) == []
 
 
 def test_pairs_of_one_row_are_told_apart():
