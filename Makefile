@@ -20,7 +20,7 @@ export PYTHONDONTWRITEBYTECODE :=
 	touch $@
 
 demo: .venv/train
-	$(BIN)/python demo.py
+	$(BIN)/python -m tools.demo
 
 # The second part also runs where the first one failed, and make fails if either did; Ctrl-C ends both.
 test: .venv/dev
@@ -30,7 +30,7 @@ test: .venv/dev
 
 soak: .venv/dev
 	$(BIN)/python -m pytest -n 2 --soak tests/test_resume.py tests/test_resume_sharded.py tests/test_trainers_sharded.py tests/test_hostile.py \
-		tests/test_demo.py
+		tests/tools/test_demo.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -10,33 +10,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from dpo.adapters import AdapterWeights, add_adapter
-from dpo.archives import weights_checksum
-from dpo.attention import use_attention
-from dpo.budgets import fit_budget, has_second_model, memory_before_loading, pass_memory, tokens_per_pass
-from dpo.chat import Rendering
-from dpo.console import log_message
-from dpo.data_checks import data_problems, schedule_notes, score_problems
-from dpo.devices import autocast, compute_dtype, float32_products, limit_onednn_cache, pick_device, read_facts
-from dpo.distributed import Ranks
-from dpo.errors import actionable_errors, raise_problems
-from dpo.examples import BatchIterator, Tokenization, bos_note
-from dpo.export import AllWeights
-from dpo.first_update import check_first_margin
-from dpo.forecast import forecast
-from dpo.inspection import inspect
-from dpo.layouts import choose_layout, recorded_layout
-from dpo.logps import ResponseLogps, response_logps
-from dpo.memory_plan import print_memory_plan
-from dpo.metrics import make_logger
-from dpo.models import (
+from dpo.data.batches import BatchIterator, data_problems, schedule_notes
+from dpo.data.chat import Rendering
+from dpo.data.examples import Tokenization, bos_note
+from dpo.data.row_index import joined, score_problems, scores_of
+from dpo.data.sources import is_hub_name
+from dpo.distributed.ranks import Ranks
+from dpo.distributed.sharding import reshard, without_weights
+from dpo.distributed.tensor_parallel import plan_problems
+from dpo.model.archives import weights_checksum
+from dpo.model.attention import use_attention
+from dpo.model.layout_check import choose_layout, recorded_layout
+from dpo.model.loading import (
     compile_layers,
     copy_reference,
     load_model_config,
@@ -46,29 +37,27 @@ from dpo.models import (
     set_quantized_dtype,
     skip_unreachable_hub,
 )
-from dpo.objectives import Loss
-from dpo.optimizers import bfloat16_note, optimizer_problems
-from dpo.packing import Packer
-from dpo.parallel import reshard, without_weights
-from dpo.precomputation import Precomputation
-from dpo.references import (
-    AdapterReference,
-    CachedReference,
-    ModelReference,
-    Reference,
-    SyncedReference,
-)
-from dpo.runs import RunDir
-from dpo.sampling import Sampler, add_stops, distinct_prompts
-from dpo.settings import Settings
-from dpo.signals import Signals
-from dpo.table_data import joined, scores_of
-from dpo.tables import is_hub_name
-from dpo.threads import set_threads
-from dpo.trackers import TensorBoardTracker, Tracker, Trackers, TrackioTracker, WandbTracker
-from parallel_trainers import TRAINERS
+from dpo.model.logps import ResponseLogps, response_logps
+from dpo.model.packing import Packer
+from dpo.model.sampling import Sampler, add_stops, distinct_prompts
+from dpo.reporting.metrics import make_logger
+from dpo.reporting.trackers import TensorBoardTracker, Tracker, Trackers, TrackioTracker, WandbTracker
+from dpo.runs.run_dir import RunDir
+from dpo.runs.weights import AdapterWeights, AllWeights, add_adapter
+from dpo.settings.schema import Settings
+from dpo.system.console import log_message
+from dpo.system.devices import autocast, compute_dtype, float32_products, limit_onednn_cache, pick_device, read_facts
+from dpo.system.errors import actionable_errors, raise_problems
+from dpo.system.signals import Signals
+from dpo.system.threads import set_threads
+from dpo.training.budgets import fit_budget, has_second_model, pass_memory, tokens_per_pass
+from dpo.training.first_update import check_first_margin
+from dpo.training.objectives import Loss
+from dpo.training.optimizers import bfloat16_note, optimizer_problems
+from dpo.training.precomputation import Precomputation
+from dpo.training.references import AdapterReference, CachedReference, ModelReference, Reference, SyncedReference
 from preference_datasets import DATASETS, load_data
-from trainers import NO_MEMORY, BasicTrainer
+from trainers import TRAINERS, BasicTrainer
 from utils import local_dir
 
 LOADING = "before the first pass; a smaller model needs less"
@@ -95,7 +84,8 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     skip_unreachable_hub(names | on_hub)
     device = pick_device(settings.device)
     model_config, tokenizer = load_model_config(settings.model)
-    raise_problems(model_problems(settings, model_config, tokenizer, device))
+    problems = model_problems(settings, model_config, tokenizer, device)
+    raise_problems(problems + plan_problems(settings, model_config))
     lengths, add_bos = (settings.max_length, settings.max_prompt_length), settings.model.add_bos
     tokenize = Tokenization(tokenizer, *lengths, add_bos, model_config.get_text_config().vocab_size)
     sft = loss.n_responses == 1
@@ -116,14 +106,6 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
         log_message(f"The last {left:,} of an epoch's {n:,} examples fill no batch and are left out.")
     stops = rendering.template.stops() if rendering.template else []
     return Inputs(device, model_config, tokenizer, train_batches, eval_batches, stops)
-
-
-def inspect_inputs(settings: Settings, loss: Loss, inputs: Inputs) -> None:
-    """Print what would be trained on."""
-    dtype = compute_dtype(settings.compute_precision, getattr(torch, settings.model.policy_dtype), inputs.device)
-    estimate = partial(memory_before_loading, inputs.model_config, settings, loss, dtype)
-    max_tokens = tokens_per_pass(settings.max_tokens_per_pass, read_facts(inputs.device), estimate)
-    inspect(inputs.train_batches, inputs.eval_batches, settings.inspect, settings.inspect_ids, max_tokens)
 
 
 @dataclass(frozen=True)
@@ -244,18 +226,6 @@ def build_trainer(
     )
     resume_trainer(trainer, run)
     return trainer
-
-
-def dry_run(settings: Settings, loss: Loss, inputs: Inputs, config: DictConfig, signals: Signals) -> None:
-    """Print what a run will take, of several processes the memory; its files go to a temporary folder."""
-    alone = settings.model_copy(update={"debug": True, "trainer": "BasicTrainer"})
-    with TemporaryDirectory() as folder, RunDir(Path(folder), config) as run:
-        trainer = build_trainer(alone, loss, inputs, run, signals)
-        with actionable_errors(NO_MEMORY):
-            if settings.trainer == "BasicTrainer":
-                forecast(trainer)
-            else:
-                print_memory_plan(trainer, settings, TRAINERS[settings.trainer].prepare)
 
 
 def identity(loss: Loss, inputs: Inputs, models: Models, ranks: Ranks) -> dict[str, str]:

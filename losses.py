@@ -1,7 +1,8 @@
 """Every loss: a class whose fields are its settings in config/loss/, and whose docstring has its equation and paper.
 
-h, log-ratios and shared options are those of dpo/objectives.py; docs/losses.md compares all losses. To add one: a class
-here, its name in LOSSES, config/loss/NAME.yaml and a test with numbers derived by hand, as CONTRIBUTING.md shows.
+h, log-ratios and shared options are those of dpo/training/objectives.py; docs/losses.md compares all losses. To add
+one: a class here, its name in LOSSES, config/loss/NAME.yaml and a test with numbers derived by hand, as
+CONTRIBUTING.md shows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from dpo.objectives import (
+from dpo.settings.schema import Flag, NotNegative, Positive, Smoothing
+from dpo.training.objectives import (
     Context,
     Divergence,
     LabelLoss,
@@ -26,14 +28,13 @@ from dpo.objectives import (
     logsigmoid,
     mismatch,
 )
-from dpo.settings import Flag, NotNegative, Positive, Smoothing
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dpo.examples import TokenizedExample
-    from dpo.logps import Logps
-    from dpo.objectives import ComputeLogps, Metrics
+    from dpo.data.examples import TokenizedExample
+    from dpo.model.logps import Logps
+    from dpo.training.objectives import ComputeLogps, Metrics
 
 
 class SFT(Loss):

@@ -10,12 +10,9 @@ from itertools import combinations
 from os.path import realpath
 from typing import TYPE_CHECKING, Any, get_args
 
-from dpo.chat import Rendering
-from dpo.console import log_message, progress
-from dpo.conversations import ASSISTANT, DIFFERS
-from dpo.errors import UserError, summarize_error
-from dpo.examples import TextExample, Tokenization, Truncation
-from dpo.preferences import (
+from dpo.data.chat import Rendering
+from dpo.data.examples import TextExample, Tokenization, Truncation
+from dpo.data.preferences import (
     Entry,
     PreferenceData,
     as_preference_data,
@@ -24,9 +21,12 @@ from dpo.preferences import (
     reading_row,
     text_in,
 )
-from dpo.settings import Settings
-from dpo.table_data import Reading, TableData, choose_rows, index_rows, joined
-from dpo.tables import Source, SplitNames, open_source
+from dpo.data.row_index import Reading, TableData, choose_rows, index_rows, joined
+from dpo.data.rows import ASSISTANT, DIFFERS
+from dpo.data.sources import Source, SplitNames, open_source
+from dpo.settings.schema import Settings
+from dpo.system.console import log_message, progress
+from dpo.system.errors import UserError, summarize_error
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -149,7 +149,7 @@ def strip_html(html: str) -> str:
 
 def get_demo(split: str, silent: bool = False, cache_dir: str | None = None) -> PreferenceData:
     """Make the short film reviews of `make demo`, which need no download."""
-    from demo import make_rows  # only the demo needs it
+    from dpo.data.film_reviews import make_rows  # only the demo needs it
 
     data = PreferenceData("keep_end", drop_unusable=True)
     for row in make_rows(split):

@@ -13,20 +13,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo.config_files import read_config_files
-from dpo.console import guard_streams, log_message, mark_rank, on_terminal
-from dpo.errors import Stopped, UserError, exit_on_error, raise_problems
-from dpo.help import print_help
-from dpo.installation import COMMAND, CONFIG
-from dpo.signals import ProcessSignals, Signals
-from dpo.suggestions import find_wrong_words, suggest
+from dpo.settings.config_files import read_config_files
+from dpo.settings.help import print_help
+from dpo.settings.suggestions import find_wrong_words, suggest
+from dpo.system.console import guard_streams, log_message, mark_rank, on_terminal
+from dpo.system.errors import Stopped, UserError, exit_on_error, raise_problems
+from dpo.system.installation import COMMAND, CONFIG
+from dpo.system.signals import ProcessSignals, Signals
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from dpo.distributed import Ranks
-    from dpo.objectives import Loss
-    from dpo.settings import Settings
+    from dpo.distributed.ranks import Ranks
+    from dpo.settings.schema import Settings
+    from dpo.training.objectives import Loss
 
 QUOTE = """: quote a value with special characters, as in "datasets=['~/pairs.jsonl']\""""
 
@@ -40,7 +40,7 @@ def run(
     """
     from omegaconf import OmegaConf
 
-    from dpo.settings import REMOVED, default_values, flatten, validate
+    from dpo.settings.schema import REMOVED, default_values, flatten, validate
     from losses import LOSSES
 
     defaults = default_values(CONFIG, OmegaConf.select(config, "loss.name"), overrides is not None)
@@ -50,12 +50,12 @@ def run(
         config[key] = getattr(settings, key)
 
     if settings.trainer != "BasicTrainer" and "RANK" not in os.environ and not settings.dry_run:
-        from dpo.launch import count_processes, launch
+        from dpo.distributed.launch import count_processes, launch
 
         names = ("exp_name", "local_run_dir") if overrides is None else ()
         arguments = [*arguments, *(f"{key}={quoted(config[key])}" for key in names)]
         return launch(Path(__file__), arguments, count_processes(settings.n_processes, settings.device))
-    from dpo.distributed import join, joined
+    from dpo.distributed.process_group import join, joined
 
     with joined(lambda: join(settings)) as ranks:
         train(settings, loss, config, signals, ranks, overrides)
@@ -72,9 +72,11 @@ def train(
     """Build the trainer and train, in each of the processes."""
     from omegaconf import OmegaConf
 
-    from build import build_trainer, dry_run, inspect_inputs, load_inputs
-    from dpo.export import upload_later
-    from dpo.runs import open_run
+    from build import build_trainer, load_inputs
+    from dpo.runs.export import upload_later
+    from dpo.runs.run_dir import open_run
+    from tools.dry_run import dry_run
+    from tools.inspection import inspect_inputs
 
     if not on_terminal():
         from transformers.utils import logging
@@ -106,7 +108,7 @@ def resume(arguments: Sequence[str], signals: Signals) -> None:
     flags = [argument for argument in arguments if argument.startswith("-")]
     if flags:
         raise UserError(f"{flags[0]}: resume=RUN goes on with one run; leave this flag out")
-    from dpo.run_configs import find_run_dir, override_run_config, read_run_config
+    from dpo.settings.run_config import find_run_dir, override_run_config, read_run_config
 
     paths = [argument.removeprefix("resume=") for argument in arguments if argument.startswith("resume=")]
     run_dir = find_run_dir(Path(re.sub(r"""^(['"])(.*)\1$""", r"\2", paths[-1])))
@@ -129,7 +131,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from dpo.sweeps import first_run
+    from dpo.settings.sweeps import first_run
 
     files = read_config_files(CONFIG)
     raise_problems(find_wrong_words(arguments, files.keys(), files.options()))
@@ -162,8 +164,8 @@ def start(arguments: Sequence[str], signals: Signals) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from dpo.sweeps import FLAGS, Sweep, hydra_arguments
-    from frontier import close_sweep
+    from dpo.settings.sweeps import FLAGS, Sweep, hydra_arguments
+    from tools.frontier import close_sweep
 
     if "RANK" in os.environ and set(FLAGS) & set(arguments):
         raise UserError(f"{FLAGS[0]}: the processes of torchrun are those of one run; start one torchrun per run")

@@ -1,44 +1,62 @@
-"""The training loop. BasicTrainer runs on one device; read `train` and `train_step` first."""
+"""The training loop: BasicTrainer on one device, and what its subclasses for several devices do otherwise.
+
+Read `train` and `train_step` first. FSDPTrainer and TensorParallelTrainer override how a module is prepared, how its
+gradient is clipped and how its state is gathered, nothing else.
+"""
 
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from dpo.accumulation import accumulate_in_place
-from dpo.checkpoints import random_states, set_random_states
-from dpo.console import log_message, prefetch, progress, progress_bar
-from dpo.devices import autocast, platform
-from dpo.diagnosis import diagnose, diagnose_samples, displacement_advice, lengths, log_ratios
-from dpo.distributed import Ranks
-from dpo.errors import RunError, Stopped, UserError, actionable_errors, is_out_of_memory
-from dpo.examples import Batch, BatchIterator
-from dpo.export import TrainedWeights, upload
-from dpo.first_update import check_first_margin, check_gradients, has_dropout, strict_autograd
-from dpo.logps import ResponseLogps, response_logps
-from dpo.metrics import BatchMetrics, MetricLogger, check_evaluation, check_finite
-from dpo.model_card import Outcome, model_card
-from dpo.objectives import NOTHING, Context, Loss, Sums
-from dpo.optimizers import OptimizerOptions, make_optimizer
-from dpo.packing import PackedBatch, Packer
-from dpo.references import Reference, repeated, sums_of_logps
-from dpo.runs import RunDir
-from dpo.sampling import Sampler, distinct_prompts
-from dpo.saving import SAVING, CheckpointWriter
-from dpo.schedules import make_scheduler
-from dpo.settings import Settings
-from dpo.signals import Signals
-from dpo.stopwatch import Stopwatch
-from dpo.threads import ThreadCheck
-from dpo.utilization import Utilization
+from dpo.data.batches import Batch, BatchIterator
+from dpo.distributed.process_group import ProcessGroup
+from dpo.distributed.ranks import Ranks
+from dpo.distributed.sharding import (
+    Split,
+    clip_gradient,
+    distinct,
+    layers,
+    no_weights,
+    reshard,
+    shard,
+    weights_of_main,
+    whole_tensors,
+)
+from dpo.distributed.tensor_parallel import parallelize
+from dpo.model.accumulation import accumulate_in_place
+from dpo.model.logps import ResponseLogps, response_logps
+from dpo.model.packing import PackedBatch, Packer
+from dpo.model.sampling import Sampler, distinct_prompts
+from dpo.reporting.diagnosis import diagnose, diagnose_samples, displacement_advice, lengths, log_ratios
+from dpo.reporting.metrics import BatchMetrics, MetricLogger, check_evaluation, check_finite, log_notes
+from dpo.reporting.model_card import Outcome, model_card
+from dpo.reporting.page import update_report
+from dpo.reporting.utilization import Utilization
+from dpo.runs.checkpoints import fitting
+from dpo.runs.export import upload
+from dpo.runs.run_dir import RunDir, log_changes
+from dpo.runs.shards import load_shards
+from dpo.runs.weights import TrainedWeights
+from dpo.runs.writer import SAVING, CheckpointWriter
+from dpo.settings.schema import Settings
+from dpo.system.console import prefetch, progress, progress_bar
+from dpo.system.devices import autocast, platform
+from dpo.system.errors import Stopped, actionable_errors
+from dpo.system.signals import Signals
+from dpo.system.state import random_states, set_random_states
+from dpo.system.stopwatch import Stopwatch
+from dpo.system.threads import ThreadCheck
+from dpo.training.first_update import check_first_margin, check_gradients, has_dropout, strict_autograd
+from dpo.training.objectives import NOTHING, Context, Loss, Sums
+from dpo.training.optimizers import OptimizerOptions, make_optimizer
+from dpo.training.references import Reference, repeated, sums_of_logps
+from dpo.training.schedules import make_scheduler
 from losses import preference_loss  # noqa: F401  (the original's users import preference_loss from here)
-from report import update_report
 
 COUNTERS = ("examples", "updates", "position", "next_eval")  # of a trainer, kept in its checkpoints
 NO_MEMORY = "outside of a forward pass; a smaller model or fewer parameters to train need less"
@@ -343,29 +361,84 @@ def outcome(trainer: BasicTrainer, metrics: dict[str, float]) -> Outcome:
     return Outcome(name, trainer.examples, trainer.updates, min(n, limit), metrics, identity)
 
 
-def log_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Print what rounds a resumed run's numbers otherwise than before its stop."""
-    changed = [f"{name} was {value}, is {new.get(name)}" for name, value in old.items() if new.get(name) != value]
-    if changed:
-        log_message(f"Not bit for bit what it would have been without the stop: {'; '.join(changed)}.")
+# Trainers for several devices
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-def log_notes(truncated: Counter[str], n_examples: int, advice: str | None) -> None:
-    """Print how much of the training examples so far was truncated, and advice on an evaluation if there is some."""
-    if advice is not None:
-        log_message(f"Advice: {advice}.")
-    if truncated:
-        counts = ", ".join(f"{what} {n:,}" for what, n in sorted(truncated.items()))
-        log_message(f"Truncated so far, of {n_examples:,} training examples: {counts}")
+class FSDPTrainer(BasicTrainer):
+    """Trains a policy that is sharded over the devices of several processes, as torchrun starts them."""
+
+    ranks: ProcessGroup
+
+    @staticmethod
+    def prepare(
+        module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype, split: Split = lambda modules: None
+    ) -> ResponseLogps:
+        """Shard the parameters, of which the main rank has the weights, or none has, as in a copy that `fill` fills."""
+        assert isinstance(ranks, ProcessGroup)
+        ranks.clock.watch(layers(module.model, settings.model.block_name))
+        has_weights = ranks.on_main(lambda: not any(parameter.is_meta for parameter in module.parameters()))
+        weights = weights_of_main(torch.device(ranks.device_type)) if has_weights else no_weights
+        return shard(module, ranks.mesh, dtype, settings.model.block_name, weights, split)
+
+    def clip_gradient(self) -> torch.Tensor:
+        """Clip the gradient of all shards, and return the norm of the whole."""
+        return clip_gradient(self.policy.trained_parameters(), self.settings.max_grad_norm)
+
+    def tensors(self) -> dict[str, Any]:
+        """Return the shards of policy and optimizer that this rank writes, and the other values of the optimizer."""
+        tensors, values = self.sharded_state()
+        states = {"shards": tensors, "values": values}
+        if self.settings.keep_policies or self.updates == len(self.train_batches):
+            states["policy"] = self.weights.state_dict(whole_tensors(self.weights.tensors(), self.ranks.is_main))
+        return states
+
+    def sharded_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return the tensors of policy and optimizer under distinct names, and the other values of the optimizer."""
+        reshard(self.policy)
+        state: dict[str, Any] = get_optimizer_state_dict(self.policy, self.optimizer, options=FLAT)
+        tensors = {f"optimizer.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        tensors |= {f"policy.{name}": value.detach() for name, value in distinct(self.weights.tensors()).items()}
+        return tensors, {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
+
+    def state_dict(self, logs: list[int]) -> dict[str, Any]:
+        """Return all that a resumed run needs, with the random states of all ranks."""
+        states = super().state_dict(logs)
+        states["run"] |= {"optimizer": states.pop("values"), "ranks": self.ranks.gather(random_states())}
+        return states
+
+    def load_state_dict(self, states: dict[str, Any]) -> None:
+        """Go on from the states of a checkpoint, also of another number of ranks."""
+        super().load_state_dict(states)
+        stored = states["run"]["ranks"]
+        set_random_states(stored[self.ranks.rank % len(stored)])
+
+    def load_tensors(self, states: dict[str, Any]) -> None:
+        """Read this rank's shards of policy and optimizer."""
+        tensors, _ = self.sharded_state()
+        load_shards(tensors, states["shards"])
+        optimizer = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+        set_optimizer_state_dict(self.policy, self.optimizer, optimizer | states["run"]["optimizer"], options=FLAT)
+
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """Gather what is exported on the main rank's host."""
+        return whole_tensors(self.weights.tensors_to_export(), self.ranks.is_main)
 
 
-@contextmanager
-def fitting(run_dir: Path) -> Iterator[None]:
-    """Turn what goes wrong with states of another form than `state_dict` gives them into a RunError."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, UserError) or is_out_of_memory(error):
-            raise
-        message = f"{run_dir}: the checkpoint does not fit this run ({type(error).__name__}: {error})"
-        raise RunError(message.splitlines()[0], "no checkpoint") from None
+class TensorParallelTrainer(FSDPTrainer):
+    """Trains a policy each of whose layers several ranks compute together, sharded over such groups of ranks."""
+
+    @staticmethod
+    def prepare(
+        module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype, split: Split | None = None
+    ) -> ResponseLogps:
+        """Split the layers over the ranks of a group, and shard the parameters over the groups."""
+        assert isinstance(ranks, ProcessGroup)
+        split = split or partial(parallelize, module.model, ranks.mesh["tensor"])
+        return FSDPTrainer.prepare(module, settings, ranks, dtype, split)
+
+
+TRAINERS: dict[str, type[BasicTrainer]] = {
+    trainer.__name__: trainer for trainer in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)
+}

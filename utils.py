@@ -8,7 +8,7 @@ from datetime import datetime
 
 from omegaconf import OmegaConf
 
-from dpo.installation import PROJECT
+from dpo.system.installation import PROJECT
 
 
 def slug(name: str) -> str:

@@ -27,8 +27,8 @@ import torch
 from composition import compose  # which adds the project's root to the path
 
 from build import build_trainer, load_inputs
-from dpo.devices import peak_memory
-from dpo.runs import RunDir
+from dpo.runs.run_dir import RunDir
+from dpo.system.devices import peak_memory
 
 CPU = torch.device("cpu")
 MAX_LENGTH, MAX_PROMPT = 512, 256

@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import trainers  # noqa: E402
-from dpo.devices import peak_memory  # noqa: E402
-from dpo.optimizers import OptimizerOptions, make_optimizer, stochastic_round  # noqa: E402
+from dpo.system.devices import peak_memory  # noqa: E402
+from dpo.training.optimizers import OptimizerOptions, make_optimizer, stochastic_round  # noqa: E402
 
 CPU = torch.device("cpu")
 DEFAULTS = ("lr=5e-7", "warmup_steps=0", "batch_size=4", "max_length=256", "max_prompt_length=128")

@@ -4,7 +4,7 @@
 
 Lengths are those of prompt, chosen and rejected in tokens. Each is one pass of a reference and one pass of a policy,
 forward and backward, with random weights of SmolLM2-135M's shape in float32. Both ways run in turn in one process.
-Writes a Markdown table of medians to stdout; dpo/attention.py: BRANCHED is the number of tokens that follows from it.
+Writes a Markdown table of medians to stdout. BRANCHED of dpo/model/attention.py is the number of tokens that follows.
 """
 
 import argparse
@@ -16,10 +16,10 @@ import torch
 from throughput import SHAPES  # which adds the project's root to the path
 from transformers import AutoModelForCausalLM
 
-from dpo import attention
-from dpo.examples import TextExample, TokenizedExample
-from dpo.logps import ResponseLogps, response_logps
-from dpo.packing import shared_prefix
+from dpo.data.examples import TextExample, TokenizedExample
+from dpo.model import attention
+from dpo.model.logps import ResponseLogps, response_logps
+from dpo.model.packing import shared_prefix
 
 WAYS = {"together": 2**30, "apart": 1}  # the number of tokens from which responses attend apart
 

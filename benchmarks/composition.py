@@ -9,8 +9,8 @@ sys.path.insert(0, str(ROOT))
 import hydra  # noqa: E402
 from omegaconf import DictConfig  # noqa: E402
 
-from dpo.objectives import Loss  # noqa: E402
-from dpo.settings import Settings, default_values, flatten, validate  # noqa: E402
+from dpo.settings.schema import Settings, default_values, flatten, validate  # noqa: E402
+from dpo.training.objectives import Loss  # noqa: E402
 from losses import LOSSES  # noqa: E402
 from utils import register_resolvers  # noqa: E402
 

@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import demo
 import trainers  # noqa: F401  (here, so that the children need not import it)
-from dpo.devices import computes_bfloat16_natively
+from dpo.data import film_reviews
+from dpo.system.devices import computes_bfloat16_natively
+from tools import demo
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS, PRECISIONS, TOKENS, FACTORS = range(10), ("float32", "bfloat16"), (512, 768, 1024), (1.0, 0.5, 2.0)
@@ -105,7 +106,7 @@ def run_cell(folder: Path, cell: Cell) -> demo.Outcome:
     rate = factor * next(float(o.removeprefix("lr=")) for o in demo.STAGES["dpo"] if o.startswith("lr="))
     run_train(base / "sft", [*demo.overrides("sft", base), *shared])
     run = base / f"dpo-{factor:g}"
-    once = ["do_first_eval=false", f"eval_every={demo.SIZES['train']}"]  # one evaluation, at the end
+    once = ["do_first_eval=false", f"eval_every={film_reviews.SIZES['train']}"]  # one evaluation, at the end
     run_train(run, [*demo.overrides("dpo", base), *shared, *once, f"lr={rate:g}"])
     return demo.read_outcome(run)
 

@@ -33,8 +33,8 @@ def load(settings: list[str], folder: Path) -> None:
     from composition import compose
 
     from build import build_trainer, load_inputs
-    from dpo.distributed import join, joined
-    from dpo.runs import RunDir
+    from dpo.distributed.process_group import join, joined
+    from dpo.runs.run_dir import RunDir
 
     config, values, loss = compose(settings)
     with joined(lambda: join(values)) as ranks, RunDir(Path(values.local_run_dir), config, ranks) as run:

@@ -21,8 +21,8 @@ import torch
 from composition import compose  # which adds the project's root to the path
 
 from build import build_trainer, load_inputs
-from dpo.devices import peak_memory
-from dpo.runs import RunDir
+from dpo.runs.run_dir import RunDir
+from dpo.system.devices import peak_memory
 from trainers import BasicTrainer
 
 WAYS = {"all weights": ("lr=5e-7",), "LoRA": ("lora=default", "lr=5e-5")}

@@ -53,7 +53,7 @@ def measure(folder: Path) -> dict[str, float]:
     """Load a folder as train.py does and make the first batch."""
     import hydra
 
-    from dpo.settings import default_values, flatten, validate
+    from dpo.settings.schema import default_values, flatten, validate
     from losses import LOSSES
     from utils import register_resolvers
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from transformers import LlamaConfig
 
-from dpo.packing import balance
+from dpo.model.packing import balance
 
 ROOT = Path(__file__).resolve().parent.parent
 

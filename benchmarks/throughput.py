@@ -30,15 +30,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from dpo.accumulation import accumulate_in_place
-from dpo.attention import attention_kinds, use_attention
-from dpo.budgets import MOST
-from dpo.devices import autocast, limit_onednn_cache, peak_memory, pick_device, read_facts, reset_peak_memory
-from dpo.examples import TextExample, Tokenization, TokenizedExample
-from dpo.logps import ResponseLogps, response_logps
-from dpo.models import compile_layers, recompute_activations
-from dpo.packing import LAYOUTS, PackedBatch, make_microbatches
-from dpo.references import CachedReference, ModelReference, Reference
+from dpo.data.examples import TextExample, Tokenization, TokenizedExample
+from dpo.model.accumulation import accumulate_in_place
+from dpo.model.attention import attention_kinds, use_attention
+from dpo.model.loading import compile_layers, recompute_activations
+from dpo.model.logps import ResponseLogps, response_logps
+from dpo.model.packing import LAYOUTS, PackedBatch, make_microbatches
+from dpo.system.devices import autocast, limit_onednn_cache, peak_memory, pick_device, read_facts, reset_peak_memory
+from dpo.training.budgets import MOST
+from dpo.training.references import CachedReference, ModelReference, Reference
 from losses import preference_loss
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -51,14 +51,14 @@ from transformers import (
 )
 
 from build import Inputs, build_trainer, load_inputs
-from dpo.chat import Rendering
-from dpo.examples import Tokenization
-from dpo.jsonl import read_jsonl
-from dpo.objectives import Loss
-from dpo.runs import RunDir
-from dpo.settings import Settings, default_values, flatten, validate
-from dpo.table_data import Reading, TableData
-from dpo.tables import SplitNames, open_source
+from dpo.data.chat import Rendering
+from dpo.data.examples import Tokenization
+from dpo.data.jsonl import read_jsonl
+from dpo.data.row_index import Reading, TableData
+from dpo.data.sources import SplitNames, open_source
+from dpo.runs.run_dir import RunDir
+from dpo.settings.schema import Settings, default_values, flatten, validate
+from dpo.training.objectives import Loss
 from losses import LOSSES
 from preference_datasets import DATASETS, load_tables
 from trainers import BasicTrainer

@@ -24,7 +24,9 @@ import torch
 from conftest import GOLDENS, ROOT, TINY, Run, without_measurements
 
 import trainers
-from dpo import checkpoints
+from dpo.runs import checkpoints
+from dpo.settings import run_config
+from dpo.system import files
 
 Fault = Callable[[], None]
 HANG = 900.0  # seconds after which a process hangs, however busy the machine is
@@ -132,7 +134,7 @@ def again(folder: Path, *overrides: str) -> tuple[str, ...]:
 
 def state_of(folder: Path) -> str:
     """Return a SHA-256 of weights, optimizer, scheduler, counters and random states in a run's newest checkpoint."""
-    newest = checkpoints.checkpoints(folder)[0]
+    newest = run_config.checkpoints(folder)[0]
     states = checkpoints.read_checkpoint(newest)
     assert isinstance(states, dict), states
     run = states["run"]
@@ -215,7 +217,7 @@ def limit_files(method: str, size: int, examples: int) -> Fault:
 
 def limit_file(name: str, size: int, examples: int) -> Fault:
     """Let one file of a save (or, of the export, any) grow no further than a size, after so many examples."""
-    write, manifest, save = torch.save, checkpoints.write_manifest, trainers.BasicTrainer.save
+    write, manifest, save = torch.save, files.write_manifest, trainers.BasicTrainer.save
     export, now = trainers.BasicTrainer.export, [False]
 
     def limit() -> None:
@@ -241,7 +243,7 @@ def limit_file(name: str, size: int, examples: int) -> Fault:
         export(self, metrics)
 
     def install() -> None:
-        torch.save, checkpoints.write_manifest = written, manifested
+        torch.save, files.write_manifest = written, manifested
         trainers.BasicTrainer.save, trainers.BasicTrainer.export = saved, exported
 
     return install
@@ -339,7 +341,7 @@ def kill_in_save(point: str, nth: int) -> Fault:
 def copy_until(folder: Path, target: Path, step: int) -> Path:
     """Copy a run as it was when it had written step-N and was killed a little later."""
     shutil.copytree(folder, target, symlinks=True)
-    for checkpoint in checkpoints.checkpoints(target):
+    for checkpoint in run_config.checkpoints(target):
         if int(checkpoint.name.removeprefix("step-")) > step:
             shutil.rmtree(checkpoint)
     with contextlib.suppress(FileNotFoundError):

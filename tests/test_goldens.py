@@ -16,10 +16,11 @@ from transformers import AutoTokenizer
 
 import losses
 import preference_datasets
-from dpo.examples import BatchIterator, TextExample, TokenizedExample
-from dpo.logps import ResponseLogps, response_logps
-from dpo.metrics import BatchMetrics
-from dpo.packing import LAYOUTS, make_microbatches
+from dpo.data.batches import BatchIterator
+from dpo.data.examples import TextExample, TokenizedExample
+from dpo.model.logps import ResponseLogps, response_logps
+from dpo.model.packing import LAYOUTS, make_microbatches
+from dpo.reporting.metrics import BatchMetrics
 from preference_datasets import (
     strip_html,
     tokenize_batch_element,

@@ -11,12 +11,12 @@ import pytest
 import torch
 from tiny_models import EXACT, EXAMPLES, NOT_EXACT, tiny, tiny_config
 
-from dpo.attention import attention_kinds, use_attention
-from dpo.devices import pick_device, read_facts
-from dpo.layouts import LayoutCheck
-from dpo.logps import ResponseLogps, response_logps
-from dpo.packing import make_microbatches
-from dpo.references import ModelReference
+from dpo.model.attention import attention_kinds, use_attention
+from dpo.model.layout_check import LayoutCheck
+from dpo.model.logps import ResponseLogps, response_logps
+from dpo.model.packing import make_microbatches
+from dpo.system.devices import pick_device, read_facts
+from dpo.training.references import ModelReference
 from losses import preference_loss
 
 ROOT = Path(__file__).resolve().parent.parent

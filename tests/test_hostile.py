@@ -19,10 +19,11 @@ from conftest import GOLDENS, TINY, read_data, validated
 from faults import BUSY, again, command_line, fresh, rng
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo import checkpoints
-from dpo.errors import UserError
-from dpo.examples import Tokenization
-from dpo.settings import Settings, known_keys
+from dpo.data.examples import Tokenization
+from dpo.runs import checkpoints
+from dpo.settings.schema import Settings, known_keys
+from dpo.system import files
+from dpo.system.errors import UserError
 from losses import LOSSES
 
 # Fuzzed data files
@@ -237,7 +238,7 @@ def forged(folder: Path, canary: Path, name: str, how: str) -> None:
         part["state"] = part["state"] | {"x": Bomb(canary)}
         torch.save(part, path)
     (folder / "MANIFEST").unlink()
-    checkpoints.write_manifest(folder, {})
+    files.write_manifest(folder, {})
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from conftest import make_loss as default_loss
 from tiny_models import make_examples, respond
 
 import trainers
-from dpo.logps import Logps
-from dpo.metrics import BatchMetrics
-from dpo.objectives import Context
+from dpo.model.logps import Logps
+from dpo.reporting.metrics import BatchMetrics
+from dpo.training.objectives import Context
 from losses import LOSSES, preference_loss
 
 TRAIN_METRICS = {

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 
 import preference_datasets
 import train
-from dpo.errors import UserError
-from dpo.signals import Signals
+from dpo.system.errors import UserError
+from dpo.system.signals import Signals
 from preference_datasets import PreferenceData, distinct_datasets, get_dataset, make_groups
 
 PROMPT = "\n\nHuman: hi\n\nAssistant:"

@@ -16,9 +16,9 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-CODE = [*ROOT.glob("*.py"), *ROOT.glob("dpo/*.py"), *ROOT.glob("benchmarks/*.py")]
+CODE = [*ROOT.glob("*.py"), *ROOT.glob("dpo/**/*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py")]
 TESTS = [*ROOT.glob("tests/**/*.py")]
-OWN = {path.stem for path in [*CODE, *TESTS]} | {"dpo"}
+OWN = {path.stem for path in [*CODE, *TESTS]} | {"dpo", "tools"}
 TOOLS = {"pytest-xdist", "setuptools", "ruff", "mypy", "types-pyyaml", "types-tqdm", "mutmut"}  # run, not imported
 THROUGH_TORCH = {"tensorboard"}  # which torch.utils.tensorboard imports
 COMPARED = {"trl"}  # which one benchmark measures beside this project
@@ -142,7 +142,7 @@ def wheel(tmp_path_factory) -> Path:
     sources.mkdir()
     for path in (ROOT / "pyproject.toml", ROOT / "README.md", *ROOT.glob("*.py")):
         shutil.copy(path, sources)
-    for name in ("config", "docs", "dpo"):
+    for name in ("config", "docs", "dpo", "tools"):
         shutil.copytree(ROOT / name, sources / name, ignore=shutil.ignore_patterns("__pycache__"))
     pip("wheel", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, sources)
     (path,) = folder.glob("*.whl")
@@ -150,7 +150,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_the_wheel_holds_every_module_template_and_config_file_and_nothing_else(wheel):
-    code = [*ROOT.glob("*.py"), *ROOT.glob("dpo/**/*.py"), *ROOT.glob("dpo/**/*.jinja")]
+    code = [*ROOT.glob("*.py"), *ROOT.glob("dpo/**/*.py"), *ROOT.glob("dpo/**/*.jinja"), *ROOT.glob("tools/*.py")]
     config = [path for path in ROOT.glob("config/**/*.*") if path.suffix not in (".py", ".pyc")]
     data = [*config, ROOT / "docs" / "losses.md"]  # the page that loss=help prints
     expected = {path.relative_to(ROOT).as_posix() for path in code}

@@ -13,13 +13,14 @@ from faults import command_line, run_code
 from omegaconf import OmegaConf
 
 import preference_datasets
-from dpo.errors import UserError
+from dpo.system.errors import UserError
 from losses import LOSSES
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 CODE = PAGES[ROOT / "docs" / "code.md"]
+SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("dpo/**/*.py"), *ROOT.glob("tools/*.py")]
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 COMMAND = re.compile(r"^(?: {4})?python train\.py (.+)$|`python train\.py ([^`]+)`", re.MULTILINE)
 COMMANDS = sorted({a or b for text in PAGES.values() for a, b in COMMAND.findall(text)})
@@ -140,22 +141,40 @@ def test_the_worked_example_runs_as_it_stands_whatever_precision_auto_is(precisi
     assert (tmp_path / "runs" / "dpo" / "LATEST" / "hf" / "model.safetensors").exists()
 
 
+def listed_files() -> set[str]:
+    """Return the paths that docs/code.md lists: those of a folder are indented below its line."""
+    folder, found = "", set()
+    for line in re.search(r"## Every file\n.*?```\n(.*?)```", CODE, re.DOTALL)[1].splitlines():
+        if line.strip():
+            name = line.split()[0]
+            folder = folder if line.startswith(" ") else name if name.endswith("/") else ""
+            found.add(name if name.endswith("/") else folder + name)
+    return found
+
+
 def test_every_path_in_the_pages_exists_and_every_file_is_listed():
-    tree = re.search(r"Every file:\n\n```\n(.*?)```", CODE, re.DOTALL)[1]
-    for name in re.findall(r"^(\S+)", tree, re.MULTILINE):
-        assert (ROOT / name).exists(), name
+    listed = listed_files()
+    assert [name for name in listed if not (ROOT / name).exists()] == []
     for page, text in (*PAGES.items(), (ROOT / "CONTRIBUTING.md", CONTRIBUTING)):
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (page.parent / link).exists(), (page.name, link)
-    listed = set(re.findall(r"^([\w/]+\.py)", tree, re.MULTILINE))
-    files = [*ROOT.glob("*.py"), *(ROOT / "dpo").glob("[!_]*.py")]
-    assert listed == {path.relative_to(ROOT).as_posix() for path in files}
+    files = [path.relative_to(ROOT).as_posix() for path in SOURCES if path.name != "__init__.py"]
+    assert {name for name in listed if name.endswith(".py")} == set(files)
+
+
+def test_every_file_and_name_that_the_code_page_says_to_touch_exists():
+    tasks = " ".join(CODE.partition("## Where do I")[2].split())
+    paths = re.findall(r"(?<![\w./])[\w/]+\.(?:py|md|yaml)\b", tasks)
+    assert len(paths) > 20
+    assert [path for path in paths if "NAME" not in path and not (ROOT / path).exists()] == []
+    for name, path in re.findall(r"`(\w+)` of ([\w/]+\.py)", tasks):
+        assert re.search(rf"\b{name}\b", (ROOT / path).read_text(encoding="utf-8")), (name, path)
 
 
 def test_the_diagram_of_the_code_names_functions_that_exist_in_at_most_ten_steps():
     diagram = re.search(r"```\n(main .*?)```", CODE, re.DOTALL)[1]
     steps = [line.split()[0].split(".")[-1] for line in diagram.splitlines()]
-    source = "".join(path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.py"), *(ROOT / "dpo").glob("*.py")))
+    source = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
     assert len(steps) <= 10
     for name in steps:
         assert f"def {name}(" in source, name

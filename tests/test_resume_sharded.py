@@ -27,14 +27,16 @@ from faults import (
 from ranks import command_lines, run_ranks, torchrun
 from safetensors.torch import load_file
 
-import dpo.shards
+import dpo.runs.shards
 from build import build_trainer, load_inputs
-from dpo import checkpoints, watchdog
-from dpo.adapter_shapes import PREFIX
-from dpo.archives import load_archive
-from dpo.distributed import ProcessGroup
-from dpo.run_configs import read_run_config
-from dpo.runs import RunDir
+from dpo.distributed import watchdog
+from dpo.distributed.process_group import ProcessGroup
+from dpo.model.archives import load_archive
+from dpo.model.lora import PREFIX
+from dpo.runs import checkpoints
+from dpo.runs.run_dir import RunDir
+from dpo.settings import run_config
+from dpo.settings.run_config import read_run_config
 
 SHARDED = (
     *BUSY,
@@ -108,7 +110,7 @@ def test_a_run_of_an_adapter_resumes_bit_for_bit_and_holds_and_exports_that_alon
     assert {name.removeprefix(PREFIX): value.tolist() for name, value in exported.items()} == {
         name: value.tolist() for name, value in state["weights"].items()
     }
-    names = dpo.shards.IndexReader(folder / "LATEST").read_metadata().state_dict_metadata.keys()
+    names = dpo.runs.shards.IndexReader(folder / "LATEST").read_metadata().state_dict_metadata.keys()
     assert {name for name in names if name.startswith("policy.")} == {f"policy.{name}" for name in state["weights"]}
     assert all(".lora_" in name for name in names) and any(name.endswith("square_avg") for name in names)
     merged = load_file(folder / "LATEST" / "hf" / "merged" / "model.safetensors")
@@ -244,14 +246,14 @@ def test_a_run_that_is_killed_in_a_sharded_save_ends_as_if_it_had_not_been(point
 
 def kill_in_shards(nth: int):
     """Kill this rank when it has written its shard of the nth save."""
-    save, left = dpo.shards.save, iter(range(nth - 1, -1, -1))
+    save, left = dpo.runs.shards.save, iter(range(nth - 1, -1, -1))
 
     def killed(*args, **kwargs):
         save(*args, **kwargs)
         if next(left) == 0:
             kill()
 
-    return lambda: setattr(dpo.shards, "save", killed)
+    return lambda: setattr(dpo.runs.shards, "save", killed)
 
 
 def test_a_rank_that_is_killed_after_it_wrote_its_shard_spoils_no_checkpoint(whole, tmp_path, counts):
@@ -260,7 +262,7 @@ def test_a_rank_that_is_killed_after_it_wrote_its_shard_spoils_no_checkpoint(who
     folder = tmp_path / "run"
     done = command_lines(folder, fresh(folder, *SHARDED), 2, {0: [dropout], 1: [dropout, kill_in_shards(3)]})
     assert [run.returncode for run in done] == [7, -signal.SIGKILL]
-    assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-16", "step-8"]
+    assert [path.name for path in run_config.checkpoints(folder)] == ["step-16", "step-8"]
     done = command_lines(folder, again(folder), 2, DROPOUT)
     assert [run.returncode for run in done] == [0, 0], done[0].stderr
     same(folder, whole)
@@ -272,7 +274,7 @@ def test_a_save_that_fails_after_a_signal_ends_all_with_its_exit_code(tmp_path):
     done = command_lines(folder, fresh(folder, *SHARDED), 2, faults)
     assert [run.returncode for run in done] == [4, 4], done[0].stderr + done[1].stderr
     assert "SIGTERM" in done[0].stderr
-    assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-16", "step-8"]
+    assert [path.name for path in run_config.checkpoints(folder)] == ["step-16", "step-8"]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -284,7 +286,7 @@ def test_a_full_disk_on_one_rank_ends_all_with_its_exit_code(failing, tmp_path, 
     assert [run.returncode for run in done] == [4, 4]
     printed = done[0].stderr + done[1].stderr
     assert "earlier checkpoints are intact" in printed
-    assert [path.name for path in checkpoints.checkpoints(folder)] == ["step-8"]
+    assert [path.name for path in run_config.checkpoints(folder)] == ["step-8"]
 
 
 def test_torchrun_starts_a_run_again_where_it_was(whole, tmp_path, counts, report):

@@ -1,4 +1,4 @@
-"""The house: which module may import which, and how long files, classes and functions may be."""
+"""The order of the packages: which module may import which."""
 
 import ast
 import re
@@ -6,38 +6,50 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from conftest import ROOT
 
-CODE = sorted(path for folder in (".", "dpo", "benchmarks") for path in (ROOT / folder).glob("*.py"))
-MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in CODE}  # train, dpo.logps
-LIMITS = {"file": 350, "class": 250, "function": 60}
+ORDER = ("system", "settings", "data", "model", "distributed", "runs", "training", "reporting")  # from bottom to top
+CODE = sorted(path for glob in ("*.py", "dpo/**/*.py", "tools/*.py", "benchmarks/*.py") for path in ROOT.glob(glob))
 
 
-def parse(path: Path) -> ast.Module:
-    """Return a file's syntax tree without what only type checkers see."""
-    tree = ast.parse(path.read_text())
-    return WithoutTypeChecking().visit(tree)
+def module_name(path: Path) -> str:
+    """Return the name by which a file is imported: train, dpo.model.logps, and dpo.model for its __init__.py."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-class WithoutTypeChecking(ast.NodeTransformer):
-    """Removes the blocks `if TYPE_CHECKING:`."""
-
-    def visit_If(self, node: ast.If) -> ast.AST | None:
-        is_typing = isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        return None if is_typing else self.generic_visit(node)
+MODULES = {module_name(path): path for path in CODE}
 
 
 def imported(path: Path) -> set[str]:
-    """Return the modules of this project that a file imports, at its top or in a function."""
+    """Return the modules of this project that a file imports: at its top, in a function, or for type checkers alone."""
     names: set[str] = set()
-    for node in ast.walk(parse(path)):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
             names |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names & MODULES.keys()
+
+
+GRAPH = {name: imported(path) - {name} for name, path in MODULES.items()}
+
+
+def level(module: str) -> int:
+    """Return the place of a module's package in ORDER; what is not in the engine stands above all of it."""
+    folder, *rest = module.split(".")
+    return ORDER.index(rest[0]) if folder == "dpo" and rest else len(ORDER)
+
+
+def upward(graph: dict[str, set[str]]) -> list[str]:
+    """Return the imports by modules of the engine of what stands above them."""
+    return sorted(
+        f"{name} imports {other}"
+        for name, others in graph.items()
+        for other in others
+        if name.startswith("dpo.") and level(other) > level(name)
+    )
 
 
 def find_circle(graph: dict[str, set[str]]) -> list[str]:
@@ -56,29 +68,32 @@ def find_circle(graph: dict[str, set[str]]) -> list[str]:
     return next((circle for name in graph if name not in finished and (circle := search([name]))), [])
 
 
-def sizes() -> dict[str, list[tuple[int, str]]]:
-    """Return the numbers of lines of files, classes and functions, each list from the smallest to the largest."""
-    found: dict[str, list[tuple[int, str]]] = {kind: [] for kind in LIMITS}
-    for path in CODE:
-        found["file"].append((len(path.read_text().splitlines()), path.name))
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-                kind = "class" if isinstance(node, ast.ClassDef) else "function"
-                found[kind].append((node.end_lineno - node.lineno + 1, f"{path.name}: {node.name}"))
-    return {kind: sorted(lengths) for kind, lengths in found.items()}
+def test_a_package_of_the_engine_imports_only_packages_below_it_and_neither_root_nor_tools():
+    assert sum(len(others) for name, others in GRAPH.items() if name.startswith("dpo.")) > 100  # the graph was read
+    assert upward(GRAPH) == []
 
 
-def test_the_engine_never_imports_from_the_root():
-    engine = {name: path for name, path in MODULES.items() if name.startswith("dpo.")}
-    upwards = {name: imported(path) - engine.keys() for name, path in engine.items()}
-    assert len(engine) > 20
-    assert {name: found for name, found in upwards.items() if found} == {}
+def test_an_import_upward_would_be_found_wherever_it_stands(tmp_path):
+    graph = {"dpo.data.rows": {"dpo.model.logps", "dpo.system.errors", "dpo.data.chat", "trainers", "tools.report"}}
+    assert upward(graph) == [
+        f"dpo.data.rows imports {name}" for name in ("dpo.model.logps", "tools.report", "trainers")
+    ]
+    lines = ["if TYPE_CHECKING:", "    import trainers", "def f():", "    from dpo.model import logps", ""]
+    (tmp_path / "rows.py").write_text("\n".join(lines))
+    assert imported(tmp_path / "rows.py") == {"trainers", "dpo.model", "dpo.model.logps"}
+
+
+def test_every_package_has_its_place_in_the_order_and_an_init_with_a_docstring_alone():
+    packages = {path.parent for path in CODE if path.name == "__init__.py"}
+    assert packages == {ROOT / "dpo", ROOT / "tools", *(ROOT / "dpo" / name for name in ORDER)}
+    assert {path.parent for path in CODE if "dpo" in path.relative_to(ROOT).parts} <= packages
+    for package in packages:
+        (docstring,) = ast.parse((package / "__init__.py").read_text(encoding="utf-8")).body
+        assert isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant), package
 
 
 def test_no_imports_form_a_circle():
-    graph = {name: imported(path) - {name} for name, path in MODULES.items()}
-    assert sum(map(len, graph.values())) > 50  # the graph was read
-    assert find_circle(graph) == []
+    assert find_circle(GRAPH) == []
 
 
 def test_a_circle_would_be_found():
@@ -86,22 +101,23 @@ def test_a_circle_would_be_found():
     assert find_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
-@pytest.mark.parametrize("kind", LIMITS)
-def test_files_classes_and_functions_stay_small(kind, report):
-    lengths = sizes()[kind]
-    report(f"the longest {kind}: {lengths[-1][0]} lines, {lengths[-1][1]}")
-    assert [found for found in lengths if found[0] > LIMITS[kind]] == []
+def test_tests_lie_in_the_folder_of_the_package_that_they_test():
+    folders = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").glob("**/test_*.py")}
+    assert folders == {Path(), Path("tools"), *(Path("dpo", name) for name in ORDER)}
+    names = [path.name for path in (ROOT / "tests").glob("**/test_*.py")]
+    assert len(names) == len(set(names))  # pytest imports a file by its name
 
 
 def test_no_rank_is_compared_outside_of_the_modules_that_distribute():
     pattern = re.compile(r"\brank\s*(==|!=)\s*0|\bget_rank\(")
-    allowed = {"distributed.py", "rendezvous.py", "metrics.py", "checkpoints.py"}
+    allowed = {"process_group.py", "rendezvous.py", "metrics.py", "checkpoints.py"}
     assert [path.name for path in CODE if path.name not in allowed and pattern.search(path.read_text())] == []
 
 
 def test_settings_losses_and_the_command_line_are_imported_without_torch():
     """What answers help and typing errors at once; losses and settings are what typing errors are checked against."""
     slow = {"torch", "transformers", "numpy", "datasets", "wandb", "tqdm"}
-    code = f"import sys, train, losses, dpo.settings; print(*({slow} & set(sys.modules)))"
+    settings = ", ".join(name for name in MODULES if name.startswith("dpo.settings"))
+    code = f"import sys, train, losses, {settings}; print(*({slow} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

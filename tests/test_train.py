@@ -21,10 +21,10 @@ from faults import command_line, during_import, fresh, send
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo import attention
-from dpo.errors import UserError
-from dpo.logps import response_logps
-from dpo.sampling import distinct_prompts
+from dpo.model import attention
+from dpo.model.logps import response_logps
+from dpo.model.sampling import distinct_prompts
+from dpo.system.errors import UserError
 
 SHORT = (
     *TINY,

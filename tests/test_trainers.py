@@ -18,16 +18,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 import build
 import losses
-from dpo import logps
-from dpo.checkpoints import read_checkpoint
-from dpo.distributed import Pass, Ranks
-from dpo.errors import RunError, Stopped, UserError
-from dpo.logps import response_logps
-from dpo.objectives import mismatch
-from dpo.packing import LAYOUTS
-from dpo.runs import Checkpoint
-from dpo.sampling import Sampler, distinct_prompts
-from dpo.signals import ProcessSignals
+from dpo.distributed.ranks import Pass, Ranks
+from dpo.model import logps
+from dpo.model.logps import response_logps
+from dpo.model.packing import LAYOUTS
+from dpo.model.sampling import Sampler, distinct_prompts
+from dpo.runs.checkpoints import read_checkpoint
+from dpo.runs.run_dir import Checkpoint
+from dpo.system.errors import RunError, Stopped, UserError
+from dpo.system.signals import ProcessSignals
+from dpo.training.objectives import mismatch
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -107,7 +107,7 @@ def test_each_record_has_the_seconds_and_the_memory_that_went_into_it(make_train
 
     settings = ("n_examples=16", "n_eval_examples=8", "sample_during_eval=true", "eval_every=8")
     trainer = make_trainer("loss=dpo", *settings, "max_tokens_per_pass=100000")
-    monkeypatch.setattr("dpo.stopwatch.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr("dpo.system.stopwatch.time", SimpleNamespace(monotonic=lambda: clock.now))
     monkeypatch.setattr(trainer.reference, "logps", slow(3, trainer.reference.logps))
     monkeypatch.setattr(trainer.writer, "write", slow(5, trainer.writer.write))
     for batch in trainer.clock.waiting("data", map(slow(2, lambda batch: batch), trainer.train_batches)):

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 
 import build as build_module
 from build import build_trainer, load_inputs
-from dpo.distributed import ProcessGroup
-from dpo.memory_plan import memory_plan
-from dpo.parallel import reshard, whole_tensors
-from dpo.runs import RunDir
-from parallel_trainers import FSDPTrainer
+from dpo.distributed.process_group import ProcessGroup
+from dpo.distributed.sharding import reshard, whole_tensors
+from dpo.runs.run_dir import RunDir
+from tools.memory_plan import memory_plan
+from trainers import FSDPTrainer
 
 PLAIN = ("loss=dpo", "max_tokens_per_pass=300", "n_eval_model_samples=3")  # of 4 ranks, one has no sample of its own
 UNEVEN = ("loss=dpo", "max_tokens_per_pass=100", "eval_batch_size=3", "n_eval_examples=12")

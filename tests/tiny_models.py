@@ -3,9 +3,9 @@
 import torch
 import transformers
 
-from dpo.examples import TextExample, TokenizedExample
-from dpo.logps import response_logps
-from dpo.packing import make_microbatches
+from dpo.data.examples import TextExample, TokenizedExample
+from dpo.model.logps import response_logps
+from dpo.model.packing import make_microbatches
 
 PLENTY = 2**30  # tokens a pass
 

@@ -1,0 +1,252 @@
+"""Conversations as the model must see them: rendered by the tokenizer's chat template, correct to the token."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from os.path import commonprefix
+from typing import TYPE_CHECKING, Any, Literal
+
+from dpo.data.examples import InconsistentRow, TextExample, Tokenization, TokenizedExample, Truncation, UnusableRow
+from dpo.data.rows import ASSISTANT, Message, Row, to_json
+from dpo.system.errors import UserError, summarize_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PromptFormat = Literal["auto", "chat", "text", "hh"]
+AROUND = 30  # characters shown before and after a difference
+PROBE: list[Message] = [{"role": "user", "content": "probe question"}, {"role": "assistant", "content": "probe answer"}]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A tokenizer's chat template, and the token that ends the assistant's turn in it.
+
+    end_of_turn is eos where the template writes no special token after an answer; it is then added to each answer.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    end_of_turn: str
+    written: bool  # whether the template writes end_of_turn by itself
+    special: re.Pattern[str]  # any special token, which no turn may hold
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "ChatTemplate":
+        """Find out how a tokenizer's template ends a turn; UserError if it has no template or one that fails."""
+        if not tokenizer.chat_template:
+            remedy = "choose an instruct model, model.tokenizer_name_or_path=NAME of one, or prompt_format=hh"
+            raise UserError(f"model.tokenizer_name_or_path: the tokenizer has no chat template; {remedy}")
+        tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        tokens |= {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
+        special = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+        template = cls(tokenizer, str(tokenizer.eos_token), False, special)
+        answer = str(PROBE[-1]["content"])
+        try:
+            before, _, after = template.render(PROBE, None, False).rpartition(answer)
+        except InconsistentRow as error:
+            raise UserError(f"model.tokenizer_name_or_path: the chat template fails ({error})") from None
+        if not before:
+            raise UserError("model.tokenizer_name_or_path: the chat template does not write the assistant's turn")
+        found = special.search(after)
+        return cls(tokenizer, found[0], True, special) if found else template
+
+    @property
+    def end_of_turn_id(self) -> int:
+        """The id of the token that ends the assistant's turn."""
+        return int(self.tokenizer.convert_tokens_to_ids(self.end_of_turn))  # type: ignore[arg-type]  # of one token
+
+    def stops(self) -> list[int]:
+        """Return the ids at which generation must stop: the end of a turn and the end of a text."""
+        return list(dict.fromkeys((self.end_of_turn_id, self.tokenizer.eos_token_id)))
+
+    def render(self, messages: Sequence[Message], tools: list[Any] | None, generate: bool) -> str:
+        """Return a conversation as text, with generate up to where the assistant's turn begins; or InconsistentRow."""
+        try:
+            text: str = self.tokenizer.apply_chat_template(  # type: ignore[assignment]  # a text, if not tokenized
+                list(messages), tools=tools, tokenize=False, add_generation_prompt=generate
+            )
+        except Exception as error:  # a template refuses by an exception, and raises nearly anything on what it misses
+            raise InconsistentRow("the chat template refuses it", summarize_error(error)) from None
+        return text
+
+    def example(self, row: Row, number: int, source: str) -> TextExample:
+        """Render a row of messages; UnusableRow or InconsistentRow if it cannot be trained on."""
+        assert isinstance(row.prompt, list)
+        if any(self.special.search(text) for turn in (*row.prompt, *row.responses) for text in texts_in(turn)):
+            raise UnusableRow("a turn holds a special token")
+        conversation = Conversation(to_json(row.prompt), tuple(map(to_json, row.responses)), to_json(row.tools), self)
+        prompt, *responses = conversation.rendered(row.prompt)
+        return TextExample(prompt, tuple(responses), conversation, number, source)
+
+    def answer(self, prompt: str, whole: str, response: Message) -> str:
+        """Return what is trained on of a rendered conversation: what follows its prompt, up to the end of the turn."""
+        if not whole.startswith(prompt):
+            at = len(commonprefix([prompt, whole]))
+            near = [text[max(0, at - AROUND) : at + AROUND] for text in (prompt, whole)]
+            details = f"at character {at} the prompt has {near[0]!r}, prompt and response {near[1]!r}"
+            raise InconsistentRow("the rendered prompt does not begin prompt and response", details)
+        answer = whole[len(prompt) :]
+        content = str(response.get("content") or "").strip()
+        if content not in answer:
+            raise InconsistentRow("the chat template changes the response", f"{content[:60]!r} is {answer[:60]!r}")
+        check_calls(response, answer)
+        if not self.written:
+            return answer.rstrip() + self.end_of_turn
+        if answer.count(self.end_of_turn) != 1:
+            raise InconsistentRow(f"the response has no end of turn {self.end_of_turn}, or several", repr(answer[-60:]))
+        return answer[: answer.index(self.end_of_turn) + len(self.end_of_turn)]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The messages behind a rendered example, as JSON: what is rendered again where oldest turns are left out."""
+
+    prompt: str
+    responses: tuple[str, ...]
+    tools: str
+    template: ChatTemplate = field(repr=False, compare=False)
+
+    def rendered(self, messages: Sequence[Message]) -> list[str]:
+        """Return some messages as the prompt, and what is trained on of each response to them."""
+        tools = json.loads(self.tools)
+        prompt, answers = self.template.render(messages, tools, True), []
+        for turn in map(json.loads, self.responses):
+            whole = self.template.render([*messages, turn], tools, False)
+            answers.append(self.template.answer(prompt, whole, turn))
+        for turn in messages:
+            content = str(turn.get("content") or "").strip()
+            if turn["role"] in ("system", "user") and content not in prompt:
+                raise InconsistentRow(f"the chat template leaves out or changes a turn of the {turn['role']}")
+            if turn["role"] == "tool" and content not in prompt and to_json(content)[1:-1] not in prompt:
+                raise InconsistentRow("the chat template leaves out or changes what a tool returned")
+            check_calls(turn, prompt)
+        if left_out := [name for name in function_names(tools) if name not in prompt]:
+            raise InconsistentRow("the chat template leaves out the tools", f"{left_out[0]!r} is not in the prompt")
+        return [prompt, *answers]
+
+    def shorter(self) -> Iterator[list[str]]:
+        """Yield the rendered prompt and answers without the oldest turns, up to the next turn of the user each time."""
+        messages = json.loads(self.prompt)
+        n_kept = int(messages[0]["role"] in ("system", "developer"))
+        for start in range(n_kept + 1, len(messages)):
+            if messages[start]["role"] == "user":
+                yield self.rendered([*messages[:n_kept], *messages[start:]])
+
+    def tokenized(
+        self, text: TextExample, prompt: list[int], wholes: list[list[int]], rules: Tokenization
+    ) -> TokenizedExample:
+        """Return the example, without its oldest turns if it is too long.
+
+        prompt and wholes are the ids of the rendered prompt, and of it with each response. Raises InconsistentRow if
+        one does not begin with the other, UnusableRow if the last turn alone is longer than max_prompt_length.
+        Responses that are still too long are cut as those of a text are.
+        """
+        responses = split(prompt, wholes, rules)
+        prompt, longest = with_bos(prompt, rules), max(map(len, responses))
+        shorter, strings = self.shorter(), [""]
+        while len(prompt) + longest > rules.max_length and len(prompt) > rules.max_prompt_length:
+            strings = next(shorter, [])
+            if not strings:
+                raise UnusableRow("the last turn alone is longer than max_prompt_length")
+            prompt = with_bos(rules.ids(strings[:1])[0], rules)
+        turns_left_out = len(strings) > 1
+        if turns_left_out:
+            kept, *wholes = rules.ids([strings[0], *(strings[0] + answer for answer in strings[1:])])
+            if split(kept, wholes, rules) != responses:
+                raise InconsistentRow("without its oldest turns the response has other tokens")
+        room = rules.max_length - rules.max_prompt_length
+        cut = [ids[:room] for ids in responses] if len(prompt) + longest > rules.max_length else responses
+        truncated = {
+            "oldest turns": turns_left_out,
+            "response": cut != responses,
+            "sides made equal": len(set(map(tuple, cut))) < len(set(map(tuple, responses))),
+        }
+        names = tuple(what for what, is_cut in truncated.items() if is_cut)
+        return TokenizedExample(text, prompt, tuple(cut), names)
+
+
+def split(prompt: list[int], wholes: Sequence[list[int]], rules: Tokenization) -> list[list[int]]:
+    """Return the ids that follow the prompt's in each whole; InconsistentRow if one does not begin with them."""
+    for whole in wholes:
+        if whole[: len(prompt)] != prompt:
+            at = next(i for i, (a, b) in enumerate(zip(prompt, [*whole, -1], strict=False)) if a != b)
+            near = [rules.tokenizer.decode(ids[max(0, at - 4) : at + 4]) for ids in (prompt, whole)]
+            details = f"at token {at} the prompt has {near[0]!r}, prompt and response {near[1]!r}"
+            raise InconsistentRow("the prompt's tokens do not begin those of prompt and response", details)
+    return [whole[len(prompt) :] for whole in wholes]
+
+
+def with_bos(prompt: list[int], rules: Tokenization) -> list[int]:
+    """Return a rendered prompt with a BOS before it if model.add_bos asks for one that the template did not write."""
+    bos = rules.tokenizer.bos_token_id
+    return [bos, *prompt] if rules.add_bos and prompt[:1] != [bos] else prompt
+
+
+def check_calls(turn: Message, text: str) -> None:
+    """Raise InconsistentRow if a rendered text does not name the functions that a turn calls."""
+    if left_out := [name for name in function_names(turn.get("tool_calls")) if name not in text]:
+        raise InconsistentRow("the chat template leaves out a call of a tool", f"{left_out[0]!r} is called")
+
+
+def function_names(functions: object) -> list[str]:
+    """Return the names in a list of functions or of calls, each of which has one by itself or under "function"."""
+    listed = functions if isinstance(functions, list) else []
+    inner = [item.get("function", item) for item in listed if isinstance(item, dict)]
+    return [item["name"] for item in inner if isinstance(item, dict) and isinstance(item.get("name"), str)]
+
+
+def texts_in(value: object) -> Iterator[str]:
+    """Yield the texts in nested messages."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from texts_in(item)
+
+
+def hh_example(row: Row, number: int, source: str) -> TextExample:
+    r"""Write messages as hh's dialogues, \n\nHuman: ... \n\nAssistant: ...; UserError if there is a turn of another."""
+    names = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
+    turns = [*row.prompt, *row.responses]
+    if row.tools or any(not isinstance(turn, dict) or turn["role"] not in names for turn in turns):
+        raise UserError("prompt_format=hh writes turns of user and assistant alone, no system turn and no tools")
+    prompt = "".join(names[turn["role"]] + turn["content"] for turn in row.prompt if isinstance(turn, dict))
+    answers = tuple(f" {turn['content']}" for turn in row.responses)
+    return TextExample(f"{prompt}\n\nAssistant:", answers, "keep_end", number, source)
+
+
+@dataclass
+class Rendering:
+    """How rows become examples, by prompt_format; the chat template is looked at when the first row needs it."""
+
+    prompt_format: PromptFormat
+    tokenizer: "PreTrainedTokenizerBase"
+    template: ChatTemplate | None = None
+    plain: TextExample | None = None  # the first prompt of text, though the tokenizer has a chat template
+
+    def note(self) -> str | None:
+        """Return a line on prompts that an instruct model is not used to see, or None if there was none."""
+        if self.plain is None:
+            return None
+        where = f"{self.plain.source}, row {self.plain.row}"
+        return f"{where}: a prompt of text is used as it is; prompt_format=chat renders it by the chat template."
+
+    def __call__(self, row: Row, number: int, source: str, truncation: Truncation = "keep_end") -> TextExample:
+        """Return a row as an example; UserError if the format has no place for it, UnusableRow if it has a flaw."""
+        if isinstance(row.prompt, str):
+            if self.prompt_format == "chat":
+                raise UserError(
+                    "prompt_format=chat needs messages, or a prompt and its responses, not the text of dialogues"
+                )
+            text = TextExample(row.prompt, row.responses, truncation, number, source)
+            if self.prompt_format == "auto" and self.plain is None and self.tokenizer.chat_template:
+                self.plain = None if ASSISTANT in row.prompt else text
+            return text
+        if self.prompt_format == "text":
+            raise UserError("holds messages, which prompt_format=text cannot write; use auto, chat or hh")
+        if self.prompt_format == "hh":
+            return hh_example(row, number, source)
+        if self.template is None:
+            self.template = ChatTemplate.of(self.tokenizer)
+        return self.template.example(row, number, source)

@@ -1,0 +1,178 @@
+"""Sharding a module over devices: FSDP2, HSDP or replicas, by PyTorch's own fully_shard and replicate."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dpo.model.logps import ResponseLogps
+from dpo.system.errors import UserError
+
+M = TypeVar("M", bound=nn.Module)
+Weights = Callable[[nn.Parameter], Tensor]  # from a parameter, perhaps one without memory: its weights
+Split = Callable[[list[nn.Module]], None]  # divides modules over further ranks, in place
+
+
+def shard(
+    module: ResponseLogps,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    block_name: str | None,
+    weights: Weights,
+    split: Split = lambda modules: None,
+) -> ResponseLogps:
+    """Shard a module's parameters in place: each layer by itself, then what is left (embeddings, norm and head).
+
+    mesh has the dimensions replicate and shard, and perhaps others: within shard every rank holds a part of each
+    parameter, and gathers a layer when it computes it; over replicate such groups repeat. With shard of size 1 every
+    rank holds all of it. Each layer gets its weights right before it is sharded, and split may divide the modules in it
+    over further dimensions of the mesh, so that a rank holds at most one whole layer.
+    """
+    options: dict[str, Any] = {"mesh": mesh["replicate", "shard"], "mp_policy": mixed_precision(mesh, dtype)}
+    apply: Any = fully_shard
+    if mesh["shard"].size() == 1 and mesh["replicate"].size() > 1:
+        apply, options["mesh"] = replicate, mesh["replicate"]
+    elif mesh["replicate"].size() == 1:
+        options["mesh"] = mesh["shard"]
+    done: set[nn.Module] = set()
+    for part in (*layers(module.model, block_name), module):
+        own = [each for each in part.modules() if each not in done]
+        done.update(own)
+        set_weights(own, weights)
+        split(own)
+        apply(part, **options)
+    # Sampling enters by generate: gather for it what forward would find gathered. Ranks make the same texts, and
+    # synced_gpus lets none of them stop computing, and so gathering, before the others.
+    generate: Any = module.model.generate
+    module.generate = partial(generate, synced_gpus=True)  # type: ignore[assignment]
+    register_fsdp_forward_method(module, "generate")
+    module.model.generate = module.generate
+    return module
+
+
+def set_weights(modules: Iterable[nn.Module], weights: Weights) -> None:
+    """Give the parameters of modules their weights; tied ones stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in modules:
+        for key, old in module._parameters.items():
+            if old is not None:
+                if id(old) not in made:
+                    made[id(old)] = nn.Parameter(weights(old), old.requires_grad)
+                module._parameters[key] = made[id(old)]
+
+
+def weights_of_main(device: torch.device) -> Weights:
+    """Return what sends the main rank's weights to all, on a device; called on every rank for the same parameters."""
+
+    def send(own: nn.Parameter) -> Tensor:
+        is_empty = own.is_meta
+        value = torch.empty(own.shape, dtype=own.dtype, device=device) if is_empty else own.detach().to(device)
+        dist.broadcast(value.contiguous(), src=0)
+        return value
+
+    return send
+
+
+def no_weights(own: nn.Parameter) -> Tensor:
+    """Return memory for a parameter's weights; on a CPU the system gives it pages once they are written."""
+    return torch.empty(own.shape, dtype=own.dtype, device="cpu")
+
+
+@torch.no_grad()
+def copy_shards(source: nn.Module, module: nn.Module) -> None:
+    """Copy the weights that this rank holds of a sharded module into another one that is sharded in the same way."""
+    for new, own in zip(source.parameters(), module.parameters(), strict=True):
+        local = (each.to_local() if isinstance(each, DTensor) else each for each in (own, new))
+        next(local).copy_(next(local))
+
+
+def without_weights(module: M) -> M:
+    """Return a copy of a module whose parameters have no memory; its buffers are copied to the host."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.detach().to("cpu", copy=True)
+    return copy.deepcopy(module, memo)
+
+
+def reshard(module: nn.Module) -> None:
+    """Free what forward passes without a backward pass leave gathered; parameters are then those of the optimizer."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def mixed_precision(mesh: DeviceMesh, dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Return how parameters are gathered: on GPUs in the dtype of the computation, with gradients summed in float32.
+
+    On a CPU in float32, since gloo has no bfloat16; autocast casts there as on one device.
+    """
+    if mesh.device_type == "cpu" or dtype == torch.float32:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def layers(model: PreTrainedModel, block_name: str | None) -> list[nn.Module]:
+    """Return a model's layers: modules of the class block_name, or of transformers' own class of layers.
+
+    UserError if there are none.
+    """
+    if block_name:
+        found = [module for module in model.modules() if type(module).__name__ == block_name]
+        if not found:
+            raise UserError(f"model.block_name={block_name}: the model has no module of this class; set it to null")
+        return found
+    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not found:
+        words = "the class of this model's layers is not known; set model.block_name to its name"
+        raise UserError(f"model.block_name=null: {words}")
+    return found
+
+
+def distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by name, those with several names (tied weights) under the first."""
+    seen: dict[int, str] = {}
+    return {name: value for name, value in tensors.items() if seen.setdefault(id(value), name) == name}
+
+
+def whole_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Gather sharded tensors on the host, one at a time; every rank must call it, and keeps them if `keep`.
+
+    Tied weights share their memory, as in the model.
+    """
+    names: dict[int, str] = {}
+    weights: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        first = names.setdefault(id(value), name)
+        if first == name:
+            whole: Tensor = (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+        if keep:
+            weights[name] = whole if first == name else weights[first]
+    return weights
+
+
+def clip_gradient(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor:
+    """Scale gradients in place to at most max_norm, whatever meshes they lie on, and return their norm before that."""
+    meshes: dict[DeviceMesh | None, list[Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            meshes[getattr(parameter.grad, "device_mesh", None)].append(parameter.grad)
+    norms = [torch.nn.utils.get_total_norm(gradients) for gradients in meshes.values()]
+    norm = torch.stack([part.full_tensor() if isinstance(part, DTensor) else part for part in norms]).norm()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).item()  # as torch.nn.utils.clip_grad_norm_
+    for gradients in meshes.values():
+        torch._foreach_mul_(gradients, scale)
+    return norm

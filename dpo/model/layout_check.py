@@ -1,0 +1,200 @@
+"""The check that a layout gives the log-probabilities of the padded one, before a run uses it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dpo.data.examples import TokenizedExample
+from dpo.model.attention import attention_kinds, torch_attention, use_attention
+from dpo.model.logps import ResponseLogps
+from dpo.model.packing import LAYOUTS
+from dpo.system.console import log_message
+from dpo.system.devices import autocast, platform, read_facts
+from dpo.system.errors import is_out_of_memory, summarize_error
+
+TOLERANCE = 2e-4  # nats per token in float32: rounding stays well below, a key too many or too few lies well above
+
+
+@dataclass(frozen=True)
+class LayoutChoice:
+    """The layout that a run uses, and the attention of its models."""
+
+    layout: str
+    attention: str
+
+
+def choose_layout(
+    policy: ResponseLogps,
+    models: Sequence[ResponseLogps],
+    examples: Sequence[TokenizedExample],
+    layout: str,
+    max_length: int,
+    dtype: torch.dtype,
+    known: LayoutChoice | None = None,
+) -> LayoutChoice:
+    """Return `layout`, or "padded" where the policy computes other log-probabilities with it.
+
+    Tries the device's kinds of attention, the fastest first, and leaves all `models` (the policy and perhaps the
+    reference) with the one that was chosen. The examples lend their tokens to the check; dtype is that of the forward
+    passes of training. known is the result of an earlier check of the same model, layout, max_length, device and
+    versions, which is then not repeated.
+    """
+    if layout == "padded" or known is not None:
+        choice = known or LayoutChoice("padded", policy.model.config._attn_implementation)
+        use_attention_in(models, choice.attention)
+        return choice
+    check = LayoutCheck(policy, examples, layout, max_length)
+    for kind in attention_kinds(read_facts(check.device)):
+        try:
+            use_attention_in(models, kind)
+        except (ValueError, ImportError) as error:  # this kind of model has no such attention
+            log_message(f"Attention is not {kind}: {summarize_error(error)}")
+            continue
+        problem = check.problem(dtype)
+        if problem is None:
+            return LayoutChoice(layout, policy.model.config._attn_implementation)
+        log_message(f"layout={layout} cannot be used with {kind} attention: {problem}.")
+    log_message("Using layout=padded.")
+    use_attention_in(models, "sdpa")
+    return LayoutChoice("padded", policy.model.config._attn_implementation)
+
+
+def use_attention_in(models: Sequence[ResponseLogps], kind: str) -> None:
+    """Switch all models to a kind of attention."""
+    for wrapped in models:
+        use_attention(wrapped.model, kind)
+
+
+def recorded_layout(states: Any, device: torch.device) -> LayoutChoice | None:
+    """Return the layout that a checkpoint's run chose, if it computed on such a device with the versions of now."""
+    try:
+        recorded = states["run"]["surroundings"]
+        layout, attention = recorded["the layout"].removesuffix(" attention").split(", ")
+        unchanged = all(recorded.get(name) == value for name, value in platform(device).items())
+    except (AttributeError, KeyError, TypeError, ValueError):  # forged, or of an earlier version
+        return None
+    is_known = layout in LAYOUTS and attention in (*attention_kinds(read_facts(device)), "sdpa", "eager")
+    return LayoutChoice(layout, attention) if unchanged and is_known else None
+
+
+class LayoutCheck:
+    """Compares the log-probabilities of a layout with those of the padded one, which it computes once.
+
+    The comparison is done in float32 without TF32, on two short examples and a long one in one pass. The long one has
+    max_length tokens: a sliding window shows only there. Its last response alone is compared, which is as much as the
+    padded layout need compute for it. Then the short examples pass forward and backward as in training.
+    """
+
+    def __init__(self, policy: ResponseLogps, examples: Sequence[TokenizedExample], layout: str, max_length: int):
+        self.policy, self.layout = policy, layout
+        self.device = next(policy.parameters()).device
+        self.short = [resize(example, 16, max_length) for example in examples[:2]]
+        self.long = resize(examples[0], max_length, max_length)
+        n_tokens = sum(map(len, [*self.short, self.long]))
+        log_message(f"Checking layout={layout} against layout=padded, on {n_tokens:,} tokens ...")
+        last = replace(self.long, responses=self.long.responses[-1:])
+        with float32_parameters(policy.model):
+            self.expected = torch.cat([self.padded(self.short), self.padded([last])])
+
+    def problem(self, dtype: torch.dtype) -> str | None:
+        """Return None if the layout changes nothing, else a short reason why it cannot be used.
+
+        Logs the difference, also that of the short examples with the forward pass computed in dtype.
+        """
+        step = "in float32"
+        try:
+            with float32_parameters(self.policy.model):
+                worst = self.difference([*self.short, self.long], self.expected)
+            if not worst <= TOLERANCE:
+                return f"log-probabilities differ by up to {worst:.2g} nats per token from those of layout=padded"
+            found = f"layout={self.layout}: within {worst:.1g} nats per token of layout=padded in float32"
+            step = f"in {dtype}, forward and backward"
+            rounding = self.train_pass(dtype)
+            found += f", {rounding:.1g} in {dtype}" if dtype != torch.float32 else ""
+        except Exception as error:  # a model that takes no such mask or no position ids fails in many ways
+            if is_out_of_memory(error):
+                raise
+            return f"the model fails with it {step} ({type(error).__name__}: {summarize_error(error)})"
+        log_message(f"{found}.")
+        return None
+
+    def train_pass(self, dtype: torch.dtype) -> float:
+        """Pass the short examples forward and backward, computed in dtype; return the difference from padded ones.
+
+        The gradient is that of the first parameter alone, which comes before all layers or in the first one, so that it
+        passes through the attention of all. It is not kept, and in evaluation mode no random number is drawn.
+        """
+        was_training, model = self.policy.training, self.policy.model
+        self.policy.eval()
+        try:
+            with autocast(model.dtype, dtype, self.device):
+                actual = self.policy(LAYOUTS[self.layout].pack(self.short).to(self.device))
+                rounding = 0.0 if dtype == torch.float32 else self.apart(actual, self.padded(self.short))
+            torch.autograd.grad(actual.sum(), self.policy.trained_parameters()[:1], allow_unused=True)
+        finally:
+            self.policy.train(was_training)
+        return rounding
+
+    @torch.no_grad()
+    def padded(self, examples: Sequence[TokenizedExample]) -> Tensor:
+        """Return the log-probability of each response token, (n,), in the padded layout and torch's own attention."""
+        with torch_attention(self.policy.model):
+            return self.policy(LAYOUTS["padded"].pack(examples).to(self.device))
+
+    @torch.no_grad()
+    def difference(self, examples: Sequence[TokenizedExample], expected: Tensor) -> float:
+        """Return the largest difference, in nats, of a token's log-probability in the layout from the expected one.
+
+        Of the last example, only as many tokens are compared as are expected.
+        """
+        actual = self.policy(LAYOUTS[self.layout].pack(examples).to(self.device))
+        skipped = len(actual) - len(expected)
+        n_before = len(actual) - sum(map(len, examples[-1].responses))
+        return self.apart(torch.cat([actual[:n_before], actual[n_before + skipped :]]), expected)
+
+    @staticmethod
+    def apart(actual: Tensor, expected: Tensor) -> float:
+        """Return the largest difference of two tensors' numbers."""
+        return (actual.detach() - expected).abs().max().item()
+
+
+def resize(example: TokenizedExample, n_tokens: int, max_length: int) -> TokenizedExample:
+    """Return the example with responses of 8, 7, ... tokens and a prompt that fills the first of them up to n_tokens.
+
+    Tokens are repeated where there are too few: a response of one token would be predicted by its prompt alone.
+    """
+    most = max(1, max_length // 2)
+    responses = tuple(cycle(response, min(8 - k, most)) for k, response in enumerate(example.responses))
+    n_prompt = max(1, min(n_tokens, max_length) - len(responses[0]))
+    return replace(example, prompt=cycle(example.prompt, n_prompt), responses=responses)
+
+
+def cycle(tokens: list[int], n: int) -> list[int]:
+    """Return n tokens by repeating those given."""
+    return (tokens * (n // len(tokens) + 1))[:n]
+
+
+@contextmanager
+def float32_parameters(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluate a model in float32, without TF32.
+
+    Only parameters are converted: buffers such as rotary frequencies are in float32 already and must stay so.
+    """
+    was_training, precision = model.training, torch.get_float32_matmul_precision()
+    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.is_floating_point()]
+    torch.set_float32_matmul_precision("highest")
+    try:
+        model.eval()
+        for parameter, data in kept:
+            parameter.data = data.float()
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+        model.train(was_training)
+        torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,289 @@
+"""Loading a tokenizer and a policy, copying the reference, and what is done to a model before it trains."""
+
+import copy
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dpo.data.examples import special_token_problems
+from dpo.model.archives import DROPPABLE, is_adapter, load_archive, load_weights
+from dpo.model.lora import find_targets, merge_adapter
+from dpo.settings.schema import ModelSettings, Settings
+from dpo.system.console import log_message
+from dpo.system.errors import UserError, is_out_of_memory, summarize_error
+from dpo.system.network import is_reachable
+
+T = TypeVar("T")
+M = TypeVar("M", bound=torch.nn.Module)
+
+
+def skip_unreachable_hub(names: Mapping[str, bool]) -> None:
+    """Use what is cached, without the hub client's minutes of retries, if a hub is needed and cannot be reached.
+
+    names maps each model or data set to whether it may come from the hub.
+    """
+    from huggingface_hub import constants
+
+    needed = [name for name, remote in names.items() if remote and not os.path.isdir(name)]
+    if needed and not constants.HF_HUB_OFFLINE and not is_reachable(constants.ENDPOINT):
+        log_message("The hub cannot be reached: looking only for what is on this machine.")
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries that are imported later
+
+
+def fetch(what: str, name: str, load: Callable[[], T]) -> T:
+    """Call load; UserError in one line that names what could not be fetched and what helps."""
+    try:
+        return load()
+    except Exception as error:  # a corrupt or foreign folder makes transformers raise nearly anything
+        if is_out_of_memory(error):
+            raise
+        advice = "give the path of a local folder, or try model=tiny, which needs no download"
+        raise UserError(f"{what}={name}: cannot be loaded ({summarize_error(error)}); {advice}") from None
+
+
+def load_model_config(settings: ModelSettings) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Load the model's config, with everything random off, and the tokenizer."""
+    name, tokenizer_name = settings.name_or_path, settings.tokenizer_name_or_path or settings.name_or_path
+    config = fetch("model.name_or_path", name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
+    load = lambda: AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=False)  # noqa: E731
+    tokenizer = fetch("model.tokenizer_name_or_path", tokenizer_name, load)
+    disable_randomness(config)
+    return config, tokenizer
+
+
+def model_problems(
+    settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> list[str]:
+    """Return one line for each way in which the settings, the model, the tokenizer and the device do not fit."""
+    problems = []
+    if settings.lora is not None and settings.lora.quantize and device.type == "mps":
+        problems.append(f"lora.quantize={settings.lora.quantize}: has no kernels for MPS; set device=cpu")
+    text_config = config.get_text_config()
+    positions, name = max_positions(text_config), settings.model.name_or_path
+    if positions and settings.max_length > positions:
+        problems.append(f"max_length={settings.max_length}: {name} has {positions} positions; lower it")
+    if problem := rope_problem(config, settings.max_length):
+        problems.append(problem)
+    if settings.lora is not None and (problem := target_problem(config, settings.lora.targets)):
+        problems.append(problem)
+    return problems + special_token_problems(tokenizer, text_config.vocab_size, settings.model.add_bos)
+
+
+def target_problem(config: PreTrainedConfig, targets: str | list[str]) -> str | None:
+    """Return the line for names in lora.targets that a model, made here without its weights, does not have."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    try:
+        find_targets(model, targets)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Return how many positions a model has, or None where there is no such limit."""
+    values = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def load_policy(settings: Settings, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+    """Load the policy with dropout off; UserError if a tensor of the model is missing or does not fit."""
+    dtype, name = getattr(torch, settings.model.policy_dtype), settings.model.name_or_path
+    if settings.model.from_scratch:
+        torch.manual_seed(settings.seed)
+        policy = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+
+        def load() -> tuple[PreTrainedModel, dict[str, Any]]:
+            return AutoModelForCausalLM.from_pretrained(  # type: ignore[return-value]  # annotated for the model alone
+                name,
+                config=config,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are in the info, by name
+                trust_remote_code=False,
+                **quantization(settings, device),
+            )
+
+        policy, info = fetch("model.name_or_path", name, load)
+        info["unexpected_keys"] = unexpected_tensors(policy, name, info["unexpected_keys"])
+        wrong = [f"{kind.removesuffix('_keys')} {sorted(map(str, info[kind]))}" for kind in info if info[kind]]
+        if wrong:
+            raise UserError(f"model.name_or_path={name}: its weights do not fit its config: {'; '.join(wrong)}")
+    keep_weights_unpacked(policy)
+    for module in policy.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if settings.model.archive:
+        state, setting = load_archive(settings.model.archive), f"model.archive={settings.model.archive}"
+        (merge_adapter if is_adapter(state) else load_weights)(policy, state, setting)
+    if settings.activation_checkpointing and not policy.supports_gradient_checkpointing:
+        raise UserError("activation_checkpointing=true: this kind of model does not support it; set it to false")
+    check_deterministic(policy)
+    return policy.to(device) if settings.lora is None or settings.lora.quantize is None else policy
+
+
+def quantization(settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Return the arguments with which from_pretrained quantizes weights as it loads them, for lora.quantize=nf4.
+
+    NF4 with quantized constants, arXiv 2305.14314. Products are in float32 until `load_models` knows their dtype.
+    """
+    if settings.lora is None or settings.lora.quantize is None:
+        return {}
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
+    return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, **nf4), "device_map": {"": device}}
+
+
+def set_quantized_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let bitsandbytes' layers, if there are any, compute in a dtype."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.compute_dtype = dtype  # type: ignore[assignment]  # a plain attribute
+
+
+def keep_weights_unpacked(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing 4-bit weights for the bfloat16 instructions of a CPU.
+
+    It packs a layer's weight in the first forward pass that needs no gradient. That rounds the weight's scales to
+    bfloat16, and the kernel for packed weights has no backward pass: no gradient reaches what lies before the layer.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a plain attribute
+
+
+def unexpected_tensors(model: PreTrainedModel, name: str, unexpected: Iterable[str]) -> list[str]:
+    """Return the tensors of a checkpoint that belong to the model but are not in it; log those of other parts.
+
+    Other parts are heads that this architecture does not load, such as `mtp` for the prediction of several tokens.
+    """
+    unexpected = [key for key in unexpected if not DROPPABLE.search(key)]
+    own = {key.partition(".")[0] for key in model.state_dict()}
+    others = Counter(key.partition(".")[0] for key in unexpected if key.partition(".")[0] not in own)
+    if others:
+        counts = ", ".join(f"{part} ({n:,})" for part, n in others.items())
+        log_message(f"model.name_or_path={name}: tensors of parts that are not loaded are ignored: {counts}")
+    return [key for key in unexpected if key.partition(".")[0] in own]
+
+
+def copy_reference(policy: M, dtype: str | None, clone: Callable[[M], M] = copy.deepcopy) -> M:
+    """Copy the policy as it is before training, with parameters of a dtype (None: its own) and no gradient."""
+    reference = clone(policy).eval().requires_grad_(False)
+    if dtype is not None:
+        for parameter in reference.parameters():  # buffers such as rotary frequencies stay in float32
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    return reference
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile a model's layers at their first call: one kernel for all layers and rows of all lengths.
+
+    Parameters and their names stay as they are. Raises UserError if the model is not made of transformers' layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError("compile=true: this kind of model has no layers that are known to compile; set it to false")
+    for layer in layers:
+        layer.compile(dynamic=True)
+
+
+def recompute_activations(model: PreTrainedModel, on: bool = True) -> None:
+    """Switch activation checkpointing of a model that supports it on or off."""
+    verb = "enable" if on else "disable"
+    newer = getattr(model, f"activation_checkpointing_{verb}", None)  # its name in newer versions of transformers
+    (newer or getattr(model, f"gradient_checkpointing_{verb}"))()
+
+
+# Randomness: policy and reference must compute the same function, or the first margin would not be 0
+
+RANDOM = re.compile("drop|jitter|noise")
+SUSPICIOUS = re.compile("drop|jitter|noise|random|stochastic|sampl|gumbel")
+
+
+def disable_randomness(config: PreTrainedConfig) -> None:
+    """Set to 0 every rate of dropout, jitter or noise in a model's config, also in the configs that it holds."""
+    for part in configs(config):
+        for key, value in vars(part).items():
+            if isinstance(value, float) and RANDOM.search(key):
+                setattr(part, key, 0.0)
+
+
+def configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """Yield a config and those nested in it."""
+    yield config
+    for value in list(vars(config).values()):
+        if isinstance(value, PreTrainedConfig):
+            yield from configs(value)
+
+
+@torch.no_grad()
+def is_random(model: PreTrainedModel) -> bool:
+    """Return whether two forward passes in training mode differ by the random seed.
+
+    Call it while the model is on the CPU, where nothing else makes two passes differ.
+    """
+    ids = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().get_parameter("weight").shape[0]
+    was_training = model.training
+    model.train()
+    with torch.random.fork_rng():
+        outputs = [model(input_ids=ids, use_cache=False).logits for seed in range(2) if torch.manual_seed(seed)]
+    model.train(was_training)
+    return not torch.equal(*outputs)
+
+
+def check_deterministic(model: PreTrainedModel) -> None:
+    """Raise UserError if the model computes with random numbers in training mode, naming the settings to look at."""
+    if is_random(model):
+        keys = [key for part in configs(model.config) for key in vars(part) if SUSPICIOUS.search(key)]
+        raise UserError(
+            "model.name_or_path: this model computes with random numbers in training, so that policy and reference"
+            f" would differ before the first update; its config may hold the cause: {', '.join(keys) or 'no such key'}"
+        )
+
+
+# Rotary frequencies that depend on the length
+
+
+def rope_problem(config: PreTrainedConfig, max_length: int) -> str | None:
+    """Return a line if a model's rotary frequencies depend on the longest example of a pass, given max_length tokens.
+
+    The log-probability of a response would then depend on its neighbours.
+    """
+    limit = rope_limit(config)
+    if limit is None or max_length <= limit:
+        return None
+    return (
+        f"max_length={max_length}: this model changes its rotary frequencies for all tokens of a pass in which one"
+        f" example is longer than {limit} tokens, so log-probabilities would depend on which examples share a"
+        f" pass; set max_length to {limit} or less"
+    )
+
+
+def rope_limit(config: PreTrainedConfig) -> int | None:
+    """Return the number of tokens beyond which rotary frequencies depend on a pass's length; None if they never do."""
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    per_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
+    limits = []
+    for rope in per_layer_type or [parameters]:
+        kind = rope.get("rope_type", "default")
+        if kind == "longrope":
+            limits.append(rope["original_max_position_embeddings"])
+        elif "dynamic" in kind:
+            limits.append(text.max_position_embeddings)
+    return min(limits, default=None)

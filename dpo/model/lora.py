@@ -1,0 +1,243 @@
+"""LoRA: low-rank adapters of a frozen model, computed by peft: their shape, how they are read, switched and merged.
+
+dpo/runs/weights.py adds one to a run's policy, and saves it.
+
+peft is imported where it is called: that takes seconds, and training all weights does without it.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
+
+from dpo.model.archives import check_fit, weights_checksum
+from dpo.settings.constraints import is_installed
+from dpo.settings.schema import LoraSettings
+from dpo.system.errors import UserError, summarize_error
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, LoraModel, PeftConfig
+    from peft.tuners.lora import LoraLayer
+
+T = TypeVar("T", bound=Tensor)
+
+
+# What an adapter is like
+
+PREFIX = "base_model.model."  # of the names in peft's files
+BASE = "base_checksum"  # in the metadata of the files that are written here
+KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  # peft's ways to begin that leave the model's weights alone
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """What decides how an adapter's matrices are used; targets are the full names of the adapted linear layers."""
+
+    r: int
+    alpha: int
+    use_rslora: bool
+    use_dora: bool
+    targets: tuple[str, ...]
+
+    def peft_config(
+        self, model: PreTrainedModel, dropout: float = 0.0, init: Literal["gaussian"] | bool = True
+    ) -> "LoraConfig":
+        """Return peft's config of such an adapter of a model."""
+        from peft import LoraConfig
+
+        layer = model.get_submodule(self.targets[0])
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=dropout,
+            target_modules=list(self.targets),
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            init_lora_weights=init,
+            fan_in_fan_out=isinstance(getattr(layer, "base_layer", layer), Conv1D),
+        )
+
+
+# Which layers are adapted
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Return the names of the linear layers in a model's blocks; where no blocks are known, of all but its head."""
+    blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head and name.startswith(tuple(blocks) or "")
+    ]
+
+
+def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the full names of the layers that lora.targets means; UserError if one of its names fits no layer."""
+    layers = linear_layers(model)
+    names = last_parts(layers) if targets == "auto" else targets
+    unknown = [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
+    if unknown or not layers:
+        found = ", ".join(last_parts(layers)) or "none"
+        raise UserError(
+            f"lora.targets: no linear layer of this model's blocks is called {', '.join(unknown)}; there are {found}"
+        )
+    return tuple(layer for layer in layers if f".{layer}".endswith(tuple(f".{name}" for name in names)))
+
+
+def last_parts(layers: Sequence[str]) -> list[str]:
+    """Return the last part of each layer's name, each once."""
+    return list(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
+
+
+# Reading adapters
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter read from a file: its shape, and its weights under the names of peft's files without their prefix.
+
+    base is the checksum of the frozen weights that it belongs to, or None if another tool wrote the file.
+    """
+
+    shape: AdapterShape
+    weights: dict[str, Tensor]
+    base: str | None
+
+
+def read_adapter(folder: str) -> StoredAdapter:
+    """Read the adapter in a folder of peft's format; UserError unless it is LoRA of linear layers alone."""
+    try:
+        config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+        with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
+            weights = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}
+            base = (file.metadata() or {}).get(BASE)
+        layers = [name.rpartition(".lora_A.")[0] for name in weights if name.endswith(".lora_A.weight")]
+        flags = {name: bool(config.get(name, False)) for name in ("use_rslora", "use_dora")}
+        shape = AdapterShape(config["r"], config["lora_alpha"], **flags, targets=tuple(layers))
+    except Exception as error:  # missing or foreign files, which raise many kinds of errors
+        reason = summarize_error(error)
+        remedy = "give the folder of a LoRA adapter in peft's format, as RUN/LATEST/hf"
+        raise UserError(f"lora.path={folder}: cannot be read ({reason}); {remedy}") from None
+    init = config.get("init_lora_weights", True)
+    extras = [name for name in ("alpha_pattern", "rank_pattern", "modules_to_save") if config.get(name)]
+    extras += [f"init_lora_weights={init}"] * (init not in KEEPS_BASE)
+    if config.get("peft_type") != "LORA" or extras or not layers:
+        raise UserError(f"lora.path={folder}: not a plain LoRA adapter ({', '.join(extras) or 'another kind'})")
+    return StoredAdapter(shape, weights, base)
+
+
+def check_shape(settings: LoraSettings, own: AdapterShape, stored: AdapterShape) -> None:
+    """Raise UserError with the settings to add if those of a run are not those that an adapter was made with."""
+    wrong = [
+        f"lora.{name}={str(value).lower()}"
+        for name, value in asdict(stored).items()
+        if name != "targets" and value != getattr(own, name)
+    ]
+    if set(own.targets) != set(stored.targets):
+        wrong.append(f"lora.targets=[{','.join(last_parts(stored.targets))}]")
+    if wrong:
+        raise UserError(f"lora.path={settings.path}: was made with other settings; add {' '.join(wrong)}")
+
+
+def shape_of(settings: LoraSettings, targets: tuple[str, ...]) -> AdapterShape:
+    """Return the shape of a new adapter."""
+    return AdapterShape(settings.r, settings.alpha, settings.use_rslora, settings.use_dora, targets)
+
+
+# Adapters in a model
+
+POLICY, REFERENCE = "default", "reference"  # what peft's layers call the adapter that trains, and its frozen copy
+
+
+def inject(model: PreTrainedModel, configs: dict[str, "PeftConfig"]) -> "LoraModel":
+    """Put adapters into a model in place, in float32, the last of them in use; return what peft manages them with."""
+    from peft import LoraModel
+
+    first, *others = configs
+    tuner = LoraModel(model, configs, first)
+    for name in others:
+        tuner.inject_adapter(model, name)
+    for name in configs:
+        for parameter in adapter_parameters(model, name).values():
+            parameter.data = parameter.data.float()  # peft gives them the dtype of the frozen weights
+    use_adapter(adapted_layers(model).values(), [*configs][-1])
+    return tuner
+
+
+def use_adapter(layers: Iterable["LoraLayer"], name: str) -> None:
+    """Let layers compute with the adapter of a name; without any if they have none of that name.
+
+    peft's own switches also set requires_grad of parameters, which FSDP2 reads once, at its first forward pass.
+    """
+    for layer in layers:
+        layer._active_adapter = [name]
+
+
+def adapted_layers(model: PreTrainedModel) -> dict[str, "LoraLayer"]:
+    """Return peft's layers by the names of the linear layers that they wrap."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def adapter_parameters(model: PreTrainedModel, adapter: str) -> dict[str, Parameter]:
+    """Return the parameters of one adapter under the names of peft's files, without their prefix."""
+    return adapter_tensors(dict(model.named_parameters()), adapter)
+
+
+def adapter_tensors(state: Mapping[str, T], adapter: str) -> dict[str, T]:
+    """Return, of the tensors of a model's state_dict, those of one adapter, as adapter_parameters names them."""
+    kept = re.compile(rf"(.*\.lora_[AB])\.{adapter}(\.weight)|(.*\.lora_magnitude_vector)\.{adapter}\.weight")
+    found = ((kept.fullmatch(name), tensor) for name, tensor in state.items())
+    return {"".join(filter(None, match.groups())): tensor for match, tensor in found if match}
+
+
+@torch.no_grad()
+def copy_weights(own: Mapping[str, Parameter], stored: Mapping[str, Tensor], setting: str) -> None:
+    """Copy stored weights into an adapter; UserError that names the setting and each tensor that does not fit."""
+    check_fit(own, stored, setting)
+    for name, parameter in own.items():
+        parameter.copy_(stored[name])
+
+
+def reference_weights(model: PreTrainedModel) -> dict[str, Any]:
+    """Return all weights of a model but those of the adapter that trains."""
+    trained = re.compile(rf"\.lora_\w+\.{POLICY}\b")
+    return {name: value for name, value in model.state_dict().items() if not trained.search(name)}
+
+
+def check_base(stored: str | None, own: str, setting: str) -> None:
+    """Raise UserError if an adapter is known to belong to other weights than those of the model."""
+    if stored not in (None, own):
+        remedy = "or model.name_or_path=RUN/base if that run has this folder"
+        raise UserError(
+            f"{setting}: this adapter was trained on other weights; give the model.name_or_path and model.policy_dtype"
+            f" of its run, {remedy}"
+        )
+
+
+def merge_adapter(model: PreTrainedModel, state: dict[str, Any], setting: str) -> None:
+    """Merge the adapter in a LoRA run's checkpoint into the model that it was trained on; UserError for another one."""
+    if not is_installed("peft"):
+        raise UserError(f"{setting}: holds an adapter, which needs the library peft; pip install peft")
+    check_base(state["base"], weights_checksum(model.state_dict()), setting)
+    try:
+        shape = AdapterShape(**state["adapter"])
+        tuner = inject(model, {POLICY: shape.peft_config(model)})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{setting}: its adapter cannot be read ({summarize_error(error)})") from None
+    copy_weights(adapter_parameters(model, POLICY), state["weights"], setting)
+    tuner.merge_and_unload()
+    model.requires_grad_(True)

@@ -1,0 +1,133 @@
+"""Generating texts: one continuation per prompt, with a random state of its own."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo.data.batches import BatchIterator
+from dpo.data.examples import TokenizedExample, padding_id
+from dpo.model.attention import torch_attention
+from dpo.settings.schema import Settings
+from dpo.system.console import progress
+from dpo.system.devices import autocast
+from dpo.system.errors import actionable_errors
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How texts are sampled; max_length counts the tokens of prompt and continuation together."""
+
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    dtype: torch.dtype  # of the computation, where a model's parameters are in float32
+    max_length: int
+    batch_size: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    before_batch: Callable[[], None] = lambda: None  # raises to stop the run
+    stops: Sequence[int] = ()  # ids besides eos at which a text ends
+
+    @classmethod
+    def of(
+        cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype
+    ) -> "Sampler":
+        """Return the sampler that a run's settings describe."""
+        return cls(
+            tokenizer=tokenizer,
+            device=device,
+            dtype=dtype,
+            max_length=settings.max_length,
+            batch_size=settings.eval_batch_size,
+            temperature=settings.sample_temperature,
+            top_k=settings.sample_top_k,
+            top_p=settings.sample_top_p,
+            seed=settings.seed,
+        )
+
+    def generate(self, model: PreTrainedModel, prompts: Sequence[TokenizedExample], title: str) -> list[str]:
+        """Return one sampled continuation per prompt, the same for the same model and seed."""
+        return [sample.text.responses[0] for sample in self.sample(model, prompts, title)]
+
+    @torch.no_grad()
+    def sample(self, model: PreTrainedModel, prompts: Sequence[TokenizedExample], title: str) -> list[TokenizedExample]:
+        """Return each prompt with one sampled continuation as its response, the same for the same model and seed.
+
+        A response has the token that ended it, if it did end; its text has no special tokens.
+        """
+        model.eval()
+        size, samples = self.batch_size, []
+        batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        devices = [self.device] if self.device.type == "cuda" else []
+        hint = f"while sampling for {min(size, len(prompts))} prompts at a time; lower eval_batch_size"
+        with torch.random.fork_rng(devices), autocast(model.dtype, self.dtype, self.device), actionable_errors(hint):
+            torch.manual_seed(self.seed)
+            with default_generation_config(model), torch_attention(model):
+                for batch in progress(batches, title):
+                    self.before_batch()
+                    responses = self.generate_batch(model, [example.prompt for example in batch])
+                    texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+                    samples += [
+                        TokenizedExample(example.text._replace(responses=(text,)), example.prompt, (response,))
+                        for example, text, response in zip(batch, texts, responses, strict=True)
+                    ]
+        return samples
+
+    def generate_batch(self, model: PreTrainedModel, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """Return the continuations of token ids, padded on the left; padding is masked by position."""
+        width, pad_id = max(map(len, prompts)), padding_id(self.tokenizer, model.config.get_text_config().vocab_size)
+        ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        config = self.generation_config(width, pad_id)
+        output = model.generate(**inputs, generation_config=config)  # type: ignore[operator]  # known to causal models
+        return [up_to_stop(row, config.eos_token_id) for row in output[:, width:].tolist()]
+
+    def generation_config(self, prompt_length: int, pad_id: int) -> GenerationConfig:
+        """Return the settings of generation after prompts of a length in tokens."""
+        return GenerationConfig(
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            max_new_tokens=max(1, self.max_length - prompt_length),
+            pad_token_id=pad_id,
+            eos_token_id=list(dict.fromkeys((self.tokenizer.eos_token_id, *self.stops))),
+        )
+
+
+def up_to_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
+    """Return ids up to the first stop, that included: what follows in a batch of longer texts is padding."""
+    return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids)) + 1]
+
+
+def add_stops(config: GenerationConfig, stops: Sequence[int]) -> None:
+    """Add ids to those at which a model's own settings end a text."""
+    own = config.eos_token_id
+    known = [own] if isinstance(own, int) else list(own or ())
+    config.eos_token_id = list(dict.fromkeys((*known, *stops)))
+
+
+@contextmanager
+def default_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Set aside the settings that came with the model, such as a repetition penalty, which generate would mix in."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def distinct_prompts(batches: BatchIterator, n: int) -> list[TokenizedExample]:
+    """Return the first n examples of the iterator's epoch that have different prompts."""
+    prompts: dict[str, TokenizedExample] = {}
+    for batch in batches.from_start():
+        for example in batch.examples:
+            prompts.setdefault(example.text.prompt, example)
+        if len(prompts) >= n:
+            break
+    return list(prompts.values())[:n]

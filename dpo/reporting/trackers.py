@@ -1,0 +1,176 @@
+"""What records a run beside its own files: wandb, TensorBoard, trackio."""
+
+import netrc
+import os
+import shlex
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dpo.system.console import log_message
+from dpo.system.errors import summarize_error
+from dpo.system.network import is_reachable
+
+
+class Tracker:
+    """The tracker of a run without any: does nothing."""
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Log metrics at a step, counted in examples."""
+
+    def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
+        """Log a table at a step, counted in examples."""
+
+    def finish(self) -> None:
+        """End the run."""
+
+
+class Trackers(Tracker):
+    """Several trackers, each of which gets everything."""
+
+    def __init__(self, trackers: Sequence[Tracker]):
+        self.trackers = trackers
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        for tracker in self.trackers:
+            tracker.log(metrics, step)
+
+    def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
+        for tracker in self.trackers:
+            tracker.table(name, step, columns, rows)
+
+    def finish(self) -> None:
+        for tracker in self.trackers:
+            tracker.finish()
+
+
+class LibraryTracker(Tracker):
+    """Sends metrics to a library; whatever that raises is printed once and never reaches the training."""
+
+    name: str
+    library: Any  # wandb, or a module with the same names
+    run: Any = None  # None: switched off
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Turn any failure of the library into one printed line, after which nothing more is sent."""
+        try:
+            yield
+        except Exception as error:  # whatever it is, a broken monitor must not stop a training
+            self.run = None
+            log_message(f"{self.name}: switched off after {type(error).__name__}: {summarize_error(error)}")
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        if self.run is not None:
+            with self.guard():
+                self.send(metrics, step)
+
+    def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
+        if self.run is not None:
+            with self.guard():
+                self.send_table(name, step, columns, rows)
+
+    def finish(self) -> None:
+        if self.run is not None:
+            with self.guard():
+                self.close()
+
+    def send(self, metrics: dict[str, Any], step: int) -> None:
+        """Give the library some metrics."""
+        self.run.log(metrics, step=step)
+
+    def send_table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
+        """Give the library a table."""
+        self.send({name: self.library.Table(columns=list(columns), data=[list(row) for row in rows])}, step)
+
+    def close(self) -> None:
+        """End the library's run."""
+        self.run.finish()
+
+
+class WandbTracker(LibraryTracker):
+    """Sends metrics to wandb."""
+
+    name = "wandb"
+
+    def __init__(self, run_dir: Path, settings: dict[str, Any]):
+        """Start a run with wandb.init's settings: online if there is a key and its server answers, else offline.
+
+        A resumed run goes on under the id that it has in the run directory.
+        """
+        with self.guard():
+            import wandb  # slow to import, and not needed by runs that switch it off
+
+            self.library = wandb
+            mode = os.environ.get("WANDB_MODE", "online")
+            mode = "offline" if mode == "online" and not can_reach_wandb(wandb) else mode
+            settings = {**settings, "dir": str(run_dir), "settings": wandb.Settings(init_timeout=3, silent=True)}
+            settings["id"] = next((folder.name.rsplit("-", 1)[1] for folder in wandb_folders(run_dir)), None)
+            settings |= {"mode": mode, "resume": "allow" if settings["id"] and mode == "online" else None}
+            try:
+                self.run = wandb.init(**settings)
+            except Exception:  # the server answered once and then not in time, or refused the key
+                mode = "offline"
+                self.run = wandb.init(**settings | {"mode": mode, "resume": None})
+            if mode == "offline":
+                folders = shlex.join(map(str, wandb_folders(run_dir)))
+                log_message(f"wandb: no key or no network, so it records offline; to upload it: wandb sync {folders}")
+
+
+def wandb_folders(run_dir: Path) -> list[Path]:
+    """Return the folders in which wandb recorded a run and its resumes, the first one first."""
+    return sorted((run_dir / "wandb").glob("*run-*_*-*"), key=lambda folder: folder.name.removeprefix("offline-"))
+
+
+def can_reach_wandb(wandb: ModuleType) -> bool:
+    """Return whether wandb has a key and its server answers within 2 seconds; never asks for a key."""
+    url = wandb.setup().settings.base_url
+    try:
+        in_netrc = netrc.netrc().authenticators(urllib.parse.urlparse(url).hostname) is not None
+    except (OSError, netrc.NetrcParseError):
+        in_netrc = False
+    return (in_netrc or bool(os.environ.get("WANDB_API_KEY"))) and is_reachable(url)
+
+
+class TensorBoardTracker(LibraryTracker):
+    """Writes metrics and tables into RUN/tensorboard, for `tensorboard --logdir`."""
+
+    name = "tensorboard"
+
+    def __init__(self, run_dir: Path, resumed_at: int | None):
+        """Open a file of events; of a resumed run, what lies after the examples that it is resumed at is hidden."""
+        with self.guard():
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and needs an optional library
+
+            purge_step = None if resumed_at is None else resumed_at + 1
+            self.run = SummaryWriter(run_dir / "tensorboard", purge_step=purge_step)
+
+    def send(self, metrics: dict[str, Any], step: int) -> None:
+        for name, value in metrics.items():
+            self.run.add_scalar(name, value, step)
+
+    def send_table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
+        lines = [columns, ["---"] * len(columns), *rows]
+        cells = [[str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line] for line in lines]
+        self.run.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
+
+    def close(self) -> None:
+        self.run.close()
+
+
+class TrackioTracker(LibraryTracker):
+    """Sends metrics and tables to trackio, which keeps them in the folder of TRACKIO_DIR, for `trackio show`."""
+
+    name = "trackio"
+
+    def __init__(self, project: str, run_dir: Path, config: Any, is_resumed: bool):
+        """Start a run that is named as the run directory; a resumed one goes on."""
+        with self.guard():
+            import trackio
+
+            self.library = trackio
+            resume = "allow" if is_resumed else "never"
+            self.run = trackio.init(project=project, name=run_dir.name, config=config, resume=resume, embed=False)

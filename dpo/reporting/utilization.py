@@ -1,0 +1,68 @@
+"""How near updates come to the rate at which their device multiplies matrices."""
+
+import time
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+import torch
+
+from dpo.data.examples import TokenizedExample
+from dpo.model.logps import ResponseLogps
+from dpo.training.references import Reference
+
+SIZE = {"cpu": 512, "mps": 2048, "cuda": 8192}  # rows and columns of the products whose rate is measured
+SECONDS = 0.1  # for all products, of which the fastest counts; one takes longer where a CPU emulates bfloat16
+
+
+class Utilization:
+    """Model FLOPs utilization, as in PaLM (arXiv 2204.02311, appendix B), of the measured rate of matrix products.
+
+    Counted are the products with weights that an update cannot do without: per weight and token 2 FLOPs in each forward
+    pass, of policy and reference, 2 for the gradient of activations, and 2 for that of a trained weight. The head's
+    count for response tokens alone. Attention, recomputed activations and padding take time without being counted.
+    """
+
+    def __init__(self, policy: ResponseLogps, reference: Reference | None, dtype: torch.dtype, n_devices: int = 1):
+        """Count the weights; dtype is that of the computation."""
+        head = {id(parameter) for parameter in policy.head.parameters()}
+        embeddings = {
+            id(parameter)
+            for module in policy.modules()
+            if isinstance(module, torch.nn.Embedding)
+            for parameter in module.parameters()
+        }
+        self.n_passes = 1 + (reference is not None and reference.knows_any_response)
+        self.head = self.flops(p for p in policy.parameters() if id(p) in head)
+        self.body = self.flops(p for p in policy.parameters() if id(p) not in head | embeddings)
+        self.device, self.dtype, self.n_devices = next(policy.parameters()).device, dtype, n_devices
+        # Of a mixture of experts a token meets a part of the weights alone.
+        self.is_dense = not any("experts" in name.split(".") for name, _ in policy.named_modules())
+
+    def flops(self, parameters: Iterable[torch.nn.Parameter]) -> int:
+        """Return the FLOPs per token of an update's products with some parameters."""
+        matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
+        sizes = [p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in matrices]  # a byte holds two of 4 bits
+        trained = sum(size for size, p in zip(sizes, matrices, strict=True) if p.requires_grad)
+        return 2 * (sum(sizes) * (self.n_passes + 1) + trained)
+
+    @cached_property
+    def rate(self) -> float:
+        """The device's best rate of a large matrix product, in FLOPs per second."""
+        n = SIZE[self.device.type]
+        a = torch.ones(n, n, device=self.device, dtype=self.dtype)
+        times: list[float] = []
+        while sum(times) < SECONDS:
+            start = time.perf_counter()
+            (a @ a)[0, 0].item()  # waits for the device
+            times.append(time.perf_counter() - start)
+        return 2 * n**3 / min(times)
+
+    def __call__(self, examples: Sequence[TokenizedExample], seconds: float) -> dict[str, float]:
+        """Return an update's throughput as metrics."""
+        tokens = sum(map(len, examples))
+        rates = {"examples_per_second": len(examples) / seconds, "tokens_per_second": tokens / seconds}
+        if not self.is_dense:
+            return rates
+        responses = sum(len(response) for example in examples for response in example.responses)
+        flops = self.body * tokens + self.head * responses
+        return rates | {"mfu": flops / seconds / (self.rate * self.n_devices)}

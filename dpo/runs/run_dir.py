@@ -1,0 +1,179 @@
+"""A run directory: making, locking and recording it, and opening it again to resume."""
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from omegaconf import DictConfig, OmegaConf
+
+from dpo.distributed.ranks import ALONE, Ranks
+from dpo.runs.checkpoints import clear_leftovers, newest_checkpoint
+from dpo.settings.run_config import MAY_CHANGE, MAY_GROW, MAY_MOVE, read_run_config
+from dpo.settings.schema import flatten
+from dpo.system.console import log_message
+from dpo.system.errors import RunError, UserError
+from dpo.system.files import atomic_write, naming_file
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's folder, and the state of each of its parts."""
+
+    folder: Path
+    states: dict[str, Any]
+
+
+class RunDir:
+    """The directory of one run: new, or resumed with what its newest checkpoint holds.
+
+    `identity` names what a resumed run must find again (data, settings, reference), each by a fingerprint.
+    """
+
+    def __init__(self, path: Path, config: DictConfig, ranks: Ranks = ALONE):
+        self.path, self.config, self.ranks = path, config, ranks
+        self.identity: dict[str, str] = {}
+        self.resumed = False
+        self.checkpoint: Checkpoint | None = None
+        self.overrides: dict[str, Any] = {}
+        self.open_files = ExitStack()
+
+    @classmethod
+    def reopen(cls, path: Path, config: DictConfig, overrides: dict[str, Any], ranks: Ranks = ALONE) -> "RunDir":
+        """Lock a run's directory, clear what a killed process left there, and read the newest checkpoint."""
+        run = cls(path, config, ranks)
+        run.resumed, run.overrides = True, overrides
+
+        def find() -> tuple[Path, dict[str, Any]] | None:
+            run.open_files.enter_context(lock_run_dir(path))
+            clear_leftovers(path)
+            return newest_checkpoint(path)
+
+        found = run.ranks.on_main(find)
+        run.checkpoint = None if found is None else Checkpoint(*found)
+        if found is None:
+            log_message(f"{path} holds no checkpoint yet, so the run begins again.")
+        return run
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.open_files.close()
+
+    def create(self) -> None:
+        """Make, lock and record the directory of a new run; UserError if it holds anything or cannot be made."""
+
+        def make() -> None:
+            make_run_dir(self.path)
+            self.open_files.enter_context(lock_run_dir(self.path))
+
+        if not self.resumed:
+            self.ranks.on_main(make)
+            self.record()
+
+    def identify(self, identity: Mapping[str, str], earlier: Mapping[str, Callable[[], str]]) -> None:
+        """Keep the run's identity; UserError if the checkpoint that is resumed from has another.
+
+        earlier computes what earlier versions stored under some of the names, which is as good.
+        """
+        self.identity = dict(identity) | {"the settings": settings_fingerprint(self.config)}
+        if self.checkpoint is None:
+            return
+        try:
+            stored = dict(self.checkpoint.states["run"]["identity"])
+        except (KeyError, TypeError):
+            raise RunError(f"{self.checkpoint.folder}: is not a checkpoint of a run", "no checkpoint") from None
+        earlier = {**earlier, "the settings": partial(settings_fingerprint, self.config, with_device=True)}
+        for name, value in self.identity.items():
+            if stored.get(name) != value and (name not in earlier or stored.get(name) != earlier[name]()):
+                raise UserError(f"resume={self.path}: {name} are not those that the run began with")
+
+    def is_complete(self, n_updates: int) -> bool:
+        """Return whether no update is left and the export, which comes last, was written."""
+        if self.checkpoint is None:
+            return False
+        export = self.checkpoint.folder / "hf"
+        is_exported = self.ranks.on_main(lambda: export.is_dir() and not export.is_symlink())
+        try:
+            return is_exported and self.checkpoint.states["run"]["counters"]["updates"] >= n_updates
+        except (KeyError, TypeError):  # a forged one, which is refused when its states are loaded
+            return False
+
+    def record(self) -> None:
+        """Write config.yaml, and, of a resumed run, from where and with which overrides it goes on."""
+        self.ranks.on_main(self.write_record)
+
+    def write_record(self) -> None:
+        """Write what record does, on the main rank."""
+        text = OmegaConf.to_yaml(self.config)
+        atomic_write(self.path / "config.yaml", text.encode())
+        if self.resumed:
+            start = None if self.checkpoint is None else self.checkpoint.folder.name
+            time = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+            path = self.path / "resumed.jsonl"
+            with naming_file(path), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"time": time, "from": start, "overrides": self.overrides}) + "\n")
+
+
+def open_run(path: Path, config: DictConfig, overrides: dict[str, Any] | None, ranks: Ranks) -> RunDir:
+    """Return a new run's directory, or with overrides that of the run that is resumed.
+
+    A run that torchrun has started again goes on from its newest checkpoint.
+    """
+    path, restarted = ranks.same_run(path)
+    if restarted and overrides is None:
+        config, overrides = read_run_config(path), {}
+    config.local_run_dir = str(path)
+    return RunDir(path, config, ranks) if overrides is None else RunDir.reopen(path, config, overrides, ranks)
+
+
+def make_run_dir(path: Path) -> None:
+    """Make the run's directory; UserError if it holds anything or cannot be made."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        occupied = any(path.iterdir())
+    except OSError as error:
+        raise UserError(f"local_run_dir={path}: cannot be made ({error.strerror}); choose another") from None
+    if occupied:
+        raise UserError(f"local_run_dir={path}: holds another run; choose a new exp_name or local_run_dir")
+
+
+def lock_run_dir(path: Path) -> TextIO:
+    """Lock the run's directory until the returned file is closed; UserError if another process holds it."""
+    try:
+        file = open(path / ".lock", "a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{path}: another process writes to this run; wait for it, or stop it") from None
+    except OSError as error:
+        log_message(f"{path}: cannot be locked ({error.strerror}), so make sure that no other process writes to it.")
+    return file
+
+
+def settings_fingerprint(config: DictConfig, with_device: bool = False) -> str:
+    """Return a SHA-256 of the settings that may not change; what lies behind a path is compared by its content.
+
+    with_device gives the fingerprint of earlier versions, in which a resumed run kept its device.
+    """
+    free = ("exp_name", "local_run_dir", *MAY_MOVE, *MAY_CHANGE, *MAY_GROW)
+    values = flatten(config).items()
+    kept = {key: value for key, value in values if key not in free or (with_device and key == "device")}
+    return hashlib.sha256(repr(sorted(kept.items())).encode()).hexdigest()
+
+
+def log_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Print what rounds a resumed run's numbers otherwise than before its stop."""
+    changed = [f"{name} was {value}, is {new.get(name)}" for name, value in old.items() if new.get(name) != value]
+    if changed:
+        log_message(f"Not bit for bit what it would have been without the stop: {'; '.join(changed)}.")

@@ -1,0 +1,257 @@
+"""What a run trains, as its checkpoints and its export hold it: all weights, or an adapter."""
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
+
+from dpo.model.archives import load_weights, weights_checksum
+from dpo.model.lora import (
+    BASE,
+    POLICY,
+    PREFIX,
+    REFERENCE,
+    AdapterShape,
+    adapted_layers,
+    adapter_parameters,
+    adapter_tensors,
+    check_base,
+    check_shape,
+    copy_weights,
+    find_targets,
+    inject,
+    last_parts,
+    read_adapter,
+    shape_of,
+    use_adapter,
+)
+from dpo.runs.export import export_model, save_card, save_generation_config, save_model, save_tokenizer
+from dpo.settings.schema import ModelSettings, Settings
+from dpo.system.console import log_message
+from dpo.system.files import atomic_dir, naming_file, write_manifest
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from peft.tuners.lora import LoraLayer
+
+
+class TrainedWeights(Protocol):
+    """What a run trains, as its checkpoints and its export hold it."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the model's own tensors that a checkpoint holds, by name; of a sharded model its shards."""
+
+    def tensors_to_export(self) -> dict[str, Tensor]:
+        """Return the model's own tensors that `export` reads, under the names of its state_dict."""
+
+    def state_dict(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
+        """Return what a checkpoint holds of the policy, with whole tensors in place of a sharded model's own."""
+
+    def load_state_dict(self, state: dict[str, Any], setting: str) -> None:
+        """Take the state of a checkpoint; UserError that names the setting if it does not fit."""
+
+    def export(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, weights: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write RUN/step-N/hf, for from_pretrained, unless it is there; RunError if the disk does not take it.
+
+        card is the text of its README.md; weights are whole tensors in place of a sharded model's tensors_to_export.
+        """
+
+
+class AllWeights:
+    """All weights of a model, of which none is frozen."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the model's weights under its own names."""
+        return self.model.state_dict(keep_vars=True)
+
+    tensors_to_export = tensors
+
+    def state_dict(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
+        """Return the model's weights, or those given in their place."""
+        return self.model.state_dict() if tensors is None else tensors
+
+    def load_state_dict(self, state: dict[str, Any], setting: str) -> None:
+        """Copy weights into the model; UserError that names the setting and each tensor that does not fit."""
+        load_weights(self.model, state, setting)
+
+    def export(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, weights: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write the model, with weights in place of its own, its tokenizer and its card into a new folder."""
+        export_model(folder, self.model, tokenizer, weights, card)
+
+
+# LoRA
+
+SMALL_LR = 1e-5  # below it, advice is given
+
+
+def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeights":
+    """Freeze a model and add an adapter: a new one from the run's seed, or that of lora.path with a frozen copy of it.
+
+    UserError if the settings do not fit the model or the adapter of lora.path.
+    """
+    settings = run_settings.lora
+    assert settings is not None
+    torch.manual_seed(run_settings.seed)
+    base, shape = weights_checksum(model.state_dict()), shape_of(settings, find_targets(model, settings.targets))
+    stored = None if settings.path is None else read_adapter(settings.path)
+    if stored is not None:
+        check_shape(settings, shape, stored.shape)
+        check_base(stored.base, base, f"lora.path={settings.path}")
+    configs: dict[str, PeftConfig] = {} if stored is None else {REFERENCE: shape.peft_config(model)}
+    configs[POLICY] = shape.peft_config(model, settings.dropout, True if settings.init == "kaiming" else "gaussian")
+    inject(model, configs)
+    model.eval()  # until training begins, an adapter's dropout is off
+    if stored is not None:
+        for name in configs:
+            copy_weights(adapter_parameters(model, name), stored.weights, f"lora.path={settings.path}")
+    trained = adapter_parameters(model, POLICY)
+    model.requires_grad_(False)
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    for layer in adapted_layers(model).values():
+        # Autocast casts what each product takes, while DoRA and bfloat16 weights need inputs in the adapter's float32.
+        layer.cast_input_dtype_enabled = settings.use_dora or model.dtype != torch.float32
+    n, total = (sum(parameter.numel() for parameter in group) for group in (trained.values(), model.parameters()))
+    what = f"r={shape.r}, alpha={shape.alpha}, {len(shape.targets)} layers ({', '.join(last_parts(shape.targets))})"
+    log_message(f"LoRA: {what}; {n:,} of {total:,} parameters are trained.")
+    if run_settings.lr < SMALL_LR:
+        advice = "an adapter usually needs 10 to 100 times the learning rate of all weights; try lr=5e-5"
+        log_message(f"LoRA: lr={run_settings.lr:g} may be too low: {advice}.")
+    copied = None if stored is None else weights_checksum(adapter_parameters(model, REFERENCE))
+    return AdapterWeights(model, shape, base, copied, base_name(run_settings.model), settings.export_merged)
+
+
+def base_name(settings: ModelSettings) -> str | None:
+    """Return what from_pretrained opens to get a run's frozen weights, or None if nothing that exists holds them."""
+    if settings.archive is not None or settings.from_scratch:
+        return None
+    folder = Path(settings.name_or_path)
+    return str(folder.resolve()) if folder.is_dir() else settings.name_or_path
+
+
+@dataclass(frozen=True)
+class AdapterWeights:
+    """The adapter of a model, which alone is trained: checkpoints hold it, and the export has it in peft's format."""
+
+    model: PreTrainedModel
+    shape: AdapterShape
+    base: str  # checksum of the frozen weights
+    path: str | None  # checksum of the adapter of lora.path
+    base_name: str | None  # what from_pretrained opens to get the frozen weights
+    export_merged: bool
+
+    @cached_property
+    def layers(self) -> dict[str, "LoraLayer"]:
+        """Return peft's layers by the names of the linear layers that they wrap."""
+        return adapted_layers(self.model)
+
+    def identity(self) -> dict[str, str]:
+        """Return checksums of the frozen weights, which a resumed run must find again."""
+        found = {"the base model's weights": self.base}
+        return found if self.path is None else found | {"the adapter of lora.path": self.path}
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Compute without the adapter, or with the frozen copy of what lora.path had."""
+        use_adapter(self.layers.values(), REFERENCE)
+        try:
+            yield
+        finally:
+            use_adapter(self.layers.values(), POLICY)
+
+    def describe_reference(self) -> str:
+        """Return in words what the reference is."""
+        if self.path is not None:
+            return "the base model with a frozen copy of the adapter of lora.path"
+        return "the base model, which is the policy with its adapter off"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the weights of the adapter that trains."""
+        return {name: parameter.detach() for name, parameter in adapter_parameters(self.model, POLICY).items()}
+
+    def tensors_to_export(self) -> dict[str, Tensor]:
+        """Return the weights of the adapter, with those of the model where these are exported too."""
+        state = self.model.state_dict(keep_vars=True)
+        if self.base_name is None or self.export_merged:
+            return state
+        return {name: value for name, value in state.items() if f".{POLICY}." in name}
+
+    def state_dict(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
+        """Return the adapter's shape and weights, and the checksum of the frozen weights that it belongs to."""
+        weights = self.tensors() if tensors is None else tensors
+        return {"adapter": asdict(self.shape), "base": self.base, "weights": weights}
+
+    def load_state_dict(self, state: dict[str, Any], setting: str) -> None:
+        """Copy the weights of a checkpoint; UserError that names the setting and each tensor that does not fit."""
+        copy_weights(adapter_parameters(self.model, POLICY), state["weights"], setting)
+
+    def export(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, weights: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write RUN/step-N/hf in peft's format, with the merged model in hf/merged if that is asked for.
+
+        Frozen weights that from_pretrained finds nowhere else, as those of model.archive, go to RUN/base.
+        """
+        state, base_name = weights or self.model.state_dict(), self.base_name
+        if base_name is None:
+            base_folder = folder.parent.parent / "base"
+            base_name = str(base_folder)
+            export_model(base_folder, self.model, tokenizer, base_weights(state))
+
+        def write(staging: Path) -> None:
+            config = self.shape.peft_config(self.model).to_dict() | {"base_model_name_or_path": base_name}
+            config |= {"inference_mode": True, "target_modules": self.short_targets()}
+            own = {f"{PREFIX}{name}": value.contiguous() for name, value in adapter_tensors(state, POLICY).items()}
+            save_file(own, staging / "adapter_model.safetensors", metadata={"format": "pt", BASE: self.base})
+            with naming_file(staging / "adapter_config.json"):
+                (staging / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            save_tokenizer(staging, tokenizer)
+            save_generation_config(staging, self.model)
+            save_card(staging, card)
+            if self.export_merged:
+                save_model(staging / "merged", self.model, tokenizer, self.merged_weights(state))
+                write_manifest(staging / "merged", {})
+
+        if not folder.exists():
+            atomic_dir(folder, write)
+
+    def short_targets(self) -> list[str]:
+        """Return the last parts of the adapted layers' names, or whole names where other layers share a last part."""
+        linear = (name for name, module in self.model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D)))
+        names = {name.removesuffix(".base_layer") for name in linear if ".lora_" not in name}
+        parts = last_parts(self.shape.targets)
+        alike = {name for name in names if name.rpartition(".")[2] in parts}
+        return parts if alike == set(self.shape.targets) else list(self.shape.targets)
+
+    def merged_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights of the model that computes what base and adapter compute together, given both."""
+        merged = base_weights(state)
+        for name, adapted in self.layers.items():
+            layer: Any = copy.deepcopy(adapted)  # taking the adapter out of a weight again would round it
+            own = {key.removeprefix(f"{name}."): state[key].clone() for key in state if key.startswith(f"{name}.")}
+            layer.load_state_dict(own, assign=True)  # whole ones, where the model has shards
+            layer.merge(adapter_names=[POLICY])
+            merged[f"{name}.weight"] = layer.get_base_layer().get_parameter("weight").detach().cpu()
+        return merged
+
+
+def base_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return, of an adapted model's weights, the frozen ones under the names that they have without an adapter."""
+    return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}

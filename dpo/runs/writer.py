@@ -1,0 +1,101 @@
+"""Writing checkpoints while the training waits, or in the background from a copy in host memory."""
+
+import os
+import sys
+import threading
+import time
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from dpo.distributed.ranks import Ranks
+from dpo.runs.checkpoints import save_checkpoint
+from dpo.runs.shards import save_shards
+from dpo.settings.schema import Settings
+from dpo.system.console import log_message
+from dpo.system.errors import Stopped, actionable_errors, exit_code_of, summarize_error
+from dpo.system.state import copy_to_host
+
+SAVING = "while saving a checkpoint; background_saves=false makes no copy of it in memory"
+PATIENCE = 15.0  # seconds that a rank which has failed waits for a checkpoint before the others hear of it
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints, one at a time; in the background, a thread of every rank writes from a copy.
+
+    As a context it ends when nothing is being written any more.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks, settings: Settings):
+        self.in_background = settings.background_saves
+        self.path, self.ranks = path, ranks.with_own_group() if self.in_background else ranks
+        self.keep = (settings.keep_checkpoints, settings.keep_policies)
+        self.gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None
+
+    def write(self, step: int, states: dict[str, Any], metrics: dict[str, float], blocking: bool = False) -> None:
+        """Write a checkpoint, after the one before; return when it is on disk, or when the states are copied.
+
+        RunError if this one or the one before cannot be written.
+        """
+        self.wait()
+        if blocking or not self.in_background:
+            log_message(f"Wrote {self.save(step, states, metrics)}")
+            return
+        states = copy_to_host(states, {})
+        self.thread = threading.Thread(target=self.run, args=(step, states, metrics), daemon=True)
+        self.thread.start()
+
+    def save(self, step: int, states: dict[str, Any], metrics: dict[str, float]) -> Path:
+        """Write a checkpoint, each rank its shards where states has some, and return its folder."""
+        with actionable_errors(SAVING):
+            if "shards" in states:
+                folder = self.path / ".staging-shards"
+                digests = save_shards(states["shards"], folder, self.ranks)
+                states = states | {"shards": folder, "digests": digests}
+            return self.ranks.on_main(partial(save_checkpoint, self.path, step, states, metrics, *self.keep))
+
+    def run(self, step: int, states: dict[str, Any], metrics: dict[str, float]) -> None:
+        """Write a checkpoint in the background."""
+        start = time.monotonic()
+        if self.gpu is not None:
+            torch.cuda.set_device(self.gpu)  # a thread begins with the first one
+        try:
+            folder = self.save(step, states, metrics)
+            log_message(f"Wrote {folder} in {time.monotonic() - start:.1f} s in the background")
+        except BaseException as error:
+            self.error = error  # raised in the main thread
+
+    def check(self) -> None:
+        """Raise what went wrong in the background; do not wait for what is being written."""
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait until nothing is being written any more, or some seconds, and raise what went wrong."""
+        if self.thread is not None:
+            self.thread.join(timeout)
+            self.thread = None
+        self.check()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, Stopped):
+            self.wait()
+        elif isinstance(error, Exception):
+            try:
+                self.wait(None if self.ranks.world_size == 1 else PATIENCE)
+            except Exception as other:  # the training's own failure is the one to raise
+                log_message(summarize_error(other))
+        elif self.thread is not None and self.thread.is_alive():  # a second Ctrl-C
+            sys.stdout.flush()
+            os._exit(exit_code_of(error))  # an interpreter that ends under a thread of torch's may abort

@@ -1,0 +1,343 @@
+"""What a valid config is: one typed, frozen model per YAML group, and all problems of a config in one message.
+
+Defaults, units and meanings stand in config/*.yaml and nowhere else; a field here only declares the values it takes.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from dpo.settings.config_files import written
+from dpo.settings.constraints import combination_problems
+from dpo.settings.suggestions import suggest
+from dpo.system.errors import raise_problems
+from dpo.system.installation import COMMAND
+
+MAPPINGS = ("optimizer_args",)  # settings that are mappings with keys of their own
+REMOVED = ("fsdp_port",)  # keys of earlier versions that did nothing; the config.yaml of their runs has them
+
+# The types of values. A description completes the sentence "KEY=VALUE: must be ...".
+
+Text = Annotated[str, Field(pattern=r"\S", description="a name")]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, description="a number above 0")]
+NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False, description="a number, 0 or more")]
+Probability = Annotated[float, Field(strict=True, gt=0, le=1, description="a number above 0, at most 1")]
+Smoothing = Annotated[float, Field(strict=True, ge=0, lt=0.5, description="a number from 0, below 0.5")]
+Flag = Annotated[bool, Field(strict=True, description="true or false")]
+Rate = Annotated[float, Field(strict=True, ge=0, lt=1, description="a number from 0, below 1")]
+Dtype = Literal["float32", "bfloat16"]
+
+
+def whole(unit: str, ge: int, le: int | None = None) -> Any:
+    """Return the field of a whole number from ge to le, counted in a unit."""
+    words = f"a whole number of {unit}, {ge} or more" if le is None else f"a whole number from {ge} to {le}"
+    return Field(strict=True, ge=ge, le=le, description=words)
+
+
+class Group(BaseModel):
+    """Settings that stand together in the YAML; unknown keys are refused, and values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class WandbSettings(Group):
+    """The keys below `wandb`."""
+
+    enabled: Flag
+    entity: Text | None
+    project: Text
+
+
+class ColumnSettings(Group):
+    """The keys below `columns`."""
+
+    prompt: Text | None
+    input: Text | None
+    chosen: Text | None
+    rejected: Text | None
+    completion: Text | None
+    label: Text | None
+    messages: Text | None
+    system: Text | None
+    tools: Text | None
+    score_chosen: Text | None
+    score_rejected: Text | None
+
+
+class ModelSettings(Group):
+    """The keys of config/model/."""
+
+    name_or_path: Text = Field(
+        description="a local folder or a name on the hub; or choose one of config/model/: model=gpt2"
+    )
+    tokenizer_name_or_path: Text | None
+    archive: Text | None
+    from_scratch: Flag
+    block_name: Text | None
+    policy_dtype: Dtype
+    fsdp_policy_mp: Dtype | None
+    reference_dtype: Literal["float32", "bfloat16", "float16"] | None
+    add_bos: Flag
+
+
+class LoraSettings(Group):
+    """The keys of config/lora/."""
+
+    r: int = whole("", ge=1, le=4096)
+    alpha: int = whole("", ge=1, le=2**20)
+    dropout: Rate
+    targets: Annotated[list[Text], Field(min_length=1)] | Literal["auto"] = Field(
+        description="auto, or a list, as in [q_proj,v_proj]"
+    )
+    use_rslora: Flag
+    use_dora: Flag
+    init: Literal["kaiming", "gaussian"]
+    path: Text | None
+    export_merged: Flag
+    quantize: Literal["nf4"] | None = Field(description="nf4")
+
+
+class Settings(Group):
+    """The keys of config/config.yaml; the loss is an object of its own, since its keys are its fields."""
+
+    seed: int = whole("", ge=0, le=2**32 - 1)
+    exp_name: str = Field(pattern=r"^\w[\w.+=-]*$", description="a name without slashes")
+    local_dirs: list[Text] = Field(min_length=1, description="a list of folders")
+    local_run_dir: Text
+    resume: None = Field(description=f"given without Hydra's flags: {COMMAND} resume=RUN_DIR")
+    debug: Flag
+    dry_run: Flag
+    trackers: list[Literal["wandb", "tensorboard", "trackio"]] = Field(
+        description="a list of wandb, tensorboard and trackio, as in [wandb,tensorboard]"
+    )
+    wandb: WandbSettings
+
+    datasets: list[Text] = Field(min_length=1, description="a list, as in [hh] or [hh,shp]")
+    split_train: Text | None
+    split_test: Text | None
+    columns: ColumnSettings
+    prompt_format: Literal["auto", "chat", "text", "hh"]
+    inspect: int = whole("examples", ge=0)
+    inspect_ids: Flag
+    on_inconsistent: Literal["refuse", "drop"]
+    max_length: int = whole("tokens", ge=2)
+    max_prompt_length: int = whole("tokens", ge=1)
+    n_epochs: int | None = whole("epochs", ge=1)
+    n_examples: int | None = whole("examples", ge=1)
+
+    trainer: Literal["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"]
+    n_processes: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] = Field(
+        description="auto, or a whole number of processes"
+    )
+    replicate: int = whole("copies", ge=1)
+    tensor_parallel: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] = Field(
+        description="auto, or a whole number of processes"
+    )
+    ddp: Flag
+    reduce_every_pass: Flag
+    collective_timeout: int = whole("seconds", ge=1)
+    device: str = Field(pattern=r"^(auto|cuda(:\d+)?|mps|cpu)$", description="one of auto, cuda, cuda:N, mps, cpu")
+    precision: Literal["auto", "float32", "bfloat16"]
+    layout: Literal["shared_prefix", "padded"]
+    max_tokens_per_pass: Annotated[int, Field(strict=True, ge=1)] | Literal["auto", "fit"] = Field(
+        description="auto, fit, or a whole number of tokens"
+    )
+    batch_size: int = whole("examples", ge=1)
+    gradient_accumulation_steps: int = whole("parts", ge=1)
+    lr: Positive
+    warmup_steps: int = whole("updates", ge=0)
+    scheduler: Literal["constant", "linear", "cosine", "wsd"]
+    min_lr_ratio: float = Field(strict=True, ge=0, lt=1, description="a number from 0, below 1")
+    max_grad_norm: Positive
+    optimizer: Literal[
+        "Adadelta", "Adagrad", "Adam", "AdamW", "AdamW8bit", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "SGD"
+    ]
+    optimizer_args: dict[str, Any] | None = Field(description="{NAME: VALUE, ...}")
+    weight_decay: NotNegative | None
+    sync_reference: int | None = whole("updates", ge=1)
+    sync_mix: Probability
+    activation_checkpointing: Flag
+    compile: Flag
+
+    eval_every: int = whole("examples", ge=1)
+    save_every: int | None = whole("examples", ge=1)
+    keep_checkpoints: int | None = whole("checkpoints", ge=1)
+    keep_policies: Flag
+    background_saves: Flag
+    do_first_eval: Flag
+    eval_batch_size: int = whole("examples", ge=1)
+    n_eval_examples: int = whole("examples", ge=1)
+    sample_during_eval: Flag
+    n_eval_model_samples: int = whole("prompts", ge=1)
+    sample_temperature: Positive
+    sample_top_k: int = whole("tokens", ge=0)
+    sample_top_p: Probability
+    report: Flag
+    push_to_hub: str | None = Field(pattern=r"^[\w.-]+/[\w.-]+$", description="a repository on the Hub, as in me/name")
+    minimum_log_interval_secs: NotNegative
+
+    model: ModelSettings
+    lora: LoraSettings | None
+
+    @property
+    def compute_precision(self) -> str:
+        """The precision setting, under whichever of its two names it was given."""
+        return self.model.fsdp_policy_mp or self.precision
+
+
+LossT = TypeVar("LossT", bound=BaseModel)
+GroupT = TypeVar("GroupT", bound=BaseModel)
+
+
+def validate(
+    values: Mapping[str, Any], defaults: Mapping[str, Any], losses: Mapping[str, type[LossT]]
+) -> tuple[Settings, LossT]:
+    """Return the typed settings and the loss of {dotted key: value}; UserError with one line per problem.
+
+    Missing keys take their defaults: a model's or loss's own YAML file, or an earlier version's run, may lack some.
+    """
+    trains_adapter = any(key.startswith("lora.") for key in values)
+    chosen = {key: value for key, value in defaults.items() if trains_adapter or not key.startswith("lora.")}
+    name, values = values.get("loss.name"), {**chosen, **values}
+    if not trains_adapter:
+        values["lora"] = None
+    loss_values = {key: value for key, value in values.items() if key.startswith("loss.") and key != "loss.name"}
+    other_values = {key: value for key, value in values.items() if not key.startswith("loss.")}
+    known = known_keys(losses)
+    settings, problems = build(Settings, other_values, "", known)
+    loss = None
+    if isinstance(name, str) and name in losses:
+        loss, loss_problems = build(losses[name], loss_values, "loss.", known)
+        problems += loss_problems
+    else:
+        problems.append(f"loss.name={written(name)}: must be one of {', '.join(losses)}")
+    problems += combination_problems(values, [re.split("[=:]", line)[0] for line in problems])
+    raise_problems(problems)
+    assert settings is not None and loss is not None
+    return settings, loss
+
+
+def build(
+    kind: type[GroupT], values: Mapping[str, Any], prefix: str, known: Collection[str]
+) -> tuple[GroupT | None, list[str]]:
+    """Return a pydantic model made of dotted keys, all of which begin with a prefix, or None and a line per problem."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        *groups, name = key.removeprefix(prefix).split(".")
+        place = nested
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
+    try:
+        return kind.model_validate(nested), []
+    except ValidationError as error:
+        details = {prefix + ".".join(field_path(kind, detail)): detail for detail in reversed(error.errors())}
+        lines = [problem_line(kind, prefix, key, detail, known) for key, detail in reversed(details.items())]
+        return None, [line for line in lines if line]
+
+
+def field_path(kind: type[BaseModel], detail: ErrorDetails) -> list[str]:
+    """Return the names of groups and field in an error's location, without what names a member of a union or list."""
+    path: list[str] = []
+    for part in map(str, detail["loc"]):
+        path.append(part)
+        group = group_of(kind, part)
+        if group is None:
+            break
+        kind = group
+    return path
+
+
+def group_of(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """Return the model of the settings below a field, or None for a field that holds a value."""
+    annotation = kind.model_fields[name].annotation if name in kind.model_fields else None
+    members = (annotation, *get_args(annotation))  # a group may be null
+    return next((part for part in members if isinstance(part, type) and issubclass(part, BaseModel)), None)
+
+
+def problem_line(
+    kind: type[BaseModel], prefix: str, key: str, detail: ErrorDetails, known: Collection[str]
+) -> str | None:
+    """Return one line for an error of pydantic, or None where another line names its cause."""
+    value, name = detail["input"], key.removeprefix(prefix)
+    if detail["type"] == "extra_forbidden":
+        return suggest(key, written(value), known)
+    if isinstance(value, OmegaConfBaseException):
+        caused = "name_or_path" in str(value) and key != "model.name_or_path"
+        return None if caused else f"{key}: is missing; set {key}=VALUE, {allowed(kind, name)}"
+    if detail["type"] == "missing":
+        return f"{key}: is missing; a run's config.yaml holds every setting"
+    if group_of(kind, name) is not None:
+        return suggest(key, written(value), known)
+    return f"{key}={written(value)}: must be {allowed(kind, name)}"
+
+
+def allowed(kind: type[BaseModel], key: str) -> str:
+    """Return in words which values a field takes."""
+    *groups, name = key.split(".")
+    for group in groups:
+        kind = group_of(kind, group) or kind
+    field = kind.model_fields[name]
+    members = (field.annotation, *get_args(field.annotation))
+    choices = [choice for member in members for choice in get_args(member) if isinstance(choice, str)]
+    described = [part.description for member in members for part in getattr(member, "__metadata__", ())]
+    words = [field.description, f"one of {', '.join(choices)}" if choices else None, *described]
+    optional = ", or null" if type(None) in members else ""
+    return next((text for text in words if text), "another value") + optional
+
+
+def flatten(config: DictConfig, prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value}; a value that is missing or cannot be interpolated becomes its exception."""
+    values: dict[str, Any] = {}
+    for key in config:
+        try:
+            value = config[key]
+        except OmegaConfBaseException as error:
+            value = error
+        if isinstance(value, DictConfig) and key not in MAPPINGS:
+            values |= flatten(value, f"{prefix}{key!s}.")
+        else:
+            is_plain = not isinstance(value, (ListConfig, DictConfig))
+            values[f"{prefix}{key!s}"] = value if is_plain else OmegaConf.to_container(value)
+    return values
+
+
+def default_values(config_dir: Path, loss_name: str | None, resumed: bool = False) -> dict[str, Any]:
+    """Return the defaults of the keys that a config may lack: those of model, loss and lora, of a resumed run all."""
+    files = {"model": config_dir / "model" / "blank_model.yaml", "loss": config_dir / "loss" / f"{loss_name}.yaml"}
+    files["lora"] = config_dir / "lora" / "default.yaml"
+    groups = {group: read_yaml(path) for group, path in files.items() if path.is_file()}
+    top = read_yaml(config_dir / "config.yaml") if resumed else {}
+    values = flatten_plain({key: value for key, value in top.items() if key not in ("defaults", "hydra")} | groups)
+    return {key: value for key, value in values.items() if value != "???" and "${" not in str(value)}
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """Return the values of a YAML file, whose interpolations stay as they are."""
+    values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    assert isinstance(values, dict)
+    return values
+
+
+def flatten_plain(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} of nested dicts."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        is_group = isinstance(value, dict) and key not in MAPPINGS
+        flat |= flatten_plain(value, f"{prefix}{key}.") if is_group else {f"{prefix}{key}": value}
+    return flat
+
+
+def known_keys(losses: Mapping[str, type[BaseModel]]) -> list[str]:
+    """Return every dotted key that some config may hold."""
+    groups = {name: group_of(Settings, name) for name in Settings.model_fields}
+    keys = [name for name, group in groups.items() if group is not Settings.model_fields[name].annotation]
+    keys += [f"{name}.{key}" for name, group in groups.items() if group for key in group.model_fields]
+    fields = dict.fromkeys(name for loss in losses.values() for name in loss.model_fields)
+    return [*keys, "loss.name", *(f"loss.{name}" for name in fields)]

@@ -1,0 +1,196 @@
+"""Devices, what they compute in, and how much they take at once."""
+
+import ctypes
+import gc
+import os
+import re
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dpo.system.errors import UserError
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What is known of a device before anything runs on it; what depends on the device is decided by these alone.
+
+    capability is CUDA's compute capability, (0, 0) elsewhere. bfloat16 is whether a CPU has instructions for it
+    (AVX-512 BF16 or AMX). triton is whether Triton is installed, which compiles kernels for GPUs. memory is in bytes:
+    what this process holds of a GPU or can still get, elsewhere the whole machine's.
+    """
+
+    kind: str
+    memory: int
+    capability: tuple[int, int] = (0, 0)
+    bfloat16: bool = False
+    triton: bool = False
+
+
+def read_facts(device: torch.device) -> DeviceFacts:
+    """Read the facts of a device."""
+    if device.type == "cuda":
+        capability, triton = torch.cuda.get_device_capability(device), find_spec("triton") is not None
+        return DeviceFacts("cuda", available_memory(device), capability=capability, triton=triton)
+    bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return DeviceFacts(device.type, total_memory(device), bfloat16=device.type == "cpu" and bfloat16)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called `name`, or the best there is for auto; UserError if it is not there.
+
+    Whatever computes on a device gets it here. The GPU that cuda:N names becomes the process's current one. On CUDA,
+    attention never runs in cuDNN: SDPA tries it first on Hopper, and it builds a plan for every new shape, which took
+    52 to 81 ms on an H200, each for the forward and the backward pass.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    kind, _, index = name.partition(":")
+    if not available.get(kind, False) or (index and int(index) >= torch.cuda.device_count()):
+        raise UserError(f"device={name}: not available here; use device=auto or device=cpu")
+    if kind == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if index:
+        torch.cuda.set_device(int(index))  # kernels that Triton makes run there
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of what decides how numbers are rounded on a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def platform(device: torch.device) -> dict[str, str]:
+    """Return what decides how a model computes on a device: versions and device."""
+    return {
+        "torch": str(torch.__version__),
+        "transformers": version("transformers"),
+        "the device": device_name(device),
+    }
+
+
+# What is computed in which dtype
+
+
+def has_bfloat16(facts: DeviceFacts) -> bool:
+    """Return whether matrix products in bfloat16 run in hardware; emulation would be slower than float32.
+
+    Of NVIDIA's GPUs those from compute capability 8.0 on (Ampere); AMD's capabilities are 9 and above.
+    """
+    return facts.capability >= (8, 0) if facts.kind == "cuda" else facts.bfloat16
+
+
+def computes_bfloat16_natively(device: torch.device) -> bool:
+    """Return has_bfloat16 of a device's facts."""
+    return has_bfloat16(read_facts(device))
+
+
+def compute_dtype(precision: str, policy_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Resolve the precision setting (float32, bfloat16 or auto) to the dtype of forward and backward passes."""
+    if precision != "auto":
+        return getattr(torch, precision)
+    native = policy_dtype == torch.bfloat16 or computes_bfloat16_natively(device)
+    return torch.bfloat16 if native else torch.float32
+
+
+def float32_products(facts: DeviceFacts) -> Literal["highest", "high"]:
+    """Return torch's precision of float32 matrix products: TF32 where a GPU has it, from compute capability 8.0 on."""
+    return "high" if facts.kind == "cuda" and facts.capability >= (8, 0) else "highest"
+
+
+def autocast(parameters: torch.dtype, dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Return a context that computes in dtype where the parameters are in float32, and in their own dtype elsewhere."""
+    return torch.autocast(device.type, dtype, enabled=parameters == torch.float32 and dtype != torch.float32)
+
+
+def limit_onednn_cache() -> None:
+    """Limit oneDNN's cache to the kernels of few shapes unless the environment sets it; call before any product.
+
+    Each pass has lengths of its own, and oneDNN makes a kernel for each shape of a bfloat16 product and keeps 1,024 of
+    them, twice (LRU_CACHE_CAPACITY is that of torch's bridge to it): 0.7 GB, in pieces that split malloc's free memory.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "64")  # a pass uses about 30 shapes
+
+
+# Memory
+
+
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of memory that a device has; a CPU's are the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def available_memory(device: torch.device, root: Path = Path("/")) -> int:
+    """Return the bytes that this process holds or can still get on a device, within its control group's limit.
+
+    What other processes of the group hold is not known. root is where /proc and /sys are.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    held = int((root / "proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    found = re.search(r"MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text())
+    assert found is not None, "/proc/meminfo has MemAvailable since Linux 3.14"
+    return min([held + 1024 * int(found[1]), *group_limits(root)])
+
+
+# Where the limits of control groups are, by the controllers that a line of /proc/self/cgroup names: versions 2 and 1.
+GROUPS = {"": ("sys/fs/cgroup", "memory.max"), "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes")}
+
+
+def group_limits(root: Path) -> Iterator[int]:
+    """Yield the limits of memory, in bytes, of this process's control groups and of those around them: cgroups(7)."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for _, controllers, group in (line.split(":", 2) for line in lines):
+        if controllers in GROUPS:
+            top, name = GROUPS[controllers]
+            path = root / top / group.lstrip("/")
+            for folder in [path, *path.parents][: len(Path(group).parts)]:
+                with suppress(OSError, ValueError):  # another name space's group, or "max"
+                    yield int((folder / name).read_text())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that were in use at once: a GPU's by torch's tensors, else those of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        found = None
+    if found:
+        return 1024 * int(found[1])
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else 1024 * used
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Free what is unused and count peak_memory anew; False where a system cannot, so that the peak stays."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    with suppress(AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+    except OSError:
+        return False
+    return True

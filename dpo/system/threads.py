@@ -1,0 +1,128 @@
+"""The number of a CPU's threads: kept when a run is resumed, and advice where fewer would be faster.
+
+The threads share each operation and wait for the slowest of them. Where other processes use the same cores, one thread
+often waits for its turn, and so do all: two threads were then 4 to 20 times slower than one (docs/runs.md).
+"""
+
+import os
+import shlex
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo.system.console import log_message
+from dpo.system.devices import device_name
+from dpo.system.installation import COMMAND
+
+ROUNDS = 5  # updates after which all numbers of threads are timed in turn
+ROWS, PRODUCTS = 256, 16  # of a timing: 256 tokens through 16 matrices as wide as the model, far less than an update
+RATIO = 1.5  # fewer threads must be so many times as fast; measured: 0.6 to 0.8 nearly alone, 2 to 20 on a busy machine
+VARIABLES = ("MKL_NUM_THREADS", "OMP_NUM_THREADS")  # the first that is set is the number of threads that torch uses
+
+
+class ThreadCheck:
+    """Times the run's number of threads against smaller ones after each of the first updates, then advises once.
+
+    Between updates, and with numbers of its own, it changes nothing that the run computes. Each of several processes
+    measures while its neighbors do; the main one prints.
+    """
+
+    def __init__(self, counts: Sequence[int], time_with: Callable[[int], float], arguments: str):
+        """counts: the numbers of threads, the run's own first; time_with: the seconds that one of them takes."""
+        self.time_with, self.arguments = time_with, arguments
+        self.seconds: dict[int, list[float]] = {n: [] for n in counts}
+        self.rounds_left = ROUNDS if len(counts) > 1 else 0
+
+    @classmethod
+    def of(cls, width: int, dtype: torch.dtype, device: torch.device, resumable: Path | None) -> "ThreadCheck":
+        """Check a run whose model has this width; resumable is its directory, or None if it saves nothing."""
+        can_switch = device.type == "cpu" and torch.backends.openmp.is_available()
+        counts = halvings(torch.get_num_threads()) if can_switch else []
+        arguments = "..." if resumable is None else f"resume={shlex.quote(str(resumable))}"
+        return cls(counts, lambda n: time_products(n, width, dtype), arguments)
+
+    def after_update(self) -> None:
+        """Time each number of threads once, if rounds are left, and print the advice after the last one."""
+        if not self.rounds_left:
+            return
+        self.rounds_left -= 1
+        for n, seconds in self.seconds.items():
+            seconds.append(self.time_with(n))
+        if not self.rounds_left and (found := fewer_threads(self.seconds)):
+            log_message(advice(max(self.seconds), *found, self.arguments))
+
+
+def halvings(n: int) -> list[int]:
+    """Return n, its half, the half of that, and so on down to 1."""
+    return [n >> i for i in range(n.bit_length())]
+
+
+def fewer_threads(seconds: Mapping[int, Sequence[float]]) -> tuple[int, float] | None:
+    """Return the fastest number of threads, and how many times as fast as the largest it is; None if not clearly so.
+
+    Medians: a moment in which the machine did something else must not decide.
+    """
+    medians = {n: statistics.median(times) for n, times in seconds.items()}
+    best = min(medians, key=lambda n: medians[n])
+    ratio = medians[max(medians)] / medians[best]
+    return (best, ratio) if ratio >= RATIO else None
+
+
+def advice(n: int, best: int, ratio: float, arguments: str) -> str:
+    """Return the line that advises `best` threads in place of n; arguments are those of train.py."""
+    variable, threads = variable_set() or VARIABLES[-1], "1 thread computes" if best == 1 else f"{best} threads compute"
+    return (
+        f"Advice: {threads} {ratio:.1f} times as fast as the {n} of this run, as where other processes use the same "
+        f"cores. Stop it and go on with {variable}={best} {COMMAND} {arguments}, which may round numbers "
+        "differently. OMP_WAIT_POLICY=PASSIVE in its place does not, and is a little slower."
+    )
+
+
+def variable_set() -> str | None:
+    """Return the environment variable that sets the number of threads, if one does."""
+    return next((name for name in VARIABLES if os.environ.get(name)), None)
+
+
+def time_products(n: int, width: int, dtype: torch.dtype) -> float:
+    """Return the seconds of products and activations with n threads; afterwards torch has as many as before."""
+    before = torch.get_num_threads()
+    hidden, weight = torch.ones(ROWS, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+    torch.set_num_threads(n)
+    try:
+        torch.nn.functional.silu(hidden @ weight)  # starts the threads, and makes what a first product makes
+        start = time.perf_counter()
+        for _ in range(PRODUCTS):
+            torch.nn.functional.silu(hidden @ weight)
+        return time.perf_counter() - start
+    finally:
+        torch.set_num_threads(before)
+
+
+def set_threads(device: torch.device, states: Any = None) -> None:
+    """Set the number of a CPU's threads for a run, to that of the checkpoint that is resumed from, if there is one.
+
+    The environment's number wins, and more threads than torch would use here are not taken. A number is set in any
+    case: before that, MKL may use fewer threads for some products, and round them differently (mkl_set_dynamic).
+    """
+    if device.type != "cpu":
+        return
+    default = torch.get_num_threads()
+    recorded = None if variable_set() else recorded_threads(states, device)
+    n = recorded if recorded is not None and recorded < default else default
+    if n != default:
+        log_message(f"Number of threads: {n}, as before the stop; {VARIABLES[-1]}={default} uses all of this machine.")
+    torch.set_num_threads(n)
+
+
+def recorded_threads(states: Any, device: torch.device) -> int | None:
+    """Return the number of threads of a checkpoint's run, if it computed on such a device."""
+    try:
+        recorded = states["run"]["surroundings"]
+        n, name = recorded["the number of threads"], recorded["the device"]
+    except (KeyError, TypeError):  # no checkpoint, or one that is forged
+        return None
+    return n if type(n) is int and n > 0 and name == device_name(device) else None

@@ -1,0 +1,334 @@
+"""What losses are made of: their base classes, the options that several share, and the mathematics.
+
+torch is imported where it is called: settings are checked against these classes, and importing it takes seconds.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dpo.settings.schema import Flag, NotNegative, Positive, Probability
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dpo.data.examples import TokenizedExample
+    from dpo.model.logps import Logps
+
+    Metrics = dict[str, Tensor]
+    ComputeLogps = Callable[[Sequence[TokenizedExample]], tuple[Tensor, Tensor]]
+
+Sums = Mapping[str, float]
+NOTHING: Sums = MappingProxyType({})
+LABELS = {"desirable": True, "undesirable": False}  # what metrics call the responses of rows with a label
+
+
+def logsigmoid(x: Tensor) -> Tensor:
+    """Return log sigmoid(x) elementwise, without the underflow of sigmoid."""
+    from torch.nn.functional import logsigmoid
+
+    return logsigmoid(x)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a loss may read besides the log-probabilities of a pass.
+
+    examples  the examples of the pass
+    sums      what `Loss.batch_sums` returned for the whole batch: all its passes, on all ranks
+    state     what `Loss.next_state` kept of earlier batches; empty before the first
+    """
+
+    examples: Sequence[TokenizedExample] = ()
+    sums: Sums = field(default_factory=dict)
+    state: Sums = field(default_factory=dict)
+
+
+class Loss(BaseModel, ABC):
+    """A loss as a trainer sees it: called with log-probabilities, it returns one loss and some metrics per example."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    n_responses: ClassVar[int]  # per example: 2 for a pair (chosen first), 1 for the target of SFT
+    needs_scores: ClassVar[bool] = False  # whether each example needs scores of its responses
+    takes_labels: ClassVar[bool] = False  # whether examples may also be one response with a label
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference's log-probabilities are computed."""
+        return False
+
+    @property
+    def cached_reference(self) -> bool:
+        """Whether the reference's log-probabilities are computed once, before training, and no second model is held."""
+        return False
+
+    @property
+    def needs_collisions(self) -> bool:
+        """Whether the policy's Logps hold collisions, for weights of tokens."""
+        return False
+
+    @abstractmethod
+    def __call__(self, policy: Logps, reference: Logps | None, context: Context) -> tuple[Tensor, Metrics]:
+        """Return the losses, (batch,), and detached metrics of the same shape; reference is None where not needed."""
+
+    def batch_sums(self, examples: Iterable[TokenizedExample], logps: ComputeLogps) -> dict[str, float]:
+        """Return sums over a whole batch that the losses of its examples depend on.
+
+        logps returns the sums of log-probabilities of policy and reference, both (examples, n_responses), on the host,
+        without a gradient, in any order of the examples.
+        """
+        return {}
+
+    def next_state(self, state: Sums, means: Mapping[str, float]) -> Sums:
+        """Return what later batches depend on, given a training batch's mean metrics; checkpoints hold it."""
+        return state
+
+
+class PreferenceLoss(Loss):
+    """A loss of a chosen and a rejected response, y_w and y_l.
+
+    Rewards, which are metrics alone, are beta log(pi(y) / ref(y)). Without a reference ref(y) counts as 1.
+    """
+
+    n_responses: ClassVar[int] = 2
+    beta: Positive
+
+    @abstractmethod
+    def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
+        """Return the losses, (batch,), of what counts as log pi(y), log ref(y) and |y|, each (batch, 2)."""
+
+    def response_logps(self, logps: Logps) -> Tensor:
+        """Return what counts as log pi(y), (batch, 2): the sum over the response's tokens."""
+        return logps.sums
+
+    def finish(self, losses: Tensor, policy: Logps) -> Tensor:
+        """Return the losses, (batch,), with the weights and terms that options add to them."""
+        return losses
+
+    def __call__(self, policy: Logps, reference: Logps | None, context: Context) -> tuple[Tensor, Metrics]:
+        logps = self.response_logps(policy)
+        reference_logps = logps.new_zeros(logps.shape) if reference is None else self.response_logps(reference)
+        losses = self.finish(self.losses(logps, reference_logps, policy.lengths, context), policy)
+        rewards = self.beta * (logps - reference_logps).detach()
+        return losses, self.metrics(logps.detach(), rewards, context) | {"loss": losses.detach()}
+
+    def metrics(self, logps: Tensor, rewards: Tensor, context: Context) -> Metrics:
+        """Return metrics, (batch,), of what counts as log pi(y) and of the rewards, both (batch, 2)."""
+        chosen_rewards, rejected_rewards = rewards.unbind(1)
+        return {
+            "rewards/chosen": chosen_rewards,
+            "rewards/rejected": rejected_rewards,
+            "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+            "rewards/margins": chosen_rewards - rejected_rewards,
+            "logps/chosen": logps[:, 0],
+            "logps/rejected": logps[:, 1],
+        }
+
+
+class ReferenceLoss(PreferenceLoss):
+    """A loss of the log-ratios log(pi(y_w) / ref(y_w)) and log(pi(y_l) / ref(y_l))."""
+
+    precompute_reference: Flag
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    @property
+    def cached_reference(self) -> bool:
+        return self.precompute_reference
+
+    @abstractmethod
+    def ratio_losses(self, chosen: Tensor, rejected: Tensor, context: Context) -> Tensor:
+        """Return the losses of the two log-ratios; all (batch,)."""
+
+    def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
+        ratios = policy - reference
+        return self.ratio_losses(ratios[:, 0], ratios[:, 1], context)
+
+
+class PairLoss(PreferenceLoss):
+    """A loss of h = log(pi(y_w) / pi(y_l)) - log(ref(y_w) / ref(y_l)), the difference of the log-ratios."""
+
+    reference_free: Flag
+    precompute_reference: Flag
+
+    @property
+    def needs_reference(self) -> bool:
+        return not self.reference_free
+
+    @property
+    def cached_reference(self) -> bool:
+        return self.precompute_reference
+
+    @abstractmethod
+    def pair_losses(self, h: Tensor) -> Tensor:
+        """Return the losses, (batch,), of h, (batch,)."""
+
+    def margin(self, policy: Tensor, reference: Tensor) -> Tensor:
+        """Return h, (batch,), of what counts as log pi(y) and log ref(y), both (batch, 2)."""
+        return (policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1])
+
+    def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
+        return self.pair_losses(self.margin(policy, reference))
+
+
+class LabelLoss(PreferenceLoss):
+    """A loss of desirable and undesirable responses, whose log-ratios are compared with a reference point.
+
+    An example is one response with a label, or a pair, of which the chosen response is desirable and the other is not.
+    """
+
+    takes_labels: ClassVar[bool] = True
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    @abstractmethod
+    def reference_point(self, context: Context) -> float:
+        """Return the log-ratio above which desirable responses should be, and undesirable ones below."""
+
+    @abstractmethod
+    def response_losses(self, distances: Tensor, desirable: Tensor) -> Tensor:
+        """Return the losses of responses by how far their rewards are on the right side; all (batch, n_responses)."""
+
+    def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
+        desirable, above = desirable_responses(policy, context), policy - reference - self.reference_point(context)
+        return self.response_losses(self.beta * above.where(desirable, -above), desirable).mean(1)
+
+    def metrics(self, logps: Tensor, rewards: Tensor, context: Context) -> Metrics:
+        """Return metrics; of rewards and log-probabilities of single responses one value per response of each label.
+
+        Such a response counts as accurate if its reward is on the right side of the reference point.
+        """
+        if logps.shape[1] > 1:
+            return super().metrics(logps, rewards, context)
+        desirable, above = desirable_responses(logps, context), rewards - self.beta * self.reference_point(context)
+        found = {"rewards/accuracies": (above.where(desirable, -above) > 0).float()[:, 0]}
+        for name, values in (("rewards", rewards), ("logps", logps)):
+            found |= by_label(name, values[:, 0], context.examples)
+        return found
+
+
+def desirable_responses(like: Tensor, context: Context) -> Tensor:
+    """Return which responses are desirable, (batch, n_responses), for a tensor of that shape."""
+    is_pair = like.shape[1] > 1
+    labels = [[True, False]] * len(like) if is_pair else [[example.text.label] for example in context.examples]
+    return like.new_tensor(labels).bool()
+
+
+def by_label(name: str, values: Tensor, examples: Sequence[TokenizedExample]) -> Metrics:
+    """Return the values, (batch,), of the desirable and of the undesirable examples, as two metrics."""
+    sides = {side: [i for i, e in enumerate(examples) if e.text.label is label] for side, label in LABELS.items()}
+    return {f"{name}/{side}": values[chosen] for side, chosen in sides.items()}
+
+
+# Options that several losses share
+
+
+class WeightOptions(PreferenceLoss):
+    """A weight of the loss, and a term beside it.
+
+    token_weights=wpo weights each pair by how likely the policy itself is to write it: WPO, arXiv 2406.11827.
+    nll_weight adds the chosen response's negative log-likelihood per token: RPO, arXiv 2404.19733, where it is alpha.
+    """
+
+    nll_weight: NotNegative
+    token_weights: Literal["none", "wpo"]
+
+    @property
+    def needs_collisions(self) -> bool:
+        return self.token_weights == "wpo"
+
+    def finish(self, losses: Tensor, policy: Logps) -> Tensor:
+        if self.token_weights == "wpo":
+            losses = losses * wpo_weights(policy)
+        return losses - self.nll_weight * policy.means[:, 0] if self.nll_weight else losses
+
+
+class LengthOptions(WeightOptions):
+    """What counts as the log-probability of a response: the sum over its tokens, or one of two corrections for length.
+
+    length_normalize divides by the number of tokens, as Tülu 3 does: arXiv 2411.15124. ld_alpha below 1 is LD-DPO,
+    arXiv 2409.06411: tokens beyond the length of the pair's shorter response count ld_alpha. Both act on policy and
+    reference alike, so that h is 0 where they are equal; TRL's ld_alpha acts on the policy alone.
+    """
+
+    length_normalize: Flag
+    ld_alpha: Probability
+
+    def response_logps(self, logps: Logps) -> Tensor:
+        if self.length_normalize:
+            return logps.means
+        return logps.sums if self.ld_alpha == 1 else desensitized_sums(logps, self.ld_alpha)
+
+
+class Divergence(PairLoss):
+    """The divergence between policy and reference that the reward is derived from: f-DPO, arXiv 2309.16240.
+
+    With u = pi(y) / ref(y), h is f'(u_w) - f'(u_l). f'(u) is log u for reverse_kl, DPO's own; -1 / u for forward_kl;
+    log(2u / (1 + u)) for js; (1 - u^-a) / a for alpha, where a is divergence_alpha: towards 0 it is reverse_kl, at 1
+    forward_kl.
+    """
+
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"]
+    divergence_alpha: float = Field(strict=True, gt=0, lt=1, description="a number between 0 and 1")
+
+    def margin(self, policy: Tensor, reference: Tensor) -> Tensor:
+        if self.divergence == "reverse_kl":
+            return super().margin(policy, reference)
+        log_u = policy - reference
+        if self.divergence == "js":
+            slopes = logsigmoid(log_u)
+        else:
+            a = 1.0 if self.divergence == "forward_kl" else self.divergence_alpha
+            slopes = -(-a * log_u).expm1() / a
+        return slopes[:, 0] - slopes[:, 1]
+
+
+def desensitized_sums(logps: Logps, alpha: float) -> Tensor:
+    """Return the sums, (batch, 2), in which tokens beyond the length of the pair's shorter response count alpha."""
+    import torch
+
+    assert logps.tokens is not None, "a cached reference has no log-probabilities of tokens"
+    lengths = logps.lengths.flatten()
+    ends = lengths.cumsum(0)
+    positions = torch.arange(len(logps.tokens), device=ends.device) - (ends - lengths).repeat_interleave(lengths)
+    public = logps.lengths.min(1, keepdim=True).values.expand_as(logps.lengths).flatten()
+    weights = (positions < public.repeat_interleave(lengths)).to(logps.tokens)
+    weights = weights + alpha * (1 - weights)
+    return type(logps).from_tokens(weights * logps.tokens, logps.lengths).sums
+
+
+def wpo_weights(logps: Logps) -> Tensor:
+    """Return w(y_w) w(y_l), (batch,), without gradient: WPO's sampled alignment, arXiv 2406.11827.
+
+    w(y) is the geometric mean over the tokens of pi(y_t) / sum_v pi(v)^2: 1 on average for tokens that the policy
+    samples. Above 1, the product counts as 1, as in the authors' code.
+    """
+    assert logps.tokens is not None and logps.collisions is not None
+    alignment = type(logps).from_tokens((logps.tokens - logps.collisions).detach(), logps.lengths)
+    return alignment.means.sum(1).exp().clamp(max=1)
+
+
+def mismatch(examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
+    """Return the examples' prompts, each with the responses of the next example that has another prompt.
+
+    The first example follows the last. If all prompts are equal, it is simply the next example. Responses are cut where
+    prompt and response would be longer than in any of the examples.
+    """
+    longest, n = max(len(e.prompt) + max(map(len, e.responses)) for e in examples), len(examples)
+    mismatched = []
+    for i, example in enumerate(examples):
+        following = (examples[(i + k) % n] for k in range(1, n))
+        other = next((e for e in following if e.prompt != example.prompt), examples[(i + 1) % n])
+        responses = tuple(response[: longest - len(example.prompt)] for response in other.responses)
+        mismatched.append(replace(example, responses=responses))
+    return mismatched

@@ -1,0 +1,297 @@
+"""Optimizers: torch.optim's own for float32 parameters, and the same with stochastic rounding for bfloat16 ones.
+
+Muon takes the matrices of layers and leaves the rest to AdamW; AdamW8bit is that of torchao or bitsandbytes.
+
+bfloat16 has 8 significant bits: the distance to the next number (an ulp) is 2^-8 to 2^-7 of a weight. Rounding to
+nearest loses every update below half of that, which at usual learning rates is nearly every one. Stochastic rounding
+goes to either neighbour with a probability such that the mean of the result is the exact number.
+"""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from dpo.model.logps import ResponseLogps
+from dpo.settings.schema import Settings
+from dpo.system.errors import summarize_error
+
+CHUNK = {"cpu": 2**20, "mps": 2**22, "cuda": 2**24}  # weights stepped at a time, in about seven float32 temporaries
+STEP_IS_NOT_LR = ("SGD", "Adadelta")  # the others divide by the size of the gradient, so that lr is the size of a step
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """What an optimizer gets besides its learning rate.
+
+    arguments of its constructor; weight_decay for matrices alone, where None is the optimizer's own default, for all
+    parameters; embeddings are the weights that Muon leaves to AdamW, with all that are no matrices.
+    """
+
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    weight_decay: float | None = None
+    embeddings: Sequence[Parameter] = ()
+
+    @classmethod
+    def of(cls, settings: Settings, policy: torch.nn.Module) -> "OptimizerOptions":
+        """Return the options that settings choose for a policy."""
+        layers = [module for module in policy.modules() if isinstance(module, torch.nn.Embedding)]
+        heads = [policy.head] if isinstance(policy, ResponseLogps) else []
+        embeddings = [parameter for module in (*layers, *heads) for parameter in module.parameters()]
+        return cls(settings.optimizer_args or {}, settings.weight_decay, embeddings)
+
+
+PLAIN = OptimizerOptions()
+
+
+def make_optimizer(
+    name: str, parameters: Iterable[Parameter], lr: float, options: OptimizerOptions = PLAIN
+) -> Optimizer:
+    """Return the optimizer called name, which rounds stochastically if any parameter is in bfloat16."""
+    parameters, kind = list(parameters), optimizer_class(name)
+    groups = decay_groups(parameters, options.weight_decay)
+    if name == "Muon":
+        return make_muon(parameters, lr, options)
+    if name != "AdamW8bit" and any(parameter.dtype == torch.bfloat16 for parameter in parameters):
+        return StochasticRoundingOptimizer(partial(kind, **options.arguments), groups, lr)
+    return kind(groups, lr=lr, **options.arguments)
+
+
+def stepped_optimizer(settings: Settings, policy: ResponseLogps) -> Optimizer:
+    """Return an optimizer of a policy after a first step, which changes no weight; gradients of 0 remain."""
+    parameters = policy.trained_parameters()
+    optimizer = make_optimizer(settings.optimizer, parameters, 0.0, OptimizerOptions.of(settings, policy))
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def optimizer_class(name: str) -> Callable[..., Optimizer]:
+    """Return the class of an optimizer; ImportError for AdamW8bit where neither torchao nor bitsandbytes is installed.
+
+    torchao's stores weights in bfloat16 with stochastic rounding, as this module does.
+    """
+    if name != "AdamW8bit":
+        return getattr(torch.optim, name)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        from bitsandbytes.optim import AdamW8bit as Bitsandbytes  # type: ignore[attr-defined]  # not in __all__
+
+        return Bitsandbytes
+    return partial(AdamW8bit, bf16_stochastic_round=True)
+
+
+def decay_groups(parameters: Sequence[Parameter], weight_decay: float | None) -> list[Any]:
+    """Return the parameters for a constructor: as they are, or in groups in which matrices alone decay."""
+    if weight_decay is None:
+        return list(parameters)
+    matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
+    others = [parameter for parameter in parameters if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def make_muon(parameters: Sequence[Parameter], lr: float, options: OptimizerOptions) -> Optimizer:
+    """Return Muon for the matrices of layers, with AdamW for embeddings, the head and all that are no matrices.
+
+    Muon's steps are scaled to the size of AdamW's, so that one learning rate suits both, unless its adjust_lr_fn is
+    given: arXiv 2502.16982.
+    """
+    left = {id(parameter) for parameter in options.embeddings}
+    matrices = [parameter for parameter in parameters if parameter.dim() == 2 and id(parameter) not in left]
+    taken = {id(parameter) for parameter in matrices}
+    others = [parameter for parameter in parameters if id(parameter) not in taken]
+    arguments = {"adjust_lr_fn": "match_rms_adamw"} | dict(options.arguments)
+    muon = torch.optim.Muon(decay_groups(matrices, options.weight_decay), lr=lr, **arguments)
+    if not others:  # all weights of an adapter are matrices
+        return CombinedOptimizer([muon])
+    return CombinedOptimizer([muon, torch.optim.AdamW(decay_groups(others, options.weight_decay), lr=lr)])
+
+
+def optimizer_problems(settings: Settings) -> list[str]:
+    """Return a line if the chosen optimizer is not there, or for each of optimizer_args that it does not take."""
+    name, arguments = settings.optimizer, dict(settings.optimizer_args or {})
+    try:
+        kind = optimizer_class(name)
+    except ImportError:
+        return [f"optimizer={name}: needs torchao or bitsandbytes; pip install torchao, or use optimizer=AdamW"]
+    if settings.model.policy_dtype == "bfloat16" and name == "AdamW8bit" and not isinstance(kind, partial):
+        return [f"optimizer={name}: bitsandbytes loses small updates of bfloat16 parameters; pip install torchao"]
+    taken = [key for key in inspect.signature(kind).parameters if key not in ("params", "lr", "weight_decay")]
+    problems = []
+    for key, value in arguments.items():
+        if key in ("lr", "weight_decay"):
+            problems.append(f"optimizer_args.{key}={value}: is a setting of its own; use {key}={value}")
+        elif key not in taken:
+            problems.append(f"optimizer_args.{key}: {name} has no such argument; it takes {', '.join(taken)}")
+    if not problems:
+        try:
+            kind([Parameter(torch.zeros(2, 2))], lr=settings.lr, **arguments)
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            problems.append(f"optimizer_args={arguments}: {name} does not take these ({summarize_error(error)})")
+    return problems
+
+
+class CombinedOptimizer(Optimizer):
+    """Several optimizers of different parameters, stepped together; a scheduler sees all their groups."""
+
+    def __init__(self, parts: Sequence[Optimizer]):
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})  # the very dicts of the parts
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
+        """Update all parameters that have a gradient."""
+        assert closure is None
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of the parts."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the states of the parts."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+class StochasticRoundingOptimizer(Optimizer):
+    """An elementwise optimizer of torch.optim that computes in float32 and rounds the results stochastically.
+
+    Weights and moments stay in the parameters' dtype; float32 copies exist of one chunk at a time. The noise is drawn
+    from the global generator of each parameter's device, so that a run which restores its state goes on bit for bit.
+    Parameters in float32 are updated as torch.optim does it.
+    """
+
+    def __init__(self, kind: Callable[..., Optimizer], parameters: Iterable[Any], lr: float):
+        self.make_inner = lambda proxy: kind([proxy], lr=lr)
+        super().__init__(parameters, self.make_inner(torch.zeros(1)).defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
+        """Update the parameters that have a gradient."""
+        assert closure is None, "a closure would need gradients in float32"
+        for group in self.param_groups:
+            options = {key: value for key, value in group.items() if key != "params"}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_parameter(parameter, options)
+
+    def _step_parameter(self, parameter: Parameter, options: dict[str, Any]) -> None:
+        """Update a parameter chunk by chunk, each by a fresh inner optimizer that is handed its part of the state."""
+        weights, gradients = torch.atleast_1d(parameter.detach()), torch.atleast_1d(parameter.grad)
+        state = self.state[parameter]  # empty before the first step
+        moments = {key: value for key, value in state.items() if has_shape(value, weights.shape)}
+        counters = {key: value for key, value in state.items() if key not in moments}  # the same for every chunk
+        n_rows = max(1, CHUNK[weights.device.type] * len(weights) // max(1, weights.numel()))
+        after: dict[str, Any] = {}
+        for start in range(0, len(weights), n_rows):
+            rows = slice(start, start + n_rows)
+            proxy = weights[rows].float()
+            proxy.grad = gradients[rows].float()
+            inner = self.make_inner(proxy)
+            inner.param_groups[0].update(options)
+            if state:
+                inner.state[proxy] = {key: value[rows].float() for key, value in moments.items()}
+                inner.state[proxy] |= copy.deepcopy(counters)
+            inner.step()
+            weights[rows] = round_to(proxy, weights.dtype)
+            for key, value in inner.state[proxy].items():
+                if has_shape(value, proxy.shape):
+                    after.setdefault(key, moments.get(key, torch.empty_like(weights)))
+                    after[key][rows] = round_to(value, weights.dtype)
+                else:
+                    after[key] = value
+        state.update(after)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state without the casts of torch.optim, which would round counters to the parameters' dtype."""
+        super().load_state_dict(state_dict | {"state": {}})
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, values in state_dict["state"].items():
+            parameter = parameters[number]
+            shape = torch.atleast_1d(parameter).shape
+            self.state[parameter] = {
+                key: value.to(parameter.device) if has_shape(value, shape) else copy.deepcopy(value)
+                for key, value in values.items()
+            }
+
+
+def has_shape(value: Any, shape: torch.Size) -> bool:
+    """Return whether a value of an optimizer's state holds one number per weight."""
+    return isinstance(value, Tensor) and value.shape == shape
+
+
+def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return float32 values in a parameter's dtype, stochastically rounded if that is bfloat16."""
+    return stochastic_round(values) if dtype == torch.bfloat16 else values.to(dtype)
+
+
+def stochastic_round(values: Tensor) -> Tensor:
+    """Round float32 values of any shape to bfloat16, up or down at random such that the mean is the exact value.
+
+    Finite values beyond bfloat16's largest number become that number; infinities and NaN stay.
+    """
+    # bfloat16 is the upper half of float32's bits: add 16 random bits to the lower half, then cut that off. Where none
+    # are added, larger values than the largest are cut down to it, and infinities and NaN (quiet ones) stay.
+    bits = torch.empty_like(values, dtype=torch.int32).random_().bitwise_and_(0xFFFF)
+    bits.mul_(values.abs() < torch.finfo(torch.bfloat16).max)
+    return bits.add_(values.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32).to(torch.bfloat16)
+
+
+@torch.no_grad()
+def movable_share(parameters: Iterable[Tensor], lr: float) -> float:
+    """Return the share of weights, 0 to 1, of which half an ulp is at most lr.
+
+    These are the weights that a step of size lr can change when the result is rounded to nearest.
+    """
+    movable = total = 0
+    for parameter in parameters:
+        # Half an ulp of w is 2^floor(log2 |w|) times that of 1, so w counts if |w| is below this power of two.
+        _, exponent = math.frexp(abs(lr) / (torch.finfo(parameter.dtype).eps / 2))
+        chunks = parameter.detach().flatten().split(CHUNK[parameter.device.type])
+        movable += sum(int((weights.abs() < 2.0**exponent).count_nonzero()) for weights in chunks)
+        total += parameter.numel()
+    return movable / total if total else 1.0
+
+
+def bfloat16_note(parameters: Iterable[Parameter], lr: float, optimizer_name: str) -> str | None:
+    """Return a line on what training bfloat16 parameters at lr amounts to, or None if there are none."""
+    parameters = [parameter for parameter in parameters if parameter.dtype == torch.bfloat16]
+    if not parameters:
+        return None
+    step = "step" if optimizer_name not in STEP_IS_NOT_LR else "change"
+    lost = 1 - movable_share(parameters, lr)
+    more = extra_bytes(parameters, optimizer_name) / 1e9
+    return (
+        f"model.policy_dtype=bfloat16: a {step} of lr={lr:g} is below the rounding of {lost:.1%} of the "
+        "weights, so updates are rounded stochastically; "
+        f"model.policy_dtype=float32 trains exactly and needs {more:.2g} GB more"
+    )
+
+
+def extra_bytes(parameters: Sequence[Parameter], optimizer_name: str) -> int:
+    """Return the bytes that weights, gradients and moments of bfloat16 parameters need more in float32."""
+    return 2 * (2 + count_moments(optimizer_name)) * sum(parameter.numel() for parameter in parameters)
+
+
+def count_moments(optimizer_name: str) -> int:
+    """Return how many numbers an optimizer keeps per weight in the weight's dtype; AdamW8bit has its own of 8 bits."""
+    if optimizer_name == "AdamW8bit":
+        return 0
+    probe = torch.nn.Parameter(torch.zeros(2, 2))
+    probe.grad = torch.ones(2, 2)
+    optimizer = getattr(torch.optim, optimizer_name)([probe])
+    optimizer.step()
+    return sum(has_shape(value, probe.shape) for value in optimizer.state[probe].values())

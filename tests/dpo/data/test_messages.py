@@ -1,0 +1,116 @@
+"""ShareGPT's messages and contents in parts become OpenAI's messages."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo.data.examples import InconsistentRow, UnusableRow
+from dpo.data.rows import as_message, as_messages, find_columns, parse_row
+from dpo.system.errors import UserError
+
+SHAREGPT = {"system": ["system"], "user": ["human", "user", "Human"], "assistant": ["gpt", "chatgpt", "assistant"]}
+SHAREGPT["tool"] = ["tool", "observation", "function_response"]
+CLOCK = {"name": "clock", "arguments": {"zone": "CET"}}
+
+
+def parse(row, **options):
+    """Parse a row whose columns are found by their names."""
+    return parse_row(row, find_columns(row, {}, "data"), **{"sft": False, **options})
+
+
+TEXT = st.text("ab .\n[{é", min_size=1, max_size=12).filter(str.strip)
+
+
+@st.composite
+def conversations(draw):
+    """Draw a conversation in the usual form that ends with the user or a tool, and the same one in other forms."""
+    roles = ["system"] * draw(st.booleans()) + ["user", "assistant"] * draw(st.integers(0, 3))
+    turns = [{"role": role, "content": draw(TEXT)} for role in [*roles, draw(st.sampled_from(["user", "tool"]))]]
+    return turns, [other_form(draw, turn) for turn in turns]
+
+
+def other_form(draw, turn):
+    """Draw a message in ShareGPT's form or in parts, with the null fields that Arrow tables add."""
+    content = turn["content"]
+    if draw(st.booleans()):
+        at = draw(st.integers(0, len(content)))
+        content = [{"type": "text", "text": text, "image_url": None} for text in (content[:at], content[at:])]
+    if draw(st.booleans()):
+        return turn | {"content": content, "name": None}
+    return {"from": draw(st.sampled_from(SHAREGPT[turn["role"]])), "value": content, "role": None}
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.data(), conversations())
+def test_a_conversation_is_the_same_in_every_form(data, both):
+    prompt, other = both
+    chosen, rejected = ({"role": "assistant", "content": data.draw(TEXT)} for _ in range(2))
+    answers = [other_form(data.draw, turn) for turn in (chosen, rejected)]
+    expected = parse({"prompt": prompt, "chosen": [chosen], "rejected": [rejected]})[:2]
+    assert expected == (prompt, (chosen, rejected))
+    rows = [
+        {"prompt": other, "chosen": answers[0], "rejected": answers[1]},
+        {"conversations": other, "chosen": answers[0], "rejected": answers[1]},  # as LLaMA-Factory has them
+        {"messages": other, "chosen": chosen["content"], "rejected": rejected["content"]},
+        {"chosen": [*other, answers[0]], "rejected": [*other, answers[1]], "conversation": other},
+    ]
+    for row in rows:
+        assert parse(row)[:2] == expected
+    whole = {"conversations": [*other, answers[0]]}
+    assert parse(whole, sft=True)[:2] == (prompt, (chosen,))
+    assert parse(whole | {"label": False}, labels=True)[:2] == (prompt, (chosen,))
+
+
+def test_a_function_call_becomes_a_call_of_a_tool():
+    turns = [
+        {"from": "human", "value": "What time is it?"},
+        {"from": "function_call", "value": json.dumps(CLOCK)},
+        {"from": "observation", "value": "12:00"},
+        {"from": "gpt", "value": "Noon."},
+    ]
+    found = parse({"conversations": turns, "tools": json.dumps([{"name": "clock"}])}, sft=True)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CLOCK}]}
+    assert found.prompt[1:] == [call, {"role": "tool", "content": "12:00"}]
+    assert found.tools == [{"name": "clock"}]
+    several = as_message({"from": "function_call", "value": json.dumps([CLOCK, CLOCK])}, "a turn")
+    assert len(several["tool_calls"]) == 2
+    for value in ("{", "[]", "3", '{"arguments": {}}'):
+        with pytest.raises(UserError, match="a turn is a function_call, "):
+            as_message({"from": "function_call", "value": value}, "a turn")
+
+
+def test_other_keys_of_a_message_and_their_order_stay():
+    message = {"content": "a", "name": "b", "role": "user"}
+    assert list(as_message(message, "a turn").items()) == list(message.items())
+    assert as_message({"from": "b", "role": "user", "content": "a"}, "a turn")["from"] == "b"
+    assert as_messages({"from": "gpt", "value": "a"}, "chosen", "user") == [{"role": "assistant", "content": "a"}]
+
+
+def test_a_part_that_is_no_text_makes_the_row_one_that_may_be_dropped():
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "a.png"}}]
+    words = r"a turn holds a part that is not text \(chosen, turn 1 has one of the type 'image_url'\)"
+    with pytest.raises(InconsistentRow, match=words):
+        parse({"chosen": [{"role": "user", "content": parts}], "rejected": [{"role": "user", "content": parts}]})
+
+
+@pytest.mark.parametrize(
+    "turn, words",
+    [
+        ({"from": "bot", "value": "a"}, "one of the roles system, .*, or ShareGPT's human and gpt, not 'bot'"),
+        ({"from": "human"}, "the content of a turn must be a text, not NoneType"),
+        ({"from": "human", "value": 3}, "the content of a turn must be a text, not int"),
+        ({"role": "user", "content": ["a"]}, "the content of a turn must be a text or a list of parts, not of str"),
+        ({"role": "user", "content": [{"type": "text"}]}, "the content of a turn must be a text, not NoneType"),
+    ],
+)
+def test_a_message_of_another_form_is_refused(turn, words):
+    with pytest.raises(UserError, match=words) as caught:
+        as_message(turn, "a turn")
+    assert not isinstance(caught.value, UnusableRow)
+
+
+def test_shareGPT_written_as_a_text_is_found_out():
+    with pytest.raises(UserError, match="prompt holds messages as a text"):
+        parse({"prompt": "[{'from': 'human', 'value': 'a'}]", "chosen": "b", "rejected": "c"})

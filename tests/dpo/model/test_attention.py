@@ -1,0 +1,131 @@
+"""Attention in rows that hold several examples."""
+
+import pytest
+import torch
+from tiny_models import EXACT, EXAMPLES, make_examples, sums_of_logps, tiny
+
+from dpo.model import attention
+from dpo.model.attention import BRANCHED, FLEX_BLOCK, additive_mask, cpu_attention, flex_inputs, use_attention
+from dpo.model.logps import ResponseLogps
+from dpo.model.packing import LAYOUTS
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Collect the queries' and keys' lengths and the dtypes of each call of torch's kernel."""
+    found = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, key, value, **how):
+        tensors = [tensor for tensor in (query, key, value, how.get("attn_mask")) if tensor is not None]
+        dtypes = {torch.bfloat16 if torch.is_autocast_enabled("cpu") else tensor.dtype for tensor in tensors}
+        found.append((query.shape[2], key.shape[2], dtypes))
+        return attend(query, key, value, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    return found
+
+
+@pytest.mark.parametrize("branched", [1, BRANCHED])
+def test_attention_on_a_cpu_is_computed_in_float32_also_in_a_bfloat16_run(branched, make_trainer, monkeypatch, calls):
+    monkeypatch.setattr(attention, "BRANCHED", branched)
+    trainer = make_trainer("loss=dpo", "precision=bfloat16")
+    calls.clear()  # of the check of the layout, which uses torch's own attention
+    trainer.train_step(next(iter(trainer.train_batches)))
+    assert {dtype for *_, dtypes in calls for dtype in dtypes} == {torch.float32}
+
+
+def states_of(branches):
+    """Make queries of 4 heads, keys and values of 2, and the mask, for an example of the given branches."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, n, sum(branches), 8, dtype=torch.float64) for n in (4, 2, 2))
+    numbers = torch.arange(len(branches)).repeat_interleave(torch.tensor(branches))
+    return [query, key, value], additive_mask(torch.stack((torch.zeros_like(numbers), numbers)), torch.float64)
+
+
+@pytest.mark.parametrize("branches", [[5, 3], [5, 3, 4], [1, 1, 1], [7, 1, 9, 2, 6]])
+@pytest.mark.parametrize("scaling", [None, 0.5])
+def test_responses_that_attend_apart_attend_to_what_the_mask_shows(branches, scaling, monkeypatch):
+    states, mask = states_of(branches)
+    found = []
+    for branched in (1, BRANCHED):
+        monkeypatch.setattr(attention, "BRANCHED", branched)
+        own = [state.clone().requires_grad_() for state in states]
+        out = cpu_attention(*own, mask, branches, scaling=scaling)
+        (out * torch.arange(out.numel()).view(out.shape).sin()).sum().backward()
+        found.append([out, *(state.grad for state in own)])
+    for apart, masked in zip(*found, strict=True):
+        assert torch.allclose(apart, masked, rtol=0, atol=1e-12)
+
+
+def test_responses_attend_apart_in_long_examples_alone(calls):
+    for length in (BRANCHED - 1, BRANCHED):
+        branches = [length - 7, 3, 4]
+        states, mask = states_of(branches)
+        cpu_attention(*states, mask, branches)
+    assert [call[:2] for call in calls] == [
+        (BRANCHED - 1, BRANCHED - 1),
+        (BRANCHED - 4, BRANCHED - 4),
+        (4, BRANCHED - 3),
+    ]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_responses_that_attend_apart_have_the_log_probabilities_of_rows_of_their_own(name, monkeypatch):
+    monkeypatch.setattr(attention, "BRANCHED", 1)
+    module = ResponseLogps.wrap(tiny(name))
+    padded = sums_of_logps(module, EXAMPLES, "padded")
+    use_attention(module.model, "packed")
+    torch.testing.assert_close(sums_of_logps(module, EXAMPLES, "shared_prefix"), padded, rtol=1e-5, atol=1e-5)
+
+
+# Flex attention
+
+ROWS = {
+    "less than a block": EXAMPLES,
+    "long examples": make_examples([(400, 300, 300), (20, 300, 10), (150, 140, 130)]),
+    "many short ones": make_examples([(9, 20, 30)] * 40),
+    "blocks end where branches end": make_examples([(128, 128, 128), (256, 128, 256)]),
+    "one token more": make_examples([(129, 128, 128)]),
+}
+
+
+def tokens_attended(inputs):
+    """Return which token attends to which by a block mask, (seq, seq), and how many pairs of blocks it computes."""
+    mask, n_blocks = inputs["attention_mask"], inputs["input_ids"].shape[1] // FLEX_BLOCK
+    order = torch.arange(n_blocks * FLEX_BLOCK)
+    by_token = mask.mask_mod(None, None, order[:, None], order)
+    seen, n_computed = torch.zeros_like(by_token), 0
+    for row in range(n_blocks):
+        for counts, indices, is_masked in (
+            (mask.kv_num_blocks, mask.kv_indices, True),
+            (mask.full_kv_num_blocks, mask.full_kv_indices, False),
+        ):
+            for column in indices[0, 0, row, : counts[0, 0, row]].tolist():
+                own = (
+                    slice(row * FLEX_BLOCK, (row + 1) * FLEX_BLOCK),
+                    slice(column * FLEX_BLOCK, (column + 1) * FLEX_BLOCK),
+                )
+                seen[own], n_computed = by_token[own] if is_masked else True, n_computed + 1
+    return seen, n_computed
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_block_mask_shows_what_the_additive_mask_shows_and_padding_sees_itself_alone(name):
+    row = LAYOUTS["shared_prefix"].pack(ROWS[name])
+    inputs, n = flex_inputs(row.inputs, row.segments), row.n_tokens
+    seen, n_computed = tokens_attended(inputs)
+    assert torch.equal(seen[:n, :n], additive_mask(row.segments, torch.float32)[0, 0] == 0)
+    assert torch.equal(seen[n:], torch.eye(len(seen), dtype=torch.bool)[n:]) and not seen[:n, n:].any()
+    blocks = seen.view(len(seen) // FLEX_BLOCK, FLEX_BLOCK, -1, FLEX_BLOCK).any(dim=3).any(dim=1)
+    assert blocks.sum() <= n_computed <= 1.05 * blocks.sum() + 2  # few blocks in which nothing is seen
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_are_filled_to_whole_blocks_two_at_least(name):
+    row = LAYOUTS["shared_prefix"].pack(ROWS[name])
+    inputs = flex_inputs(row.inputs, row.segments)
+    length = max(2 * FLEX_BLOCK, -(-row.n_tokens // FLEX_BLOCK) * FLEX_BLOCK)
+    assert {tuple(inputs[key].shape) for key in row.inputs} == {(1, length)}
+    assert inputs["attention_mask"].seq_lengths == (length, length)
+    assert inputs["input_ids"][0, : row.n_tokens].tolist() == row.inputs["input_ids"][0].tolist()

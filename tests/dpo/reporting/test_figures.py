@@ -1,0 +1,82 @@
+"""Charts are SVG whose colours and fonts are those of the page around it."""
+
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+
+from dpo.reporting.figures import MAX_POINTS, Line, line_chart, scatter_chart
+
+
+def test_a_chart_is_one_labelled_element_in_the_colours_of_the_page():
+    svg = line_chart("Loss & more", [Line("train", [0, 8], [1.0, 0.5]), Line("evaluation", [0, 8], [1.0, 0.7])])
+    root = ElementTree.fromstring(svg.replace("xlink:href", "href"))
+    assert (root.attrib["role"], root.attrib["aria-label"]) == ("img", "Loss & more")
+    assert "width" not in root.attrib and root.attrib["viewBox"].startswith("0 0 ")
+    colors = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", svg))
+    assert {"var(--series-1)", "var(--series-2)", "currentColor"} <= colors <= {*colors, "none"}
+    assert not re.findall(r"#[0-9a-f]{6}", svg) and "font-family" not in svg
+    assert re.findall(r">(train|evaluation|Loss &amp; more|examples)<", svg)
+
+
+def test_lines_of_one_label_share_a_colour_and_an_entry():
+    svg = line_chart("x", [Line("a", [0, 1], [0, 1]), Line("a", [0, 1], [1, 2]), Line("b", [0, 1], [2, 3])])
+    assert len(re.findall(">a<", svg)) == 1 and "var(--series-3)" not in svg
+
+
+def test_a_band_and_a_diagonal_are_drawn_where_they_are_asked_for():
+    plain = line_chart("x", [Line("a", [0, 1], [0.2, 0.3])])
+    assert "FillBetween" not in plain
+    assert "FillBetween" in line_chart("x", [Line("a", [0, 1], [0.2, 0.3], ([0.1, 0.2], [0.3, 0.4]))])
+    points = ([(0.0, 1.0), (1.0, 0.0)], "x", "y")
+    assert "stroke-dasharray" in scatter_chart("x", *points, diagonal=True)
+    assert "stroke-dasharray" not in scatter_chart("x", *points)
+
+
+def test_a_single_point_is_a_marker_also_of_a_faint_line_with_its_interval_as_a_bar():
+    def markers(line):
+        return len(re.findall(r"<use [^>]*var\(--series-1\)", line_chart("x", [line])))
+
+    assert markers(Line("a", range(40), range(40))) == 0  # so many points have none
+    assert markers(Line("a", [3, 4], [0.5, 0.6])) == 2
+    assert markers(Line("a", [3, 4], [0.5, 0.6], faint=True)) == 0
+    assert markers(Line("a", [3], [0.5], faint=True)) == 1
+    svg = line_chart("x", [Line("a", [3], [0.5], ([0.4], [0.6]))])
+    assert "FillBetween" not in svg and svg.count('id="LineCollection_') == 1
+
+
+def test_points_of_one_x_or_of_one_y_and_points_that_are_not_finite_make_no_chart():
+    for points in ([], [(1, 2)], [(1, 2), (1, 3)], [(1, 2), (3, 2)], [(1, 2), (math.inf, 3), (4, math.nan)]):
+        assert scatter_chart("x", points, "x", "y") is None
+    assert scatter_chart("x", [(1, 2), (3, 4), (5, math.inf)], "x", "y").count("<use") > 0
+
+
+def texts(svg):
+    """Return the texts of a chart."""
+    return re.findall(r"<text [^>]*>([^<]*)</text>", svg)
+
+
+def test_each_tick_is_written_in_full_and_no_factor_pushes_the_title_out():
+    """matplotlib would write 5 and, above the axis, 1e-7 for the default learning rate, and halves of examples."""
+    small, level, large = (
+        line_chart("title", [Line("", [0, x], [low, high])])
+        for x, low, high in ((2, 0, 5e-7), (40_000, 2.5, 2.50005), (1_600_000, 0, 3_000_000))
+    )
+    assert texts(small)[:4] == ["0", "1", "2", "examples"] and "5e\N{MINUS SIGN}07" in texts(small)
+    assert "2.50001" in texts(level) and "40,000" in texts(level)
+    assert "1,500,000" in texts(large) and "3000000" in texts(large)
+    for svg in (small, level, large):
+        title = re.search(r'<text [^>]*y="([^"]*)"[^>]*>title<', svg)
+        assert float(title[1]) > 8  # its lower edge: it is 10 high, and ends 6 above the axes
+
+
+def test_only_values_that_span_two_orders_of_magnitude_have_a_logarithmic_axis():
+    for values, logarithmic in (([0.01, 9.0], True), ([19.0, 21.0], False), ([0.0, 9.0], False), ([0.0, 0.0], False)):
+        svg = line_chart("x", [Line("", [0, 1], values)], log_y=True)
+        assert ("<tspan" in svg) == logarithmic, values  # a power of ten has its exponent in one
+
+
+def test_a_share_keeps_its_axis_and_a_long_line_is_thinned():
+    assert ">0.0<" in line_chart("x", [Line("a", [0, 1], [0.99, 1.0])], share=True)
+    n = 10 * MAX_POINTS
+    svg = line_chart("x", [Line("a", range(n), [i % 7 for i in range(n)])])
+    assert len(svg) < 60_000

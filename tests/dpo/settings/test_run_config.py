@@ -1,0 +1,44 @@
+"""What a resumed run may change, and what it is advised to do instead."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from dpo.settings.run_config import find_run_dir, override_run_config
+from dpo.system.errors import UserError
+
+
+def test_a_new_run_is_advised_with_an_archive_that_is_there(tmp_path):
+    config = OmegaConf.create({"lr": 1.0, "local_run_dir": str(tmp_path)})
+
+    def advice() -> str:
+        with pytest.raises(UserError) as error:
+            override_run_config(config.copy(), ["lr=2"], ["lr"])
+        return str(error.value).removeprefix("lr=2: a resumed run keeps lr=1.0; leave this out, or ")
+
+    assert advice() == "start a new run"
+    for name in ("step-8", "step-16"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "LATEST").symlink_to("step-16")
+    several = "start a new run with the policy.pt that several processes write at the end of the run, and at each"
+    assert advice().startswith(several) and "keep_policies=true" in advice()
+    with pytest.raises(UserError, match=f"step-8: .* newest checkpoint, step-16; {several}"):
+        find_run_dir(tmp_path / "step-8")
+    (tmp_path / "step-16" / "policy.pt").touch()
+    assert advice() == f"start a new run with model.archive={tmp_path}/LATEST/policy.pt"
+
+
+@pytest.mark.parametrize("override", ["n_epochs=2", "n_examples=80", "n_examples=null"])
+def test_a_schedule_that_knows_the_runs_length_refuses_a_longer_one(override):
+    stored = {"n_epochs": 1, "n_examples": 40, "local_run_dir": "RUN"}
+    key, _, value = override.partition("=")
+    with pytest.raises(UserError) as error:
+        override_run_config(OmegaConf.create(stored | {"scheduler": "cosine"}), [override], list(stored))
+    assert str(error.value) == (
+        f"{key}={value}: scheduler=cosine lowers the learning rate over the run's {key}={stored[key]},"
+        " so a longer run is another one; start it anew"
+    )
+    for scheduler in ({"scheduler": "constant"}, {}):  # runs of earlier versions have no scheduler
+        config = OmegaConf.create(stored | scheduler)
+        assert override_run_config(config, [override], list(stored)).keys() == {key}
+    cosine = OmegaConf.create(stored | {"scheduler": "cosine"})
+    assert override_run_config(cosine, [f"{key}={stored[key]}"], list(stored)) == {}

@@ -1,0 +1,293 @@
+"""Answers to settings that do not exist: right for what other trainers have, never absurd, never about missing keys."""
+
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from dpo.settings.aliases import ALIASES, BATCH_SIZE, TABLE
+from dpo.settings.config_files import read_config_files
+from dpo.settings.suggestions import find_wrong_words, suggest, suggest_option
+
+CONFIG = Path(__file__).resolve().parents[3] / "config"
+FILES = read_config_files(CONFIG)
+KNOWN, OPTIONS = FILES.keys(), FILES.options()
+NO_IDEA = "`python train.py --help` lists all of them"
+
+
+def answer(key: str, value: str | None = None) -> str:
+    """Return what is suggested for a key, without the words that every answer begins with."""
+    line = suggest(key, value, KNOWN)
+    assert "\n" not in line and line.startswith(f"{key}: ")
+    return line.removeprefix(f"{key}: there is no such setting; ").removeprefix(f"{key}: is a group of settings; ")
+
+
+# The table
+
+
+@pytest.mark.parametrize(
+    "value", [None, "true", "false", "none", "8", "0.1", "adamw_torch", "bf16", "ipo", "wandb", "cdpo"]
+)
+def test_answers_name_only_settings_and_choices_that_exist(value):
+    for alias in ALIASES:
+        text = answer(alias, value)
+        settings = re.findall(r"(?<![\w.])([a-z][\w.]*)=([\w.]+)?", text)
+        for key, choice in settings:
+            assert key in KNOWN or key in OPTIONS, f"{alias}: {text}"
+            assert key not in OPTIONS or choice in OPTIONS[key], f"{alias}: {text}"
+        names = text.replace(value or "None", "").replace("/", " ")
+        for word in re.findall(r"[a-z]+(?:_[a-z]+)+(?:\.\w+)?|\w+\.\w+_\w+", names):
+            is_key = word in KNOWN or any(key.endswith(f".{word}") for key in KNOWN)
+            assert is_key or word in ("from_pretrained", "shared_prefix"), f"{alias}: {text}"
+
+
+def test_no_alias_is_a_setting_and_each_stands_in_the_table_once():
+    names = [name for names, _ in TABLE for name in names.split()]
+    assert len(names) == len(set(names)) == len(ALIASES) > 200
+    assert not set(names) & set(KNOWN)
+
+
+@pytest.mark.parametrize("loss", OPTIONS["loss"])
+def test_every_loss_answers_the_loss_type_of_its_name(loss):
+    assert answer("loss_type", loss) == f"use loss={loss}"
+
+
+def test_the_batch_size_of_the_examples_is_the_default():
+    assert OmegaConf.load(CONFIG / "config.yaml").batch_size == BATCH_SIZE
+
+
+@pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("learning_rate", "1e-5", "use lr=1e-5"),
+        ("LearningRate", "1e-5", "use lr=1e-5"),
+        ("learning-rate", None, "use lr"),
+        ("training.learning_rate", "1e-5", "use lr=1e-5"),
+        ("per_device_train_batch_size", "8", "use batch_size=8, the examples of a whole update: "),
+        ("gradient_accumulation", "2", "use gradient_accumulation_steps=2, "),
+        ("num_train_epochs", "3", "use n_epochs=3"),
+        ("epochs", "3", "use n_epochs=3"),
+        (
+            "max_steps",
+            "1000",
+            "use n_examples, which counts training examples: 1000 steps at batch_size=4 are n_examples=4000",
+        ),
+        (
+            "eval_steps",
+            "500",
+            "use eval_every, which counts training examples: 500 steps at batch_size=4 are eval_every=2000",
+        ),
+        (
+            "save_steps",
+            "0.1",
+            "use save_every, which counts training examples: 500 steps at batch_size=4 are save_every=2000",
+        ),
+        (
+            "max_steps",
+            "-1",
+            "use n_examples, which counts training examples: 500 steps at batch_size=4 are n_examples=2000",
+        ),
+        ("output_dir", "out", "use local_run_dir=out, "),
+        ("run_name", "x", "use exp_name=x"),
+        ("use_peft", "true", "use lora=default"),
+        ("finetuning_type", "lora", "use lora=default"),
+        ("adapter", "qlora", "use lora=default lora.quantize=nf4"),
+        ("model.lora_rank", "8", "use lora.r=8, with lora=default"),
+        ("lora_target", "all", "use lora.targets=auto"),
+        ("lora.rank", "8", "use lora.r=8, with lora=default"),
+        ("lora.any_thing", "8", "`python train.py --help lora` lists all of them"),
+        ("load_in_4bit", "true", "use lora=default lora.quantize=nf4, which needs bitsandbytes"),
+        ("deepspeed", "zero3.json", "use trainer=FSDPTrainer, which shards the model over all GPUs"),
+        ("n_gpus", "8", "use n_processes=8, with trainer=FSDPTrainer"),
+        ("bf16", "true", "use precision=bfloat16"),
+        ("bf16", "False", "use precision=float32"),
+        ("fp16", "true", "float16 needs loss scaling, "),
+        ("report_to", "none", "use wandb.enabled=false"),
+        ("report_to", "[wandb]", "use wandb.enabled=true"),
+        ("report_to", "tensorboard", "use trackers=[tensorboard]"),
+        ("report_to", "mlflow", "use trackers, a list of wandb, tensorboard, trackio; "),
+        ("wandb", "false", "use wandb.enabled=false"),
+        ("wandb", None, "use wandb.enabled=true or wandb.enabled=false"),
+        ("model_name_or_path", "org/name", "use model.name_or_path=org/name"),
+        ("beta", "0.2", "use loss.beta=0.2"),
+        ("loss_type", "sigmoid", "use loss=dpo"),
+        ("loss_type", "[ipo]", "use loss=ipo"),
+        ("loss_type", "bco_pair", "use loss=bco"),
+        ("loss_type", "aot", "use loss, the name of a file in config/loss/"),
+        ("lr_scheduler_type", "cosine", "use scheduler=cosine"),
+        ("lr_scheduler_type", "polynomial", "use scheduler: constant, linear, cosine or wsd"),
+        ("momentum", "0.9", "use optimizer_args={momentum: 0.9}"),
+        ("rpo_alpha", "1.0", "use loss.nll_weight=1.0"),
+        ("use_weighting", "true", "use loss.token_weights=wpo"),
+        ("optim", "adamw_bnb_8bit", "use optimizer=AdamW8bit"),
+        ("dataset", "[hh,shp]", "use datasets=[hh,shp], "),
+        ("dataset.split", "train", "use datasets, "),
+        ("optim", "adamw_torch", "use optimizer=AdamW"),
+        ("random_seed", "1", "use seed=1"),
+        ("max_seq_length", "1024", "use max_length=1024, "),
+        ("gradient_checkpointing", "true", "use activation_checkpointing=true"),
+        ("save_total_limit", "2", "use keep_checkpoints=2"),
+        ("learning_rat", "1e-5", "use lr=1e-5"),
+    ],
+)
+def test_words_of_other_trainers_are_answered_with_ours(key, value, expected):
+    assert answer(key, value).startswith(expected)
+
+
+# Nearest keys
+
+
+@pytest.mark.parametrize(
+    "key, meant",
+    [
+        ("bacth_size", "batch_size"),
+        ("batchsize", "batch_size"),
+        ("BatchSize", "batch_size"),
+        ("size_batch", "batch_size"),
+        ("max_lenght", "max_length"),
+        ("wamup_steps", "warmup_steps"),
+        ("optimiser", "optimizer"),
+        ("eval_evry", "eval_every"),
+        ("n_example", "n_examples"),
+        ("modle", "model"),
+        ("losss", "loss"),
+        ("lrr", "lr"),
+        ("llr", "lr"),
+        ("sseed", "seed"),
+        ("n_epoch", "n_epochs"),
+        ("lr.x", "lr"),
+        ("optimizer.lr", "lr"),
+        ("average_log_prob", "loss.average_log_prob"),
+        ("loss.bta", "loss.beta"),
+        ("wandb.enable", "wandb.enabled"),
+        ("archive", "model.archive"),
+    ],
+)
+def test_a_typing_error_is_answered_with_the_nearest_key(key, meant):
+    assert answer(key, "1") == f"did you mean {meant}?"
+
+
+UNRELATED = """
+    apple river stone cloud window garden mirror bridge candle forest rocket pencil bottle ladder hammer jacket kitten
+    lemon magnet napkin orange parrot quartz ribbon saddle tunnel umbrella violin walnut yellow zebra anchor basket
+    camera dragon engine feather guitar helmet island jungle kettle lantern mountain needle ocean pepper queen rabbit
+    silver ticket uncle valley winter yogurt airport balance cabinet diamond eagle falcon giraffe harbor beetle jewel
+    kingdom letter market number office planet question reason school theory under voice weather year zone action
+    animal answer arrow autumn beach bird blood board body book bottom box boy brain branch bread brother building
+    butter cake call car castle cat chair child church circle city clock coat coffee color corner country cousin cow
+    crown culture cup dance daughter day deal death desk dinner doctor dog door dream dress earth east economy edge
+    egg evening eye face family farm father feeling field finger fire fish flower food foot friend fruit game girl
+    glass gold government grass ground group hair hand head health heart hill history home horse hospital hotel hour
+    house idea iron kitchen king knife lady lake land law leaf leg lesson life light line lion lip love machine man
+    map meat metal milk mind minute money month moon morning mother mouth movie music name need feed speech spend
+    lorry later device_driver deeper seen slot boss less lose last slope layer louder drain rain price vice advice bug
+    lrx lxr trr band handle compute complete pile simple tempo epic table cable deed seat beam lossless modal medal
+"""
+
+
+def test_no_absurd_guess_is_made():
+    words = UNRELATED.split()
+    assert len(set(words)) > 200
+    assert {word: answer(word, "1") for word in words if answer(word, "1") != NO_IDEA} == {}
+
+
+@pytest.mark.parametrize("key", ["model.foo", "loss.foo", "wandb.foo"])
+def test_an_unknown_key_of_a_group_leads_to_the_help_on_it(key):
+    assert answer(key, "1") == f"`python train.py --help {key.partition('.')[0]}` lists all of them"
+
+
+def test_a_key_that_the_chosen_loss_lacks_is_reported_as_such():
+    assert suggest("loss.label_smoothing", "0.1", KNOWN) == "loss.label_smoothing: the chosen loss has no such setting"
+
+
+def test_a_group_of_settings_is_no_setting_itself():
+    assert suggest("wandb", "false", KNOWN) == "wandb: is a group of settings; use wandb.enabled=false"
+    assert suggest("model", "x", KNOWN) == "model: is a group of settings; `python train.py --help model` lists them"
+
+
+# Files of a group
+
+
+@pytest.mark.parametrize(
+    "group, name, end",
+    [
+        ("loss", "dpoo", "; did you mean dpo?"),
+        ("loss", "sigmoid", "; use loss=dpo"),
+        ("loss", "cdpo", "; use loss=dpo loss.label_smoothing=0.1"),
+        ("loss", "zebra", " sppo"),
+        ("model", "gpt22", "; did you mean gpt2?"),
+        ("model", "pythia-28", "; did you mean pythia28?"),
+        ("model", "gpt7", "; use model.name_or_path=gpt7, a folder or a name on the hub"),
+        ("model", "HF/SmolLM2-135M", "; use model.name_or_path=HF/SmolLM2-135M, a folder or a name on the hub"),
+    ],
+)
+def test_a_file_that_a_group_lacks_is_answered_with_those_it_has(group, name, end):
+    line = suggest_option(group, name, OPTIONS[group])
+    assert line.startswith(f"{group}={name}: there is no such file in config/{group}/; choose one of ")
+    assert all(option in line for option in OPTIONS[group]) and line.endswith(end)
+
+
+# Whole command lines
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "loss=dpo model=gpt2 lr=1e-6 datasets=[hh,shp] loss.beta=0.1",
+        "loss=dpo +lr=1 ++seed=2 ~wandb.entity ~loss",
+        "-m loss=dpo,ipo model=gpt2,pythia28 loss.beta=0.1,0.2 seed=range(3)",
+        "loss=[dpo] model=${oc.env:MODEL} exp_name=a=b local_dirs.0=/data wandb={enabled:false}",
+        "hydra.run.dir=. hydra/launcher=basic hydra.verbose=true --cfg job",
+        "loss=dpo -c job --resolve --info all --multirun --package model --run --version --hydra-help",
+        "--config-name other learning_rate=1 nonsense",
+        "-cd folder learning_rate=1",
+        "-sc query=bash typo=1",
+        "--experimental-rerun job.pickle typo=1",
+        "loss=dpo model=gpt2 exp_name=",
+    ],
+)
+def test_what_hydra_takes_or_alone_can_judge_passes(command):
+    assert find_wrong_words(command.split(), KNOWN, OPTIONS) == []
+
+
+def test_every_wrong_word_is_reported_and_none_of_the_right_ones():
+    command = "loss=dpoo lr=1e-5 wandb=false +beta=0.1 typo=1 model=org/name seed=3 datasets.x=1"
+    lines = find_wrong_words(command.split(), KNOWN, OPTIONS)
+    assert [re.match(r"[\w.]+", line)[0] for line in lines] == ["loss", "wandb", "beta", "typo", "model", "datasets.x"]
+
+
+@pytest.mark.parametrize(
+    "command, line",
+    [
+        ("--lr=1e-5", "--lr=1e-5: settings are written without dashes, lr=1e-5"),
+        ("loss=dpo --lr 1e-5", "--lr: settings are written without dashes, lr=1e-5"),
+        ("--batch-size 8 loss=dpo", "--batch-size: settings are written without dashes, batch_size=8"),
+        ("--debug loss=dpo", "--debug: settings are written without dashes, debug=VALUE"),
+        ("--model gpt2", "--model: settings are written without dashes, model=gpt2"),
+        ("--epochs 3", "epochs: there is no such setting; use n_epochs=3; settings are written without dashes"),
+        (
+            "--num-epochs 3 loss=dpo",
+            "num_epochs: there is no such setting; use n_epochs=3; settings are written without",
+        ),
+        ("--beta=0.1", "beta: there is no such setting; use loss.beta=0.1; settings are written without dashes"),
+    ],
+)
+def test_a_setting_that_is_written_as_a_flag_is_answered_with_its_right_form(command, line):
+    (found,) = find_wrong_words(command.split(), KNOWN, OPTIONS)
+    assert found.startswith(line)
+
+
+@pytest.mark.parametrize(
+    "command, word", [("lr = 1e-5", "lr"), ("datasets=[hh, shp]", "shp]"), ("deepspeed", "deepspeed")]
+)
+def test_words_without_an_equals_sign_lead_to_one_line_about_the_form(command, word):
+    (found,) = find_wrong_words(command.split(), KNOWN, OPTIONS)
+    assert found.startswith(f"{word}: a setting is written KEY=VALUE without spaces; ")
+
+
+def test_what_a_terminal_would_obey_is_escaped():
+    evil = "\x1b[2J\nerror: forged"
+    for arguments in (["epochs=" + evil], ["typo" + evil], ["--lr=" + evil], ["--lr", evil]):
+        lines = find_wrong_words(arguments, KNOWN, OPTIONS)
+        assert len(lines) == 1 and lines[0].isprintable()
