@@ -95,8 +95,13 @@ def load_shards(tensors: dict[str, Tensor], folder: Path) -> None:
 
     RuntimeError if the folder lacks one of them or has it in another shape.
     """
+    reader = IndexReader(folder)
     try:
-        load(tensors, storage_reader=IndexReader(folder))
+        reader.read_metadata()  # torch 2.11 would not say why it cannot be read
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise RuntimeError(summarize_error(error)) from None
+    try:
+        load(tensors, storage_reader=reader)
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise RuntimeError(summarize_error(cause)) from None
