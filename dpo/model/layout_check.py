@@ -126,7 +126,7 @@ class LayoutCheck:
     def train_pass(self, dtype: torch.dtype) -> float:
         """Pass the short examples forward and backward, computed in dtype; return the difference from padded ones.
 
-        The gradient is that of the second parameter alone: it lies in the first layer or before it, so that the gradient
+        The gradient is that of the second parameter alone: it lies in the first layer or before it, so that it
         passes through the attention of all, and costs half of what that of the embeddings, the first, would. It is not
         kept, and in evaluation mode no random number is drawn.
         """
