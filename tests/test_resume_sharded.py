@@ -2,6 +2,7 @@
 
 import signal
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from ranks import command_lines, run_ranks, torchrun
 from safetensors.torch import load_file
 
 import dpo.runs.shards
+import trainers
 from build import build_trainer, load_inputs
 from dpo.distributed import watchdog
 from dpo.distributed.process_group import ProcessGroup
@@ -67,6 +69,37 @@ def same(folder: Path, other: Path) -> None:
     states = [torch.load(run / "LATEST" / "run.pt", weights_only=True)["state"] for run in (folder, other)]
     assert str([state["ranks"] for state in states][0]) == str(states[1]["ranks"])
     assert (folder / "LATEST" / "policy.pt").read_bytes() == (other / "LATEST" / "policy.pt").read_bytes()
+
+
+def change_layer(apply: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+    """Return a fault that passes what a layer computes through a function, in the policy alone."""
+
+    def fault() -> None:
+        train = trainers.BasicTrainer.train
+
+        def with_change(self: trainers.BasicTrainer) -> None:
+            layer = self.policy.model.transformer.h[0].mlp.c_fc
+            layer.register_forward_hook(lambda module, inputs, output: apply(output))
+            train(self)
+
+        trainers.BasicTrainer.train = with_change
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    "apply, line",
+    [
+        (torch.detach, "no gradient reaches 4 of 28 trained tensors, on which the log-probabilities depend"),
+        (lambda output: output * 1.01, "nats from its reference, although both have the same weights"),
+    ],
+    ids=["a cut graph", "another reference"],
+)
+def test_a_run_that_would_train_something_else_ends_before_its_first_update_on_all_ranks(apply, line, tmp_path):
+    folder, faults = tmp_path / "run", {rank: [change_layer(apply)] for rank in range(2)}
+    done = command_lines(folder, fresh(folder, *SHARDED, "do_first_eval=false"), 2, faults)
+    assert all(run.returncode for run in done) and line in done[0].stderr + done[1].stderr
+    assert not any("loss/train" in record for record in done[0].records())
 
 
 def test_only_the_main_rank_writes_and_the_end_can_be_opened_by_anyone(whole):
