@@ -594,7 +594,8 @@ def test_a_quantized_run_trains_every_adapter_also_where_bitsandbytes_would_pack
         lambda *_: gradients.update({n: p.grad for n, p in trainer.policy.named_parameters() if ".lora_B." in n})
     )
     trainer.train()
-    states = [m.weight.quant_state for m in trainer.policy.modules() if type(m).__name__ == "Linear4bit"]
+    layers = [m for name, m in trainer.policy.named_modules() if name.endswith("_proj.base_layer")]
+    states = [layer.weight.quant_state for layer in layers]
     assert len(states) == 2 * 7 and not any(getattr(state, "packing_format_for_cpu", False) for state in states)
     assert len(gradients) == 2 * 7 and all(gradient.any() for gradient in gradients.values())
 

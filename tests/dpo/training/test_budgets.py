@@ -138,7 +138,7 @@ def test_eager_attention_keeps_its_weights_for_whole_rows():
 
 def test_inspecting_on_a_gpu_estimates_from_the_config_alone(monkeypatch, capsys):
     settings, loss = validated(*TINY, "loss=dpo", "inspect=1", "max_tokens_per_pass=auto")
-    monkeypatch.setattr(build, "read_facts", lambda device: gpu(24))
+    monkeypatch.setattr(inspection, "read_facts", lambda device: gpu(24))
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("loads weights"))
     inspection.inspect_inputs(settings, loss, build.load_inputs(settings, loss))
     assert "max_tokens_per_pass=auto: passes of up to 32,768 tokens; by an estimate" in capsys.readouterr().out
