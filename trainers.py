@@ -101,7 +101,7 @@ class BasicTrainer:
         self.next_eval: float = 0 if settings.do_first_eval else settings.eval_every
         self.next_save = next_multiple(self.examples, settings.save_every)
         self.truncated: Counter[str] = Counter()
-        self.expects_zero_margin = False  # until the first update: policy and reference are the same function
+        self.compares_start = False  # whether policy and reference are compared before the first update
         self.gradients_checked = False  # by this process, also if it resumes a run
 
     @staticmethod
@@ -113,8 +113,7 @@ class BasicTrainer:
 
     def train(self) -> None:
         """Walk the batches that are left, evaluating and saving whenever due, then evaluate and save once more."""
-        has_exact_start = self.reference is not None and self.reference.starts_exact
-        self.expects_zero_margin = has_exact_start and not has_dropout(self.policy)
+        self.compares_start = not has_dropout(self.policy)
         bar = progress_bar("training", "update", len(self.train_batches), initial=self.updates)
         with bar, actionable_errors(NO_MEMORY), strict_autograd(), self.signals.deferred(), self.writer:
             for batch in self.clock.waiting("data", prefetch(self.train_batches)):
@@ -142,13 +141,13 @@ class BasicTrainer:
             for microbatch, scale, is_last in self.ranks.passes(self.packer, batch.examples, parts):
                 self.policy.set_requires_gradient_sync(is_last or self.settings.reduce_every_pass)
                 with self.packer.memory_hint(microbatch):
-                    losses = self.losses(microbatch, metrics if scale else BatchMetrics(), sums)
+                    losses = self.losses(microbatch, metrics if scale else None, sums)
                     (losses.sum() * scale / len(batch.examples)).backward()
-        if not self.gradients_checked:
-            self.gradients_checked = self.check_gradients(batch)
         with self.clock("forward_backward"):  # whose end the host waits for where it reads the norm
             grad_norm = self.clip_gradient()
             check_finite(metrics, grad_norm, self.updates + 1, self.run.path, self.ranks)
+            if not self.gradients_checked:
+                self.gradients_checked = self.check_gradients(batch)
         with self.clock("optimizer"):
             lr = float(self.scheduler.get_last_lr()[0])
             self.optimizer.step()
@@ -171,15 +170,16 @@ class BasicTrainer:
             **self.utilization(batch.examples, seconds),
         }
 
-    def losses(self, batch: PackedBatch, metrics: BatchMetrics, sums: Sums = NOTHING) -> torch.Tensor:
-        """Return the losses of a microbatch, (examples,), and add its metrics, one value per example."""
+    def losses(self, batch: PackedBatch, metrics: BatchMetrics | None, sums: Sums = NOTHING) -> torch.Tensor:
+        """Return the losses of a microbatch, (examples,), and add its metrics, one value per example, where asked."""
         with self.clock("reference"):
             reference_logps = None if self.reference is None else self.reference.logps(batch)
         policy_logps, context = response_logps(self.policy, batch), Context(batch.examples, sums, self.loss_state)
-        if self.expects_zero_margin and not self.updates and reference_logps is not None:
-            check_first_margin(policy_logps, reference_logps)
         losses, values = self.loss(policy_logps, reference_logps, context)
-        metrics.add(batch.examples, values | log_ratios(policy_logps, reference_logps) | lengths(batch))
+        if metrics is not None:
+            metrics.add(batch.examples, values | log_ratios(policy_logps, reference_logps) | lengths(batch))
+            if self.compares_start and not self.updates and self.reference is not None and reference_logps is not None:
+                check_first_margin(policy_logps, reference_logps, self.reference)
         return losses
 
     def check_gradients(self, batch: Batch) -> bool:
@@ -245,7 +245,7 @@ class BasicTrainer:
                 self.signals.check()
                 for microbatch, scale, _ in self.ranks.passes(self.packer, batch.examples):
                     with self.packer.memory_hint(microbatch):
-                        self.losses(microbatch, metrics if scale else BatchMetrics(), sums)
+                        self.losses(microbatch, metrics if scale else None, sums)
         metrics = metrics.gathered(self.ranks)
         means = metrics.means("eval")
         check_evaluation(means["loss/eval"], self.examples)

@@ -91,7 +91,7 @@ def change_layer(apply: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], 
     "apply, line",
     [
         (torch.detach, "no gradient reaches 4 of 28 trained tensors, on which the log-probabilities depend"),
-        (lambda output: output * 1.01, "nats from its reference, although both have the same weights"),
+        (lambda output: output * 1.01, "from its reference, although both have the same weights"),
     ],
     ids=["a cut graph", "another reference"],
 )

@@ -76,9 +76,7 @@ def additive_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(seen, 0.0, torch.finfo(torch.bfloat16).min).to(dtype)[None, None]
 
 
-FLEX_BLOCK = (
-    128  # tokens: rows are filled up to whole blocks of flex attention's mask, whose kernels then need no edges
-)
+FLEX_BLOCK = 128  # tokens: rows are filled to whole blocks of flex attention's mask, so that kernels need no edges
 
 
 def flex_inputs(inputs: dict[str, torch.Tensor], segments: torch.Tensor) -> dict[str, Any]:

@@ -233,6 +233,7 @@ def merge_adapter(model: PreTrainedModel, state: dict[str, Any], setting: str) -
     if not is_installed("peft"):
         raise UserError(f"{setting}: holds an adapter, which needs the library peft; pip install peft")
     check_base(state["base"], weights_checksum(model.state_dict()), setting)
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]  # by the model itself
     try:
         shape = AdapterShape(**state["adapter"])
         tuner = inject(model, {POLICY: shape.peft_config(model)})
@@ -241,3 +242,5 @@ def merge_adapter(model: PreTrainedModel, state: dict[str, Any], setting: str) -
     copy_weights(adapter_parameters(model, POLICY), state["weights"], setting)
     tuner.merge_and_unload()
     model.requires_grad_(True)
+    for parameter in frozen:
+        parameter.requires_grad_(False)

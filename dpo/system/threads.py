@@ -74,11 +74,11 @@ def fewer_threads(seconds: Mapping[int, Sequence[float]]) -> tuple[int, float] |
 
 def advice(n: int, best: int, ratio: float, arguments: str) -> str:
     """Return the line that advises `best` threads in place of n; arguments are those of train.py."""
-    variable, threads = variable_set() or VARIABLES[-1], "1 thread computes" if best == 1 else f"{best} threads compute"
+    variable, threads = variable_set() or VARIABLES[-1], "1 thread is" if best == 1 else f"{best} threads are"
     return (
-        f"Advice: {threads} {ratio:.1f} times as fast as the {n} of this run, as where other processes use the same "
-        f"cores. Stop it and go on with {variable}={best} {COMMAND} {arguments}, which may round numbers "
-        "differently. OMP_WAIT_POLICY=PASSIVE in its place does not, and is a little slower."
+        f"Advice: {threads} {ratio:.1f} times as fast as the {n} of this run; other processes seem to use the same "
+        f"cores. To switch, stop the run and start it again: {variable}={best} {COMMAND} {arguments} (numbers may "
+        "round differently). To keep the numbers, set OMP_WAIT_POLICY=PASSIVE instead, which is slightly slower."
     )
 
 

@@ -14,9 +14,9 @@ from dpo.distributed.sharding import reshard
 from dpo.model.logps import Logps, ResponseLogps
 from dpo.system.console import log_message
 from dpo.system.errors import UserError, summarize_error
+from dpo.training.references import OTHER_WAYS, Reference
 
 SHOWN = 5  # names in a message
-MITIGATION = "try another device, precision or layout, or another version of the model's libraries"
 
 
 def has_dropout(policy: nn.Module) -> bool:
@@ -24,13 +24,17 @@ def has_dropout(policy: nn.Module) -> bool:
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules())
 
 
-def check_first_margin(policy: Logps, reference: Logps) -> None:
-    """Raise UserError unless a policy that has made no update gives exactly the reference's log-probabilities."""
-    difference = (policy.sums.detach() - reference.sums).abs().max().item()
-    if difference > 0:  # NaN, from weights that are not finite, is reported by the check of the loss
+def check_first_margin(policy: Logps, logps: Logps, reference: Reference) -> None:
+    """Raise UserError unless a policy that has made no update gives the log-probabilities of its reference.
+
+    logps are the reference's of the same batch; its start_tolerance says how far they may be apart.
+    """
+    apart = (policy.sums.detach() - logps.sums).abs()
+    largest, per_token = apart.max().item(), (apart.sum() / policy.lengths.sum()).item()
+    if largest > 0 and per_token > reference.start_tolerance:  # NaN is reported by the check of the loss
         raise UserError(
-            f"the policy starts {difference:.2g} nats from its reference, although both have the same weights: this"
-            f" model computes something else as the reference than as the policy; {MITIGATION}"
+            f"the policy starts up to {largest:.2g} nats per response from its reference, although both have the same"
+            f" weights, so no update was made; {reference.mitigation}"
         )
 
 
@@ -62,11 +66,11 @@ def check_gradients(policy: ResponseLogps, compute_logps: Callable[[], Tensor], 
             raise UserError(
                 f"no gradient reaches {len(missing):,} of {len(trained):,} trained tensors, on which the"
                 f" log-probabilities depend, so no update was made: {names}; an operation of this model has no backward"
-                f" pass here: {MITIGATION}"
+                f" pass here: {OTHER_WAYS}"
             )
         log_message(
             f"Of {len(trained):,} trained tensors, {len(missing):,} have no gradient in the first update: its"
-            f" log-probabilities do not depend on {names}."
+            f" log-probabilities do not seem to depend on {names}."
         )
     return True
 
@@ -84,11 +88,12 @@ def change_logps(policy: ResponseLogps, parameters: Iterable[Parameter], compute
     was_training = policy.training
     policy.eval()
     before = compute_logps()
+    is_repeatable = torch.equal(before, compute_logps())  # else a change would show nothing
     reshard(policy)
     for weight in weights:
         generator = torch.Generator(weight.device).manual_seed(0)  # training's own generators stay as they are
         weight.add_(torch.randn(weight.shape, generator=generator, device=weight.device))
-    changed = not torch.equal(before, compute_logps())
+    changed = is_repeatable and not torch.equal(before, compute_logps())
     reshard(policy)
     for weight, value in zip(weights, values, strict=True):
         weight.copy_(value)
@@ -120,4 +125,4 @@ def strict_autograd() -> Iterator[None]:
             if "autograd kernel" not in str(warning):
                 raise
             name = summarize_error(warning).partition(": ")[0]
-            raise UserError(f"{name} has no backward pass here, so gradients would be lost; {MITIGATION}") from None
+            raise UserError(f"{name} has no backward pass here, so gradients would be lost; {OTHER_WAYS}") from None

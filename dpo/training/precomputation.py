@@ -20,7 +20,7 @@ from dpo.model.lora import reference_weights
 from dpo.model.packing import LAYOUTS, Packer
 from dpo.system.console import log_message, prefetch, progress
 from dpo.system.devices import autocast
-from dpo.training.references import CachedReference
+from dpo.training.references import ROUNDED, CachedReference
 
 CACHE_VERSION = 4  # part of a cache's key; raise it where the code computes other numbers or orders them anew
 WORTHWHILE = 0.8  # share of the pairs' tokens up to which merged examples are computed in their place
@@ -50,14 +50,14 @@ class Precomputation:
     def run(self, reference: CachedReference, own: Path | None, shared_dir: Path) -> None:
         """Fill the cache, from the run's own file or one in the shared folder where they fit, and write both."""
         merged_share = self.merged_share()
-        reference.starts_exact = merged_share > WORTHWHILE
         key = self.key(reference, merged_share <= WORTHWHILE)
         shared = shared_dir / f"{key}.pt"
         paths = [path for path in (own, shared) if path is not None]
         found = self.ranks.on_main(lambda: next((path for path in paths if reference.load(path, key)), None))
+        if found is not None or merged_share <= WORTHWHILE:  # computed elsewhere, or in other microbatches
+            reference.start_tolerance = ROUNDED
         if found is not None:
             log_message(f"Reference: log-probabilities taken from {found}")
-            reference.starts_exact = False  # another machine, or another number of threads, may have rounded them
         else:
             self.compute(reference, merged_share)
             self.ranks.on_main(lambda: reference.save(shared, key))

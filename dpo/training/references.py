@@ -22,14 +22,17 @@ from dpo.system.console import log_message
 from dpo.system.errors import RunError
 from dpo.system.files import atomic_write
 
+OTHER_WAYS = "try another device, precision or layout, or another version of the model's libraries"
+ROUNDED = 0.05  # nats per token: far more than rounding moves a response's mean, less than another model does
+
 
 class Reference(Protocol):
     """The frozen model that a policy is compared with, as a trainer sees it."""
 
     knows_any_response: bool = True  # whether `logps` takes responses beyond those of the data, such as samples
-    starts_exact: bool = (
-        True  # whether its log-probabilities are bit for bit those of the policy before the first update
-    )
+    # How far it may be from the policy before the first update, in nats per token on average; infinity: not compared.
+    start_tolerance: float = 0.0
+    mitigation: str = OTHER_WAYS  # where it is further away
 
     def logps(self, batch: PackedBatch) -> Logps:
         """Return the log-probabilities of the batch's responses."""
@@ -227,6 +230,7 @@ class CachedReference(Reference):
     """
 
     knows_any_response = False
+    mitigation = "set loss.precompute_reference=false"
 
     def __init__(
         self, examples: Iterable[TextExample], n_responses: int, samples: list[TokenizedExample] | None = None
@@ -234,6 +238,8 @@ class CachedReference(Reference):
         in_order = np.fromiter(map(digest_of, examples), dtype=np.uint64)
         self.order = hashlib.sha256(in_order.tobytes()).hexdigest()  # on which the composition of passes depends
         self.digests = np.unique(in_order)
+        if len(self.digests) < len(in_order):  # an example of both splits gets the numbers of one of its microbatches
+            self.start_tolerance = ROUNDED
         self.sums = torch.full((len(self.digests), n_responses), torch.nan)
         self.samples = samples
 

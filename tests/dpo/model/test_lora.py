@@ -207,7 +207,7 @@ def test_a_run_checks_its_first_margin(cached, make_trainer, monkeypatch):
         return adapter
 
     monkeypatch.setattr("build.add_adapter", add_moved)
-    with pytest.raises(UserError, match="the policy starts .* nats from its reference"):
+    with pytest.raises(UserError, match="the policy starts up to .* nats per response from its reference"):
         make_trainer("loss=dpo", *LORA, f"loss.precompute_reference={cached}", "debug=true")
 
 
@@ -622,6 +622,15 @@ def test_a_learning_rate_for_all_weights_gets_a_line_of_advice(make_trainer, cap
     for lr, advised in (("5e-7", True), ("5e-5", False)):
         make_trainer("loss=dpo", *LORA, f"lr={lr}")
         assert ("LoRA: lr=" in capsys.readouterr().out) == advised
+
+
+def test_what_a_model_freezes_itself_stays_frozen_when_an_adapter_is_merged():
+    """As the biases of some routers, which no gradient reaches."""
+    state = adapted("Llama")[1].state_dict()
+    model = tiny("Llama")
+    model.model.norm.weight.requires_grad_(False)
+    lora.merge_adapter(model, state, "model.archive=policy.pt")
+    assert [name for name, each in model.named_parameters() if not each.requires_grad] == ["model.norm.weight"]
 
 
 def test_an_adapter_has_the_same_matrices_for_the_same_seed():

@@ -9,9 +9,9 @@ from dpo.system.threads import ROUNDS, ThreadCheck, fewer_threads, halvings, set
 
 CPU = torch.device("cpu")
 ADVICE = (
-    "Advice: 1 thread computes 4.0 times as fast as the 2 of this run, as where other processes use the same cores. "
-    "Stop it and go on with OMP_NUM_THREADS=1 python train.py resume=RUN, which may round numbers differently. "
-    "OMP_WAIT_POLICY=PASSIVE in its place does not, and is a little slower.\n"
+    "Advice: 1 thread is 4.0 times as fast as the 2 of this run; other processes seem to use the same cores. To "
+    "switch, stop the run and start it again: OMP_NUM_THREADS=1 python train.py resume=RUN (numbers may "
+    "round differently). To keep the numbers, set OMP_WAIT_POLICY=PASSIVE instead, which is slightly slower.\n"
 )
 
 
@@ -91,8 +91,8 @@ def test_the_advice_names_the_variable_that_torch_reads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     monkeypatch.setenv("MKL_NUM_THREADS", "8")
     text = threads.advice(8, 4, 2.0, "...")
-    assert text.startswith("Advice: 4 threads compute 2.0 times as fast as the 8 of this run")
-    assert " MKL_NUM_THREADS=4 python train.py ..., " in text
+    assert text.startswith("Advice: 4 threads are 2.0 times as fast as the 8 of this run")
+    assert " MKL_NUM_THREADS=4 python train.py ... (" in text
 
 
 @pytest.mark.parametrize(

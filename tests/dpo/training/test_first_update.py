@@ -1,17 +1,20 @@
 """What the first update checks: the first margin, and that a gradient reaches every trained parameter."""
 
+import shutil
 import warnings
 
 import pytest
 import torch
+from faults import few_rows
 from torch import nn
 
 from dpo.distributed.ranks import Ranks
-from dpo.system.errors import UserError
+from dpo.reporting.metrics import BatchMetrics
+from dpo.system.errors import RunError, UserError
 from dpo.training.first_update import check_gradients, strict_autograd
 
 ONE_UPDATE = ("loss=dpo", "n_examples=8", "n_eval_examples=8", "eval_batch_size=8", "debug=true")
-APART = "the policy starts .* nats from its reference"
+APART = "the policy starts up to .* nats per response from its reference"
 
 
 # The first margin
@@ -69,9 +72,35 @@ def test_a_reference_that_rounds_or_draws_otherwise_is_no_error(overrides, make_
 
 def test_a_cache_that_an_earlier_run_has_written_may_be_rounded_otherwise(make_trainer):
     """As by another number of threads."""
-    first = make_trainer(*ONE_UPDATE, "loss.precompute_reference=true")
-    second = make_trainer(*ONE_UPDATE, "loss.precompute_reference=true")
-    assert first.reference.starts_exact and not second.reference.starts_exact
+    make_trainer(*ONE_UPDATE, "loss.precompute_reference=true")
+    second, third = (make_trainer(*ONE_UPDATE, "loss.precompute_reference=true") for _ in range(2))
+    second.reference.sums += 1e-3
+    second.train()
+    third.reference.sums += 20.0  # of about 50 tokens a response
+    with pytest.raises(UserError, match=f"{APART}.*; set loss.precompute_reference=false"):
+        third.train()
+
+
+def test_a_cache_of_examples_that_both_splits_have_may_be_rounded_otherwise(make_trainer, tmp_path):
+    """Each has the numbers of its microbatch in the evaluation, which is not that of training."""
+    few_rows(tmp_path / "data", 16, 4)
+    shutil.copy(tmp_path / "data" / "train.jsonl", tmp_path / "data" / "test.jsonl")
+    settings = (f"datasets=['{tmp_path / 'data'}']", "loss.precompute_reference=true", "do_first_eval=false")
+    trainer = make_trainer(*ONE_UPDATE, *settings)
+    trainer.reference.sums += 1e-3
+    trainer.train()
+    assert trainer.updates == 1
+
+
+def test_a_microbatch_that_is_computed_to_keep_up_with_another_rank_is_not_compared(make_trainer):
+    """It holds an example alone, which a cache has with the rounding of its neighbours."""
+    trainer = make_trainer(*ONE_UPDATE, "loss.precompute_reference=true")
+    trainer.compares_start = True
+    move_cache(trainer)
+    microbatch = next(trainer.packer(next(iter(trainer.train_batches)).examples))
+    trainer.losses(microbatch, None)
+    with pytest.raises(UserError, match=APART):
+        trainer.losses(microbatch, BatchMetrics())
 
 
 # Gradients
@@ -150,6 +179,21 @@ def test_a_gradient_on_any_rank_counts_and_a_change_on_any_rank_does():
         model.cut.requires_grad_(False)
         with pytest.raises(UserError, match="no gradient reaches 1 of 3"):
             check_gradients(model, model, Sees())
+
+
+def test_numbers_that_differ_from_pass_to_pass_show_nothing():
+    """As of a kernel that sums in no certain order."""
+    model = backward(Model())
+    model.forward = lambda: torch.rand(2)
+    assert check(model)
+
+
+def test_weights_that_are_not_finite_are_reported_as_such(make_trainer):
+    trainer = make_trainer(*ONE_UPDATE)
+    layer = trainer.policy.model.transformer.h[1].mlp.c_fc
+    layer.register_forward_hook(lambda module, inputs, output: output.detach() * torch.nan)
+    with pytest.raises(RunError, match="is not finite|a loss of nan"):
+        trainer.train()
 
 
 def test_a_run_of_a_model_that_cuts_its_graph_ends_before_the_first_update(make_trainer):
