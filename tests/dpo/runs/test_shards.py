@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from dpo.distributed.ranks import ALONE
+from dpo.runs import shards
 from dpo.runs.shards import INDEX, IndexReader, IndexUnpickler, load_shards, save_shards
 
 
@@ -59,6 +61,19 @@ def test_an_index_that_names_anything_else_is_refused(content, folder):
     with pytest.raises(pickle.UnpicklingError, match="does not belong in an index"):
         IndexReader(folder).read_metadata()
     with pytest.raises(RuntimeError, match="does not belong in an index"):
+        load_shards({"a": torch.zeros(2, 3)}, folder)
+
+
+@pytest.mark.parametrize(
+    "damage, reason", [(b"", "Ran out of input"), (b"cos\nmkdir\n.", "does not belong in an index")]
+)
+def test_why_an_index_cannot_be_read_is_said_also_where_torch_drops_the_reason(damage, reason, folder, monkeypatch):
+    def as_in_torch_2_11(tensors, storage_reader):
+        raise CheckpointException("load failed", {0: (AssertionError("metadata is None"), None)})
+
+    monkeypatch.setattr(shards, "load", as_in_torch_2_11)
+    (folder / INDEX).write_bytes(damage)
+    with pytest.raises(RuntimeError, match=reason):
         load_shards({"a": torch.zeros(2, 3)}, folder)
 
 
