@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 CODE = [*ROOT.glob("*.py"), *ROOT.glob("dpo/**/*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py")]
 TESTS = [*ROOT.glob("tests/**/*.py")]
@@ -77,6 +79,17 @@ def test_constraints_pin_one_version_in_the_range_of_each_requirement(file):
         if name != "torch":  # pinned by its requirement; its build differs from machine to machine
             (pin,) = pinned[name].specifier
             assert requirement.specifier.contains(pin.version), name
+
+
+def test_the_lowest_and_the_pinned_version_of_torch_are_among_those_that_were_tested():
+    tested = re.findall(r"^\| (\d+\.\d+\.\d+) \|", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    lowest, highest = (
+        ".".join(version.split(".")[:2]) for version in (min(tested, key=Version), max(tested, key=Version))
+    )
+    declared = by_name(project()["dependencies"])["torch"]
+    assert [clause.version for clause in declared.specifier if clause.operator == ">="] == [lowest]
+    assert {clause.version for clause in read_requirements("requirements.txt")["torch"].specifier} <= set(tested)
+    assert f"torch {lowest} to {highest};" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def extras() -> dict[str, Requirement]:
