@@ -25,6 +25,8 @@ for name in [name for name in os.environ if name.startswith(FOREIGN)]:
 os.environ["OMP_NUM_THREADS"] = "1"  # of other processes; of this one, see below
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")  # of this process alone
+# What Inductor compiled for other instructions (ATEN_CPU_CAPABILITY) is not a key of its cache, and gives NaN.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="inductor-")
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in this process: each other one would import torch
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would not survive the forks of faults.py
 if "PYTEST_XDIST_WORKER" not in os.environ:  # whose home is that of the process that started it
@@ -107,6 +109,7 @@ def pytest_configure(config):
 
 def pytest_sessionfinish():
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"])
+    shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["HOME"])
 
