@@ -51,14 +51,14 @@ def check_gradients(policy: ResponseLogps, compute_logps: Callable[[], Tensor], 
     Raises UserError that names parameters that change the log-probabilities and have no gradient.
     """
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-    with_gradient = {name for name, parameter in trained.items() if has_gradient(parameter)}
-    with_gradient = set().union(*ranks.gather(with_gradient))
-    if not with_gradient and any(parameter.grad is not None for parameter in trained.values()):
+    with_gradient = set().union(*ranks.gather({name for name, each in trained.items() if has_gradient(each)}))
+    absent = set().union(*ranks.gather({name for name, each in trained.items() if each.grad is None}))
+    if not with_gradient and len(absent) < len(trained):
         return False
     missing = {
         name: parameter
         for name, parameter in trained.items()
-        if name not in with_gradient and (parameter.grad is None or ".lora_B." in name)
+        if name not in with_gradient and (name in absent or ".lora_B." in name)
     }
     if missing:
         names = shorten(missing)
