@@ -367,7 +367,7 @@ def test_ktos_divergence_comes_from_all_mismatched_pairs_of_the_batch(name, make
     sums = trainer.loss.batch_sums(iter(examples), trainer.sums_of_logps)
     n_responses = sum(len(example.responses) for example in examples)
     assert n_responses == len(examples) * (2 if name == "kto" else 1)
-    assert sums["responses"] == n_responses and sums["log_ratios"] == pytest.approx(expected, rel=1e-5)
+    assert sums["responses"] == n_responses and sums["log_ratios"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_an_update_on_rows_with_a_label_is_that_of_its_equation(make_trainer, tmp_path):
