@@ -8,22 +8,23 @@ import hashlib
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from omegaconf import OmegaConf
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dpo.data.batches import BatchIterator, data_problems, schedule_notes
 from dpo.data.chat import Rendering
 from dpo.data.examples import Tokenization, bos_note
 from dpo.data.row_index import joined, score_problems, scores_of
 from dpo.data.sources import is_hub_name
+from dpo.distributed.process_group import check_same, synchronize
 from dpo.distributed.ranks import Ranks
 from dpo.distributed.sharding import reshard, without_weights
+from dpo.distributed.splitting import BatchSplitter
 from dpo.distributed.tensor_parallel import plan_problems
 from dpo.model.archives import weights_checksum
 from dpo.model.attention import use_attention
@@ -41,10 +42,10 @@ from dpo.model.loading import (
 from dpo.model.logps import ResponseLogps, response_logps
 from dpo.model.packing import Packer
 from dpo.model.sampling import Sampler, add_stops, distinct_prompts
-from dpo.reporting.metrics import make_logger
+from dpo.reporting.metrics import MetricLogger, make_logger
 from dpo.reporting.trackers import TensorBoardTracker, Tracker, Trackers, TrackioTracker, WandbTracker
 from dpo.runs.run_dir import RunDir
-from dpo.runs.weights import AdapterWeights, AllWeights, add_adapter
+from dpo.runs.weights import add_adapter
 from dpo.settings.schema import Settings
 from dpo.system.console import log_message
 from dpo.system.devices import autocast, compute_dtype, float32_products, limit_onednn_cache, pick_device, read_facts
@@ -65,22 +66,10 @@ from dpo.training.references import (
     SyncedReference,
 )
 from preference_datasets import DATASETS, load_data
-from trainers import TRAINERS, BasicTrainer
+from trainers import TRAINERS, BasicTrainer, Inputs, Models
 from utils import local_dir
 
 LOADING = "before the first pass; a smaller model needs less"
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a run is checked against before any weights load."""
-
-    device: torch.device
-    model_config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    train_batches: BatchIterator
-    eval_batches: BatchIterator
-    stops: list[int]  # ids that end a turn in the conversations of the data, if there are any
 
 
 def load_inputs(settings: Settings, loss: Loss) -> Inputs:
@@ -116,185 +105,213 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     return Inputs(device, model_config, tokenizer, train_batches, eval_batches, stops)
 
 
-@dataclass(frozen=True)
-class Models:
-    """The policy, its adapter if that alone is trained, the second model if the reference is one; how all compute."""
-
-    policy: ResponseLogps
-    adapter: AdapterWeights | None
-    reference: ResponseLogps | None
-    packer: Packer
-    dtype: torch.dtype
-
-    def without_weights(self) -> "Models":
-        """Return the policy and its adapter without their weights."""
-        policy = without_weights(self.policy)
-        return replace(self, policy=policy, adapter=self.adapter and replace(self.adapter, model=policy.model))
-
-
-def load_models(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir) -> Models:
-    """Load the policy, of several ranks on the main one alone, copy the reference, and seed all generators."""
-    limit_onednn_cache()
-    dtype = compute_dtype(settings.compute_precision, getattr(torch, settings.model.policy_dtype), inputs.device)
-    if dtype == torch.float32:
-        torch.set_float32_matmul_precision(float32_products(read_facts(inputs.device)))
-    load = partial(load_policy_module, settings, loss, inputs, run, dtype)
-    models = run.ranks.from_main(load, Models.without_weights)
-    use_attention(models.policy.model, models.policy.model.config._attn_implementation)  # which each process registers
-    if has_second_model(settings, loss):
-        reference = copy_reference(models.policy, settings.model.reference_dtype, run.ranks.copy)
-        models = replace(models, reference=reference)
-    models.policy.with_collisions = loss.needs_collisions
-    for module in (models.policy, models.reference):
-        if module is not None and settings.compile:
-            compile_layers(module.model)
-    random.seed(settings.seed)
-    np.random.seed(settings.seed)
-    torch.manual_seed(settings.seed + run.ranks.data_rank)  # ranks with other examples have other dropout
-    return models
-
-
-def load_policy_module(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir, dtype: torch.dtype) -> Models:
-    """Load the policy to a device, and its adapter, and choose the layout by a check on a few examples."""
-    device, policy_dtype = inputs.device, settings.model.policy_dtype
-    known = None if run.checkpoint is None else recorded_layout(run.checkpoint.states, device)
-    # A model that is shared out is whole on one device only for the check of the layout, if there is one.
-    stays = run.ranks.world_size > 1 and (known is not None or settings.layout == "padded")
-    place = torch.device("cpu") if stays else device
-    log_message(f"Device: {device}. Computing in {dtype}, parameters and optimizer in {policy_dtype}.")
-    policy = load_policy(settings, inputs.model_config, place)
-    adapter = None if settings.lora is None else add_adapter(policy, settings)
-    # A cached reference meets the policy in other passes from the second epoch on, where bfloat16 logits would differ.
-    float32_head = loss.needs_reference and loss.cached_reference and dtype != torch.float32
-    module = ResponseLogps.wrap(policy, float32_head)
-    examples = next(iter(inputs.eval_batches.from_start())).examples
-    choice = choose_layout(module, [module], examples, settings.layout, settings.max_length, dtype, known)
-    set_quantized_dtype(policy, dtype)
-    n_shards = 1 if settings.ddp else run.ranks.world_size // settings.replicate
-    estimate = partial(pass_memory, module, settings, loss, dtype, choice, n_shards)
-    packer = Packer(choice.layout, tokens_per_pass(settings.max_tokens_per_pass, read_facts(device), estimate), device)
-    return Models(module, adapter, None, packer, dtype)
-
-
 def build_trainer(
     settings: Settings, loss: Loss, inputs: Inputs, run: RunDir, signals: Signals | None = None
 ) -> BasicTrainer:
-    """Load the models and build the trainer, which stands where the run directory's checkpoint left it, if any."""
-    signals = run.ranks.agree(signals or Signals())
-    set_threads(inputs.device, run.checkpoint and run.checkpoint.states)
+    """Build the trainer, which stands where the run directory's checkpoint left it, if there is one."""
+    trainer_class = TRAINERS[settings.trainer]
+    signals = synchronize(signals or Signals(), run.ranks)
+    set_threads(inputs.device, run.recorded_environment())
     with actionable_errors(LOADING):
         models = load_models(settings, loss, inputs, run)
-    if inputs.stops:
-        add_stops(models.policy.model.generation_config, inputs.stops)
-    note = partial(bfloat16_note, models.policy.trained_parameters(), settings.lr, settings.optimizer)
-    if text := run.ranks.on_main(note):
-        log_message(text)
-    found = identity(loss, inputs, models, run.ranks)
-    run.ranks.check_same(lambda: found)
-    batches = {"the training data": inputs.train_batches, "the evaluation data": inputs.eval_batches}
-    run.identify(found, {name: partial(own.fingerprint, by_text=True) for name, own in batches.items()})
-    if settings.max_tokens_per_pass == "fit":
-        models = replace(
-            models, packer=fit_budget(settings, models.policy, models.packer, inputs.train_batches, models.dtype)
-        )
-    if settings.max_tokens_per_pass == "fit" or read_facts(inputs.device).kind == "cuda":
-        run.config.max_tokens_per_pass = models.packer.max_tokens  # with which the run is resumed
+        if has_second_model(settings, loss):
+            models.second = copy_reference(models.policy, settings.model.reference_dtype, trainer_class.copy)
+    if settings.compile:
+        compile_models(models)
+    seed_generators(settings.seed, run.ranks)
+    log_bfloat16(settings, models, run.ranks)
+    check_fingerprints(loss, inputs, models, run)
+    set_token_budget(settings, inputs, models, run)
     run.create()
-    prepare = partial(TRAINERS[settings.trainer].prepare, settings=settings, ranks=run.ranks, dtype=models.dtype)
-    models = replace(models, policy=prepare(models.policy))
-    interval = settings.minimum_log_interval_secs
-    logger = make_logger(run.path, run.ranks, lambda: make_tracker(settings, run), interval)
-    run.open_files.callback(logger.close)
-    sampler = Sampler.of(settings, inputs.tokenizer, inputs.device, models.dtype)
-    sampler = replace(sampler, before_batch=signals.check, stops=inputs.stops)
-    reference = make_reference(settings, loss, inputs, models, sampler, run)
-    if reference is not None:
-        reference.start_tolerance = max(reference.start_tolerance, start_tolerance(settings))
+
+    prepare = partial(trainer_class.prepare, settings=settings, ranks=run.ranks, dtype=models.dtype)
+    models.policy = prepare(models.policy)
+    models.sampler = make_sampler(settings, inputs, models, signals)
+    logger = open_logger(settings, run)
+    models.reference = make_reference(settings, loss, inputs, models, run)
     reshard(models.policy)  # the optimizer is made of sharded parameters
-    if isinstance(reference, ModelReference):
-        reference.module = prepare(reference.module)
-        run.ranks.fill(reference.module, models.policy)
+    if models.second is not None:
+        prepare(models.second)
+        trainer_class.copy_weights(models.policy, models.second)
     if settings.activation_checkpointing:
         recompute_activations(models.policy.model)
-    trainer = TRAINERS[settings.trainer](
-        models.policy,
-        loss,
-        reference,
-        settings,
-        weights=models.adapter or AllWeights(models.policy.model),
-        train_batches=inputs.train_batches,
-        eval_batches=inputs.eval_batches,
-        packer=models.packer,
-        sampler=sampler,
-        dtype=models.dtype,
-        run=run,
-        logger=logger,
-        signals=signals,
-        ranks=run.ranks,
-    )
+    trainer = trainer_class(settings, loss, inputs, models, run, logger, signals)
     resume_trainer(trainer, run)
     return trainer
 
 
-def identity(loss: Loss, inputs: Inputs, models: Models, ranks: Ranks) -> dict[str, str]:
-    """Return fingerprints of what a resumed run must find again, besides the settings."""
-    found = {"the training data": inputs.train_batches.fingerprint()}
-    found["the evaluation data"] = inputs.eval_batches.fingerprint()
+# Loading: on the main rank alone, which sends the others a policy without weights
+
+
+def load_models(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir) -> Models:
+    """Load the policy and its adapter and choose the layout, of several ranks on the main one alone."""
+    limit_onednn_cache()
+    dtype = compute_dtype(settings.compute_precision, getattr(torch, settings.model.policy_dtype), inputs.device)
+    if dtype == torch.float32:
+        torch.set_float32_matmul_precision(float32_products(read_facts(inputs.device)))
+    load = partial(load_on_main, settings, loss, inputs, run, dtype)
+    models = run.ranks.broadcast_from_main(load, without_policy_weights)
+    use_attention(models.policy.model, models.policy.model.config._attn_implementation)  # which each process registers
+    models.policy.with_collisions = loss.needs_collisions
+    return models
+
+
+def load_on_main(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir, dtype: torch.dtype) -> Models:
+    """Load the policy to a device, and its adapter, and choose the layout by a check on a few examples."""
+    device, policy_dtype = inputs.device, settings.model.policy_dtype
+    known = recorded_layout(run.recorded_environment(), device)
+    # A model that is sharded is whole on one device only for the check of the layout, if there is one.
+    stays_on_host = run.ranks.world_size > 1 and (known is not None or settings.layout == "padded")
+    log_message(f"Device: {device}. Computing in {dtype}, parameters and optimizer in {policy_dtype}.")
+    model = load_policy(settings, inputs.model_config, torch.device("cpu") if stays_on_host else device)
+    adapter = None if settings.lora is None else add_adapter(model, settings)
+    # From the second epoch on, a cached reference meets the policy in other microbatches, where bfloat16 logits differ.
+    float32_head = loss.needs_reference and loss.cached_reference and dtype != torch.float32
+    policy = ResponseLogps.wrap(model, float32_head)
+    examples = next(iter(inputs.eval_batches.from_start())).examples
+    choice = choose_layout(policy, [policy], examples, settings.layout, settings.max_length, dtype, known)
+    set_quantized_dtype(model, dtype)
+    n_shards = 1 if settings.ddp else run.ranks.world_size // settings.replicate
+    estimate = partial(pass_memory, policy, settings, loss, dtype, choice, n_shards)
+    max_tokens = tokens_per_pass(settings.max_tokens_per_pass, read_facts(device), estimate)
+    return Models(policy, adapter, Packer(choice.layout, max_tokens, device), dtype)
+
+
+def without_policy_weights(models: Models) -> Models:
+    """Make what the main rank sends to the others."""
+    policy = without_weights(models.policy)
+    adapter = models.adapter and replace(models.adapter, model=policy.model)
+    return replace(models, policy=policy, adapter=adapter)
+
+
+def compile_models(models: Models) -> None:
+    """Compile the layers of the policy, and of the second model if the reference is one."""
+    compile_layers(models.policy.model)
+    if models.second is not None:
+        compile_layers(models.second.model)
+
+
+def seed_generators(seed: int, ranks: Ranks) -> None:
+    """Seed all random generators; ranks with other examples have other dropout."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed + ranks.data_rank)
+
+
+def log_bfloat16(settings: Settings, models: Models, ranks: Ranks) -> None:
+    """Say which updates bfloat16 parameters would lose to rounding, if any."""
+    note = partial(bfloat16_note, models.policy.trained_parameters(), settings.lr, settings.optimizer)
+    if text := ranks.run_on_main(note):
+        log_message(text)
+
+
+def check_fingerprints(loss: Loss, inputs: Inputs, models: Models, run: RunDir) -> None:
+    """Raise UserError unless all ranks, and a resumed run, have read the same data and weights."""
+    batches = {"the training data": inputs.train_batches, "the evaluation data": inputs.eval_batches}
+    fingerprints = {name: one.fingerprint() for name, one in batches.items()}
     if loss.needs_scores:
-        found["the scores"] = hashlib.sha256(repr(list(scores_of(inputs.train_batches.groups))).encode()).hexdigest()
+        scores = repr(list(scores_of(inputs.train_batches.groups)))
+        fingerprints["the scores"] = hashlib.sha256(scores.encode()).hexdigest()
     if models.adapter is not None:
-        found |= models.adapter.identity()
+        fingerprints |= models.adapter.fingerprints()
     elif loss.needs_reference:
-        checksum = ranks.on_main(lambda: weights_checksum(models.policy.model.state_dict()))
-        found["the reference's weights"] = checksum
-    return found
+        checksum = run.ranks.run_on_main(lambda: weights_checksum(models.policy.model.state_dict()))
+        fingerprints["the reference's weights"] = checksum
+    check_same(fingerprints, run.ranks)
+    run.check_fingerprints(
+        fingerprints, earlier={name: partial(one.fingerprint, by_text=True) for name, one in batches.items()}
+    )
 
 
-def make_reference(
-    settings: Settings, loss: Loss, inputs: Inputs, models: Models, sampler: Sampler, run: RunDir
-) -> Reference | None:
-    """Return the reference that the loss needs: the second model, or a cache that the policy fills now, or None."""
-    if models.reference is not None and settings.sync_reference:
-        return SyncedReference(models.reference, models.policy, sampler, settings.sync_reference, settings.sync_mix)
-    if models.reference is not None:
-        is_mixed = models.policy.model.dtype != models.dtype  # then training computes under autocast, else as it is
-        dtype = models.dtype if is_mixed else models.reference.model.dtype
-        return ModelReference(models.reference, dtype, sampler)
+def set_token_budget(settings: Settings, inputs: Inputs, models: Models, run: RunDir) -> None:
+    """Measure max_tokens_per_pass=fit, and record what fit and auto have found, with which the run is resumed."""
+    if settings.max_tokens_per_pass == "fit":
+        models.packer = fit_budget(settings, models.policy, models.packer, inputs.train_batches, models.dtype)
+    if settings.max_tokens_per_pass == "fit" or read_facts(inputs.device).kind == "cuda":
+        run.config.max_tokens_per_pass = models.packer.max_tokens
+
+
+# What stands around the policy: sampler, logger, reference
+
+
+def make_sampler(settings: Settings, inputs: Inputs, models: Models, signals: Signals) -> Sampler:
+    """Make the sampler, which also stops at the ends of turns of the data's conversations."""
+    if inputs.stops:
+        add_stops(models.policy.model.generation_config, inputs.stops)
+    sampler = Sampler.of(settings, inputs.tokenizer, inputs.device, models.dtype)
+    return replace(sampler, before_batch=signals.check, stops=inputs.stops)
+
+
+def open_logger(settings: Settings, run: RunDir) -> MetricLogger:
+    """Open the run's log files and start its trackers, which are closed with the run directory."""
+    logger = make_logger(run.path, run.ranks, lambda: make_tracker(settings, run), settings.minimum_log_interval_secs)
+    run.open_files.callback(logger.close)
+    return logger
+
+
+def make_reference(settings: Settings, loss: Loss, inputs: Inputs, models: Models, run: RunDir) -> Reference | None:
+    """Make the reference that the loss needs, if any, and say how far the policy may start from it."""
     if not loss.needs_reference:
         return None
-    train, test = inputs.train_batches, inputs.eval_batches
+    reference: Reference
+    if models.second is not None:
+        reference = second_model_reference(settings, models)
     if models.adapter is not None:
-        reference = AdapterReference(models.policy, models.adapter, sampler)
-        log_message(f"Reference: {models.adapter.describe_reference()}; no second model is loaded.")
-        shortest = min(next(iter(test.from_start())).examples, key=len)
-        with torch.no_grad(), autocast(models.policy.model.dtype, models.dtype, inputs.device):
-            models.policy.eval()
-            batch = next(models.packer([shortest]))
-            check_first_margin(response_logps(models.policy, batch), reference.logps(batch), reference)
-        if not loss.cached_reference:
-            return reference
+        reference = adapter_reference(inputs, models)
+    if loss.cached_reference:
+        reference = cached_reference(settings, loss, inputs, models, run)
+    reference.start_tolerance = max(reference.start_tolerance, start_tolerance(settings))
+    return reference
+
+
+def second_model_reference(settings: Settings, models: Models) -> ModelReference:
+    """Make the reference of a second model: a frozen one, or one that follows the policy."""
+    assert models.second is not None
+    if settings.sync_reference:
+        every, mix = settings.sync_reference, settings.sync_mix
+        return SyncedReference(models.second, models.policy, models.sampler, every, mix)
+    is_mixed = models.policy.model.dtype != models.dtype  # then training computes under autocast, else as it is
+    dtype = models.dtype if is_mixed else models.second.model.dtype
+    return ModelReference(models.second, dtype, models.sampler)
+
+
+def adapter_reference(inputs: Inputs, models: Models) -> AdapterReference:
+    """Make the reference of the policy without its adapter; UserError if the two differ on a short example."""
+    assert models.adapter is not None
+    reference = AdapterReference(models.policy, models.adapter, models.sampler)
+    log_message(f"Reference: {models.adapter.describe_reference()}; no second model is loaded.")
+    shortest = min(next(iter(inputs.eval_batches.from_start())).examples, key=len)
+    batch = next(models.packer([shortest]))
+    with torch.no_grad(), autocast(models.policy.model.dtype, models.dtype, inputs.device):
+        models.policy.eval()
+        check_first_margin(response_logps(models.policy, batch), reference.logps(batch), reference)
+    return reference
+
+
+def cached_reference(settings: Settings, loss: Loss, inputs: Inputs, models: Models, run: RunDir) -> CachedReference:
+    """Compute the log-probabilities of the policy as it starts, or read them from an earlier run's file."""
+    train, test = inputs.train_batches, inputs.eval_batches
     samples = None
     if settings.sample_during_eval and not settings.dry_run:
         prompts = distinct_prompts(test, settings.n_eval_model_samples)
-        samples = sampler.sample(models.policy.model, prompts, "sampling the reference")
+        samples = models.sampler.sample(models.policy.model, prompts, "sampling the reference")
     examples = (example for batches in (train, test) for group in batches.groups for example in group)
     cache = CachedReference(examples, loss.n_responses, samples)
     if settings.dry_run:  # whose losses mean nothing
         cache.sums.zero_()
         return cache
-    own = None if settings.debug else run.path / "reference.pt"
-    shared = Path(local_dir(settings.local_dirs)) / "reference_cache"
+    path = None if settings.debug else run.path / "reference.pt"
+    shared_folder = Path(local_dir(settings.local_dirs)) / "reference_cache"
     precomputation = Precomputation(
         models.policy,
-        models.packer,
+        BatchSplitter(models.packer, run.ranks),
         models.dtype,
         train,
         test,
         n_microbatches=settings.gradient_accumulation_steps,
         compiled=settings.compile,
-        ranks=run.ranks,
     )
-    precomputation.run(cache, own, shared)
+    precomputation.run(cache, path, shared_folder)
     return cache
 
 

@@ -91,7 +91,7 @@ def train(
         if run_dir.is_complete(len(inputs.train_batches)):
             log_message(f"{run_dir.path}: the run is complete; set n_epochs or n_examples higher to go on.")
             export = (run_dir.path / "LATEST").resolve() / "hf"
-            return ranks.on_main(lambda: upload_later(export, settings.push_to_hub))
+            return ranks.run_on_main(lambda: upload_later(export, settings.push_to_hub))
         log_message(f"\n{OmegaConf.to_yaml(run_dir.config)}\nRun directory: {run_dir.path}")
         trainer = build_trainer(settings, loss, inputs, run_dir, signals)
         try:

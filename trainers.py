@@ -4,29 +4,36 @@ Read `train` and `train_step` first. FSDPTrainer and TensorParallelTrainer overr
 gradient is clipped and how its state is gathered, nothing else.
 """
 
+import copy
 import math
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dpo.data.batches import Batch, BatchIterator
+from dpo.data.examples import TokenizedExample
 from dpo.distributed.process_group import ProcessGroup
 from dpo.distributed.ranks import Ranks
 from dpo.distributed.sharding import (
     Split,
     clip_gradient,
+    copy_shards,
     distinct,
-    layers,
     no_weights,
     reshard,
     shard,
     weights_of_main,
     whole_tensors,
+    without_weights,
 )
+from dpo.distributed.splitting import BatchSplitter, Microbatch
 from dpo.distributed.tensor_parallel import parallelize
 from dpo.model.accumulation import accumulate_in_place
 from dpo.model.logps import ResponseLogps, response_logps
@@ -36,12 +43,12 @@ from dpo.reporting.diagnosis import diagnose, diagnose_samples, displacement_adv
 from dpo.reporting.metrics import BatchMetrics, MetricLogger, check_evaluation, check_finite, log_notes
 from dpo.reporting.model_card import Outcome, model_card
 from dpo.reporting.page import update_report
-from dpo.reporting.utilization import Utilization
+from dpo.reporting.utilization import Utilization, memory_use
 from dpo.runs.checkpoints import fitting
 from dpo.runs.export import upload
-from dpo.runs.run_dir import RunDir, log_changes
+from dpo.runs.run_dir import RunDir, log_changes, read_environment
 from dpo.runs.shards import load_shards
-from dpo.runs.weights import TrainedWeights
+from dpo.runs.weights import AdapterWeights, AllWeights, TrainedWeights
 from dpo.runs.writer import SAVING, CheckpointWriter
 from dpo.settings.schema import Settings
 from dpo.system.console import prefetch, progress, progress_bar
@@ -62,52 +69,117 @@ COUNTERS = ("examples", "updates", "position", "next_eval")  # of a trainer, kep
 NO_MEMORY = "outside of a forward pass; a smaller model or fewer parameters to train need less"
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads before any weights load."""
+
+    device: torch.device
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    train_batches: BatchIterator
+    eval_batches: BatchIterator
+    stops: list[int]  # ids that end a turn in the conversations of the data, if there are any
+
+
+@dataclass
+class Models:
+    """The policy, its reference, and how both compute; build.py adds one after the other."""
+
+    policy: ResponseLogps
+    adapter: AdapterWeights | None  # if it alone is trained
+    packer: Packer
+    dtype: torch.dtype  # of forward passes
+    second: ResponseLogps | None = None  # if the reference is a second model
+    reference: Reference | None = None
+    sampler: Sampler = field(init=False)
+
+    @property
+    def weights(self) -> TrainedWeights:
+        """What is trained, saved and exported."""
+        return self.adapter or AllWeights(self.policy.model)
+
+
 class BasicTrainer:
-    """Trains a policy on one device; a trainer for several overrides `prepare`, `clip_gradient` and `state_dict`."""
+    """Trains a policy on one device.
+
+    A trainer for several devices overrides how a module is prepared and copied, `clip_gradient`, and what of the state
+    is stored.
+    """
 
     def __init__(
         self,
-        policy: ResponseLogps,
-        loss: Loss,
-        reference: Reference | None,
         settings: Settings,
-        *,
-        weights: TrainedWeights,
-        train_batches: BatchIterator,
-        eval_batches: BatchIterator,
-        packer: Packer,
-        sampler: Sampler,
-        dtype: torch.dtype,
+        loss: Loss,
+        inputs: Inputs,
+        models: Models,
         run: RunDir,
         logger: MetricLogger,
         signals: Signals,
-        ranks: Ranks,
     ):
-        self.policy, self.loss, self.reference, self.settings, self.ranks = policy, loss, reference, settings, ranks
-        self.weights, self.train_batches, self.eval_batches = weights, train_batches, eval_batches
-        self.packer, self.sampler, self.dtype, self.device = packer, sampler, dtype, packer.device
-        self.run, self.logger, self.signals, self.clock = run, logger, signals, Stopwatch()
+        self.settings = settings
+        self.loss = loss
+        self.loss_state: Sums = {}  # what the loss keeps of earlier batches
+        self.train_batches = inputs.train_batches
+        self.eval_batches = inputs.eval_batches
+
+        self.policy = models.policy
+        self.weights = models.weights
+        self.reference = models.reference
+        self.sampler = models.sampler
+        self.packer = models.packer
+        self.device = models.packer.device
+        self.dtype = models.dtype
+
+        self.run = run
+        self.ranks = run.ranks
+        self.logger = logger
+        self.signals = signals
+        self.writer = CheckpointWriter(run.path, run.ranks, settings)
+
         options = OptimizerOptions.of(settings, self.policy)
         self.optimizer = make_optimizer(settings.optimizer, self.policy.trained_parameters(), settings.lr, options)
-        self.scheduler = make_scheduler(settings, self.optimizer, len(train_batches))
-        self.writer = CheckpointWriter(run.path, ranks, settings)
-        width, resumable = policy.model.config.get_text_config().hidden_size, None if settings.debug else run.path
-        self.threads = ThreadCheck.of(width, dtype, self.device, resumable)
-        self.utilization = Utilization(policy, reference, dtype, ranks.world_size)
-        self.loss_state: Sums = {}  # what the loss keeps of earlier batches
-        self.sums_of_logps = partial(sums_of_logps, policy, reference, packer, ranks)  # for Loss.batch_sums
-        self.examples = self.updates = 0
-        self.position = dict(train_batches.position)  # of train_batches, after the last update
+        self.scheduler = make_scheduler(settings, self.optimizer, len(self.train_batches))
+
+        self.clock = Stopwatch()
+        self.utilization = Utilization(self.policy, self.reference, self.dtype, self.ranks.world_size)
+        width = self.policy.model.config.get_text_config().hidden_size
+        self.threads = ThreadCheck.of(width, self.dtype, self.device, None if settings.debug else run.path)
+
+        self.examples = 0
+        self.updates = 0
+        self.position = dict(self.train_batches.position)  # after the last update
         self.next_eval: float = 0 if settings.do_first_eval else settings.eval_every
-        self.next_save = next_multiple(self.examples, settings.save_every)
+        self.next_save = next_multiple(0, settings.save_every)
         self.truncated: Counter[str] = Counter()
         self.compares_start = False  # whether policy and reference are compared before the first update
         self.gradients_checked = False  # by this process, also if it resumes a run
 
+    # What a trainer for several devices does otherwise to a module, besides the methods that it overrides below
+
     @staticmethod
     def prepare(module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype) -> ResponseLogps:
-        """Return the policy, or the reference, as it computes; the optimizer is made of the policy's parameters."""
+        """Prepare the policy or the second model for training; the optimizer is made of the policy's parameters."""
         return accumulate_in_place(module)
+
+    @staticmethod
+    def copy(module: ResponseLogps) -> ResponseLogps:
+        """Copy a module before it is prepared; perhaps without its weights, which `copy_weights` gives it."""
+        return copy.deepcopy(module)
+
+    @staticmethod
+    def copy_weights(source: ResponseLogps, module: ResponseLogps) -> None:
+        """Give a prepared copy of a prepared module its weights, if `copy` did not."""
+
+    def split_batch(self, examples: Sequence[TokenizedExample], n_equal: int = 1) -> Iterator[Microbatch]:
+        """Yield the microbatches of this rank's share of a batch, which is divided into n_equal equal parts first."""
+        return BatchSplitter(self.packer, self.ranks)(examples, n_equal)
+
+    def sums_of_logps(
+        self, examples: Sequence[TokenizedExample], before_microbatch: Callable[[], None] = lambda: None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute log pi(response) of policy and reference, both (examples, n_responses), for `Loss.batch_sums`."""
+        splitter = BatchSplitter(self.packer, self.ranks)
+        return sums_of_logps(self.policy, self.reference, splitter, examples, before_microbatch)
 
     # Training
 
@@ -137,8 +209,8 @@ class BasicTrainer:
         metrics = BatchMetrics()
         with self.clock("forward_backward"), self.autocast():
             sums = self.loss.batch_sums(batch.examples, self.sums_of_logps)
-            parts = self.settings.gradient_accumulation_steps
-            for microbatch, scale, is_last in self.ranks.passes(self.packer, batch.examples, parts):
+            n_equal = self.settings.gradient_accumulation_steps
+            for microbatch, scale, is_last in self.split_batch(batch.examples, n_equal):
                 self.policy.set_requires_gradient_sync(is_last or self.settings.reduce_every_pass)
                 with self.packer.memory_hint(microbatch):
                     losses = self.losses(microbatch, metrics if scale else None, sums)
@@ -187,8 +259,8 @@ class BasicTrainer:
 
         def compute_logps() -> torch.Tensor:
             with self.autocast():
-                passes = self.ranks.passes(self.packer, batch.examples, self.settings.gradient_accumulation_steps)
-                return torch.cat([response_logps(self.policy, each.batch).sums for each in passes])
+                microbatches = self.split_batch(batch.examples, self.settings.gradient_accumulation_steps)
+                return torch.cat([response_logps(self.policy, each.batch).sums for each in microbatches])
 
         return check_gradients(self.policy, compute_logps, self.ranks)
 
@@ -209,7 +281,7 @@ class BasicTrainer:
     def save_due(self) -> bool:
         """Return whether a signal asks for a checkpoint, or save_every was reached without an evaluation to save."""
         evaluates = self.eval_due() or self.updates == len(self.train_batches)
-        requested = self.signals.take_save() or self.signals.stop is not None
+        requested = self.signals.pop_save() or self.signals.stop is not None
         return requested or (self.examples >= self.next_save and not evaluates)
 
     def evaluate_and_save(self, final: bool = False) -> None:
@@ -221,7 +293,7 @@ class BasicTrainer:
                 metrics |= self.sample()
             self.log(metrics)
             if self.settings.report:
-                self.ranks.on_main(lambda: update_report(self.run.path))
+                self.ranks.run_on_main(lambda: update_report(self.run.path))
         except Stopped:  # a resumed run evaluates again, from the start
             self.save(logs=before)
             raise
@@ -240,10 +312,10 @@ class BasicTrainer:
         metrics = BatchMetrics()
         with self.clock("evaluation"), self.autocast(), repeated(self.reference):
             examples = (example for batch in self.eval_batches.from_start() for example in batch.examples)
-            sums = self.loss.batch_sums(examples, partial(self.sums_of_logps, before_pass=self.signals.check))
+            sums = self.loss.batch_sums(examples, partial(self.sums_of_logps, before_microbatch=self.signals.check))
             for batch in progress(self.eval_batches.from_start(), "evaluating"):
                 self.signals.check()
-                for microbatch, scale, _ in self.ranks.passes(self.packer, batch.examples):
+                for microbatch, scale, _ in self.split_batch(batch.examples):
                     with self.packer.memory_hint(microbatch):
                         self.losses(microbatch, metrics if scale else None, sums)
         metrics = metrics.gathered(self.ranks)
@@ -260,7 +332,7 @@ class BasicTrainer:
             if self.reference is not None:
                 samples["reference"] = self.reference.generate(prompts)
             self.logger.log_samples(self.examples, samples)
-            return diagnose_samples(samples, self.policy, self.reference, self.packer, self.ranks)
+            return diagnose_samples(samples, self.policy, self.reference, BatchSplitter(self.packer, self.ranks))
 
     # State
 
@@ -281,8 +353,8 @@ class BasicTrainer:
         if not self.settings.debug:
             folder, weights = (self.run.path / "LATEST").resolve() / "hf", self.full_weights()
             card = model_card(self.settings, self.loss, outcome(self, metrics))
-            self.ranks.on_main(lambda: self.weights.export(folder, self.sampler.tokenizer, card, weights))
-            self.ranks.on_main(lambda: upload(folder, self.settings.push_to_hub))
+            self.ranks.run_on_main(lambda: self.weights.export(folder, self.sampler.tokenizer, card, weights))
+            self.ranks.run_on_main(lambda: upload(folder, self.settings.push_to_hub))
 
     def state_dict(self, logs: list[int]) -> dict[str, Any]:
         """Return all that a resumed run needs: the states of policy, optimizer and scheduler, and of the run."""
@@ -293,8 +365,8 @@ class BasicTrainer:
             "reference": {} if self.reference is None else self.reference.state_dict(),
             "logs": logs,
             "random": random_states(),
-            "identity": self.run.identity,
-            "surroundings": surroundings(self),
+            "fingerprints": self.run.fingerprints,
+            "environment": environment(self),
         }
         return self.tensors() | {"scheduler": self.scheduler.state_dict(), "run": run}
 
@@ -321,7 +393,7 @@ class BasicTrainer:
             if self.reference is not None:
                 self.reference.load_state_dict(run.get("reference", {}))
             self.logger.cut(run["logs"])
-            log_changes(run["surroundings"], surroundings(self))
+            log_changes(read_environment(states), environment(self))
             set_random_states(run["random"])
 
     def load_tensors(self, states: dict[str, Any]) -> None:
@@ -331,7 +403,7 @@ class BasicTrainer:
 
     def log(self, metrics: dict[str, float], thin: bool = False) -> None:
         """Log metrics with the numbers of examples and updates, and the time and the memory that they took."""
-        usage = self.clock.take() | self.ranks.usage(self.device)
+        usage = self.clock.take() | memory_use(self.device, self.ranks)
         self.logger.log({"examples": self.examples, "updates": self.updates} | metrics | usage, thin)
 
 
@@ -340,16 +412,16 @@ def next_multiple(n: int, interval: int | None) -> float:
     return math.inf if interval is None else (n // interval + 1) * interval
 
 
-def surroundings(trainer: BasicTrainer) -> dict[str, Any]:
-    """Return what decides how a trainer's numbers are rounded."""
-    packer, attention = trainer.packer, trainer.policy.model.config._attn_implementation
+def environment(trainer: BasicTrainer) -> dict[str, Any]:
+    """Describe what decides how a trainer's numbers are rounded; checkpoints keep it."""
     return platform(trainer.device) | {
-        "the number of threads": torch.get_num_threads(),
-        "the number of processes": trainer.ranks.world_size,
-        "the number of parts of a batch": trainer.ranks.data_size,
-        "the layout": f"{packer.layout}, {attention} attention",
-        "the dtype of the computation": str(trainer.dtype),
-        "max_tokens_per_pass": packer.max_tokens,
+        "threads": torch.get_num_threads(),
+        "world_size": trainer.ranks.world_size,
+        "data_size": trainer.ranks.data_size,
+        "layout": trainer.packer.layout,
+        "attention": trainer.policy.model.config._attn_implementation,
+        "dtype": str(trainer.dtype),
+        "max_tokens_per_pass": trainer.packer.max_tokens,
         "activation_checkpointing": trainer.settings.activation_checkpointing,
     }
 
@@ -357,8 +429,8 @@ def surroundings(trainer: BasicTrainer) -> dict[str, Any]:
 def outcome(trainer: BasicTrainer, metrics: dict[str, float]) -> Outcome:
     """Return the facts of a run for its model card."""
     n, limit = trainer.eval_batches.n_items, trainer.settings.n_eval_examples
-    name, identity = trainer.run.config.loss.name, trainer.run.identity
-    return Outcome(name, trainer.examples, trainer.updates, min(n, limit), metrics, identity)
+    name, fingerprints = trainer.run.config.loss.name, trainer.run.fingerprints
+    return Outcome(name, trainer.examples, trainer.updates, min(n, limit), metrics, fingerprints)
 
 
 # Trainers for several devices
@@ -375,12 +447,14 @@ class FSDPTrainer(BasicTrainer):
     def prepare(
         module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype, split: Split = lambda modules: None
     ) -> ResponseLogps:
-        """Shard the parameters, of which the main rank has the weights, or none has, as in a copy that `fill` fills."""
+        """Shard the parameters; the main rank has the weights, or no rank has them yet, as in a copy."""
         assert isinstance(ranks, ProcessGroup)
-        ranks.clock.watch(layers(module.model, settings.model.block_name))
-        has_weights = ranks.on_main(lambda: not any(parameter.is_meta for parameter in module.parameters()))
+        has_weights = ranks.run_on_main(lambda: not any(parameter.is_meta for parameter in module.parameters()))
         weights = weights_of_main(torch.device(ranks.device_type)) if has_weights else no_weights
         return shard(module, ranks.mesh, dtype, settings.model.block_name, weights, split)
+
+    copy = staticmethod(without_weights)
+    copy_weights = staticmethod(copy_shards)
 
     def clip_gradient(self) -> torch.Tensor:
         """Clip the gradient of all shards, and return the norm of the whole."""

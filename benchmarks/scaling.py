@@ -6,9 +6,9 @@
 
 Each run is `train.py trainer=FSDPTrainer` on the goldens' pairs, on a CPU with one thread per rank. Pairs per second
 are the median of its updates but the first two; memory is the peak of the rank with the most, on a CPU that of the
-process with its loading; layers is the time that the slowest rank's layers took, above the mean. The balance of tokens
-is that of hh_lengths.json in batches of --pairs: the tokens of the rank with the most, in percent above the mean, when
-a batch is split by counting pairs, and when it is split as training does. Writes Markdown tables to stdout.
+process with its loading. The balance of tokens is that of hh_lengths.json in batches of --pairs: the tokens of the rank
+with the most, in percent above the mean, when a batch is split by counting pairs, and when it is split as training
+does. Writes Markdown tables to stdout.
 """
 
 import argparse
@@ -100,8 +100,7 @@ def measure(args: argparse.Namespace, folder: Path, n: int) -> dict[str, float]:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     updates = [record for record in records if "loss/train" in record][2:]
-    found = {name: statistics.median(u[name] for u in updates) for name in ("examples_per_second", "memory_gb/max")}
-    return found | {"layers": statistics.median(u["layer_seconds/max"] / u["layer_seconds/mean"] - 1 for u in updates)}
+    return {name: statistics.median(u[name] for u in updates) for name in ("examples_per_second", "memory_gb/max")}
 
 
 def main() -> None:
@@ -120,11 +119,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         make_model(Path(name), args.hidden, args.layers)
-        print("\n| ranks | pairs/s | layers | GB, the rank with the most |\n|---|---|---|---|")
+        print("\n| ranks | pairs/s | GB, the rank with the most |\n|---|---|---|")
         for n in args.ranks:
-            found = measure(args, Path(name), n)
-            speed, layers, memory = found["examples_per_second"], found["layers"], found["memory_gb/max"]
-            print(f"| {n} | {speed:.2f} | {layers:.1%} | {memory:.2f} |", flush=True)
+            medians = measure(args, Path(name), n)
+            print(f"| {n} | {medians['examples_per_second']:.2f} | {medians['memory_gb/max']:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

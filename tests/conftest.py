@@ -52,7 +52,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from build import Inputs, build_trainer, load_inputs
+from build import build_trainer, load_inputs
 from dpo.data.chat import Rendering
 from dpo.data.examples import Tokenization
 from dpo.data.jsonl import read_jsonl
@@ -63,7 +63,7 @@ from dpo.settings.schema import Settings, default_values, flatten, validate
 from dpo.training.objectives import Loss
 from losses import LOSSES
 from preference_datasets import DATASETS, load_tables
-from trainers import BasicTrainer
+from trainers import BasicTrainer, Inputs
 from utils import register_resolvers
 
 torch.set_num_threads(1)
@@ -91,7 +91,7 @@ def golden_rows(split: str) -> list[dict[str, str]]:
 
 def without_measurements(record: dict) -> dict:
     """Return a record of metrics.jsonl without what a clock or the system measured."""
-    measured = ("seconds/", "layer_seconds/", "memory_gb/", "mfu")
+    measured = ("seconds/", "memory_gb/", "mfu")
     return {k: v for k, v in record.items() if not (k.endswith("_per_second") or k.startswith(measured))}
 
 

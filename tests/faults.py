@@ -178,9 +178,9 @@ def dropout() -> None:
     """Switch dropout on once the model is built: without it an update draws no random number."""
     make = trainers.BasicTrainer.__init__
 
-    def with_dropout(self: Any, policy: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        make(self, policy, *args, **kwargs)
-        for module in policy.modules():
+    def with_dropout(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        for module in self.policy.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.1
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 import build
 import losses
-from dpo.distributed.ranks import Pass, Ranks
+from dpo.distributed.splitting import Microbatch
 from dpo.model import logps
 from dpo.model.logps import response_logps
 from dpo.model.packing import LAYOUTS
@@ -196,10 +196,9 @@ def test_accumulation_and_token_budget_change_nothing_in_the_gradient(layout, lo
 def test_a_pass_that_keeps_up_with_another_rank_counts_nowhere_and_ranks_sum_gradients_after_the_last_or_each(
     every_pass, make_trainer, monkeypatch
 ):
-    class TwoRanks(Ranks):
-        def passes(self, packer, examples, n_parts=1):
-            yield from (Pass(part, 1.0, False) for part in packer(examples, n_parts))
-            yield Pass(next(packer(examples[:1])), 0.0, True)
+    def split_among_two(examples, n_equal=1):
+        yield from (Microbatch(batch, 1.0, False) for batch in trainer.packer(examples, n_equal))
+        yield Microbatch(next(trainer.packer(examples[:1])), 0.0, True)
 
     trainer = make_trainer("loss=dpo", "max_tokens_per_pass=300", "lr=1e-30")
     trainer.settings = trainer.settings.model_copy(update={"reduce_every_pass": every_pass})
@@ -207,8 +206,8 @@ def test_a_pass_that_keeps_up_with_another_rank_counts_nowhere_and_ranks_sum_gra
     batch = next(iter(trainer.train_batches))
     synced, found = [], []
     monkeypatch.setattr(trainer.policy, "set_requires_gradient_sync", synced.append)
-    for ranks in (trainer.ranks, TwoRanks()):
-        trainer.ranks = ranks
+    for split_batch in (trainer.split_batch, split_among_two):
+        monkeypatch.setattr(trainer, "split_batch", split_batch)
         synced.clear()
         metrics = without_measurements(trainer.train_step(batch))
         found.append({name: value for name, value in metrics.items() if not name.startswith("counters/")})
@@ -480,7 +479,7 @@ def scored_rows(folder):
     return folder
 
 
-def test_scores_reach_odpo_and_belong_to_the_runs_identity(make_trainer, tmp_path):
+def test_scores_reach_odpo_and_the_fingerprints_of_the_run(make_trainer, tmp_path):
     """At h = 0 the mean loss is that of log(1 + d), d the differences of the scores: -log sigmoid(-log d)."""
     data = scored_rows(tmp_path / "data")
     trainer = make_trainer("loss=odpo", f"datasets=['{data}']", *SCORE_COLUMNS)
@@ -488,8 +487,8 @@ def test_scores_reach_odpo_and_belong_to_the_runs_identity(make_trainer, tmp_pat
     gaps = [example.text.scores[0] - example.text.scores[1] for example in batch.examples]
     expected = sum(math.log1p(gap) for gap in gaps) / len(gaps)
     assert len(set(gaps)) > 2 and trainer.train_step(batch)["loss/train"] == pytest.approx(expected, rel=1e-6)
-    assert "the scores" in trainer.run.identity
-    assert "the scores" not in make_trainer("loss=dpo", f"datasets=['{data}']", *SCORE_COLUMNS).run.identity
+    assert "the scores" in trainer.run.fingerprints
+    assert "the scores" not in make_trainer("loss=dpo", f"datasets=['{data}']", *SCORE_COLUMNS).run.fingerprints
 
 
 @pytest.mark.parametrize(
@@ -753,7 +752,7 @@ def test_a_checkpoint_has_its_evaluation_and_the_last_one_repeats_it_where_a_run
         run = read_checkpoint(folder)["run"]
         records = map(json.loads, content[: run["logs"][0]].splitlines())
         assert ["loss/eval" in record for record in records] == kept
-        assert run["identity"] == trainer.run.identity
+        assert run["fingerprints"] == trainer.run.fingerprints
 
 
 def test_a_stop_while_an_evaluation_samples_repeats_all_of_it_where_the_run_goes_on(make_trainer, monkeypatch):
@@ -773,7 +772,7 @@ def test_a_stop_while_an_evaluation_samples_repeats_all_of_it_where_the_run_goes
 def test_a_signal_during_an_update_gives_a_checkpoint_right_after_it(asked, steps, make_trainer, monkeypatch):
     trainer = make_trainer(*SHORT)
     if asked == "save":
-        monkeypatch.setattr(trainer.signals, "take_save", lambda: trainer.updates == 1)
+        monkeypatch.setattr(trainer.signals, "pop_save", lambda: trainer.updates == 1)
         trainer.train()
     else:
         trainer.signals.stop = "SIGTERM"
@@ -822,7 +821,7 @@ def test_an_export_has_the_facts_of_its_run_and_is_uploaded_where_that_is_asked(
     assert "On 8 evaluation examples, after the last update." in card
     last = json.loads((trainer.run.path / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"| loss/eval | {last['loss/eval']:.4g} |" in card
-    hashes = [f"| {what} | {digest} |" for what, digest in trainer.run.identity.items() if what != "the settings"]
+    hashes = [f"| {what} | {digest} |" for what, digest in trainer.run.fingerprints.items() if what != "the settings"]
     assert hashes and all(line in card for line in hashes)
 
 
@@ -932,16 +931,16 @@ def test_a_state_of_another_machine_is_taken_with_a_note_of_what_differs(make_tr
     settings = ("layout=padded", "precision=bfloat16", "max_tokens_per_pass=300", "activation_checkpointing=true")
     one, other = make_trainer("loss=sft", *settings), make_trainer("loss=sft", "max_tokens_per_pass=700")
     state = one.state_dict([0, 0])
-    kinds = ("the number of threads", "the number of processes", "the number of parts of a batch")
-    state["run"]["surroundings"] |= {"torch": "1.0"} | dict.fromkeys(kinds, 64)
+    state["run"]["environment"] |= {"torch": "1.0", "threads": 64, "world_size": 64, "data_size": 64}
     capsys.readouterr()
     other.load_state_dict(state)
     changes = [
         f"torch was 1.0, is {torch.__version__}",
         f"the number of threads was 64, is {torch.get_num_threads()}",
         "the number of processes was 64, is 1",
-        "the number of parts of a batch was 64, is 1",
-        "the layout was padded, sdpa attention, is shared_prefix, packed attention",
+        "the number of shares of a batch was 64, is 1",
+        "layout was padded, is shared_prefix",
+        "attention was sdpa, is packed",
         "the dtype of the computation was torch.bfloat16, is torch.float32",
         "max_tokens_per_pass was 300, is 700",
         "activation_checkpointing was True, is False",

@@ -5,7 +5,7 @@ from tempfile import TemporaryDirectory
 
 from omegaconf import DictConfig
 
-from build import Inputs, build_trainer
+from build import build_trainer
 from dpo.runs.run_dir import RunDir
 from dpo.settings.schema import Settings
 from dpo.system.errors import actionable_errors
@@ -13,7 +13,7 @@ from dpo.system.signals import Signals
 from dpo.training.objectives import Loss
 from tools.forecast import forecast
 from tools.memory_plan import print_memory_plan
-from trainers import NO_MEMORY, TRAINERS
+from trainers import NO_MEMORY, TRAINERS, Inputs
 
 
 def dry_run(settings: Settings, loss: Loss, inputs: Inputs, config: DictConfig, signals: Signals) -> None:

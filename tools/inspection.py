@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from build import Inputs
 from dpo.data.batches import BatchIterator
 from dpo.data.examples import TextExample, TokenizedExample
 from dpo.model.packing import LAYOUTS, make_microbatches
@@ -19,6 +18,7 @@ from dpo.system.console import printable, progress, write_text
 from dpo.system.devices import compute_dtype, read_facts
 from dpo.training.budgets import memory_before_loading, tokens_per_pass
 from dpo.training.objectives import Loss
+from trainers import Inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,9 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from dpo.data.batches import Batch
 from dpo.distributed.launch import count_processes
-from dpo.distributed.process_group import ProcessGroup, arrange
+from dpo.distributed.process_group import ProcessGroup, init_mesh
 from dpo.distributed.sharding import layers, without_weights
-from dpo.distributed.stragglers import LayerClock
 from dpo.model.loading import recompute_activations
 from dpo.model.logps import ResponseLogps
 from dpo.model.packing import PackedBatch, balance
@@ -42,9 +41,8 @@ class PlannedRanks(ProcessGroup):
 
     def __init__(self, n: int):
         self.rank, self.world_size, self.is_main, self.device_type = 0, n, True, "cpu"
-        self.clock = LayerClock(torch.device("cpu"))
 
-    def on_main(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T]) -> T:
         return work()
 
 
@@ -56,7 +54,7 @@ def planned_ranks(n: int, settings: Settings) -> Iterator[PlannedRanks]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n)
     try:
         ranks = PlannedRanks(n)
-        arrange(ranks, settings)
+        init_mesh(ranks, settings)
         yield ranks
     finally:
         dist.destroy_process_group()

@@ -6,10 +6,9 @@
 import copy
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
@@ -17,14 +16,10 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dpo.data.examples import TokenizedExample
 from dpo.distributed.launch import count_processes
-from dpo.distributed.ranks import ALONE, Pass, Ranks
+from dpo.distributed.ranks import ALONE, Ranks
 from dpo.distributed.rendezvous import agree_on_start
-from dpo.distributed.sharding import copy_shards, without_weights
-from dpo.distributed.stragglers import LayerClock, StragglerWatch
 from dpo.distributed.watchdog import Watchdog
-from dpo.model.packing import Packer, balance
 from dpo.settings.schema import Settings
 from dpo.system.console import log_message
 from dpo.system.devices import pick_device
@@ -32,7 +27,6 @@ from dpo.system.errors import RunError, Stopped, UserError, print_errors, summar
 from dpo.system.signals import Signals
 
 T = TypeVar("T")
-M = TypeVar("M", bound=torch.nn.Module)
 
 
 class ProcessGroup(Ranks):
@@ -60,10 +54,9 @@ class ProcessGroup(Ranks):
         store = PrefixStore(f"{prefix}/group", self.store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
         self.device_type, self.timeout = device.type, timeout
-        self.clock, self.stragglers = LayerClock(device), StragglerWatch()
-        self.arrange(replicate=1)
+        self.init_mesh(replicate=1)
 
-    def arrange(self, replicate: int, tensor: int = 1) -> None:
+    def init_mesh(self, replicate: int, tensor: int = 1) -> None:
         """Let the ranks hold `replicate` sharded copies of a model (HSDP), and `tensor` of them compute it together.
 
         The product of both must divide the number of ranks.
@@ -71,35 +64,31 @@ class ProcessGroup(Ranks):
         shape = (replicate, self.world_size // (replicate * tensor), tensor)
         names = ("replicate", "shard", "tensor")
         self.mesh: DeviceMesh = init_device_mesh(self.device_type, shape, mesh_dim_names=names)
-        self.tensor_size = tensor
         self.data_rank, self.data_size = self.rank // tensor, self.world_size // tensor
 
     def gather(self, value: T) -> list[T]:
-        found: list[Any] = [None] * self.world_size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
-
-    def gather_parts(self, value: T) -> list[T]:
-        return self.gather(value)[:: self.tensor_size]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def barrier(self) -> None:
         self.gather(None)
 
-    def on_main(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T]) -> T:
         result: list[Any] = [None]
         if self.is_main:
             result = [work()]  # a failure ends the main thread there, whose watchdog then ends the ranks that wait here
         dist.broadcast_object_list(result, src=0, group=self.group)
         return result[0]
 
-    def from_main(self, work: Callable[[], T], shared: Callable[[T], T]) -> T:
+    def broadcast_from_main(self, work: Callable[[], T], to_send: Callable[[T], T]) -> T:
         results: list[T] = []
 
         def send() -> T:
             results.append(work())
-            return shared(results[0])
+            return to_send(results[0])
 
-        received = self.on_main(send)
+        received = self.run_on_main(send)
         return results[0] if self.is_main else received
 
     def with_own_group(self) -> Self:
@@ -107,53 +96,14 @@ class ProcessGroup(Ranks):
         other.group = dist.new_group(backend="gloo", timeout=self.timeout)
         return other
 
-    def copy(self, module: M) -> M:
-        return without_weights(module)
+    def recall(self, name: str, value: str) -> str | None:
+        def read_or_keep() -> str | None:
+            if self.store.check([name]):
+                return self.store.get(name).decode()
+            self.store.set(name, value)
+            return None
 
-    def fill(self, module: torch.nn.Module, source: torch.nn.Module) -> None:
-        copy_shards(source, module)
-
-    def passes(self, packer: Packer, examples: Sequence[TokenizedExample], n_parts: int = 1) -> Iterator[Pass]:
-        """Yield the passes of this rank's part; where another has more, the shortest example again, with scale 0.
-
-        FSDP averages gradients over the ranks, so the loss is scaled by their number (gloo takes no other divisor).
-        """
-        own = [examples[i] for i in balance(list(map(len, examples)), self.data_size)[self.data_rank]]
-        batches = list(packer(own, n_parts)) if own else []
-        n = max(self.gather(len(batches)))
-        for i in range(n):
-            if i < len(batches):
-                yield Pass(batches[i], float(self.data_size), i == n - 1)
-            else:
-                yield Pass(next(packer([min(examples, key=len)])), 0.0, i == n - 1)
-
-    def check_same(self, describe: Callable[[], dict[str, str]]) -> None:
-        found = self.gather(describe())
-        for rank, name in ((rank, name) for rank, own in enumerate(found) for name in own):
-            if found[rank][name] != found[0][name]:
-                raise UserError(f"{name}: not the same on rank {rank} as on rank 0; give every machine the same files")
-
-    def agree(self, signals: Signals) -> Signals:
-        return AgreedSignals(signals, self)
-
-    def usage(self, device: torch.device) -> dict[str, float]:
-        """Return also the largest and the mean time that the ranks' layers took; name a rank that is slow."""
-        taken = self.gather(self.clock.take())
-        for message in self.stragglers.look(taken):
-            log_message(message)
-        seconds = [own for own, _ in taken]
-        times = {"layer_seconds/max": max(seconds), "layer_seconds/mean": sum(seconds) / len(seconds)}
-        return super().usage(device) | (times if any(seconds) else {})
-
-    def same_run(self, path: Path) -> tuple[Path, bool]:
-        def find() -> tuple[Path, bool]:
-            if not self.store.check(["run"]):
-                self.store.set("run", str(path))
-                return path, False
-            first = Path(self.store.get("run").decode())
-            return first, (first / "config.yaml").is_file()
-
-        return self.on_main(find)
+        return self.run_on_main(read_or_keep)
 
     def close(self) -> None:
         """Leave when every rank is done; none exits before all have stopped watching it."""
@@ -163,7 +113,7 @@ class ProcessGroup(Ranks):
         dist.destroy_process_group()
 
 
-class AgreedSignals(Signals):
+class SynchronizedSignals(Signals):
     """Signals that every rank acts upon at the same point, whichever rank got them."""
 
     def __init__(self, signals: Signals, ranks: Ranks):
@@ -176,24 +126,39 @@ class AgreedSignals(Signals):
             yield
 
     def exchange(self) -> None:
-        """Agree on whether to stop, and on whether to write a checkpoint."""
-        asked = self.ranks.gather((self.signals.take_save(), self.signals.stop))
-        found = [(name, rank) for rank, (_, name) in enumerate(asked) if name]
-        if found and self.stop is None:
-            self.stop = found[0][0]
-            log_message(f"{self.stop} on rank {', '.join(str(rank) for _, rank in found)}: all ranks stop.")
-        self.save = self.save or any(save for save, _ in asked)
+        """Learn from all ranks whether to stop, and whether to write a checkpoint."""
+        requests = self.ranks.gather((self.signals.pop_save(), self.signals.stop))
+        stops = {rank: name for rank, (_, name) in enumerate(requests) if name}
+        if stops and self.stop is None:
+            self.stop = next(iter(stops.values()))
+            log_message(f"{self.stop} on rank {', '.join(map(str, stops))}: all ranks stop.")
+        self.save = self.save or any(save for save, _ in requests)
 
-    def take_save(self) -> bool:
+    def pop_save(self) -> bool:
         self.exchange()
-        self.is_fresh, asked, self.save = True, self.save, False
-        return asked
+        self.is_fresh = True
+        requested, self.save = self.save, False
+        return requested
 
     def check(self) -> None:
-        if not self.is_fresh:  # right after take_save: a signal in between would end the run without the checkpoint
+        if not self.is_fresh:  # right after pop_save: a signal in between would end the run without the checkpoint
             self.exchange()
         self.is_fresh = False
         super().check()
+
+
+def synchronize(signals: Signals, ranks: Ranks) -> Signals:
+    """Let all ranks act on signals at the same point of the run."""
+    return SynchronizedSignals(signals, ranks) if ranks.world_size > 1 else signals
+
+
+def check_same(fingerprints: Mapping[str, str], ranks: Ranks) -> None:
+    """Raise UserError if the fingerprints of what a rank has read are not the same on all ranks."""
+    first, *others = ranks.gather(dict(fingerprints))
+    for rank, other in enumerate(others, start=1):
+        for name, fingerprint in other.items():
+            if fingerprint != first[name]:
+                raise UserError(f"{name}: not the same on rank {rank} as on rank 0; give every machine the same files")
 
 
 def join(settings: Settings) -> Ranks:
@@ -201,23 +166,26 @@ def join(settings: Settings) -> Ranks:
     if settings.trainer == "BasicTrainer" or settings.dry_run:
         return ALONE
     ranks = ProcessGroup(pick_device(settings.device), timedelta(seconds=settings.collective_timeout))
-    arrange(ranks, settings)
+    init_mesh(ranks, settings)
     return ranks
 
 
-def arrange(ranks: ProcessGroup, settings: Settings) -> None:
-    """Arrange ranks as settings ask; UserError if their number does not allow it."""
+def init_mesh(ranks: ProcessGroup, settings: Settings) -> None:
+    """Arrange the ranks in a mesh as settings ask; UserError if their number does not allow it."""
     tensor = tensor_size(settings)
     if settings.ddp:
-        ranks.arrange(ranks.world_size)
+        ranks.init_mesh(ranks.world_size)
     elif ranks.world_size % (settings.replicate * tensor):
         product = f"tensor_parallel={tensor} replicate={settings.replicate}"
         raise UserError(f"{product}: their product must divide the number of processes, {ranks.world_size}")
     else:
-        ranks.arrange(settings.replicate, tensor)
+        ranks.init_mesh(settings.replicate, tensor)
     if settings.batch_size < ranks.data_size:
-        n, words = ranks.data_size, "groups of processes needs an example of every batch"
-        raise UserError(f"batch_size={settings.batch_size}: each of {n} {words}; set it to {n} or more")
+        n = ranks.data_size
+        raise UserError(
+            f"batch_size={settings.batch_size}: each of {n} groups of processes needs an example of every batch; "
+            f"set it to {n} or more"
+        )
 
 
 def tensor_size(settings: Settings) -> int:

@@ -1,6 +1,6 @@
 """The check that a layout gives the log-probabilities of the padded one, before a run uses it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,14 +70,10 @@ def use_attention_in(models: Sequence[ResponseLogps], kind: str) -> None:
         use_attention(wrapped.model, kind)
 
 
-def recorded_layout(states: Any, device: torch.device) -> LayoutChoice | None:
-    """Return the layout that a checkpoint's run chose, if it computed on such a device with the versions of now."""
-    try:
-        recorded = states["run"]["surroundings"]
-        layout, attention = recorded["the layout"].removesuffix(" attention").split(", ")
-        unchanged = all(recorded.get(name) == value for name, value in platform(device).items())
-    except (AttributeError, KeyError, TypeError, ValueError):  # forged, or of an earlier version
-        return None
+def recorded_layout(environment: Mapping[str, Any], device: torch.device) -> LayoutChoice | None:
+    """Read the layout that a run chose, if it computed on such a device with the versions of now."""
+    layout, attention = str(environment.get("layout")), str(environment.get("attention"))
+    unchanged = all(environment.get(name) == value for name, value in platform(device).items())
     is_known = layout in LAYOUTS and attention in (*attention_kinds(read_facts(device)), "sdpa", "eager")
     return LayoutChoice(layout, attention) if unchanged and is_known else None
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dpo.data.examples import TokenizedExample
-from dpo.distributed.ranks import Ranks
+from dpo.distributed.splitting import BatchSplitter
 from dpo.model.logps import Logps, ResponseLogps, response_logps
-from dpo.model.packing import PackedBatch, Packer
+from dpo.model.packing import PackedBatch
 from dpo.reporting.metrics import BatchMetrics
 from dpo.reporting.statistics import (
     calibration_error,
@@ -102,22 +102,21 @@ def diagnose_samples(
     samples: Mapping[str, Sequence[TokenizedExample]],
     policy: ResponseLogps,
     reference: Reference | None,
-    packer: Packer,
-    ranks: Ranks,
+    split_batch: BatchSplitter,
 ) -> dict[str, float]:
     """Return figures of what the policy sampled ("policy"): entropy, length, and divergence from the reference.
 
     samples["reference"] holds what the reference sampled for the same prompts, where there is a reference.
     """
     metrics = BatchMetrics()
-    for batch, scale, _ in ranks.passes(packer, samples["policy"]):
-        with packer.memory_hint(batch):
+    for batch, scale, _ in split_batch(samples["policy"]):
+        with split_batch.packer.memory_hint(batch):
             values = {"lengths": batch.lengths[:, 0], "policy": response_logps(policy, batch).sums[:, 0]}
             if reference is not None and reference.knows_any_response:
                 values["reference"] = reference.logps(batch).sums[:, 0]
         if scale:
             metrics.add(batch.examples, values)
-    metrics = metrics.gathered(ranks)
+    metrics = metrics.gathered(split_batch.ranks)
     columns = {name: metrics.column(name).double().numpy() for name in metrics.values}
     found = {"sample_length": float(columns["lengths"].mean())}
     found |= mean_per_token("entropy_per_token", -columns["policy"], columns["lengths"])

@@ -37,7 +37,7 @@ class BatchMetrics:
     def means(self, split: str, ranks: Ranks = ALONE) -> dict[str, float]:
         """Return the means over all ranks' examples under the original's names: rewards_train/chosen, loss/train."""
         columns = {name: torch.cat(values).cpu().double() for name, values in self.values.items()}  # MPS has no float64
-        parts = ranks.gather_parts({name: (column.sum().item(), len(column)) for name, column in columns.items()})
+        parts = ranks.gather_shares({name: (column.sum().item(), len(column)) for name, column in columns.items()})
         means = {}
         for name in dict.fromkeys(name for part in parts for name in part):
             kind, slash, side = name.partition("/")
@@ -50,7 +50,7 @@ class BatchMetrics:
         """Return the examples and values of all ranks, on the host."""
         merged = BatchMetrics()
         values = {name: torch.cat(parts).cpu() for name, parts in self.values.items()}
-        for examples, columns in ranks.gather_parts((self.examples, values)):
+        for examples, columns in ranks.gather_shares((self.examples, values)):
             merged.add(examples, columns)
         return merged
 
@@ -77,9 +77,9 @@ def check_finite(
     if not ranks.any(not torch.cat((losses, grad_norm.reshape(1).to(losses))).isfinite().all()):
         return
     path = run_dir / f"not-finite-update-{update}.jsonl"
-    rows = [json.dumps(row, ensure_ascii=False) + "\n" for rows in ranks.gather_parts(metrics.rows()) for row in rows]
-    ranks.on_main(lambda: atomic_write(path, "".join(rows).encode()))
-    mean = torch.cat(ranks.gather_parts(losses.detach().cpu())).mean()
+    rows = [json.dumps(row, ensure_ascii=False) + "\n" for rows in ranks.gather_shares(metrics.rows()) for row in rows]
+    ranks.run_on_main(lambda: atomic_write(path, "".join(rows).encode()))
+    mean = torch.cat(ranks.gather_shares(losses.detach().cpu())).mean()
     found = f"loss {mean:.4g}, gradient norm {grad_norm:.4g}"
     remedy = "look at its rows, or start a new run with a lower lr or with precision=float32"
     message = f"update {update} is not finite ({found}), so it was not made; {path}: {remedy}"

@@ -35,7 +35,7 @@ class Outcome:
     updates: int
     n_evaluated: int
     metrics: Mapping[str, float]
-    identity: Mapping[str, str]
+    fingerprints: Mapping[str, str]
 
 
 def model_card(settings: Settings, loss: Loss, outcome: Outcome) -> str:
@@ -72,7 +72,7 @@ def model_card(settings: Settings, loss: Loss, outcome: Outcome) -> str:
         n_evaluated=outcome.n_evaluated,
         evaluation=evaluation,
         diagnosis=diagnosis,
-        hashes={what: digest for what, digest in outcome.identity.items() if what != "the settings"},
+        hashes={what: digest for what, digest in outcome.fingerprints.items() if what != "the settings"},
         equation=inspect.cleandoc(type(loss).__doc__ or ""),
         settings=training_settings(settings, loss),
     )

@@ -7,11 +7,19 @@ from functools import cached_property
 import torch
 
 from dpo.data.examples import TokenizedExample
+from dpo.distributed.ranks import Ranks
 from dpo.model.logps import ResponseLogps
+from dpo.system.devices import peak_memory
 from dpo.training.references import Reference
 
 SIZE = {"cpu": 512, "mps": 2048, "cuda": 8192}  # rows and columns of the products whose rate is measured
 SECONDS = 0.1  # for all products, of which the fastest counts; one takes longer where a CPU emulates bfloat16
+
+
+def memory_use(device: torch.device, ranks: Ranks) -> dict[str, float]:
+    """Collect the ranks' peak memory, in GB: of the GPU, or of the process."""
+    peaks = [n_bytes / 1e9 for n_bytes in ranks.gather(peak_memory(device))]
+    return {"memory_gb/max": max(peaks), "memory_gb/mean": sum(peaks) / len(peaks)}
 
 
 class Utilization:

@@ -21,6 +21,17 @@ from dpo.system.console import log_message
 from dpo.system.errors import RunError, UserError
 from dpo.system.files import atomic_write, naming_file
 
+# Of what decides how numbers are rounded, in messages; other keys of a run's environment are called by themselves
+LABELS = {
+    "device": "the device",
+    "threads": "the number of threads",
+    "world_size": "the number of processes",
+    "data_size": "the number of shares of a batch",
+    "dtype": "the dtype of the computation",
+}
+# The keys of earlier versions; their layout and attention were one text, and are checked again.
+EARLIER_KEYS = {label: key for key, label in LABELS.items()} | {"the number of parts of a batch": "data_size"}
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -29,16 +40,24 @@ class Checkpoint:
     folder: Path
     states: dict[str, Any]
 
+    def fingerprints(self) -> dict[str, str]:
+        """Read the fingerprints of what the run began with; RunError if this is no checkpoint of a run."""
+        try:
+            run = self.states["run"]
+            return dict(run["fingerprints"] if "fingerprints" in run else run["identity"])  # their earlier name
+        except (KeyError, TypeError, ValueError):
+            raise RunError(f"{self.folder}: is not a checkpoint of a run", "no checkpoint") from None
+
 
 class RunDir:
     """The directory of one run: new, or resumed with what its newest checkpoint holds.
 
-    `identity` names what a resumed run must find again (data, settings, reference), each by a fingerprint.
+    `fingerprints` names what a resumed run must find again: data, settings, reference.
     """
 
     def __init__(self, path: Path, config: DictConfig, ranks: Ranks = ALONE):
         self.path, self.config, self.ranks = path, config, ranks
-        self.identity: dict[str, str] = {}
+        self.fingerprints: dict[str, str] = {}
         self.resumed = False
         self.checkpoint: Checkpoint | None = None
         self.overrides: dict[str, Any] = {}
@@ -50,14 +69,14 @@ class RunDir:
         run = cls(path, config, ranks)
         run.resumed, run.overrides = True, overrides
 
-        def find() -> tuple[Path, dict[str, Any]] | None:
+        def read() -> tuple[Path, dict[str, Any]] | None:
             run.open_files.enter_context(lock_run_dir(path))
             clear_leftovers(path)
             return newest_checkpoint(path)
 
-        found = run.ranks.on_main(find)
-        run.checkpoint = None if found is None else Checkpoint(*found)
-        if found is None:
+        newest = run.ranks.run_on_main(read)
+        run.checkpoint = None if newest is None else Checkpoint(*newest)
+        if newest is None:
             log_message(f"{path} holds no checkpoint yet, so the run begins again.")
         return run
 
@@ -75,32 +94,33 @@ class RunDir:
             self.open_files.enter_context(lock_run_dir(self.path))
 
         if not self.resumed:
-            self.ranks.on_main(make)
+            self.ranks.run_on_main(make)
             self.record()
 
-    def identify(self, identity: Mapping[str, str], earlier: Mapping[str, Callable[[], str]]) -> None:
-        """Keep the run's identity; UserError if the checkpoint that is resumed from has another.
+    def check_fingerprints(self, fingerprints: Mapping[str, str], earlier: Mapping[str, Callable[[], str]]) -> None:
+        """Keep the run's fingerprints; UserError if the checkpoint that is resumed from has others.
 
         earlier computes what earlier versions stored under some of the names, which is as good.
         """
-        self.identity = dict(identity) | {"the settings": settings_fingerprint(self.config)}
+        self.fingerprints = dict(fingerprints) | {"the settings": settings_fingerprint(self.config)}
         if self.checkpoint is None:
             return
-        try:
-            stored = dict(self.checkpoint.states["run"]["identity"])
-        except (KeyError, TypeError):
-            raise RunError(f"{self.checkpoint.folder}: is not a checkpoint of a run", "no checkpoint") from None
+        stored = self.checkpoint.fingerprints()
         earlier = {**earlier, "the settings": partial(settings_fingerprint, self.config, with_device=True)}
-        for name, value in self.identity.items():
+        for name, value in self.fingerprints.items():
             if stored.get(name) != value and (name not in earlier or stored.get(name) != earlier[name]()):
                 raise UserError(f"resume={self.path}: {name} are not those that the run began with")
+
+    def recorded_environment(self) -> dict[str, Any]:
+        """Read what decided how numbers were rounded before the stop; nothing in a new run."""
+        return {} if self.checkpoint is None else read_environment(self.checkpoint.states)
 
     def is_complete(self, n_updates: int) -> bool:
         """Return whether no update is left and the export, which comes last, was written."""
         if self.checkpoint is None:
             return False
         export = self.checkpoint.folder / "hf"
-        is_exported = self.ranks.on_main(lambda: export.is_dir() and not export.is_symlink())
+        is_exported = self.ranks.run_on_main(lambda: export.is_dir() and not export.is_symlink())
         try:
             return is_exported and self.checkpoint.states["run"]["counters"]["updates"] >= n_updates
         except (KeyError, TypeError):  # a forged one, which is refused when its states are loaded
@@ -108,10 +128,9 @@ class RunDir:
 
     def record(self) -> None:
         """Write config.yaml, and, of a resumed run, from where and with which overrides it goes on."""
-        self.ranks.on_main(self.write_record)
+        self.ranks.run_on_main(self._write_record)
 
-    def write_record(self) -> None:
-        """Write what record does, on the main rank."""
+    def _write_record(self) -> None:
         text = OmegaConf.to_yaml(self.config)
         atomic_write(self.path / "config.yaml", text.encode())
         if self.resumed:
@@ -123,13 +142,15 @@ class RunDir:
 
 
 def open_run(path: Path, config: DictConfig, overrides: dict[str, Any] | None, ranks: Ranks) -> RunDir:
-    """Return a new run's directory, or with overrides that of the run that is resumed.
+    """Open the directory of a new run, or with overrides that of the run that is resumed.
 
     A run that torchrun has started again goes on from its newest checkpoint.
     """
-    path, restarted = ranks.same_run(path)
-    if restarted and overrides is None:
-        config, overrides = read_run_config(path), {}
+    if first := ranks.recall("run", str(path)):
+        path = Path(first)
+        restarted = ranks.run_on_main(lambda: (path / "config.yaml").is_file())
+        if restarted and overrides is None:
+            config, overrides = read_run_config(path), {}
     config.local_run_dir = str(path)
     return RunDir(path, config, ranks) if overrides is None else RunDir.reopen(path, config, overrides, ranks)
 
@@ -172,8 +193,22 @@ def settings_fingerprint(config: DictConfig, with_device: bool = False) -> str:
     return hashlib.sha256(repr(sorted(kept.items())).encode()).hexdigest()
 
 
+def read_environment(states: Any) -> dict[str, Any]:
+    """Read from a checkpoint's states what decided how numbers were rounded; nothing where they have another form."""
+    try:
+        run = states["run"]
+        if "environment" in run:
+            return dict(run["environment"])
+        environment = {EARLIER_KEYS.get(name, name): value for name, value in run["surroundings"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return {}
+    environment.pop("the layout", None)
+    return environment
+
+
 def log_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
     """Print what rounds a resumed run's numbers otherwise than before its stop."""
-    changed = [f"{name} was {value}, is {new.get(name)}" for name, value in old.items() if new.get(name) != value]
+    changed = [name for name, value in old.items() if new.get(name) != value]
     if changed:
-        log_message(f"Not bit for bit what it would have been without the stop: {'; '.join(changed)}.")
+        changes = "; ".join(f"{LABELS.get(name, name)} was {old[name]}, is {new.get(name)}" for name in changed)
+        log_message(f"Not bit for bit what it would have been without the stop: {changes}.")

@@ -78,7 +78,7 @@ def save_shards(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> dict[
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
 
-    ranks.on_main(make)
+    ranks.run_on_main(make)
     try:
         save(tensors, storage_writer=FileSystemWriter(folder, thread_count=1), process_group=ranks.group)
     except CheckpointException as error:

@@ -162,10 +162,10 @@ class AdapterWeights:
         """Return peft's layers by the names of the linear layers that they wrap."""
         return adapted_layers(self.model)
 
-    def identity(self) -> dict[str, str]:
-        """Return checksums of the frozen weights, which a resumed run must find again."""
-        found = {"the base model's weights": self.base}
-        return found if self.path is None else found | {"the adapter of lora.path": self.path}
+    def fingerprints(self) -> dict[str, str]:
+        """Checksums of the frozen weights, which a resumed run must find again."""
+        checksums = {"the base model's weights": self.base}
+        return checksums if self.path is None else checksums | {"the adapter of lora.path": self.path}
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:

@@ -57,7 +57,7 @@ class CheckpointWriter:
                 folder = self.path / ".staging-shards"
                 digests = save_shards(states["shards"], folder, self.ranks)
                 states = states | {"shards": folder, "digests": digests}
-            return self.ranks.on_main(partial(save_checkpoint, self.path, step, states, metrics, *self.keep))
+            return self.ranks.run_on_main(partial(save_checkpoint, self.path, step, states, metrics, *self.keep))
 
     def run(self, step: int, states: dict[str, Any], metrics: dict[str, float]) -> None:
         """Write a checkpoint in the background."""

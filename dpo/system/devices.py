@@ -76,7 +76,7 @@ def platform(device: torch.device) -> dict[str, str]:
     return {
         "torch": str(torch.__version__),
         "transformers": version("transformers"),
-        "the device": device_name(device),
+        "device": device_name(device),
     }
 
 

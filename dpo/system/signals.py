@@ -19,8 +19,8 @@ class Signals:
         """Let signals wait until the trainer looks for them."""
         yield
 
-    def take_save(self) -> bool:
-        """Return whether a checkpoint was asked for since the last call."""
+    def pop_save(self) -> bool:
+        """Whether a checkpoint was requested since the last call."""
         return False
 
     def check(self) -> None:
@@ -74,6 +74,6 @@ class ProcessSignals(Signals):
         finally:
             self.waiting = False
 
-    def take_save(self) -> bool:
-        asked, self.save = self.save, False
-        return asked
+    def pop_save(self) -> bool:
+        requested, self.save = self.save, False
+        return requested

@@ -102,27 +102,25 @@ def time_products(n: int, width: int, dtype: torch.dtype) -> float:
         torch.set_num_threads(before)
 
 
-def set_threads(device: torch.device, states: Any = None) -> None:
-    """Set the number of a CPU's threads for a run, to that of the checkpoint that is resumed from, if there is one.
+def set_threads(device: torch.device, recorded: Mapping[str, Any]) -> None:
+    """Set the number of a CPU's threads for a run; recorded is the environment of the run that is resumed, if any.
 
-    The environment's number wins, and more threads than torch would use here are not taken. A number is set in any
-    case: before that, MKL may use fewer threads for some products, and round them differently (mkl_set_dynamic).
+    The environment variable wins over the recorded number, and more threads than torch would use here are not taken.
+    A number is set in any case: before that, MKL may use fewer threads for some products, and round them differently
+    (mkl_set_dynamic).
     """
     if device.type != "cpu":
         return
     default = torch.get_num_threads()
-    recorded = None if variable_set() else recorded_threads(states, device)
-    n = recorded if recorded is not None and recorded < default else default
+    before = None if variable_set() else recorded_threads(recorded, device)
+    n = min(before or default, default)
     if n != default:
         log_message(f"Number of threads: {n}, as before the stop; {VARIABLES[-1]}={default} uses all of this machine.")
     torch.set_num_threads(n)
 
 
-def recorded_threads(states: Any, device: torch.device) -> int | None:
-    """Return the number of threads of a checkpoint's run, if it computed on such a device."""
-    try:
-        recorded = states["run"]["surroundings"]
-        n, name = recorded["the number of threads"], recorded["the device"]
-    except (KeyError, TypeError):  # no checkpoint, or one that is forged
-        return None
-    return n if type(n) is int and n > 0 and name == device_name(device) else None
+def recorded_threads(recorded: Mapping[str, Any], device: torch.device) -> int | None:
+    """Read the number of threads of a run that computed on such a device."""
+    n = recorded.get("threads")
+    is_same_device = recorded.get("device") == device_name(device)
+    return n if type(n) is int and n > 0 and is_same_device else None

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dpo.data.batches import BatchIterator
 from dpo.data.examples import TokenizedExample
 from dpo.distributed.ranks import Ranks
+from dpo.distributed.splitting import BatchSplitter
 from dpo.model.logps import ResponseLogps, response_logps
 from dpo.model.lora import reference_weights
 from dpo.model.packing import LAYOUTS, Packer
@@ -38,13 +39,22 @@ class Precomputation:
     """
 
     policy: ResponseLogps
-    packer: Packer
+    split_batch: BatchSplitter
     dtype: torch.dtype
     train_batches: BatchIterator
     eval_batches: BatchIterator
     n_microbatches: int
     compiled: bool
-    ranks: Ranks
+
+    @property
+    def packer(self) -> Packer:
+        """How microbatches are packed."""
+        return self.split_batch.packer
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes of the run."""
+        return self.split_batch.ranks
 
     @torch.no_grad()
     def run(self, reference: CachedReference, own: Path | None, shared_dir: Path) -> None:
@@ -53,19 +63,19 @@ class Precomputation:
         key = self.key(reference, merged_share <= WORTHWHILE)
         shared = shared_dir / f"{key}.pt"
         paths = [path for path in (own, shared) if path is not None]
-        found = self.ranks.on_main(lambda: next((path for path in paths if reference.load(path, key)), None))
+        found = self.ranks.run_on_main(lambda: next((path for path in paths if reference.load(path, key)), None))
         if found is not None or merged_share <= WORTHWHILE:  # computed elsewhere, or in other microbatches
             reference.start_tolerance = ROUNDED
         if found is not None:
             log_message(f"Reference: log-probabilities taken from {found}")
         else:
             self.compute(reference, merged_share)
-            self.ranks.on_main(lambda: reference.save(shared, key))
-        reference.sums = self.ranks.on_main(lambda: reference.sums)
+            self.ranks.run_on_main(lambda: reference.save(shared, key))
+        reference.sums = self.ranks.run_on_main(lambda: reference.sums)
         if self.train_batches.walks_beyond_first_epoch or merged_share <= WORTHWHILE:
             self.log_rounding(reference)
         if own is not None and found != own:
-            self.ranks.on_main(lambda: reference.save(own, key))
+            self.ranks.run_on_main(lambda: reference.save(own, key))
 
     def merged_share(self) -> float:
         """Return the tokens of merged examples as a share of the pairs' tokens, over pairs from all of the data.
@@ -106,7 +116,7 @@ class Precomputation:
     def fill(self, reference: CachedReference, examples: Sequence[TokenizedExample], n_microbatches: int = 1) -> None:
         """Compute the examples' log-probabilities in the passes of a batch."""
         with autocast(self.policy.model.dtype, self.dtype, self.packer.device):
-            for batch, scale, _ in self.ranks.passes(self.packer, examples, n_microbatches):
+            for batch, scale, _ in self.split_batch(examples, n_microbatches):
                 with self.packer.memory_hint(batch):
                     logps = response_logps(self.policy, batch)
                 if scale:
@@ -118,7 +128,7 @@ class Precomputation:
         merged = sorted(merge(pairs, self.packer.layout, self.packer.max_tokens), key=n_responses)
         with autocast(self.policy.model.dtype, self.dtype, self.packer.device):
             for _, examples in groupby(merged, key=n_responses):  # those of a pass have equally many
-                for batch, scale, _ in self.ranks.passes(self.packer, list(examples)):
+                for batch, scale, _ in self.split_batch(list(examples)):
                     with self.packer.memory_hint(batch):
                         sums = response_logps(self.policy, batch).sums.tolist()
                     for example, row in zip(batch.examples, sums, strict=True):

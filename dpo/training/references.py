@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from dpo.data.examples import TextExample, TokenizedExample
-from dpo.distributed.ranks import Ranks
+from dpo.distributed.splitting import BatchSplitter
 from dpo.model.logps import Logps, ResponseLogps, response_logps
-from dpo.model.packing import PackedBatch, Packer
+from dpo.model.packing import PackedBatch
 from dpo.model.sampling import Sampler
 from dpo.runs.weights import AdapterWeights
 from dpo.system.console import log_message
@@ -67,24 +67,24 @@ def repeated(reference: Reference | None) -> AbstractContextManager[None]:
 def sums_of_logps(
     policy: ResponseLogps,
     reference: Reference | None,
-    packer: Packer,
-    ranks: Ranks,
+    split_batch: BatchSplitter,
     examples: Sequence[TokenizedExample],
-    before_pass: Callable[[], None] = lambda: None,
+    before_microbatch: Callable[[], None] = lambda: None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return log pi(response) of policy and reference, both (examples, n_responses), in the order of the passes.
+    """Compute log pi(response) of policy and reference, both (examples, n_responses), in the order of microbatches.
 
-    Each rank computes its share, and all return all of them, on the host. before_pass may stop it, on all ranks.
+    Each rank computes its share, and all return all of them, on the host. before_microbatch may stop it, on all ranks.
     """
     assert reference is not None
-    found = []
-    for batch, scale, _ in ranks.passes(packer, examples):
-        before_pass()
-        with packer.memory_hint(batch):
+    computed = []
+    for batch, scale, _ in split_batch(examples):
+        before_microbatch()
+        with split_batch.packer.memory_hint(batch):
             sums = torch.stack((response_logps(policy, batch).sums, reference.logps(batch).sums))
         if scale:
-            found.append(sums.cpu())
-    policy_sums, reference_sums = torch.cat([sums for part in ranks.gather_parts(found) for sums in part], dim=1)
+            computed.append(sums.cpu())
+    shares = split_batch.ranks.gather_shares(computed)
+    policy_sums, reference_sums = torch.cat([sums for share in shares for sums in share], dim=1)
     return policy_sums, reference_sums
 
 

@@ -1,4 +1,4 @@
-"""What several processes agree on, with the values of the other ranks put in their place."""
+"""What processes ask of each other, and how they split batches; with the values of the other ranks put in place."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -8,9 +8,11 @@ import torch
 from ranks import run_ranks
 from tiny_models import PLENTY, make_examples
 
-from dpo.distributed.process_group import AgreedSignals, ProcessGroup
+from dpo.distributed.process_group import ProcessGroup, SynchronizedSignals, check_same, synchronize
 from dpo.distributed.ranks import ALONE, Ranks
+from dpo.distributed.splitting import BatchSplitter
 from dpo.model.packing import Packer
+from dpo.reporting.utilization import memory_use
 from dpo.system.errors import Stopped, UserError
 from dpo.system.signals import Signals
 
@@ -18,20 +20,20 @@ LENGTHS = [(9, 5, 3), (4, 2, 8), (13, 1, 6), (2, 7, 7), (11, 3, 2)]
 PACKER = Packer("shared_prefix", PLENTY, torch.device("cpu"))
 
 
-def test_a_process_alone_agrees_with_itself():
+def test_a_process_alone_asks_itself():
     assert (ALONE.rank, ALONE.world_size, ALONE.is_main) == (0, 1, True)
-    assert ALONE.gather("a") == ["a"] and ALONE.sum(3) == ALONE.mean(3) == 3
+    assert ALONE.gather("a") == ALONE.gather_shares("a") == ["a"] and ALONE.run_on_main(lambda: 7) == 7
     assert ALONE.any(torch.tensor(True)) and not ALONE.any(0)
-    usage = ALONE.usage(torch.device("cpu"))
-    assert ALONE.on_main(lambda: 7) == 7 and usage["memory_gb/max"] == usage["memory_gb/mean"] > 0.05
+    assert ALONE.recall("run", "here") is None
     signals = Signals()
-    assert ALONE.agree(signals) is signals
+    assert synchronize(signals, ALONE) is signals
 
 
-def test_a_process_alone_makes_every_pass_with_its_own_gradient():
-    passes = list(ALONE.passes(Packer("padded", 40, torch.device("cpu")), make_examples(LENGTHS), 2))
-    assert sum(len(one.batch.examples) for one in passes) == 5 and len(passes) > 2
-    assert {(scale, is_last) for _, scale, is_last in passes} == {(1.0, True)}
+def test_a_process_alone_computes_every_microbatch_with_its_own_gradient():
+    packer = Packer("padded", 40, torch.device("cpu"))
+    microbatches = list(BatchSplitter(packer)(make_examples(LENGTHS), 2))
+    assert sum(len(one.batch.examples) for one in microbatches) == 5 and len(microbatches) > 2
+    assert {scale for _, scale, _ in microbatches} == {1.0} and microbatches[-1].is_last
 
 
 def exchange(rank: int, n: int, folder: Path) -> None:
@@ -39,19 +41,18 @@ def exchange(rank: int, n: int, folder: Path) -> None:
     ranks = ProcessGroup(torch.device("cpu"), timedelta(seconds=30))
     examples = make_examples(LENGTHS)
     packer = Packer("shared_prefix", 17, torch.device("cpu"))  # one example per pass, so 2 and 3 passes
-    passes = [
-        ([e.text.row for e in one.batch.examples], one.scale, one.is_last) for one in ranks.passes(packer, examples)
-    ]
+    microbatches = BatchSplitter(packer, ranks)(examples)
+    passes = [([e.text.row for e in one.batch.examples], one.scale, one.is_last) for one in microbatches]
     found = {
         "passes": passes,
-        "a lone example": [scale for _, scale, _ in ranks.passes(PACKER, examples[:1])],
+        "a lone example": [scale for _, scale, _ in BatchSplitter(PACKER, ranks)(examples[:1])],
         "gather": ranks.gather(rank),
-        "sum": ranks.sum(rank + 1),
-        "mean": ranks.mean(rank + 1),
+        "shares": ranks.gather_shares(rank),
         "any": (ranks.any(rank == 1), ranks.any(False)),
-        "on main": ranks.on_main(lambda: f"from {rank}"),
-        "from main": ranks.from_main(lambda: [f"made by {rank}"], lambda made: [*made, "sent"]),
-        "usage": ranks.usage(torch.device("cpu")),
+        "on main": ranks.run_on_main(lambda: f"from {rank}"),
+        "from main": ranks.broadcast_from_main(lambda: [f"made by {rank}"], lambda made: [*made, "sent"]),
+        "recalled": [ranks.recall("name", f"by {rank}"), ranks.recall("name", "later")],
+        "memory": memory_use(torch.device("cpu"), ranks),
     }
     torch.save(found, folder / f"{rank}.pt")
     ranks.close()
@@ -67,11 +68,11 @@ def found(tmp_path_factory) -> list[dict]:
 
 def test_two_processes_agree(found):
     for one in found:
-        assert one["gather"] == [0, 1] and one["sum"] == 3 and one["mean"] == 1.5
+        assert one["gather"] == one["shares"] == [0, 1] and one["recalled"] == [None, "by 0"]
         assert one["any"] == (True, False) and one["on main"] == "from 0"
         assert one["from main"][0] == "made by 0"
-        assert one["usage"]["memory_gb/max"] >= one["usage"]["memory_gb/mean"] > 0.05
-    assert found[0]["usage"] == found[1]["usage"]
+        assert one["memory"]["memory_gb/max"] >= one["memory"]["memory_gb/mean"] > 0.05
+    assert found[0]["memory"] == found[1]["memory"]
     assert [len(one["from main"]) for one in found] == [1, 2]  # the other rank gets what is sent, the main one its own
 
 
@@ -105,14 +106,14 @@ class Others(Ranks):
 
 def test_ranks_that_read_other_files_are_refused():
     ranks = Others({"the weights": "a"}, {"the weights": "b"})
-    ProcessGroup.check_same(ranks, lambda: {"the weights": "a"})
+    check_same({"the weights": "a"}, ranks)
     with pytest.raises(UserError, match="the weights: not the same on rank 1 as on rank 0"):
-        ProcessGroup.check_same(ranks, lambda: {"the weights": "a"})
-    ALONE.check_same(lambda: pytest.fail("nothing to compare"))
+        check_same({"the weights": "a"}, ranks)
+    check_same({"the weights": "a"}, ALONE)
 
 
 def test_a_signal_of_another_rank_stops_this_one_too():
-    signals = AgreedSignals(Signals(), Others((False, None), (False, "SIGTERM")))
+    signals = SynchronizedSignals(Signals(), Others((False, None), (False, "SIGTERM")))
     signals.check()
     with pytest.raises(Stopped) as stopped:
         signals.check()
@@ -120,14 +121,14 @@ def test_a_signal_of_another_rank_stops_this_one_too():
 
 
 def test_a_wish_for_a_checkpoint_that_comes_in_an_evaluation_is_granted_after_it():
-    signals = AgreedSignals(Signals(), Others((True, None), (False, None), (False, None)))
+    signals = SynchronizedSignals(Signals(), Others((True, None), (False, None), (False, None)))
     signals.check()
-    assert signals.take_save() and not signals.take_save()
+    assert signals.pop_save() and not signals.pop_save()
 
 
 def test_a_signal_between_the_save_and_the_check_waits_for_the_next_update():
     """The run would end without a checkpoint of the update that was just made."""
-    signals = AgreedSignals(Signals(), Others((False, None), (False, "SIGTERM")))
-    assert not signals.take_save()
+    signals = SynchronizedSignals(Signals(), Others((False, None), (False, "SIGTERM")))
+    assert not signals.pop_save()
     signals.check()
-    assert not signals.take_save() and signals.stop == "SIGTERM"
+    assert not signals.pop_save() and signals.stop == "SIGTERM"

@@ -430,9 +430,9 @@ def test_an_adapter_that_was_cut_off_is_refused(share, tmp_path):
 
 def test_a_resumed_run_must_find_its_frozen_weights_and_keeps_its_adapter(trained, make_trainer):
     before, latest = trained(loss="sft")
-    assert before.run.identity["the base model's weights"] == before.weights.base
+    assert before.run.fingerprints["the base model's weights"] == before.weights.base
     further = make_trainer("loss=sft", *LORA, f"lora.path='{latest / 'hf'}'")
-    assert {"the base model's weights", "the adapter of lora.path"} < set(further.run.identity)
+    assert {"the base model's weights", "the adapter of lora.path"} < set(further.run.fingerprints)
     scratch = make_trainer("loss=sft", *LORA, "model.from_scratch=true")
     assert scratch.weights.base != before.weights.base
 

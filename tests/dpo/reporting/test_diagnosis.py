@@ -7,7 +7,7 @@ import torch
 from tiny_models import respond, tiny
 
 from dpo.data.examples import TextExample, TokenizedExample
-from dpo.distributed.ranks import ALONE
+from dpo.distributed.splitting import BatchSplitter
 from dpo.model.logps import Logps, ResponseLogps
 from dpo.model.packing import Packer, make_microbatches
 from dpo.reporting.diagnosis import diagnose, diagnose_samples, displacement_advice, lengths, log_ratios
@@ -176,7 +176,7 @@ def test_the_divergence_is_the_mean_log_ratio_of_the_policys_own_samples_with_it
     The same half a nat for every token, so that the mean per token has no error.
     """
     samples = {"policy": samples_of(2, 8), "reference": samples_of(3, 3)}
-    found = diagnose_samples(samples, Constant(-1.0), Constant(-1.5), PACKER, ALONE)
+    found = diagnose_samples(samples, Constant(-1.0), Constant(-1.5), BatchSplitter(PACKER))
     assert found == pytest.approx(
         {
             "diagnosis/kl": 2.5,
@@ -197,7 +197,10 @@ def test_identical_models_have_a_divergence_of_exactly_zero():
     policy, reference = (ResponseLogps.wrap(model) for model in models)
     samples = [respond([5, 6, 7], [8, 9, 2]), respond([11], [12] * 9), respond([13, 14], [2])]
     found = diagnose_samples(
-        {"policy": samples, "reference": samples}, policy, ModelReference(reference, torch.float32), PACKER, ALONE
+        {"policy": samples, "reference": samples},
+        policy,
+        ModelReference(reference, torch.float32),
+        BatchSplitter(PACKER),
     )
     names = ("kl", "kl_stderr", "kl_per_token", "kl_per_token_stderr", "sample_length_difference")
     assert [found[f"diagnosis/{name}"] for name in names] == [0.0] * 5
@@ -214,7 +217,7 @@ def test_without_a_reference_or_with_a_cached_one_there_is_no_divergence():
     cached = Constant(-1.5)
     cached.knows_any_response = False
     for reference in (None, cached):
-        found = diagnose_samples({"policy": samples_of(2, 8)}, Constant(-1.0), reference, PACKER, ALONE)
+        found = diagnose_samples({"policy": samples_of(2, 8)}, Constant(-1.0), reference, BatchSplitter(PACKER))
         assert {name.removeprefix("diagnosis/").removesuffix("_stderr") for name in found} == {
             "entropy_per_token",
             "sample_length",
@@ -222,5 +225,5 @@ def test_without_a_reference_or_with_a_cached_one_there_is_no_divergence():
 
 
 def test_a_single_sample_has_no_standard_error():
-    found = diagnose_samples({"policy": samples_of(4)}, Constant(-1.0), Constant(-1.5), PACKER, ALONE)
+    found = diagnose_samples({"policy": samples_of(4)}, Constant(-1.0), Constant(-1.5), BatchSplitter(PACKER))
     assert found["diagnosis/kl"] == 2.0 and not any("stderr" in name for name in found)

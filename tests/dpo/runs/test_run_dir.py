@@ -16,6 +16,7 @@ from dpo.data.row_index import TableData
 from dpo.model import layout_check
 from dpo.model.archives import load_archive
 from dpo.runs import checkpoints
+from dpo.runs.run_dir import Checkpoint, read_environment
 from dpo.settings import run_config
 from dpo.system.devices import platform
 
@@ -62,10 +63,10 @@ def refusal(folder: Path, *arguments: str) -> str:
     return line.removeprefix("error: ")
 
 
-def stored_identity(folder: Path) -> dict[str, str]:
+def stored_fingerprints(folder: Path) -> dict[str, str]:
     """Return the identity in a run's newest checkpoint."""
     _, states = checkpoints.newest_checkpoint(folder)
-    return states["run"]["identity"]
+    return states["run"]["fingerprints"]
 
 
 def resumed(folder: Path, *overrides: str, fault: Callable[[], None] = lambda: None, at: str = "") -> Run:
@@ -137,16 +138,29 @@ def test_a_run_of_an_earlier_version_which_hashed_the_texts_of_its_data_goes_on(
         at_event(3, kill)()
 
     assert command_line(folder, arguments, as_before).returncode < 0
-    before = stored_identity(folder)
+    before = stored_fingerprints(folder)
     resumed(folder)
-    after = stored_identity(folder)
+    after = stored_fingerprints(folder)
     assert {name for name in after if before[name] != after[name]} == {"the training data", "the evaluation data"}
 
 
 # What rounds numbers otherwise
 
 
-def surrounded_by(**changed: str) -> Callable[[], None]:
+def test_the_environment_and_the_fingerprints_of_earlier_versions_are_read():
+    """They stored the layout as a text, which is checked again."""
+    stored = {"torch": "2.11", "the device": "cpu A", "the number of threads": 2, "the number of parts of a batch": 4}
+    states = {"run": {"surroundings": stored | {"the layout": "padded, sdpa attention"}, "identity": {"data": "ab"}}}
+    assert read_environment(states) == {"torch": "2.11", "device": "cpu A", "threads": 2, "data_size": 4}
+    assert Checkpoint(Path("step-1"), states).fingerprints() == {"data": "ab"}
+
+
+@pytest.mark.parametrize("states", [{}, {"run": None}, {"run": {}}, {"run": {"environment": 3}}])
+def test_states_of_another_form_tell_nothing_of_the_environment(states):
+    assert read_environment(states) == {}
+
+
+def with_platform(**changed: str) -> Callable[[], None]:
     """Resume where platform() has other values."""
 
     def install() -> None:
@@ -160,9 +174,9 @@ def test_a_run_resumes_in_silence_with_its_layout_where_nothing_changed(copied):
     assert "Not bit for bit" not in run.stdout and "Checking layout" not in run.stdout
 
 
-@pytest.mark.parametrize("what", ["torch", "transformers", "the device"])
+@pytest.mark.parametrize("what", ["torch", "transformers", "device"])
 def test_a_change_of_versions_or_device_is_noted_and_the_layout_checked_again(what, copied):
-    run = resumed(copied, "device=auto", fault=surrounded_by(**{what: "other"}))
+    run = resumed(copied, "device=auto", fault=with_platform(**{what: "other"}))
     (line,) = [line for line in run.stdout.splitlines() if line.startswith("Not bit for bit ")]
     assert f"{what} was " in line and line.endswith(", is other.")
     assert "Checking layout=shared_prefix" in run.stdout

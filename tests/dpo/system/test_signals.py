@@ -20,7 +20,7 @@ from dpo.system.signals import ProcessSignals
 with ProcessSignals().installed() as signals:
     os.kill(os.getpid(), signal.SIGUSR1)
     with signals.deferred():
-        print(signals.take_save(), signals.take_save(), signals.stop)
+        print(signals.pop_save(), signals.pop_save(), signals.stop)
 """
     printed = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
     assert printed == "True False None\n"

@@ -119,24 +119,21 @@ def test_the_number_of_threads_is_that_of_before_when_a_timing_fails(machine, mo
     assert machine == [8, 2, 8]
 
 
-def states(n, device=None):
-    """Return the part of a checkpoint's states that tells with how many threads it was computed."""
-    return {"run": {"surroundings": {"the number of threads": n, "the device": device or device_name(CPU)}}}
+def recorded(n, device=None):
+    return {"threads": n, "device": device or device_name(CPU)}
 
 
 @pytest.mark.parametrize(
     "stored, expected",
     [
-        (None, 8),
-        (states(2), 2),
-        (states(8), 8),
-        (states(64), 8),  # more than this machine has
-        (states(2, "cpu OTHER"), 8),  # whose numbers are not repeated here anyway
-        (states(0), 8),
-        (states("2"), 8),
-        (states(True), 8),
-        ({"run": {}}, 8),
-        ({"run": None}, 8),
+        ({}, 8),
+        (recorded(2), 2),
+        (recorded(8), 8),
+        (recorded(64), 8),  # more than this machine has
+        (recorded(2, "cpu OTHER"), 8),  # whose numbers are not repeated here anyway
+        (recorded(0), 8),
+        (recorded("2"), 8),
+        (recorded(True), 8),
     ],
 )
 def test_a_resumed_run_computes_with_the_threads_of_its_checkpoint(stored, expected, machine, capsys):
@@ -148,16 +145,16 @@ def test_a_resumed_run_computes_with_the_threads_of_its_checkpoint(stored, expec
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
 def test_the_environment_sets_the_threads_of_a_resumed_run(name, machine, monkeypatch, capsys):
     monkeypatch.setenv(name, "8")
-    set_threads(CPU, states(2))
+    set_threads(CPU, recorded(2))
     assert machine == [8, 8] and capsys.readouterr().out == ""
 
 
 def test_an_empty_variable_sets_nothing(machine, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "")
-    set_threads(CPU, states(2))
+    set_threads(CPU, recorded(2))
     assert machine == [8, 2]
 
 
 def test_the_threads_of_a_host_with_a_gpu_are_left_alone(machine):
-    set_threads(torch.device("cuda"), states(2))
+    set_threads(torch.device("cuda"), recorded(2))
     assert machine == [8]

@@ -9,7 +9,8 @@ import torch
 from conftest import ROOT
 from tiny_models import respond
 
-from dpo.distributed.ranks import Pass, Ranks
+from dpo.distributed.ranks import Ranks
+from dpo.distributed.splitting import BatchSplitter, Microbatch
 from dpo.model.packing import LAYOUTS
 from dpo.training import precomputation
 from dpo.training.precomputation import merge
@@ -132,13 +133,15 @@ class Half(Ranks):
     def __init__(self, rank, kept):
         self.rank, self.kept = rank, kept
 
-    def passes(self, packer, examples, n_parts=1):
-        for example in examples[self.rank :: 2]:
-            yield Pass(next(packer([example])), 2.0, False)
-        yield Pass(next(packer(examples[:1])), 0.0, True)
-
     def gather(self, value):
         return [value, *self.kept]
+
+
+class SplitInHalves(BatchSplitter):
+    def __call__(self, examples, n_equal=1):
+        for example in examples[self.ranks.rank :: 2]:
+            yield Microbatch(next(self.packer([example])), 2.0, False)
+        yield Microbatch(next(self.packer(examples[:1])), 0.0, True)
 
 
 def test_ranks_compute_a_part_each_and_together_all(precompute, rankings, monkeypatch):
@@ -149,12 +152,13 @@ def test_ranks_compute_a_part_each_and_together_all(precompute, rankings, monkey
     precompute(rankings, "max_tokens_per_pass=100")
     ((alone, reference),) = made
 
-    def compute(ranks):
+    def compute(split_batch):
         reference.sums.fill_(torch.nan)
-        replace(alone, ranks=ranks).compute(reference, merged_share=0.5)
+        replace(alone, split_batch=split_batch).compute(reference, merged_share=0.5)
         return reference.sums.clone()
 
-    whole, first = compute(alone.ranks), compute(Half(0, []))
-    both = compute(Half(1, [first]))
+    whole = compute(alone.split_batch)
+    first = compute(SplitInHalves(alone.packer, Half(0, [])))
+    both = compute(SplitInHalves(alone.packer, Half(1, [first])))
     assert not whole.isnan().any() and 0 < first.isnan().sum() < first.numel()
     torch.testing.assert_close(both, whole, rtol=0, atol=1e-3)

@@ -15,7 +15,8 @@ from tiny_models import EXAMPLES, tiny
 
 import build
 from dpo.data.examples import TextExample
-from dpo.distributed.ranks import Pass, Ranks
+from dpo.distributed.ranks import Ranks
+from dpo.distributed.splitting import BatchSplitter, Microbatch
 from dpo.model.archives import load_archive
 from dpo.model.loading import copy_reference
 from dpo.model.logps import ResponseLogps, response_logps
@@ -86,17 +87,21 @@ def test_each_part_of_a_key_counts_by_itself(precompute, monkeypatch):
     monkeypatch.setattr(Precomputation, "run", lambda self, reference, *paths: made.append((self, reference)))
     precompute()
     ((own, reference),) = made
+
+    def split(**changes) -> Precomputation:
+        return replace(own, split_batch=BatchSplitter(replace(own.packer, **changes)))
+
     others = [
         replace(own, dtype=torch.bfloat16),
         replace(own, policy=ResponseLogps.wrap(own.policy.model, float32_head=True)),
         replace(own, compiled=True),
         replace(own, n_microbatches=2),
-        replace(own, packer=replace(own.packer, layout="padded")),
-        replace(own, packer=replace(own.packer, max_tokens=100)),
-        replace(own, packer=replace(own.packer, device=torch.device("meta"))),
+        split(layout="padded"),
+        split(max_tokens=100),
+        split(device=torch.device("meta")),
         replace(own, train_batches=replace(own.train_batches, seed=1)),
         replace(own, eval_batches=replace(own.eval_batches, batch_size=2)),
-        *(replace(own, ranks=several(*sizes)) for sizes in ((2, 1), (2, 2), (4, 2))),
+        *(replace(own, split_batch=BatchSplitter(own.packer, several(*sizes))) for sizes in ((2, 1), (2, 2), (4, 2))),
     ]
     keys = [one.key(reference) for one in (own, *others)]
     reference.order = "another"
@@ -441,7 +446,7 @@ def test_a_reference_that_stays_has_no_state(make_trainer):
 
 
 class TwoRanks(Ranks):
-    """A rank whose part is the first example, and which makes a pass more because another rank has it."""
+    """A rank whose share is the first example, and which has one microbatch more because another rank has it."""
 
     def __init__(self, others):
         self.others = others
@@ -449,9 +454,11 @@ class TwoRanks(Ranks):
     def gather(self, value):
         return [value, self.others]
 
-    def passes(self, packer, examples, n_parts=1):
+
+class Split(BatchSplitter):
+    def __call__(self, examples, n_equal=1):
         for example, scale in ((examples[0], 1.0), (examples[1], 0.0)):
-            yield Pass(next(packer([example])), scale, True)
+            yield Microbatch(next(self.packer([example])), scale, True)
 
 
 def test_sums_of_a_batch_are_those_of_all_ranks_without_passes_that_only_keep_up_with_another_rank():
@@ -464,7 +471,7 @@ def test_sums_of_a_batch_are_those_of_all_ranks_without_passes_that_only_keep_up
         torch.tensor([[[-1.0, -2.0]], [[-3.0, -4.0]]]),
         [],
     )
-    found = sums_of_logps(policy, reference, packer, TwoRanks([others]), EXAMPLES, lambda: calls.append(1))
+    found = sums_of_logps(policy, reference, Split(packer, TwoRanks([others])), EXAMPLES, lambda: calls.append(1))
     with torch.no_grad():
         own = next(packer(EXAMPLES[:1]))
         expected = [response_logps(policy, own).sums[0].tolist(), reference.logps(own).sums[0].tolist()]
