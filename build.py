@@ -1,7 +1,6 @@
-"""From validated settings to a trainer: data, tokenizer, models, layout, reference.
+"""From validated settings to a trainer.
 
-`load_inputs` reads everything that settings can be checked against before weights load; `build_trainer` does the rest.
-Apart from train.py because it needs torch, whose import takes longer than answering a mistyped command.
+`load_inputs` reads what settings are checked against before any weights load; `build_trainer` does the rest in steps.
 """
 
 import hashlib
@@ -69,7 +68,7 @@ from preference_datasets import DATASETS, load_data
 from trainers import TRAINERS, BasicTrainer, Inputs, Models
 from utils import local_dir
 
-LOADING = "before the first pass; a smaller model needs less"
+LOADING = "before training; a smaller model needs less"
 
 
 def load_inputs(settings: Settings, loss: Loss) -> Inputs:
@@ -100,7 +99,7 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     left = train_batches.n_items - train_batches.batches_per_epoch * settings.batch_size
     if left:
         n = train_batches.n_items
-        log_message(f"The last {left:,} of an epoch's {n:,} examples fill no batch and are left out.")
+        log_message(f"Each epoch skips the last {left:,} of {n:,} examples, too few for a batch.")
     stops = rendering.template.stops() if rendering.template else []
     return Inputs(device, model_config, tokenizer, train_batches, eval_batches, stops)
 
@@ -108,7 +107,7 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
 def build_trainer(
     settings: Settings, loss: Loss, inputs: Inputs, run: RunDir, signals: Signals | None = None
 ) -> BasicTrainer:
-    """Build the trainer, which stands where the run directory's checkpoint left it, if there is one."""
+    """Build the trainer, and load the checkpoint if the run directory has one."""
     trainer_class = TRAINERS[settings.trainer]
     signals = synchronize(signals or Signals(), run.ranks)
     set_threads(inputs.device, run.recorded_environment())
@@ -140,11 +139,11 @@ def build_trainer(
     return trainer
 
 
-# Loading: on the main rank alone, which sends the others a policy without weights
+# Loading: only the main rank loads weights, and sends the other ranks a policy without them
 
 
 def load_models(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir) -> Models:
-    """Load the policy and its adapter and choose the layout, of several ranks on the main one alone."""
+    """Load the policy and its adapter and choose the layout, on the main rank."""
     limit_onednn_cache()
     dtype = compute_dtype(settings.compute_precision, getattr(torch, settings.model.policy_dtype), inputs.device)
     if dtype == torch.float32:
@@ -157,7 +156,7 @@ def load_models(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir) -> 
 
 
 def load_on_main(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir, dtype: torch.dtype) -> Models:
-    """Load the policy to a device, and its adapter, and choose the layout by a check on a few examples."""
+    """Load the policy, add its adapter, and choose the layout by a check on a few examples."""
     device, policy_dtype = inputs.device, settings.model.policy_dtype
     known = recorded_layout(run.recorded_environment(), device)
     # A model that is sharded is whole on one device only for the check of the layout, if there is one.
@@ -192,21 +191,21 @@ def compile_models(models: Models) -> None:
 
 
 def seed_generators(seed: int, ranks: Ranks) -> None:
-    """Seed all random generators; ranks with other examples have other dropout."""
+    """Seed all random generators; ranks with different examples get different dropout."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed + ranks.data_rank)
 
 
 def log_bfloat16(settings: Settings, models: Models, ranks: Ranks) -> None:
-    """Say which updates bfloat16 parameters would lose to rounding, if any."""
+    """Warn if bfloat16 parameters would lose updates to rounding."""
     note = partial(bfloat16_note, models.policy.trained_parameters(), settings.lr, settings.optimizer)
     if text := ranks.run_on_main(note):
         log_message(text)
 
 
 def check_fingerprints(loss: Loss, inputs: Inputs, models: Models, run: RunDir) -> None:
-    """Raise UserError unless all ranks, and a resumed run, have read the same data and weights."""
+    """Raise UserError unless all ranks, and the run before its stop, have read the same data and weights."""
     batches = {"the training data": inputs.train_batches, "the evaluation data": inputs.eval_batches}
     fingerprints = {name: one.fingerprint() for name, one in batches.items()}
     if loss.needs_scores:
@@ -224,18 +223,18 @@ def check_fingerprints(loss: Loss, inputs: Inputs, models: Models, run: RunDir) 
 
 
 def set_token_budget(settings: Settings, inputs: Inputs, models: Models, run: RunDir) -> None:
-    """Measure max_tokens_per_pass=fit, and record what fit and auto have found, with which the run is resumed."""
+    """Measure max_tokens_per_pass=fit; record the number that fit or auto chose, so that a resumed run uses it too."""
     if settings.max_tokens_per_pass == "fit":
         models.packer = fit_budget(settings, models.policy, models.packer, inputs.train_batches, models.dtype)
     if settings.max_tokens_per_pass == "fit" or read_facts(inputs.device).kind == "cuda":
         run.config.max_tokens_per_pass = models.packer.max_tokens
 
 
-# What stands around the policy: sampler, logger, reference
+# Sampler, logger and reference
 
 
 def make_sampler(settings: Settings, inputs: Inputs, models: Models, signals: Signals) -> Sampler:
-    """Make the sampler, which also stops at the ends of turns of the data's conversations."""
+    """Make the sampler, which also stops at the end-of-turn tokens of the data's conversations."""
     if inputs.stops:
         add_stops(models.policy.model.generation_config, inputs.stops)
     sampler = Sampler.of(settings, inputs.tokenizer, inputs.device, models.dtype)
@@ -243,14 +242,14 @@ def make_sampler(settings: Settings, inputs: Inputs, models: Models, signals: Si
 
 
 def open_logger(settings: Settings, run: RunDir) -> MetricLogger:
-    """Open the run's log files and start its trackers, which are closed with the run directory."""
+    """Open the run's log files and start its trackers; they are closed with the run directory."""
     logger = make_logger(run.path, run.ranks, lambda: make_tracker(settings, run), settings.minimum_log_interval_secs)
     run.open_files.callback(logger.close)
     return logger
 
 
 def make_reference(settings: Settings, loss: Loss, inputs: Inputs, models: Models, run: RunDir) -> Reference | None:
-    """Make the reference that the loss needs, if any, and say how far the policy may start from it."""
+    """Make the reference that the loss needs, if any."""
     if not loss.needs_reference:
         return None
     reference: Reference
@@ -265,18 +264,18 @@ def make_reference(settings: Settings, loss: Loss, inputs: Inputs, models: Model
 
 
 def second_model_reference(settings: Settings, models: Models) -> ModelReference:
-    """Make the reference of a second model: a frozen one, or one that follows the policy."""
+    """Use a second model as the reference: frozen, or following the policy."""
     assert models.second is not None
     if settings.sync_reference:
         every, mix = settings.sync_reference, settings.sync_mix
         return SyncedReference(models.second, models.policy, models.sampler, every, mix)
-    is_mixed = models.policy.model.dtype != models.dtype  # then training computes under autocast, else as it is
+    is_mixed = models.policy.model.dtype != models.dtype  # then training computes under autocast
     dtype = models.dtype if is_mixed else models.second.model.dtype
     return ModelReference(models.second, dtype, models.sampler)
 
 
 def adapter_reference(inputs: Inputs, models: Models) -> AdapterReference:
-    """Make the reference of the policy without its adapter; UserError if the two differ on a short example."""
+    """Use the policy without its adapter as the reference; UserError if the two differ on a short example."""
     assert models.adapter is not None
     reference = AdapterReference(models.policy, models.adapter, models.sampler)
     log_message(f"Reference: {models.adapter.describe_reference()}; no second model is loaded.")
@@ -289,7 +288,7 @@ def adapter_reference(inputs: Inputs, models: Models) -> AdapterReference:
 
 
 def cached_reference(settings: Settings, loss: Loss, inputs: Inputs, models: Models, run: RunDir) -> CachedReference:
-    """Compute the log-probabilities of the policy as it starts, or read them from an earlier run's file."""
+    """Compute the log-probabilities of the policy before training, or read them from the file of an earlier run."""
     train, test = inputs.train_batches, inputs.eval_batches
     samples = None
     if settings.sample_during_eval and not settings.dry_run:
@@ -297,7 +296,7 @@ def cached_reference(settings: Settings, loss: Loss, inputs: Inputs, models: Mod
         samples = models.sampler.sample(models.policy.model, prompts, "sampling the reference")
     examples = (example for batches in (train, test) for group in batches.groups for example in group)
     cache = CachedReference(examples, loss.n_responses, samples)
-    if settings.dry_run:  # whose losses mean nothing
+    if settings.dry_run:  # its losses mean nothing
         cache.sums.zero_()
         return cache
     path = None if settings.debug else run.path / "reference.pt"
@@ -316,17 +315,17 @@ def cached_reference(settings: Settings, loss: Loss, inputs: Inputs, models: Mod
 
 
 def start_tolerance(settings: Settings) -> float:
-    """Return how far policy and reference may differ before the first update, in nats per token on average."""
+    """How far policy and reference may differ before the first update, in nats per token on average."""
     if settings.dry_run or settings.model.reference_dtype not in (None, settings.model.policy_dtype):
         return math.inf
-    return ROUNDED if settings.compile else 0.0  # compiled passes with and without a gradient may round differently
+    return ROUNDED if settings.compile else 0.0  # compiled with and without gradients, a model may round differently
 
 
 def resume_trainer(trainer: BasicTrainer, run: RunDir) -> None:
-    """Bring a trainer to where the run directory's checkpoint left it, and record the resume."""
+    """Load the run directory's checkpoint into the trainer, if there is one, and record the resume."""
     if run.checkpoint is not None:
         trainer.load_state_dict(run.checkpoint.states)
-        run.checkpoint = replace(run.checkpoint, states={})  # tensors as large as the model, which are needed no more
+        run.checkpoint = replace(run.checkpoint, states={})  # frees tensors as large as the model
     elif run.resumed:
         trainer.logger.cut([])
     if run.resumed:
@@ -334,7 +333,7 @@ def resume_trainer(trainer: BasicTrainer, run: RunDir) -> None:
 
 
 def make_tracker(settings: Settings, run: RunDir) -> Tracker:
-    """Start the trackers of a run; wandb.enabled=false leaves wandb out."""
+    """Start the trackers of a run."""
     if settings.debug:
         return Tracker()
     project, config = settings.wandb.project, OmegaConf.to_container(run.config, resolve=False)

@@ -1,8 +1,8 @@
 """The command line: python train.py loss=dpo model=gpt2.
 
-Answers help and mistyped commands at once, then composes and validates the config, builds the trainer and runs it.
-Signals are handled before anything slow is imported, and torch after everything that can be refused without it: both
-are why functions import what they use.
+Prints help and reports mistyped commands at once. Then it composes and validates the config, builds the trainer and
+trains. Functions import what they use, since signals must be handled before any slow import, and a mistyped command is
+reported before torch is imported.
 """
 
 import os
@@ -34,9 +34,9 @@ QUOTE = """: quote a value with special characters, as in "datasets=['~/pairs.js
 def run(
     config: "DictConfig", signals: Signals, arguments: Sequence[str], overrides: dict[str, Any] | None = None
 ) -> None:
-    """Validate a config and train: a new run, or with overrides the one that is resumed.
+    """Validate a config and train: a new run, or with overrides a resumed one.
 
-    arguments are those with which further processes are started, where the trainer needs them.
+    A trainer for several devices starts further processes with the same arguments.
     """
     from omegaconf import OmegaConf
 
@@ -46,7 +46,7 @@ def run(
     defaults = default_values(CONFIG, OmegaConf.select(config, "loss.name"), overrides is not None)
     settings, loss = validate({k: v for k, v in flatten(config).items() if k not in REMOVED}, defaults, LOSSES)
     config = config.copy()
-    for key in ("exp_name", "local_run_dir"):  # the time stamp is taken once; other interpolations stay as they are
+    for key in ("exp_name", "local_run_dir"):  # all processes share one time stamp; other interpolations stay
         config[key] = getattr(settings, key)
 
     if settings.trainer != "BasicTrainer" and "RANK" not in os.environ and not settings.dry_run:
@@ -69,7 +69,7 @@ def train(
     ranks: "Ranks",
     overrides: dict[str, Any] | None,
 ) -> None:
-    """Build the trainer and train, in each of the processes."""
+    """Build the trainer and train, in each process."""
     from omegaconf import OmegaConf
 
     from build import build_trainer, load_inputs
@@ -89,7 +89,7 @@ def train(
         if settings.dry_run:
             return dry_run(settings, loss, inputs, run_dir.config, signals)
         if run_dir.is_complete(len(inputs.train_batches)):
-            log_message(f"{run_dir.path}: the run is complete; set n_epochs or n_examples higher to go on.")
+            log_message(f"{run_dir.path}: the run is complete; raise n_epochs or n_examples to continue it.")
             export = (run_dir.path / "LATEST").resolve() / "hf"
             return ranks.run_on_main(lambda: upload_later(export, settings.push_to_hub))
         log_message(f"\n{OmegaConf.to_yaml(run_dir.config)}\nRun directory: {run_dir.path}")
@@ -104,23 +104,22 @@ def train(
 
 
 def resume(arguments: Sequence[str], signals: Signals) -> None:
-    """Go on with the run that resume=RUN names, with its own settings; UserError for overrides it cannot take."""
+    """Continue the run that resume=RUN names, with its settings; UserError for overrides that it cannot take."""
     flags = [argument for argument in arguments if argument.startswith("-")]
     if flags:
-        raise UserError(f"{flags[0]}: resume=RUN goes on with one run; leave this flag out")
+        raise UserError(f"{flags[0]}: resume=RUN continues one run; leave this flag out")
     from dpo.settings.run_config import find_run_dir, override_run_config, read_run_config
 
     paths = [argument.removeprefix("resume=") for argument in arguments if argument.startswith("resume=")]
     run_dir = find_run_dir(Path(re.sub(r"""^(['"])(.*)\1$""", r"\2", paths[-1])))
     config = read_run_config(run_dir)
     config.local_run_dir = str(run_dir)
-    others = [argument for argument in arguments if not argument.startswith("resume=")]
-    taken = override_run_config(config, others, read_config_files(CONFIG).keys())
-    run(config, signals, arguments, taken)
+    overrides = [argument for argument in arguments if not argument.startswith("resume=")]
+    run(config, signals, arguments, override_run_config(config, overrides, read_config_files(CONFIG).keys()))
 
 
 def quoted(value: str) -> str:
-    """Return a value as Hydra's command line takes it, whatever characters it holds."""
+    """Quote a value for Hydra's command line."""
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
 
@@ -149,7 +148,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def start(arguments: Sequence[str], signals: Signals) -> None:
-    """Print help, resume a run, or let Hydra compose a config, or those of a sweep, and start each run."""
+    """Print help, resume a run, or let Hydra compose the config of a run or of each run of a sweep."""
     from preference_datasets import DATASETS
     from utils import register_resolvers
 
@@ -168,18 +167,18 @@ def start(arguments: Sequence[str], signals: Signals) -> None:
     from tools.frontier import close_sweep
 
     if "RANK" in os.environ and set(FLAGS) & set(arguments):
-        raise UserError(f"{FLAGS[0]}: the processes of torchrun are those of one run; start one torchrun per run")
+        raise UserError(f"{FLAGS[0]}: torchrun's processes belong to one run; start torchrun once per run")
 
     sweep = Sweep(arguments)
 
     def start_run(config: "DictConfig") -> None:
-        """Run with a composed config; Hydra calls this once per run of a sweep, and would print a traceback."""
+        """Run with a composed config; Hydra calls this once per run, and would print a traceback of an error."""
         hydra_config = HydraConfig.get()
-        own = arguments
+        overrides = arguments
         if hydra_config.mode == RunMode.MULTIRUN:
-            own = hydra_config.overrides.task
-            sweep.name_run(config, own)
-        exit_on_error(lambda: run(config, signals, own))
+            overrides = hydra_config.overrides.task
+            sweep.name_run(config, overrides)
+        exit_on_error(lambda: run(config, signals, overrides))
 
     with hydra_arguments(arguments):
         hydra.main(version_base=None, config_path=str(CONFIG), config_name="config")(start_run)()
@@ -188,7 +187,7 @@ def start(arguments: Sequence[str], signals: Signals) -> None:
 
 
 def main() -> None:
-    """Run the command line; Hydra's own flags (--multirun, --cfg, --shell-completion) work as ever."""
+    """Run the command line; Hydra's flags (--multirun, --cfg, --shell-completion) work as usual."""
     guard_streams()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         mark_rank(os.environ.get("RANK", "0"))

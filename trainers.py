@@ -1,7 +1,7 @@
-"""The training loop: BasicTrainer on one device, and what its subclasses for several devices do otherwise.
+"""The training loop: BasicTrainer on one device, and its subclasses for several devices.
 
-Read `train` and `train_step` first. FSDPTrainer and TensorParallelTrainer override how a module is prepared, how its
-gradient is clipped and how its state is gathered, nothing else.
+Read `train` and `train_step` first. FSDPTrainer and TensorParallelTrainer override how a module is prepared and copied,
+how its gradient is clipped and how its state is stored, nothing else.
 """
 
 import copy
@@ -65,8 +65,8 @@ from dpo.training.references import Reference, repeated, sums_of_logps
 from dpo.training.schedules import make_scheduler
 from losses import preference_loss  # noqa: F401  (the original's users import preference_loss from here)
 
-COUNTERS = ("examples", "updates", "position", "next_eval")  # of a trainer, kept in its checkpoints
-NO_MEMORY = "outside of a forward pass; a smaller model or fewer parameters to train need less"
+COUNTERS = ("examples", "updates", "position", "next_eval")  # attributes that checkpoints keep
+NO_MEMORY = "outside of a forward pass; a smaller model or fewer trained parameters need less"
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,7 @@ class Models:
 
 
 class BasicTrainer:
-    """Trains a policy on one device.
-
-    A trainer for several devices overrides how a module is prepared and copied, `clip_gradient`, and what of the state
-    is stored.
-    """
+    """Trains a policy on one device."""
 
     def __init__(
         self,
@@ -152,26 +148,26 @@ class BasicTrainer:
         self.next_save = next_multiple(0, settings.save_every)
         self.truncated: Counter[str] = Counter()
         self.compares_start = False  # whether policy and reference are compared before the first update
-        self.gradients_checked = False  # by this process, also if it resumes a run
+        self.gradients_checked = False  # checked once in every process, also in one that resumes a run
 
-    # What a trainer for several devices does otherwise to a module, besides the methods that it overrides below
+    # Modules and batches: trainers for several devices override the first three
 
     @staticmethod
     def prepare(module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype) -> ResponseLogps:
-        """Prepare the policy or the second model for training; the optimizer is made of the policy's parameters."""
+        """Prepare the policy or the second model, before the optimizer gets the policy's parameters."""
         return accumulate_in_place(module)
 
     @staticmethod
     def copy(module: ResponseLogps) -> ResponseLogps:
-        """Copy a module before it is prepared; perhaps without its weights, which `copy_weights` gives it."""
+        """Copy a module before it is prepared; the copy may lack weights until `copy_weights`."""
         return copy.deepcopy(module)
 
     @staticmethod
     def copy_weights(source: ResponseLogps, module: ResponseLogps) -> None:
-        """Give a prepared copy of a prepared module its weights, if `copy` did not."""
+        """Copy the weights of a prepared module to its prepared copy, if `copy` did not."""
 
     def split_batch(self, examples: Sequence[TokenizedExample], n_equal: int = 1) -> Iterator[Microbatch]:
-        """Yield the microbatches of this rank's share of a batch, which is divided into n_equal equal parts first."""
+        """Yield this rank's microbatches of a batch; its share is divided into n_equal equal parts first."""
         return BatchSplitter(self.packer, self.ranks)(examples, n_equal)
 
     def sums_of_logps(
@@ -184,7 +180,7 @@ class BasicTrainer:
     # Training
 
     def train(self) -> None:
-        """Walk the batches that are left, evaluating and saving whenever due, then evaluate and save once more."""
+        """Train on the remaining batches, evaluating and saving whenever due, then evaluate, save and export."""
         self.compares_start = not has_dropout(self.policy)
         bar = progress_bar("training", "update", len(self.train_batches), initial=self.updates)
         with bar, actionable_errors(NO_MEMORY), strict_autograd(), self.signals.deferred(), self.writer:
@@ -203,7 +199,7 @@ class BasicTrainer:
             self.evaluate_and_save(final=True)
 
     def train_step(self, batch: Batch) -> dict[str, float]:
-        """Update the policy once by the gradient of the batch's mean loss, and return the update's metrics."""
+        """Update the policy once, by the gradient of the batch's mean loss, and return the update's metrics."""
         start = time.perf_counter()
         self.policy.train()
         metrics = BatchMetrics()
@@ -215,7 +211,7 @@ class BasicTrainer:
                 with self.packer.memory_hint(microbatch):
                     losses = self.losses(microbatch, metrics if scale else None, sums)
                     (losses.sum() * scale / len(batch.examples)).backward()
-        with self.clock("forward_backward"):  # whose end the host waits for where it reads the norm
+        with self.clock("forward_backward"):  # reading the norm waits for a GPU
             grad_norm = self.clip_gradient()
             check_finite(metrics, grad_norm, self.updates + 1, self.run.path, self.ranks)
             if not self.gradients_checked:
@@ -231,7 +227,7 @@ class BasicTrainer:
             self.reference.after_update(self.updates)
         self.position = batch.position
         self.truncated.update(what for example in batch.examples for what in example.truncated)
-        means = metrics.means("train", self.ranks)  # reading them waits for the device, so the clock is read after it
+        means = metrics.means("train", self.ranks)  # waits for the device, so the seconds are computed after it
         self.loss_state = self.loss.next_state(self.loss_state, means)
         seconds = time.perf_counter() - start
         return means | {
@@ -243,7 +239,7 @@ class BasicTrainer:
         }
 
     def losses(self, batch: PackedBatch, metrics: BatchMetrics | None, sums: Sums = NOTHING) -> torch.Tensor:
-        """Return the losses of a microbatch, (examples,), and add its metrics, one value per example, where asked."""
+        """Compute the losses of a microbatch, (examples,), and add its metrics, one value per example, to `metrics`."""
         with self.clock("reference"):
             reference_logps = None if self.reference is None else self.reference.logps(batch)
         policy_logps, context = response_logps(self.policy, batch), Context(batch.examples, sums, self.loss_state)
@@ -255,7 +251,7 @@ class BasicTrainer:
         return losses
 
     def check_gradients(self, batch: Batch) -> bool:
-        """Check that every trained parameter has a gradient; False if the next update has to be checked instead."""
+        """Check that every trained parameter has a gradient; False if the next update must be checked instead."""
 
         def compute_logps() -> torch.Tensor:
             with self.autocast():
@@ -265,27 +261,27 @@ class BasicTrainer:
         return check_gradients(self.policy, compute_logps, self.ranks)
 
     def clip_gradient(self) -> torch.Tensor:
-        """Clip the gradient to max_grad_norm and return its norm before that."""
+        """Clip the gradient to max_grad_norm, and return its norm before clipping."""
         return torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.settings.max_grad_norm)
 
     def autocast(self) -> torch.autocast:
-        """Compute in self.dtype where the parameters are in float32; one context per update casts each weight once."""
+        """Compute in self.dtype if parameters are in float32; one context per update casts each weight once."""
         return autocast(self.policy.model.dtype, self.dtype, self.device)
 
     # Evaluation and samples
 
     def eval_due(self) -> bool:
-        """Return whether the number of examples has reached a multiple of eval_every since the last evaluation."""
+        """Whether eval_every examples have been trained on since the last evaluation."""
         return self.examples >= self.next_eval
 
     def save_due(self) -> bool:
-        """Return whether a signal asks for a checkpoint, or save_every was reached without an evaluation to save."""
+        """Whether a signal asks for a checkpoint, or save_every is reached and no evaluation is about to save."""
         evaluates = self.eval_due() or self.updates == len(self.train_batches)
         requested = self.signals.pop_save() or self.signals.stop is not None
         return requested or (self.examples >= self.next_save and not evaluates)
 
     def evaluate_and_save(self, final: bool = False) -> None:
-        """Evaluate and sample, and write a checkpoint if an update was made and debug is not set."""
+        """Evaluate, sample and write a checkpoint."""
         before = self.logger.sizes()
         try:
             metrics = self.evaluate()
@@ -294,11 +290,11 @@ class BasicTrainer:
             self.log(metrics)
             if self.settings.report:
                 self.ranks.run_on_main(lambda: update_report(self.run.path))
-        except Stopped:  # a resumed run evaluates again, from the start
+        except Stopped:  # the resumed run repeats the evaluation
             self.save(logs=before)
             raise
         log_notes(self.truncated, self.examples, displacement_advice(metrics))
-        if final:  # a longer run would not know this evaluation, and one that was killed before the export repeats it
+        if final:  # not part of a longer run's schedule; and a run that is killed before its export repeats it
             self.save(metrics, logs=before)
             self.export(metrics)
         else:
@@ -307,7 +303,7 @@ class BasicTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return the evaluation's mean metrics and diagnosis, and log each pair; RunError if the loss is not finite."""
+        """Compute mean metrics and the diagnosis, and log each pair; RunError if the loss is not finite."""
         self.policy.eval()
         metrics = BatchMetrics()
         with self.clock("evaluation"), self.autocast(), repeated(self.reference):
@@ -325,7 +321,7 @@ class BasicTrainer:
         return means | diagnose(metrics)
 
     def sample(self) -> dict[str, float]:
-        """Log samples of policy and reference for the same prompts every time, and return figures of them."""
+        """Log samples of policy and reference, for the same prompts every time, and compute metrics of them."""
         prompts = distinct_prompts(self.eval_batches, self.settings.n_eval_model_samples)
         with self.clock("sampling"), self.autocast():
             samples = {"policy": self.sampler.sample(self.policy.model, prompts, "sampling the policy")}
@@ -337,9 +333,9 @@ class BasicTrainer:
     # State
 
     def save(self, metrics: dict[str, float] | None = None, logs: list[int] | None = None) -> None:
-        """Write a checkpoint, of an evaluation if metrics are given.
+        """Write a checkpoint, with the metrics of the evaluation that is saved with it, if any.
 
-        logs are the sizes in bytes to which a resumed run cuts the log files back, by default their present ones.
+        logs: the sizes in bytes to which a resumed run cuts the log files, by default their current sizes.
         """
         if self.settings.debug or not self.examples:
             return
@@ -349,7 +345,7 @@ class BasicTrainer:
             self.writer.write(self.examples, states, metrics or {}, blocking=self.updates == len(self.train_batches))
 
     def export(self, metrics: dict[str, float]) -> None:
-        """Write the model for from_pretrained into the newest checkpoint, as LATEST/hf; upload it if that is asked."""
+        """Write the model for from_pretrained to LATEST/hf, and upload it if push_to_hub is set."""
         if not self.settings.debug:
             folder, weights = (self.run.path / "LATEST").resolve() / "hf", self.full_weights()
             card = model_card(self.settings, self.loss, outcome(self, metrics))
@@ -357,7 +353,7 @@ class BasicTrainer:
             self.ranks.run_on_main(lambda: upload(folder, self.settings.push_to_hub))
 
     def state_dict(self, logs: list[int]) -> dict[str, Any]:
-        """Return all that a resumed run needs: the states of policy, optimizer and scheduler, and of the run."""
+        """Everything that a resumed run needs: the states of policy, optimizer and scheduler, and of the run."""
         run = {
             "counters": {name: getattr(self, name) for name in COUNTERS},
             "truncated": dict(self.truncated),
@@ -371,15 +367,15 @@ class BasicTrainer:
         return self.tensors() | {"scheduler": self.scheduler.state_dict(), "run": run}
 
     def tensors(self) -> dict[str, Any]:
-        """Return the states of policy and optimizer."""
+        """The states of policy and optimizer."""
         return {"policy": self.weights.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:
-        """Return the weights to export on the main rank, where the model holds only a part of them, else None."""
+        """The whole weights to export, on the main rank, if the model holds only a shard of them; else None."""
         return None
 
     def load_state_dict(self, states: dict[str, Any]) -> None:
-        """Go on from the states of a checkpoint; RunError if they have another form than `state_dict` gives them."""
+        """Continue from the states of a checkpoint; RunError if they do not have the form of `state_dict`."""
         with fitting(self.run.path):
             run = states["run"]
             self.load_tensors(states)
@@ -402,18 +398,18 @@ class BasicTrainer:
         self.optimizer.load_state_dict(states["optimizer"])
 
     def log(self, metrics: dict[str, float], thin: bool = False) -> None:
-        """Log metrics with the numbers of examples and updates, and the time and the memory that they took."""
-        usage = self.clock.take() | memory_use(self.device, self.ranks)
+        """Log metrics with the numbers of examples and updates, the seconds per activity and the peak memory."""
+        usage = self.clock.pop() | memory_use(self.device, self.ranks)
         self.logger.log({"examples": self.examples, "updates": self.updates} | metrics | usage, thin)
 
 
 def next_multiple(n: int, interval: int | None) -> float:
-    """Return the next multiple of an interval above n; infinity for None."""
+    """The next multiple of an interval above n; infinity for None."""
     return math.inf if interval is None else (n // interval + 1) * interval
 
 
 def environment(trainer: BasicTrainer) -> dict[str, Any]:
-    """Describe what decides how a trainer's numbers are rounded; checkpoints keep it."""
+    """What decides how a trainer's numbers are rounded; checkpoints keep it."""
     return platform(trainer.device) | {
         "threads": torch.get_num_threads(),
         "world_size": trainer.ranks.world_size,
@@ -427,7 +423,7 @@ def environment(trainer: BasicTrainer) -> dict[str, Any]:
 
 
 def outcome(trainer: BasicTrainer, metrics: dict[str, float]) -> Outcome:
-    """Return the facts of a run for its model card."""
+    """The facts of a run for its model card."""
     n, limit = trainer.eval_batches.n_items, trainer.settings.n_eval_examples
     name, fingerprints = trainer.run.config.loss.name, trainer.run.fingerprints
     return Outcome(name, trainer.examples, trainer.updates, min(n, limit), metrics, fingerprints)
@@ -439,7 +435,7 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 class FSDPTrainer(BasicTrainer):
-    """Trains a policy that is sharded over the devices of several processes, as torchrun starts them."""
+    """Trains a policy that is sharded over the devices of several processes."""
 
     ranks: ProcessGroup
 
@@ -461,7 +457,7 @@ class FSDPTrainer(BasicTrainer):
         return clip_gradient(self.policy.trained_parameters(), self.settings.max_grad_norm)
 
     def tensors(self) -> dict[str, Any]:
-        """Return the shards of policy and optimizer that this rank writes, and the other values of the optimizer."""
+        """The shards of policy and optimizer that this rank writes, and the other values of the optimizer."""
         tensors, values = self.sharded_state()
         states = {"shards": tensors, "values": values}
         if self.settings.keep_policies or self.updates == len(self.train_batches):
@@ -469,7 +465,7 @@ class FSDPTrainer(BasicTrainer):
         return states
 
     def sharded_state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Return the tensors of policy and optimizer under distinct names, and the other values of the optimizer."""
+        """The tensors of policy and optimizer under distinct names, and the other values of the optimizer."""
         reshard(self.policy)
         state: dict[str, Any] = get_optimizer_state_dict(self.policy, self.optimizer, options=FLAT)
         tensors = {f"optimizer.{name}": value for name, value in state.items() if isinstance(value, torch.Tensor)}
@@ -477,13 +473,13 @@ class FSDPTrainer(BasicTrainer):
         return tensors, {name: value for name, value in state.items() if not isinstance(value, torch.Tensor)}
 
     def state_dict(self, logs: list[int]) -> dict[str, Any]:
-        """Return all that a resumed run needs, with the random states of all ranks."""
+        """Everything that a resumed run needs, with the random states of all ranks."""
         states = super().state_dict(logs)
         states["run"] |= {"optimizer": states.pop("values"), "ranks": self.ranks.gather(random_states())}
         return states
 
     def load_state_dict(self, states: dict[str, Any]) -> None:
-        """Go on from the states of a checkpoint, also of another number of ranks."""
+        """Continue from the states of a checkpoint, which may come from another number of ranks."""
         super().load_state_dict(states)
         stored = states["run"]["ranks"]
         set_random_states(stored[self.ranks.rank % len(stored)])
@@ -501,13 +497,12 @@ class FSDPTrainer(BasicTrainer):
 
 
 class TensorParallelTrainer(FSDPTrainer):
-    """Trains a policy each of whose layers several ranks compute together, sharded over such groups of ranks."""
+    """Splits every layer over the ranks of a group, and shards parameters over such groups."""
 
     @staticmethod
     def prepare(
         module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype, split: Split | None = None
     ) -> ResponseLogps:
-        """Split the layers over the ranks of a group, and shard the parameters over the groups."""
         assert isinstance(ranks, ProcessGroup)
         split = split or partial(parallelize, module.model, ranks.mesh["tensor"])
         return FSDPTrainer.prepare(module, settings, ranks, dtype, split)

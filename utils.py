@@ -1,4 +1,4 @@
-"""Where runs live on disk: local directories, names, and resolvers for the config."""
+"""Where runs live on disk, and the resolvers for these names in config/."""
 
 import getpass
 import os
@@ -12,17 +12,17 @@ from dpo.system.installation import PROJECT
 
 
 def slug(name: str) -> str:
-    """Turn a hub name or path into a word that can stand in a file name."""
+    """Turn the last part of a hub name or path into a valid file name."""
     return re.sub(r"[^\w.-]+", "_", str(name).rstrip("/").rsplit("/", 1)[-1])
 
 
 def local_run_dir(exp_name: str, local_dirs: Iterable[str]) -> str:
-    """Return DIR/USER/EXP_TIMESTAMP; makes nothing."""
+    """DIR/USER/EXP_TIMESTAMP, which is not created."""
     return os.path.join(local_dir(local_dirs), f"{exp_name}_{datetime.now():%Y-%m-%d_%H-%M-%S_%f}")
 
 
 def local_dir(local_dirs: Iterable[str]) -> str:
-    """Return DIR/USER in the first of local_dirs that exists, else in the last; makes nothing."""
+    """DIR/USER, where DIR is the first of local_dirs that exists, else the last; it is not created."""
     local_dirs = list(local_dirs)
     base = next((folder for folder in local_dirs if os.path.isdir(folder)), local_dirs[-1])
     try:
@@ -33,7 +33,7 @@ def local_dir(local_dirs: Iterable[str]) -> str:
 
 
 def register_resolvers() -> None:
-    """Teach OmegaConf what the defaults in config/ are made of."""
+    """Register the resolvers of interpolations in config/, such as ${slug:...}."""
     resolvers: dict[str, Callable[..., str]] = {
         "slug": slug,
         "local_run_dir": local_run_dir,

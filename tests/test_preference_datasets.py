@@ -504,7 +504,7 @@ def test_everything_read_kept_and_dropped_is_printed(tmp_path, capsys):
         "1 dropped: the text holds <|endoftext|>",
         "1 kept although it repeats an earlier row",
     }
-    assert "The last 2 of an epoch's 10 examples fill no batch and are left out." in out
+    assert "Each epoch skips the last 2 of 10 examples, too few for a batch." in out
     assert (train_batches.n_items, len(train_batches)) == (10, 1)
     assert (eval_batches.n_items, len(eval_batches)) == (2, 1)
 

@@ -238,7 +238,7 @@ ENDS = {
 def test_a_rank_that_fails_ends_the_others_and_is_named(what, whole, tmp_path, monkeypatch, counts, report):
     """The run then goes on as if nothing had happened."""
     if what == "is stopped":  # of others the end is seen at once, also on a machine that is busy for seconds
-        monkeypatch.setattr(watchdog, "PATIENCE", 3.0)
+        monkeypatch.setattr(watchdog, "HEARTBEAT_TIMEOUT", 3.0)
     draw, slowest = rng(3), 0.0
     for i in range(counts(small=1, full=20)):
         folder, failing = tmp_path / f"run{i}", int(draw.randint(2))

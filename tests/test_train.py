@@ -137,7 +137,7 @@ def test_hydra_prints_the_composed_config_and_the_completion_of_a_shell(answers)
         (QUICK[7], ["batch_size=0: must be", "lr=-1: must be"]),
         (QUICK[8], ["lr=-1: must be"]),
         (QUICK[9], ["You must specify 'loss'"]),
-        (QUICK[10], ["-m: resume=RUN goes on with one run; leave this flag out"]),
+        (QUICK[10], ["-m: resume=RUN continues one run; leave this flag out"]),
     ],
 )
 def test_wrong_words_and_values_come_together_one_line_each(arguments, starts, answers):

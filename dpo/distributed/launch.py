@@ -1,4 +1,4 @@
-"""Starting the processes of a run on this machine, by the launcher that torchrun is made of."""
+"""Starts the processes of a run on this machine, through torchrun's launcher."""
 
 import inspect
 import logging
@@ -18,7 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, launch_agent
 from dpo.system.console import log_message
 from dpo.system.errors import EXIT_CODES, print_errors
 
-SHUTDOWN_TIMEOUT = 600  # seconds that the ranks have to write a checkpoint after a signal, before they are killed
+SHUTDOWN_TIMEOUT = 600  # seconds between a signal and the kill: the ranks write a checkpoint in between
 
 
 def count_processes(n_processes: int | str, device: str) -> int:
@@ -29,9 +29,9 @@ def count_processes(n_processes: int | str, device: str) -> int:
 
 
 def launch(script: Path, arguments: Sequence[str], n_processes: int) -> None:
-    """Run a script in n_processes that know each other, and return when all are done.
+    """Run a script in n_processes that form a group, and return when all are done.
 
-    SystemExit with the code of the process that failed first; one that was killed by a signal is named.
+    SystemExit with the code of the process that failed first; if a signal killed it, the signal is named.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks print what is wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_processes)))
@@ -51,7 +51,7 @@ def launch(script: Path, arguments: Sequence[str], n_processes: int) -> None:
 
 
 def make_config(n_processes: int) -> LaunchConfig:
-    """Describe n_processes on this machine, with the time to shut down where this version of torch lets one set it."""
+    """Configure n_processes on this machine, with SHUTDOWN_TIMEOUT where this version of torch supports it."""
     options: dict[str, Any] = {}
     if "shutdown_timeout" in inspect.signature(LaunchConfig).parameters:
         options["shutdown_timeout"] = SHUTDOWN_TIMEOUT
@@ -72,7 +72,7 @@ def make_config(n_processes: int) -> LaunchConfig:
 
 
 def forward(number: int, frame: FrameType | None) -> None:
-    """Send a signal on to one of the processes that were started; all of them act upon it."""
+    """Forward a signal to one of the processes; the ranks tell each other."""
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     for pid in children.read_text().split()[:1] if children.exists() else ():
         os.kill(int(pid), number)

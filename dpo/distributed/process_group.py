@@ -1,6 +1,6 @@
-"""One process of several that torchrun, or anything else that sets torchrun's environment variables, has started.
+"""One of several processes, started by torchrun or by anything else that sets torchrun's environment variables.
 
-`ProcessGroup` does what `Ranks` (ranks.py) promises; `joined` enters the group of a run and leaves it.
+`ProcessGroup` implements `Ranks` (ranks.py); `joined` enters and leaves it.
 """
 
 import copy
@@ -44,12 +44,12 @@ class ProcessGroup(Ranks):
                     f"{local_rank + 1}; start {n_gpus} or fewer"
                 )
             torch.cuda.set_device(local_rank)
-        hosts = self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        hosts_store = self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self.store = TCPStore(address, port, is_master=hosts, timeout=timeout, wait_for_workers=False)
+        self.store = TCPStore(address, port, is_master=hosts_store, timeout=timeout, wait_for_workers=False)
         prefix = agree_on_start(self.store, self.rank, self.world_size, timeout.total_seconds())
         watched = TCPStore(address, port, is_master=False, timeout=timeout)  # for its thread
-        self.watchdog = Watchdog(PrefixStore(prefix, watched), self.rank, self.world_size, hosts)
+        self.watchdog = Watchdog(PrefixStore(prefix, watched), self.rank, self.world_size, hosts_store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = PrefixStore(f"{prefix}/group", self.store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world_size, timeout=timeout)
@@ -57,7 +57,7 @@ class ProcessGroup(Ranks):
         self.init_mesh(replicate=1)
 
     def init_mesh(self, replicate: int, tensor: int = 1) -> None:
-        """Let the ranks hold `replicate` sharded copies of a model (HSDP), and `tensor` of them compute it together.
+        """Lay the ranks out in a mesh: `replicate` sharded copies of a model (HSDP), split over `tensor` ranks each.
 
         The product of both must divide the number of ranks.
         """
@@ -106,7 +106,7 @@ class ProcessGroup(Ranks):
         return self.run_on_main(read_or_keep)
 
     def close(self) -> None:
-        """Leave when every rank is done; none exits before all have stopped watching it."""
+        """Leave the group once every rank is done; no rank exits before all have stopped watching it."""
         self.barrier()
         self.watchdog.close()
         self.barrier()
@@ -114,7 +114,7 @@ class ProcessGroup(Ranks):
 
 
 class SynchronizedSignals(Signals):
-    """Signals that every rank acts upon at the same point, whichever rank got them."""
+    """Signals to any rank, on which all ranks act after the same update."""
 
     def __init__(self, signals: Signals, ranks: Ranks):
         self.signals, self.ranks = signals, ranks
@@ -162,7 +162,7 @@ def check_same(fingerprints: Mapping[str, str], ranks: Ranks) -> None:
 
 
 def join(settings: Settings) -> Ranks:
-    """Join the ranks that settings name, in the processes that torchrun has started; a dry run needs none of them."""
+    """Join the other processes, if the trainer needs several; a dry run needs one alone."""
     if settings.trainer == "BasicTrainer" or settings.dry_run:
         return ALONE
     ranks = ProcessGroup(pick_device(settings.device), timedelta(seconds=settings.collective_timeout))
@@ -189,7 +189,7 @@ def init_mesh(ranks: ProcessGroup, settings: Settings) -> None:
 
 
 def tensor_size(settings: Settings) -> int:
-    """Return how many ranks compute each layer together; auto means those of a machine."""
+    """Resolve tensor_parallel to the number of ranks that compute each layer together; auto: those of a machine."""
     if settings.trainer != "TensorParallelTrainer":
         return 1
     if settings.tensor_parallel != "auto":
@@ -201,9 +201,9 @@ def tensor_size(settings: Settings) -> int:
 
 @contextmanager
 def joined(make: Callable[[], Ranks]) -> Iterator[Ranks]:
-    """Join the other ranks, and end with them: when all are done, or when one of them has failed.
+    """Join the other ranks, and end together: when all are done, or when one has failed.
 
-    The rank that fails first prints why; the others exit with its code. RunError if a rank is gone.
+    The rank that fails first prints the reason. The others exit with its code.
     """
     ranks = make()
     if not isinstance(ranks, ProcessGroup):

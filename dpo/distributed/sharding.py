@@ -1,4 +1,4 @@
-"""Sharding a module over devices: FSDP2, HSDP or replicas, by PyTorch's own fully_shard and replicate."""
+"""Shards a module over devices: FSDP2, HSDP or replicas, through PyTorch's fully_shard and replicate."""
 
 import copy
 from collections import defaultdict
@@ -32,12 +32,14 @@ def shard(
     weights: Weights,
     split: Split = lambda modules: None,
 ) -> ResponseLogps:
-    """Shard a module's parameters in place: each layer by itself, then what is left (embeddings, norm and head).
+    """Shard a module's parameters in place: each layer by itself, then the rest (embeddings, norm and head).
 
-    mesh has the dimensions replicate and shard, and perhaps others: within shard every rank holds a part of each
-    parameter, and gathers a layer when it computes it; over replicate such groups repeat. With shard of size 1 every
-    rank holds all of it. Each layer gets its weights right before it is sharded, and split may divide the modules in it
-    over further dimensions of the mesh, so that a rank holds at most one whole layer.
+    mesh has the dimensions replicate and shard, and perhaps others. Within shard, every rank holds a part of each
+    parameter, and gathers a layer to compute it. Over replicate, such groups repeat. With shard of size 1, every rank
+    holds whole parameters.
+
+    Each layer gets its weights right before it is sharded, so that a rank holds at most one whole layer. split may
+    divide the modules of a layer over further dimensions of the mesh.
     """
     options: dict[str, Any] = {"mesh": mesh["replicate", "shard"], "mp_policy": mixed_precision(mesh, dtype)}
     apply: Any = fully_shard
@@ -47,13 +49,13 @@ def shard(
         options["mesh"] = mesh["shard"]
     done: set[nn.Module] = set()
     for part in (*layers(module.model, block_name), module):
-        own = [each for each in part.modules() if each not in done]
-        done.update(own)
-        set_weights(own, weights)
-        split(own)
+        new = [each for each in part.modules() if each not in done]
+        done.update(new)
+        set_weights(new, weights)
+        split(new)
         apply(part, **options)
-    # Sampling enters by generate: gather for it what forward would find gathered. Ranks make the same texts, and
-    # synced_gpus lets none of them stop computing, and so gathering, before the others.
+    # Sampling calls generate instead of forward, so FSDP must gather there too. All ranks sample the same texts;
+    # synced_gpus keeps each of them computing, and so gathering, until all are done.
     generate: Any = module.model.generate
     module.generate = partial(generate, synced_gpus=True)  # type: ignore[assignment]
     register_fsdp_forward_method(module, "generate")
@@ -63,42 +65,49 @@ def shard(
 
 def set_weights(modules: Iterable[nn.Module], weights: Weights) -> None:
     """Give the parameters of modules their weights; tied ones stay tied."""
-    made: dict[int, nn.Parameter] = {}
+    new: dict[int, nn.Parameter] = {}
     for module in modules:
         for key, old in module._parameters.items():
             if old is not None:
-                if id(old) not in made:
-                    made[id(old)] = nn.Parameter(weights(old), old.requires_grad)
-                module._parameters[key] = made[id(old)]
+                if id(old) not in new:
+                    new[id(old)] = nn.Parameter(weights(old), old.requires_grad)
+                module._parameters[key] = new[id(old)]
 
 
 def weights_of_main(device: torch.device) -> Weights:
-    """Return what sends the main rank's weights to all, on a device; called on every rank for the same parameters."""
+    """Broadcast the main rank's weights to a device; every rank calls the result for the same parameters in turn."""
 
-    def send(own: nn.Parameter) -> Tensor:
-        is_empty = own.is_meta
-        value = torch.empty(own.shape, dtype=own.dtype, device=device) if is_empty else own.detach().to(device)
+    def send(parameter: nn.Parameter) -> Tensor:
+        if parameter.is_meta:
+            value = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        else:
+            value = parameter.detach().to(device)
         dist.broadcast(value.contiguous(), src=0)
         return value
 
     return send
 
 
-def no_weights(own: nn.Parameter) -> Tensor:
-    """Return memory for a parameter's weights; on a CPU the system gives it pages once they are written."""
-    return torch.empty(own.shape, dtype=own.dtype, device="cpu")
+def no_weights(parameter: nn.Parameter) -> Tensor:
+    """Reserve memory for a parameter's weights on the host, which takes no room until they are written."""
+    return torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
 
 
 @torch.no_grad()
 def copy_shards(source: nn.Module, module: nn.Module) -> None:
     """Copy the weights that this rank holds of a sharded module into another one that is sharded in the same way."""
-    for new, own in zip(source.parameters(), module.parameters(), strict=True):
-        local = (each.to_local() if isinstance(each, DTensor) else each for each in (own, new))
-        next(local).copy_(next(local))
+    for weight, target in zip(source.parameters(), module.parameters(), strict=True):
+        local_part(target).copy_(local_part(weight))
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Get the part of a tensor that this rank holds, in the same memory."""
+    part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part
 
 
 def without_weights(module: M) -> M:
-    """Return a copy of a module whose parameters have no memory; its buffers are copied to the host."""
+    """Copy a module with parameters on the meta device and buffers on the host."""
     memo: dict[int, Any] = {}
     for parameter in module.parameters():
         empty = torch.empty_like(parameter, device="meta")
@@ -109,16 +118,16 @@ def without_weights(module: M) -> M:
 
 
 def reshard(module: nn.Module) -> None:
-    """Free what forward passes without a backward pass leave gathered; parameters are then those of the optimizer."""
+    """Free the parameters that forward passes without a backward pass leave gathered, as the optimizer needs it."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
 def mixed_precision(mesh: DeviceMesh, dtype: torch.dtype) -> MixedPrecisionPolicy:
-    """Return how parameters are gathered: on GPUs in the dtype of the computation, with gradients summed in float32.
+    """Choose how parameters are gathered: on GPUs in the dtype of the computation, with gradients summed in float32.
 
-    On a CPU in float32, since gloo has no bfloat16; autocast casts there as on one device.
+    On a CPU they are gathered in float32, since gloo has no bfloat16, and autocast casts them as on one device.
     """
     if mesh.device_type == "cpu" or dtype == torch.float32:
         return MixedPrecisionPolicy()
@@ -126,37 +135,37 @@ def mixed_precision(mesh: DeviceMesh, dtype: torch.dtype) -> MixedPrecisionPolic
 
 
 def layers(model: PreTrainedModel, block_name: str | None) -> list[nn.Module]:
-    """Return a model's layers: modules of the class block_name, or of transformers' own class of layers.
+    """Find a model's layers: modules of the class block_name, or of transformers' class for layers.
 
     UserError if there are none.
     """
     if block_name:
-        found = [module for module in model.modules() if type(module).__name__ == block_name]
-        if not found:
+        blocks = [module for module in model.modules() if type(module).__name__ == block_name]
+        if not blocks:
             raise UserError(f"model.block_name={block_name}: the model has no module of this class; set it to null")
-        return found
-    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not found:
-        words = "the class of this model's layers is not known; set model.block_name to its name"
-        raise UserError(f"model.block_name=null: {words}")
-    return found
+        return blocks
+    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        problem = "the class of this model's layers is not known; set model.block_name to its name"
+        raise UserError(f"model.block_name=null: {problem}")
+    return blocks
 
 
 def distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors by name, those with several names (tied weights) under the first."""
-    seen: dict[int, str] = {}
-    return {name: value for name, value in tensors.items() if seen.setdefault(id(value), name) == name}
+    """Keep tensors with several names (tied weights) under the first of them."""
+    first_names: dict[int, str] = {}
+    return {name: value for name, value in tensors.items() if first_names.setdefault(id(value), name) == name}
 
 
 def whole_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Gather sharded tensors on the host, one at a time; every rank must call it, and keeps them if `keep`.
+    """Gather sharded tensors on the host, one at a time. Every rank must call it; those with `keep` get the tensors.
 
     Tied weights share their memory, as in the model.
     """
-    names: dict[int, str] = {}
+    first_names: dict[int, str] = {}
     weights: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        first = names.setdefault(id(value), name)
+        first = first_names.setdefault(id(value), name)
         if first == name:
             whole: Tensor = (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
         if keep:
@@ -165,7 +174,7 @@ def whole_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor
 
 
 def clip_gradient(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients in place to at most max_norm, whatever meshes they lie on, and return their norm before that."""
+    """Scale gradients on any meshes in place, to a joint norm of at most max_norm; return the norm before that."""
     meshes: dict[DeviceMesh | None, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:

@@ -1,4 +1,4 @@
-"""Splitting the linear layers of a model over ranks that compute each layer together, by the model's own plan.
+"""Splits the linear layers of a model over ranks that compute each layer together, by the model's own plan.
 
 A transformers config names which projections are split by their columns (outputs) and which by their rows (inputs),
 after Megatron-LM (arXiv 1909.08053): one all-reduce per attention and per MLP. PyTorch's parallelize_module does the
@@ -36,14 +36,14 @@ STYLES: dict[str, Callable[[], ParallelStyle]] = {
 
 
 def plan_problem(config: PreTrainedConfig, n: int) -> str | None:
-    """Return why n ranks cannot share the layers of a model of this config, or None."""
+    """Say why n ranks cannot share the layers of a model with this config; None if they can."""
     text = config.get_text_config()
     plan = getattr(text, "base_model_tp_plan", None)
     if not plan:
         return f"transformers has no tensor-parallel plan for {text.model_type} models"
     unknown = sorted(set(plan.values()) - STYLES.keys())
     if unknown:
-        return f"the tensor-parallel plan of {text.model_type} models needs what is not built: {', '.join(unknown)}"
+        return f"the tensor-parallel plan of {text.model_type} models has styles without support: {', '.join(unknown)}"
     for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         size = getattr(text, key, None)
         if isinstance(size, int) and size % n:
@@ -52,7 +52,7 @@ def plan_problem(config: PreTrainedConfig, n: int) -> str | None:
 
 
 def plan_problems(settings: Settings, config: PreTrainedConfig) -> list[str]:
-    """Return a line if trainer=TensorParallelTrainer cannot share the layers of the model over its ranks."""
+    """Check that trainer=TensorParallelTrainer, if set, can split the layers of the model over its ranks."""
     if settings.trainer != "TensorParallelTrainer":
         return []
     problem = plan_problem(config, tensor_size(settings))
@@ -60,7 +60,7 @@ def plan_problems(settings: Settings, config: PreTrainedConfig) -> list[str]:
 
 
 def parallelize(model: PreTrainedModel, mesh: DeviceMesh, modules: Iterable[nn.Module]) -> None:
-    """Split those of a model's modules that the plan of its config names over a mesh of one dimension, in place."""
+    """Split the modules that the plan of the model's config names over a one-dimensional mesh, in place."""
     # Gathering a tensor over two dimensions of a mesh takes two steps, of which DTensor warns.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     plan = model.config.get_text_config().base_model_tp_plan or {}

@@ -1,4 +1,4 @@
-"""What ends a rank whose neighbour has failed, died or stopped, though its main thread waits for that neighbour."""
+"""Ends this process when another rank has failed, died or stopped, even while the main thread waits for that rank."""
 
 import json
 import os
@@ -16,9 +16,9 @@ from torch.distributed.distributed_c10d import Store
 
 from dpo.system.errors import EXIT_CODES, exit_code_of, print_errors, summarize_error
 
-INTERVAL = 0.5  # seconds between two signs of life
-PATIENCE = 15.0  # seconds without a sign of life after which a rank counts as stopped
-GRACE = 8.0  # seconds that the main thread has to end by itself after a failure
+HEARTBEAT_INTERVAL = 0.5  # seconds
+HEARTBEAT_TIMEOUT = 15.0  # seconds without a heartbeat after which a rank counts as stopped
+GRACE_PERIOD = 8.0  # seconds that the main thread has to end by itself after a failure
 COLLECTIVE = re.compile(r"gloo|NCCL|onnection (closed|reset|refused)|Broken pipe|[Pp]rocess ?[Gg]roup")
 
 
@@ -31,27 +31,32 @@ class Failure(NamedTuple):
 
 
 class Watchdog:
-    """A thread that gives signs of life, and watches for those of the next rank and for a failure of any.
+    """A thread that sends heartbeats, and polls those of the next rank and the first failure of any rank.
 
-    Ranks watch each other in a ring, so that the work does not grow with their number. The first failure is kept in the
-    store that all ranks share; if that is gone, so is the machine, or torchrun, that kept it.
+    Ranks watch each other in a ring, so that the work of each does not grow with their number. The store that all ranks
+    share keeps the first failure. If the store is gone, so is the machine or the torchrun that hosted it.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int, hosts: bool):
-        """Start the thread; hosts: whether the store ends with this process."""
-        self.store, self.rank, self.world_size, self.hosts = store, rank, world_size, hosts
+    def __init__(self, store: Store, rank: int, world_size: int, hosts_store: bool):
+        """Start the thread; hosts_store: whether the store ends with this process."""
+        self.store = store
+        self.rank = rank
+        self.world_size = world_size
+        self.hosts_store = hosts_store
         self.watched = (rank + 1) % world_size
-        self.closing, self.failed = threading.Event(), threading.Event()
+        self.closing = threading.Event()
+        self.failed = threading.Event()
         self.failure: Failure | None = None
-        self.seen, self.seen_at = b"", time.monotonic()
-        self.looked_at = time.monotonic()
+        self.last_heartbeat = b""  # of the watched rank
+        self.heartbeat_time = time.monotonic()
+        self.poll_time = time.monotonic()  # when the store last answered
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
         threading.Thread(target=self.watch_store, daemon=True).start()
 
     @property
     def exit_code(self) -> int:
-        """The exit code of all ranks once one has failed."""
+        """The code with which all ranks exit once one has failed."""
         return EXIT_CODES["rank"] if self.failure is None else self.failure.code
 
     def close(self) -> None:
@@ -60,28 +65,29 @@ class Watchdog:
         self.thread.join()
 
     def fail(self, error: BaseException, delay: float) -> bool:
-        """Publish that this rank failed; return whether it was the first, and so is the one to print why.
+        """Publish that this rank failed; return whether it was the first to fail, which prints the reason.
 
-        After delay seconds, so that of an error that all ranks meet the main rank's is printed. Where another rank's
-        end made a collective fail, wait for what the thread finds about that.
+        Waits for delay seconds first: with a delay on all ranks but the main one, an error that all ranks raise is
+        printed by the main rank. A failed collective waits longer: the thread may find that another rank's end caused
+        it.
         """
         is_collective = isinstance(error, RuntimeError) and COLLECTIVE.search(str(error))
-        self.failed.wait(PATIENCE + 5 if is_collective else delay)
-        own = Failure(self.rank, summarize_error(error), exit_code_of(error))
-        is_first = self.failure is None and self.publish(own)
-        if self.hosts:
+        self.failed.wait(HEARTBEAT_TIMEOUT + 5 if is_collective else delay)
+        failure = Failure(self.rank, summarize_error(error), exit_code_of(error))
+        is_first = self.failure is None and self.publish(failure)
+        if self.hosts_store:
             self.await_others()
         return is_first
 
     def await_others(self) -> None:
-        """Wait, not long, until the other ranks know of the failure."""
-        end = time.monotonic() + 4 * INTERVAL
+        """Wait a few heartbeats until the other ranks know of the failure."""
+        end = time.monotonic() + 4 * HEARTBEAT_INTERVAL
         with suppress(RuntimeError):
             while self.store.add("seen", 0) < self.world_size - 1 and time.monotonic() < end:
-                time.sleep(INTERVAL / 10)
+                time.sleep(HEARTBEAT_INTERVAL / 10)
 
     def publish(self, failure: Failure) -> bool:
-        """Publish a failure unless there is one already; return whether there was none."""
+        """Publish a failure unless one is published already; return whether this one is the first."""
         try:
             first = json.loads(self.store.compare_set("failure", "", json.dumps(failure)))
         except RuntimeError:  # the store is gone
@@ -92,52 +98,56 @@ class Watchdog:
 
     def run(self) -> None:
         """Watch until this rank is done; if another one fails first, end this process."""
-        beat = 0
-        while not self.closing.wait(INTERVAL):
-            beat += 1
+        n_heartbeats = 0
+        while not self.closing.wait(HEARTBEAT_INTERVAL):
+            n_heartbeats += 1
             try:
-                self.store.set(f"alive-{self.rank}", f"{beat} {os.getpid()} {socket.gethostname()}")
-                self.look()
-                self.looked_at = time.monotonic()
+                self.store.set(f"alive-{self.rank}", f"{n_heartbeats} {os.getpid()} {socket.gethostname()}")
+                self.poll()
+                self.poll_time = time.monotonic()
             except RuntimeError as error:
                 if not self.closing.is_set():
-                    self.report(Failure(self.rank, f"the store of all ranks is gone ({summarize_error(error)})", 7))
+                    cause = f"the store of all ranks is gone ({summarize_error(error)})"
+                    self.report(Failure(self.rank, cause, EXIT_CODES["rank"]))
             if self.failure is not None and not self.closing.is_set():
-                time.sleep(GRACE)  # the main thread ends by itself, unless it waits for a rank that is gone
+                time.sleep(GRACE_PERIOD)  # the main thread ends by itself, unless it waits for a rank that is gone
                 sys.stderr.flush()
                 os._exit(self.failure.code)
 
     def watch_store(self) -> None:
-        """End this process where the store does not respond, as one on a machine without power does not."""
-        while not self.closing.wait(INTERVAL):
-            if self.failure is None and time.monotonic() - self.looked_at > PATIENCE:
-                print_errors([f"rank {self.rank}: the store of all ranks gave no response for {PATIENCE:.0f} s"])
+        """End this process if the store stops responding, as it does when its machine loses power."""
+        while not self.closing.wait(HEARTBEAT_INTERVAL):
+            if self.failure is None and time.monotonic() - self.poll_time > HEARTBEAT_TIMEOUT:
+                seconds = f"{HEARTBEAT_TIMEOUT:.0f} s"
+                print_errors([f"rank {self.rank}: the store of all ranks gave no response for {seconds}"])
                 sys.stderr.flush()
                 os._exit(EXIT_CODES["rank"])
 
-    def look(self) -> None:
-        """Look for a failure: one that was published, or of the rank that this one watches."""
+    def poll(self) -> None:
+        """Check for a published failure, and for a failure of the rank that this one watches."""
         if self.store.check(["failure"]):
             self.failure = Failure(*json.loads(self.store.get("failure")))
             self.store.add("seen", 1)
             self.failed.set()
             return
         name = f"alive-{self.watched}"
-        found = self.store.get(name) if self.store.check([name]) else b""
+        heartbeat = self.store.get(name) if self.store.check([name]) else b""
         now = time.monotonic()
-        if found != self.seen:
-            self.seen, self.seen_at = found, now
-        if not found:
+        if heartbeat != self.last_heartbeat:
+            self.last_heartbeat = heartbeat
+            self.heartbeat_time = now
+        if not heartbeat:
             return
-        _, pid, host = found.decode().split(" ", 2)
+        _, pid, host = heartbeat.decode().split(" ", 2)
         is_local = host == socket.gethostname()
         state = process_state(int(pid)) if is_local else None
         where = f"process {pid} on {host}"
         if is_local and state in ("", "Z", "X"):
             cause = f"{where} is gone; it was killed, perhaps by the kernel for lack of memory"
             self.report(Failure(self.watched, cause, EXIT_CODES["rank"]))
-        elif now - self.seen_at > PATIENCE:
-            self.report(Failure(self.watched, f"{where} gave no sign of life for {PATIENCE:.0f} s", EXIT_CODES["rank"]))
+        elif now - self.heartbeat_time > HEARTBEAT_TIMEOUT:
+            cause = f"{where} sent no heartbeat for {HEARTBEAT_TIMEOUT:.0f} s"
+            self.report(Failure(self.watched, cause, EXIT_CODES["rank"]))
             if is_local:
                 os.kill(int(pid), signal.SIGKILL)  # a process that was stopped obeys nothing else
 
@@ -148,7 +158,7 @@ class Watchdog:
 
 
 def process_state(pid: int) -> str | None:
-    """Return the letter of a process's state (Z: dead, T: stopped), "" if there is none, None where that is unknown."""
+    """Read the letter of a process's state (Z: dead, T: stopped): "" if there is no such process, None if unknown."""
     if not Path("/proc/self/stat").exists():
         return None
     try:

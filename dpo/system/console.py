@@ -1,4 +1,4 @@
-"""Messages and progress on the console, which no text and no closed terminal can break; work done ahead in a thread.
+"""Messages and progress bars that no text and no closed terminal can break; work done ahead in a thread.
 
 tqdm is imported where a bar is drawn: it is slow to import, and errors and signals are handled before that.
 """
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Control characters but for newline and tab, line separators, changes of the writing direction, halves of characters.
+# Control characters except newline and tab, line separators, changes of the writing direction, lone surrogates.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str, indent: str = "") -> str:
     r"""Escape what a terminal would obey, as in \x1b, and begin every line but the first with indent.
 
-    Newlines and tabs stay. With an indent, text from data cannot look like a line of the program's own.
+    Newlines and tabs stay. With an indent, text from data cannot pass for a line of the program.
     """
-    escaped = UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    escaped = UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
     return escaped.replace("\n", f"\n{indent}")
 
 
 def write_text(stream: TextIO | None, text: str) -> None:
-    """Write and flush text, unencodable characters escaped; a stream that is closed or fails is ignored."""
+    """Write and flush text, with unencodable characters escaped; ignore a stream that is closed or fails."""
     if stream is None:
         return
     encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -47,17 +47,17 @@ def write_text(stream: TextIO | None, text: str) -> None:
 
 
 def drop_buffer(stream: TextIO) -> None:
-    """Drop what a stream could not write: Python would try it again as it exits, fail, and exit with code 120."""
+    """Drop what a stream could not write; else Python tries again at its exit, fails, and exits with code 120."""
     descriptor = stream.fileno()
-    kept = os.dup(descriptor)
+    original = os.dup(descriptor)
     discard(descriptor)
     stream.flush()
-    os.dup2(kept, descriptor)
-    os.close(kept)
+    os.dup2(original, descriptor)
+    os.close(original)
 
 
 def discard(descriptor: int) -> None:
-    """Make /dev/null of a file descriptor."""
+    """Point a file descriptor to /dev/null."""
     null = os.open(os.devnull, os.O_RDWR)
     if null != descriptor:
         os.dup2(null, descriptor)
@@ -67,8 +67,8 @@ def discard(descriptor: int) -> None:
 def guard_streams() -> None:
     """Make stdin, stdout and stderr safe for all code of this process; call it first in a program.
 
-    A closed one becomes /dev/null, else its number would go to the next file that is opened, which messages would then
-    corrupt. What stdout cannot encode is escaped.
+    A closed one becomes /dev/null. Otherwise the next file that is opened would get its number, and messages would
+    corrupt that file. What stdout cannot encode is escaped.
     """
     for descriptor in (0, 1, 2):
         try:
@@ -84,14 +84,13 @@ def guard_streams() -> None:
 
 
 class RankOutput:
-    """Stands for stderr on one of several ranks: each line begins with the rank, and no bar is drawn there."""
+    """Replaces stderr on one of several ranks: each line begins with the rank, and no progress bar is drawn."""
 
     def __init__(self, stream: TextIO, rank: str):
         self.stream, self.prefix = stream, f"[rank {rank}] "
         self.at_start = True
 
     def write(self, text: str) -> int:
-        """Write text, with the rank before each of its lines."""
         lines = text.splitlines(keepends=True)
         parts = [line if i == 0 and not self.at_start else self.prefix + line for i, line in enumerate(lines)]
         self.at_start = text.endswith("\n") if text else self.at_start
@@ -99,39 +98,37 @@ class RankOutput:
         return len(text)
 
     def isatty(self) -> bool:
-        """Return False: several processes would draw over each other's bars."""
-        return False
+        return False  # several processes would draw over each other's bars
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
 def mark_rank(rank: str) -> None:
-    """Let any rank but the main one, 0, print nothing but errors, and these with its number."""
+    """Silence every rank but the main one, 0, apart from errors, which begin with the rank."""
     if rank != "0":
         discard(1)
         sys.stderr = RankOutput(sys.stderr, rank)
 
 
 def log_message(message: str) -> None:
-    """Print a message to stdout, above a progress bar if one is drawn, with control characters escaped."""
+    """Print a message to stdout, above the progress bar if one is drawn, with control characters escaped."""
     tqdm = sys.modules.get("tqdm")  # imported if there is a bar
     with tqdm.tqdm.external_write_mode(file=sys.stdout) if tqdm else nullcontext():
         write_text(sys.stdout, f"{printable(message)}\n")
 
 
 class BarOutput:
-    """Stands for a text stream in a tqdm bar, which would raise where the stream fails."""
+    """Replaces a text stream in a tqdm bar, which would raise where the stream fails."""
 
     def __init__(self, stream: TextIO | None):
         self.stream = stream
 
     def write(self, text: str) -> None:
-        """Write text; never fails."""
         write_text(self.stream, text)
 
     def flush(self) -> None:
-        """Do nothing: every write is flushed."""
+        pass  # every write is flushed
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -141,7 +138,7 @@ class BarOutput:
 
 
 def on_terminal() -> bool:
-    """Return whether progress bars can be drawn, which needs stderr to be a terminal."""
+    """Whether progress bars can be drawn: stderr must be a terminal."""
     try:
         return sys.stderr is not None and sys.stderr.isatty()
     except ValueError:  # closed
@@ -149,7 +146,7 @@ def on_terminal() -> bool:
 
 
 def progress_bar(title: str, unit: str = "it", total: int | None = None, initial: int = 0) -> "tqdm[NoReturn]":
-    """Return a tqdm bar on stderr, which shows nothing where that is not a terminal and never fails."""
+    """Make a tqdm bar on stderr, which never fails, and shows nothing if stderr is not a terminal."""
     from tqdm import tqdm
 
     return tqdm(
@@ -165,15 +162,15 @@ def progress_bar(title: str, unit: str = "it", total: int | None = None, initial
 
 
 def progress(items: Iterable[T], title: str, total: int | None = None, silent: bool = False) -> Iterator[T]:
-    """Yield the items under a progress bar, or, where stderr is not a terminal, with a message every 10 seconds."""
+    """Yield the items under a progress bar, or with a message every 10 seconds if stderr is not a terminal."""
     total = len(items) if total is None and isinstance(items, Sized) else total
     bar = progress_bar(title, total=total) if not silent and on_terminal() else None
-    start = shown = time.monotonic()
+    start = last_message = time.monotonic()
     try:
         for done, item in enumerate(items):
             now = time.monotonic()
-            if bar is None and not silent and now - shown >= 10:
-                shown = now
+            if bar is None and not silent and now - last_message >= 10:
+                last_message = now
                 log_message(f"{title}: {done}/{total or '?'}, {done / (now - start):.1f} per second")
             yield item
             if bar is not None:
@@ -184,7 +181,7 @@ def progress(items: Iterable[T], title: str, total: int | None = None, silent: b
 
 
 def prefetch(items: Iterable[T], ahead: int = 2) -> Iterator[T]:
-    """Yield the items, of which a thread makes up to `ahead` while the caller works; its exceptions are raised here."""
+    """Yield the items; a thread makes up to `ahead` of them in advance, and its exceptions are raised here."""
     ready: queue.Queue[tuple[str, Any]] = queue.Queue(maxsize=ahead)
     stopped = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Devices, what they compute in, and how much they take at once."""
+"""Devices: which one, in which dtype it computes, and how much memory it has."""
 
 import ctypes
 import gc
@@ -21,11 +21,11 @@ from dpo.system.errors import UserError
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What is known of a device before anything runs on it; what depends on the device is decided by these alone.
+    """What is known of a device before anything runs on it; every default that depends on the device follows from it.
 
-    capability is CUDA's compute capability, (0, 0) elsewhere. bfloat16 is whether a CPU has instructions for it
-    (AVX-512 BF16 or AMX). triton is whether Triton is installed, which compiles kernels for GPUs. memory is in bytes:
-    what this process holds of a GPU or can still get, elsewhere the whole machine's.
+    memory is in bytes: on a GPU what this process holds or can still get, elsewhere that of the machine. capability is
+    CUDA's compute capability, (0, 0) elsewhere. bfloat16: whether a CPU has instructions for it (AVX-512 BF16 or AMX).
+    triton: whether Triton is installed, which compiles kernels for GPUs.
     """
 
     kind: str
@@ -36,7 +36,6 @@ class DeviceFacts:
 
 
 def read_facts(device: torch.device) -> DeviceFacts:
-    """Read the facts of a device."""
     if device.type == "cuda":
         capability, triton = torch.cuda.get_device_capability(device), find_spec("triton") is not None
         return DeviceFacts("cuda", available_memory(device), capability=capability, triton=triton)
@@ -45,11 +44,10 @@ def read_facts(device: torch.device) -> DeviceFacts:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called `name`, or the best there is for auto; UserError if it is not there.
+    """Get a device by name, or the best one for auto; UserError if this machine has none.
 
-    Whatever computes on a device gets it here. The GPU that cuda:N names becomes the process's current one. On CUDA,
-    attention never runs in cuDNN: SDPA tries it first on Hopper, and it builds a plan for every new shape, which took
-    52 to 81 ms on an H200, each for the forward and the backward pass.
+    cuda:N becomes the current GPU of the process. On CUDA, attention never runs in cuDNN: SDPA prefers it on Hopper,
+    and it builds a plan for every new shape, which took 52 to 81 ms on an H200, forward and backward each.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -65,14 +63,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name of what decides how numbers are rounded on a device."""
+    """Name what decides how numbers are rounded on a device: the GPU, or a CPU's instruction set."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def platform(device: torch.device) -> dict[str, str]:
-    """Return what decides how a model computes on a device: versions and device."""
+    """The versions and the device that decide how numbers are rounded."""
     return {
         "torch": str(torch.__version__),
         "transformers": version("transformers"),
@@ -84,15 +82,14 @@ def platform(device: torch.device) -> dict[str, str]:
 
 
 def has_bfloat16(facts: DeviceFacts) -> bool:
-    """Return whether matrix products in bfloat16 run in hardware; emulation would be slower than float32.
+    """Whether matrix products in bfloat16 run in hardware; emulation would be slower than float32.
 
-    Of NVIDIA's GPUs those from compute capability 8.0 on (Ampere); AMD's capabilities are 9 and above.
+    NVIDIA GPUs have it from compute capability 8.0 (Ampere); AMD reports 9 and above.
     """
     return facts.capability >= (8, 0) if facts.kind == "cuda" else facts.bfloat16
 
 
 def computes_bfloat16_natively(device: torch.device) -> bool:
-    """Return has_bfloat16 of a device's facts."""
     return has_bfloat16(read_facts(device))
 
 
@@ -105,54 +102,55 @@ def compute_dtype(precision: str, policy_dtype: torch.dtype, device: torch.devic
 
 
 def float32_products(facts: DeviceFacts) -> Literal["highest", "high"]:
-    """Return torch's precision of float32 matrix products: TF32 where a GPU has it, from compute capability 8.0 on."""
+    """Torch's precision of float32 matrix products: TF32 on GPUs from compute capability 8.0."""
     return "high" if facts.kind == "cuda" and facts.capability >= (8, 0) else "highest"
 
 
 def autocast(parameters: torch.dtype, dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    """Return a context that computes in dtype where the parameters are in float32, and in their own dtype elsewhere."""
+    """Compute in dtype if the parameters are in float32, else in the parameters' own dtype."""
     return torch.autocast(device.type, dtype, enabled=parameters == torch.float32 and dtype != torch.float32)
 
 
 def limit_onednn_cache() -> None:
-    """Limit oneDNN's cache to the kernels of few shapes unless the environment sets it; call before any product.
+    """Limit oneDNN's kernel caches unless the environment does; call it before any matrix product.
 
-    Each pass has lengths of its own, and oneDNN makes a kernel for each shape of a bfloat16 product and keeps 1,024 of
-    them, twice (LRU_CACHE_CAPACITY is that of torch's bridge to it): 0.7 GB, in pieces that split malloc's free memory.
+    oneDNN makes a kernel for each shape of a bfloat16 product, and nearly every forward pass has new shapes. By default
+    it keeps 1,024 kernels, and torch's bridge to it as many again (LRU_CACHE_CAPACITY): 0.7 GB, in pieces that fragment
+    malloc's free memory.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "64")  # a pass uses about 30 shapes
+        os.environ.setdefault(name, "64")  # a forward pass uses about 30 shapes
 
 
 # Memory
 
 
 def total_memory(device: torch.device) -> int:
-    """Return the bytes of memory that a device has; a CPU's are the machine's."""
+    """The bytes of memory of a device; for a CPU those of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def available_memory(device: torch.device, root: Path = Path("/")) -> int:
-    """Return the bytes that this process holds or can still get on a device, within its control group's limit.
+    """The bytes that this process holds or can still get on a device, within the limit of its control group.
 
     What other processes of the group hold is not known. root is where /proc and /sys are.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     held = int((root / "proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    found = re.search(r"MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text())
-    assert found is not None, "/proc/meminfo has MemAvailable since Linux 3.14"
-    return min([held + 1024 * int(found[1]), *group_limits(root)])
+    free = re.search(r"MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text())
+    assert free is not None, "/proc/meminfo has MemAvailable since Linux 3.14"
+    return min([held + 1024 * int(free[1]), *group_limits(root)])
 
 
-# Where the limits of control groups are, by the controllers that a line of /proc/self/cgroup names: versions 2 and 1.
+# Where control groups keep their limits, by the controllers in a line of /proc/self/cgroup: versions 2 and 1.
 GROUPS = {"": ("sys/fs/cgroup", "memory.max"), "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes")}
 
 
 def group_limits(root: Path) -> Iterator[int]:
-    """Yield the limits of memory, in bytes, of this process's control groups and of those around them: cgroups(7)."""
+    """Yield the memory limits, in bytes, of this process's control groups and their parents: cgroups(7)."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -162,26 +160,24 @@ def group_limits(root: Path) -> Iterator[int]:
             top, name = GROUPS[controllers]
             path = root / top / group.lstrip("/")
             for folder in [path, *path.parents][: len(Path(group).parts)]:
-                with suppress(OSError, ValueError):  # another name space's group, or "max"
+                with suppress(OSError, ValueError):  # a group of another namespace, or "max"
                     yield int((folder / name).read_text())
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that were in use at once: a GPU's by torch's tensors, else those of the process."""
+    """The most bytes that were in use at once: on a GPU by torch's tensors, else by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    except OSError:
-        found = None
-    if found:
-        return 1024 * int(found[1])
+    with suppress(OSError):
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if peak:
+            return 1024 * int(peak[1])
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else 1024 * used
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Free what is unused and count peak_memory anew; False where a system cannot, so that the peak stays."""
+    """Free unused memory and restart peak_memory; False if this system cannot restart it."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""Failures: what a user can mend, why a run ended, and how both are reported."""
+"""Failures: what a user can fix, why a run ended, and how both are reported."""
 
 import errno
 import re
@@ -10,13 +10,21 @@ from dpo.system.console import log_message, printable, write_text
 
 # Why a run ended, and its exit code.
 EXIT_CODES = {
-    **{"refused": 2, "no checkpoint": 3, "disk": 4, "not finite": 5, "memory": 6, "rank": 7},
-    **{"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143},  # 128 plus the signal's number, as in a shell
+    "refused": 2,
+    "no checkpoint": 3,
+    "disk": 4,
+    "not finite": 5,
+    "memory": 6,
+    "rank": 7,
+    # 128 plus the signal's number, as in a shell
+    "SIGHUP": 129,
+    "SIGINT": 130,
+    "SIGTERM": 143,
 }
 
 
 class UserError(ValueError):
-    """Something a user can mend, one message per problem; they are shown without a traceback."""
+    """Something a user can fix, one message per problem, shown without a traceback."""
 
     def __init__(self, *problems: str):
         super().__init__(*problems)
@@ -42,12 +50,13 @@ class Stopped(Exception):
 
 
 def summarize_error(error: BaseException) -> str:
-    """Return the first line of an error's message, or the name of its class if the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, or the name of its class if the message is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that the memory of the device or of the machine is exhausted."""
+    """Whether an error means that the memory of the device or of the machine is exhausted."""
     reported = isinstance(error, RuntimeError) and re.search(
         "out of memory|not enough memory|can't allocate memory", str(error)
     )
@@ -56,7 +65,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def actionable_errors(hint: str) -> Iterator[None]:
-    """Turn a lack of memory, or a failure to compile, into one line that names the setting that helps."""
+    """Turn out-of-memory and compiler errors into one line that names a setting that helps; hint says where it was."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError) as error:
@@ -70,19 +79,19 @@ def actionable_errors(hint: str) -> Iterator[None]:
 
 
 def raise_problems(problems: Sequence[str]) -> None:
-    """Raise one UserError that holds all problems; do nothing if there are none."""
+    """Raise one UserError with all problems, if there are any."""
     if problems:
         raise UserError(*problems)
 
 
 def explain_os_error(error: OSError) -> str:
-    """Return an OSError in words: the file if it is known, and the reason without the error's number."""
-    named = f"{error.filename}: " if error.filename else "a file "
-    return f"{named}cannot be read or written ({error.strerror or summarize_error(error)})"
+    """Describe an OSError: the file if it is known, and the reason without the error's number."""
+    subject = f"{error.filename}: " if error.filename else "a file "
+    return f"{subject}cannot be read or written ({error.strerror or summarize_error(error)})"
 
 
 def exit_code_of(error: BaseException) -> int:
-    """Return the code with which exit_on_error would exit; 1 for an error that it does not expect."""
+    """The code with which exit_on_error would exit; 1 for an unexpected error."""
     if isinstance(error, UserError):
         return EXIT_CODES["refused"]
     if isinstance(error, (RunError, Stopped)):
@@ -108,8 +117,7 @@ def exit_on_error(work: Callable[[], None]) -> None:
         sys.exit(error.exit_code)
     except (OSError, RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            remedy = "a smaller model needs less"
-            print_errors([f"out of memory before the first pass ({summarize_error(error)}); {remedy}"])
+            print_errors([f"out of memory before training ({summarize_error(error)}); a smaller model needs less"])
             sys.exit(EXIT_CODES["memory"])
         if not isinstance(error, OSError):
             raise
@@ -124,6 +132,6 @@ def exit_on_error(work: Callable[[], None]) -> None:
 
 
 def print_errors(problems: Sequence[str]) -> None:
-    """Print each problem to stderr after "error: ", its further lines indented, and control characters escaped."""
+    """Print each problem to stderr after "error: ", with further lines indented and control characters escaped."""
     for problem in problems:
         write_text(sys.stderr, f"error: {printable(problem, indent='  ')}\n")

@@ -17,9 +17,9 @@ MANIFEST = "MANIFEST"
 
 @contextmanager
 def naming_file(path: Path) -> Iterator[None]:
-    """Turn a failed write inside into an OSError that names the file, as torch and a flush of a file do not.
+    """Turn a failed write into an OSError that names the file, which torch and file.flush do not do.
 
-    An error about memory is raised as it is.
+    An out-of-memory error is raised as it is.
     """
     try:
         yield
@@ -34,9 +34,9 @@ def naming_file(path: Path) -> Iterator[None]:
 
 
 def atomic_write(path: Path, content: Callable[[Path], None] | bytes) -> None:
-    """Write one file, whole and on disk or not at all: bytes, or what a function writes to the path that it is given.
+    """Write one file, whole and on disk or not at all: bytes, or what a function writes to a path.
 
-    OSError that names the file if the disk does not take it; an error about memory is raised as it is.
+    OSError that names the file if the write fails; an out-of-memory error is raised as it is.
     """
     staging = path.with_name(f".staging-{path.name}.{os.getpid()}")  # two processes may write one file of a cache
     staging.unlink(missing_ok=True)
@@ -55,7 +55,10 @@ def atomic_write(path: Path, content: Callable[[Path], None] | bytes) -> None:
 
 
 def atomic_dir(final: Path, write: Callable[[Path], None], digests: Mapping[str, str] | None = None) -> None:
-    """Let write fill a folder, and make it `final`, whole and on disk, or not at all; RunError that names the file."""
+    """Let `write` fill a folder that then becomes `final`, whole and on disk or not at all.
+
+    RunError that names the file if a write fails.
+    """
     staging = final.with_name(f".staging-{final.name}")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -75,16 +78,16 @@ def atomic_dir(final: Path, write: Callable[[Path], None], digests: Mapping[str,
 
 
 def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
-    """List the SHA-256 of every file in a folder, and flush all of it to disk, readable as the umask says.
+    """List the SHA-256 of every file in a folder, and flush all of it to disk, with permissions by the umask.
 
-    digests are those that are known already, by the names of files.
+    digests holds those that are known already, by file name.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     lines = "".join(f"{digests.get(path.name) or sha256(path)}  {path.name}\n" for path in files)
-    own = hashlib.sha256(lines.encode()).hexdigest()
+    digest = hashlib.sha256(lines.encode()).hexdigest()
     manifest = folder / MANIFEST
     with naming_file(manifest):
-        manifest.write_text(f"{lines}# {own}\n", encoding="utf-8")
+        manifest.write_text(f"{lines}# {digest}\n", encoding="utf-8")
     for path in files:
         path.chmod(manifest.stat().st_mode)  # safetensors makes files that only their owner may read
     for path in (*files, manifest, folder):
@@ -93,7 +96,7 @@ def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
 
 
 def link_or_copy(source: Path, path: Path) -> None:
-    """Make path another name of a file, or where the disk has no such links its copy."""
+    """Make path a hard link to a file, or a copy where the file system has no hard links."""
     try:
         os.link(source, path)
     except OSError:
@@ -101,7 +104,7 @@ def link_or_copy(source: Path, path: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on disk."""
+    """Wait until a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -110,12 +113,11 @@ def fsync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def free_name(path: Path) -> Path:
-    """Return the path, with a number after it if there is such a file already."""
+    """Add a number to a path if it exists already."""
     names = [path, *(path.with_name(f"{path.name}-{i}") for i in range(2, 1000))]
     return next(name for name in names if not name.exists())

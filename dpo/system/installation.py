@@ -1,4 +1,4 @@
-"""Where the files beside the code lie, and what the command is called: in a checkout, or installed from a wheel."""
+"""Where config/ lies and what the command is called, in a checkout or installed from a wheel."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whether a server can be reached, decided in a bounded time."""
+"""Whether a server can be reached, found out within a time limit."""
 
 import threading
 import urllib.error
@@ -6,22 +6,22 @@ import urllib.request
 
 
 def is_reachable(url: str, seconds: float = 2.0) -> bool:
-    """Return whether an HTTP server answers at url within a number of seconds.
+    """Whether an HTTP server at url answers within a number of seconds.
 
-    A name look-up can hang for longer, so a daemon thread does it.
+    A name lookup can hang for longer, so it runs in a daemon thread.
     """
     replies = []
 
-    def attempt() -> None:
+    def send_request() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds)
             replies.append(True)
-        except urllib.error.HTTPError:  # an error status is a reply too
+        except urllib.error.HTTPError:  # an error status is an answer too
             replies.append(True)
         except (OSError, ValueError):
             pass
 
-    thread = threading.Thread(target=attempt, daemon=True)
+    thread = threading.Thread(target=send_request, daemon=True)
     thread.start()
     thread.join(seconds)
     return bool(replies)

@@ -1,4 +1,4 @@
-"""Stopping and saving by signals. Imports nothing that is slow, so that they can be handled first of all."""
+"""Stopping and saving by signals. Imports nothing slow, so that a program can handle signals first of all."""
 
 import os
 import signal
@@ -10,13 +10,13 @@ from dpo.system.errors import EXIT_CODES, Stopped
 
 
 class Signals:
-    """No signal is handled: for a trainer that does not run under the command line."""
+    """Handles no signal: for a trainer that does not run under the command line."""
 
     stop: str | None = None  # the name of the signal that asked the run to stop
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let signals wait until the trainer looks for them."""
+        """Delay signals until the trainer polls them."""
         yield
 
     def pop_save(self) -> bool:
@@ -24,17 +24,17 @@ class Signals:
         return False
 
     def check(self) -> None:
-        """Raise Stopped if the run is to stop."""
+        """Raise Stopped if a signal asked the run to stop."""
         if self.stop is not None:
             raise Stopped(self.stop)
 
 
 class ProcessSignals(Signals):
-    """Takes SIGTERM, SIGINT and SIGHUP as a wish to stop and SIGUSR1 as one for a checkpoint.
+    """Takes SIGTERM, SIGINT and SIGHUP as a request to stop, and SIGUSR1 as a request for a checkpoint.
 
-    Install it first thing in a program: until then SIGUSR1 kills. Before training begins a wish to stop is granted at
-    once, and one for a checkpoint waits for the first update. A second SIGINT always stops at once. A signal that is
-    ignored, as under nohup, stays so.
+    Install it first thing in a program: until then SIGUSR1 kills. Before training begins, a request to stop takes
+    effect at once, and a request for a checkpoint waits for the first update. A second SIGINT always stops at once. A
+    signal that is ignored, as under nohup, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class ProcessSignals(Signals):
 
     @contextmanager
     def installed(self) -> Iterator["ProcessSignals"]:
-        """Handle the process's signals inside the context; in the main thread alone, as Python requires."""
+        """Handle the process's signals inside the context; Python allows it in the main thread only."""
         handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
         numbers = [number for number in handled if signal.getsignal(number) != signal.SIG_IGN]
         before = [signal.signal(number, self.handle) for number in numbers]
@@ -54,7 +54,7 @@ class ProcessSignals(Signals):
                 signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note a signal; before training begins and at a second Ctrl-C, stop at once."""
+        """Record a signal; before training begins and at a second Ctrl-C, stop at once."""
         name = signal.Signals(number).name
         self.interrupts += name == "SIGINT"
         if name == "SIGUSR1":

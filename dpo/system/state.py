@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def random_states() -> dict[str, Any]:
-    """Return the states of all random generators as plain numbers and tensors, which weights_only can read."""
+    """Read the states of all random generators, as numbers and tensors that torch.load(weights_only=True) accepts."""
     state = np.random.get_state(legacy=True)
     assert isinstance(state, tuple)
     name, keys, *rest = state
@@ -24,7 +24,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put all random generators where random_states found them."""
+    """Restore what random_states read."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -36,12 +36,12 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def size_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the bytes of tensors, each counted once."""
+    """Count the bytes of tensors, each storage once."""
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """Return the tensors in nested dicts and lists."""
+    """Collect the tensors in nested dicts, lists and tuples."""
     if isinstance(value, torch.Tensor):
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
@@ -49,15 +49,15 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def copy_to_host(value: Any, memo: dict[Any, Tensor]) -> Any:
-    """Return a copy of nested dicts, lists and tuples with every tensor in memory of its own on the host.
+    """Copy nested dicts, lists and tuples, and every tensor in them to the host.
 
-    Tensors that share their memory, as tied weights, share it in the copy: memo has those that are copied.
+    Tensors that share memory, such as tied weights, share it in the copy too; memo holds those already copied.
     """
     if isinstance(value, dict):
         return {key: copy_to_host(each, memo) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(copy_to_host(each, memo) for each in value)
-    if is_traceable_wrapper_subclass(value):  # a tensor made of others, such as DTensor and torchao's of 8 bits
+    if is_traceable_wrapper_subclass(value):  # a tensor made of others, such as DTensor and torchao's 8-bit tensors
         names, context = value.__tensor_flatten__()
         parts = {name: copy_to_host(getattr(value, name), memo) for name in names}
         return type(value).__tensor_unflatten__(parts, context, value.shape, value.stride())

@@ -10,28 +10,30 @@ T = TypeVar("T")
 
 
 class Stopwatch:
-    """Seconds of the host's clock by activity, each without those of the activities inside it.
+    """Seconds on the host's clock by activity, not counting the activities nested inside it.
 
-    On a GPU, whose work is queued, the host waits where it reads a result: see docs/report.md.
+    A GPU works through a queue, so the host's time goes where it reads a result: see docs/report.md.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self.inner = 0.0  # seconds of the activities inside the one that is being timed
+        self.nested = 0.0  # seconds of the activities nested in the one that is being timed
 
     @contextmanager
     def __call__(self, activity: str) -> Iterator[None]:
-        """Count the time inside this context as that of an activity."""
-        outer, self.inner, start = self.inner, 0.0, time.monotonic()
+        """Time an activity."""
+        outer_nested = self.nested
+        self.nested = 0.0
+        start = time.monotonic()
         try:
             yield
         finally:
             elapsed = time.monotonic() - start
-            self.seconds[activity] += elapsed - self.inner
-            self.inner = outer + elapsed
+            self.seconds[activity] += elapsed - self.nested
+            self.nested = outer_nested + elapsed
 
     def waiting(self, activity: str, items: Iterable[T]) -> Iterator[T]:
-        """Yield the items, counting the time until each is there as that of an activity."""
+        """Yield the items, and count the time spent waiting for each as an activity."""
         iterator, end = iter(items), object()
         while True:
             with self(activity):
@@ -40,8 +42,8 @@ class Stopwatch:
                 return
             yield item  # type: ignore[misc]  # end is no item
 
-    def take(self) -> dict[str, float]:
-        """Return the seconds since they were last taken, as metrics."""
-        taken = {f"seconds/{activity}": seconds for activity, seconds in self.seconds.items()}
+    def pop(self) -> dict[str, float]:
+        """The seconds since the last call, as metrics."""
+        metrics = {f"seconds/{activity}": seconds for activity, seconds in self.seconds.items()}
         self.seconds.clear()
-        return taken
+        return metrics

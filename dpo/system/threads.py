@@ -1,7 +1,7 @@
-"""The number of a CPU's threads: kept when a run is resumed, and advice where fewer would be faster.
+"""The number of CPU threads: kept when a run is resumed, with advice where fewer would be faster.
 
-The threads share each operation and wait for the slowest of them. Where other processes use the same cores, one thread
-often waits for its turn, and so do all: two threads were then 4 to 20 times slower than one (docs/runs.md).
+The threads share each operation and wait for the slowest of them. If other processes use the same cores, one thread
+often waits for its turn, and all others with it: two threads were then 4 to 20 times slower than one (docs/runs.md).
 """
 
 import os
@@ -18,53 +18,54 @@ from dpo.system.console import log_message
 from dpo.system.devices import device_name
 from dpo.system.installation import COMMAND
 
-ROUNDS = 5  # updates after which all numbers of threads are timed in turn
-ROWS, PRODUCTS = 256, 16  # of a timing: 256 tokens through 16 matrices as wide as the model, far less than an update
-RATIO = 1.5  # fewer threads must be so many times as fast; measured: 0.6 to 0.8 nearly alone, 2 to 20 on a busy machine
+ROUNDS = 5  # the first updates, after each of which all numbers of threads are timed in turn
+ROWS = 256  # tokens of a timing
+PRODUCTS = 16  # matrices of a timing, as wide as the model; far less work than an update
+RATIO = 1.5  # times as fast as the run, to be advised; measured: 0.6 to 0.8 on an idle machine, 2 to 20 on a busy one
 VARIABLES = ("MKL_NUM_THREADS", "OMP_NUM_THREADS")  # the first that is set is the number of threads that torch uses
 
 
 class ThreadCheck:
     """Times the run's number of threads against smaller ones after each of the first updates, then advises once.
 
-    Between updates, and with numbers of its own, it changes nothing that the run computes. Each of several processes
-    measures while its neighbors do; the main one prints.
+    It runs between updates and on tensors of its own, so it changes nothing that the run computes. Several processes
+    measure at the same time; the main one prints.
     """
 
     def __init__(self, counts: Sequence[int], time_with: Callable[[int], float], arguments: str):
-        """counts: the numbers of threads, the run's own first; time_with: the seconds that one of them takes."""
+        """counts: numbers of threads, that of the run first; time_with: measures the seconds with one of them."""
         self.time_with, self.arguments = time_with, arguments
         self.seconds: dict[int, list[float]] = {n: [] for n in counts}
         self.rounds_left = ROUNDS if len(counts) > 1 else 0
 
     @classmethod
     def of(cls, width: int, dtype: torch.dtype, device: torch.device, resumable: Path | None) -> "ThreadCheck":
-        """Check a run whose model has this width; resumable is its directory, or None if it saves nothing."""
+        """Make a check for a model of this width; resumable is the run directory, or None if the run saves nothing."""
         can_switch = device.type == "cpu" and torch.backends.openmp.is_available()
         counts = halvings(torch.get_num_threads()) if can_switch else []
         arguments = "..." if resumable is None else f"resume={shlex.quote(str(resumable))}"
         return cls(counts, lambda n: time_products(n, width, dtype), arguments)
 
     def after_update(self) -> None:
-        """Time each number of threads once, if rounds are left, and print the advice after the last one."""
+        """Time each number of threads once, if rounds are left, and advise after the last one."""
         if not self.rounds_left:
             return
         self.rounds_left -= 1
         for n, seconds in self.seconds.items():
             seconds.append(self.time_with(n))
-        if not self.rounds_left and (found := fewer_threads(self.seconds)):
-            log_message(advice(max(self.seconds), *found, self.arguments))
+        if not self.rounds_left and (faster := fewer_threads(self.seconds)):
+            log_message(advice(max(self.seconds), *faster, self.arguments))
 
 
 def halvings(n: int) -> list[int]:
-    """Return n, its half, the half of that, and so on down to 1."""
+    """Halve n again and again, down to 1."""
     return [n >> i for i in range(n.bit_length())]
 
 
 def fewer_threads(seconds: Mapping[int, Sequence[float]]) -> tuple[int, float] | None:
-    """Return the fastest number of threads, and how many times as fast as the largest it is; None if not clearly so.
+    """The fastest number of threads and its speed over that of the largest; None if none is clearly faster.
 
-    Medians: a moment in which the machine did something else must not decide.
+    Medians are compared, so that a moment in which the machine did something else does not decide.
     """
     medians = {n: statistics.median(times) for n, times in seconds.items()}
     best = min(medians, key=lambda n: medians[n])
@@ -73,8 +74,9 @@ def fewer_threads(seconds: Mapping[int, Sequence[float]]) -> tuple[int, float] |
 
 
 def advice(n: int, best: int, ratio: float, arguments: str) -> str:
-    """Return the line that advises `best` threads in place of n; arguments are those of train.py."""
-    variable, threads = variable_set() or VARIABLES[-1], "1 thread is" if best == 1 else f"{best} threads are"
+    """Word the advice to use `best` threads in place of n; arguments are those of train.py."""
+    variable = variable_set() or VARIABLES[-1]
+    threads = "1 thread is" if best == 1 else f"{best} threads are"
     return (
         f"Advice: {threads} {ratio:.1f} times as fast as the {n} of this run; other processes seem to use the same "
         f"cores. To switch, stop the run and start it again: {variable}={best} {COMMAND} {arguments} (numbers may "
@@ -83,17 +85,17 @@ def advice(n: int, best: int, ratio: float, arguments: str) -> str:
 
 
 def variable_set() -> str | None:
-    """Return the environment variable that sets the number of threads, if one does."""
+    """The environment variable that sets the number of threads, if one does."""
     return next((name for name in VARIABLES if os.environ.get(name)), None)
 
 
 def time_products(n: int, width: int, dtype: torch.dtype) -> float:
-    """Return the seconds of products and activations with n threads; afterwards torch has as many as before."""
+    """Time products and activations with n threads, in seconds; afterwards torch has as many threads as before."""
     before = torch.get_num_threads()
     hidden, weight = torch.ones(ROWS, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
     torch.set_num_threads(n)
     try:
-        torch.nn.functional.silu(hidden @ weight)  # starts the threads, and makes what a first product makes
+        torch.nn.functional.silu(hidden @ weight)  # warms up
         start = time.perf_counter()
         for _ in range(PRODUCTS):
             torch.nn.functional.silu(hidden @ weight)

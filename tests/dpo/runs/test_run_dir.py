@@ -98,7 +98,7 @@ def test_an_older_checkpoint_is_refused_with_the_command_that_starts_from_it(cop
 
 
 def test_a_resumed_run_is_no_sweep(copied):
-    assert refusal(copied, *again(copied), "-m") == "-m: resume=RUN goes on with one run; leave this flag out"
+    assert refusal(copied, *again(copied), "-m") == "-m: resume=RUN continues one run; leave this flag out"
 
 
 # Overrides

@@ -29,8 +29,8 @@ def test_an_activity_has_no_time_of_those_inside_it(clock):
         with watch("inner"):
             clock.now = 7.0
         clock.now = 10.0
-    assert watch.take() == {"seconds/innermost": 1.0, "seconds/inner": 3.0, "seconds/outer": 6.0}
-    assert watch.take() == {}
+    assert watch.pop() == {"seconds/innermost": 1.0, "seconds/inner": 3.0, "seconds/outer": 6.0}
+    assert watch.pop() == {}
 
 
 def test_activities_after_each_other_add_up_and_a_failed_one_counts(clock):
@@ -42,7 +42,7 @@ def test_activities_after_each_other_add_up_and_a_failed_one_counts(clock):
             raise ValueError
     with watch("next"):
         clock.now += 5
-    assert watch.take() == {"seconds/failing": 4.0, "seconds/next": 5.0}
+    assert watch.pop() == {"seconds/failing": 4.0, "seconds/next": 5.0}
 
 
 def test_waiting_for_items_is_counted_and_what_is_done_with_them_is_not(clock):
@@ -55,4 +55,4 @@ def test_waiting_for_items_is_counted_and_what_is_done_with_them_is_not(clock):
     for item in watch.waiting("data", slow()):
         clock.now += 10
         got.append(item)
-    assert got == [1, None, 3] and watch.take() == {"seconds/data": 6.0}
+    assert got == [1, None, 3] and watch.pop() == {"seconds/data": 6.0}
