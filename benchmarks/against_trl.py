@@ -113,7 +113,7 @@ def trl(args: argparse.Namespace, folder: Path, microbatch: int, **options: Any)
 
 
 def ways(args: argparse.Namespace) -> dict[str, Callable[[Path], Measured]]:
-    """Return what is measured, by its name in the table."""
+    """What is measured, by its name in the table."""
     cached = "loss.precompute_reference=true"
     found: dict[str, Callable[[Path], Measured]] = {}
     for dtype in args.precisions:

@@ -16,7 +16,7 @@ from utils import register_resolvers  # noqa: E402
 
 
 def compose(overrides: list[str]) -> tuple[DictConfig, Settings, Loss]:
-    """Return the config, the validated settings and the loss of a command line; UserError if they are refused."""
+    """The config, the validated settings and the loss of a command line; UserError if they are refused."""
     register_resolvers()
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base=None):
         config = hydra.compose("config", overrides=overrides)

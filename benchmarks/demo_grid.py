@@ -112,12 +112,12 @@ def run_cell(folder: Path, cell: Cell) -> demo.Outcome:
 
 
 def spread(values: Sequence[float], form: str = "g") -> str:
-    """Return the smallest, the median and the largest of some values."""
+    """The smallest, the median and the largest of some values."""
     return " / ".join(f"{value:{form}}" for value in (min(values), statistics.median(values), max(values)))
 
 
 def table(outcomes: dict[Cell, demo.Outcome]) -> str:
-    """Return one row for each precision, budget and learning rate: min / median / max over the seeds."""
+    """One row for each precision, budget and learning rate: min / median / max over the seeds."""
     lines = ["| precision | tokens a pass | lr × | SFT warm | SFT broken | DPO warm | DPO cold | DPO broken "]
     lines[0] += "| most more broken | accuracy | margin | seeds | failed |"
     lines += ["|---" * 13 + "|"]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pss(pid: int) -> int:
-    """Return the bytes of a process's memory, those that it shares by its part; 0 if it has ended."""
+    """The bytes of a process's memory, those that it shares by its part; 0 if it has ended."""
     try:
         found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
     except (FileNotFoundError, ProcessLookupError):
@@ -47,7 +47,7 @@ def load(settings: list[str], folder: Path) -> None:
 
 
 def measure(model: str, n: int) -> list[int]:
-    """Return the bytes by which each of n processes grows at most while it loads a model."""
+    """The bytes by which each of n processes grows at most while it loads a model."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = [

@@ -42,7 +42,7 @@ def make_trainer(way: str, args: argparse.Namespace, overrides: list[str], folde
 
 
 def peak_gb(way: str, args: argparse.Namespace, overrides: list[str], n_updates: int = 3) -> float:
-    """Return this process's peak of resident memory in GB while a way makes its first updates."""
+    """This process's peak of resident memory in GB while a way makes its first updates."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(way, args, overrides, folder)
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
@@ -52,7 +52,7 @@ def peak_gb(way: str, args: argparse.Namespace, overrides: list[str], n_updates:
 
 
 def train(trainers: dict[str, BasicTrainer]) -> dict[str, list[dict[str, float]]]:
-    """Return the metrics of every update of each trainer, and last those of its evaluations before and after."""
+    """The metrics of every update of each trainer, and last those of its evaluations before and after."""
     records: dict[str, list[dict[str, float]]] = {way: [] for way in trainers}
     before = {way: trainer.evaluate() for way, trainer in trainers.items()}
     for batches in zip(*(trainer.train_batches for trainer in trainers.values()), strict=True):

@@ -44,7 +44,7 @@ def write(folder: Path, n: int, kind: str) -> None:
 
 
 def memory(kind: str) -> int:
-    """Return a kind of memory of this process in megabytes: RssAnon is its own, VmHWM its peak with pages of files."""
+    """A kind of memory of this process in megabytes: RssAnon is its own, VmHWM its peak with pages of files."""
     found = re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())
     return int(found[1]) // 1024 if found else 0
 

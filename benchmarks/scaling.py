@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pair_lengths(max_length: int = 512, max_prompt_length: int = 256) -> list[int]:
-    """Return the tokens of each of hh's pairs, its prompt counted once, cut as training cuts them."""
+    """The tokens of each of hh's pairs, its prompt counted once, cut as training cuts them."""
     lengths = []
     for prompt, *responses in json.loads(Path(__file__).with_name("hh_lengths.json").read_text()):
         if prompt + max(responses) > max_length:
@@ -43,13 +43,13 @@ def pair_lengths(max_length: int = 512, max_prompt_length: int = 256) -> list[in
 
 
 def excess(shares: list[list[int]], lengths: list[int]) -> float:
-    """Return by how much the largest share of tokens is above the mean, 0.1 for 10%."""
+    """By how much the largest share of tokens is above the mean, 0.1 for 10%."""
     totals = [sum(lengths[i] for i in share) for share in shares]
     return max(totals) * len(totals) / sum(totals) - 1
 
 
 def balance_table(pairs: int, ranks: list[int]) -> str:
-    """Return the mean excess of the slowest rank over all batches, by both ways to split."""
+    """The mean excess of the slowest rank over all batches, by both ways to split."""
     lengths = pair_lengths()
     random.Random(0).shuffle(lengths)
     batches = [lengths[start : start + pairs] for start in range(0, len(lengths) - pairs + 1, pairs)]

@@ -45,7 +45,7 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 
 
 def make(kind: type[PretrainedConfig], *sizes: int, **others: int) -> PretrainedConfig:
-    """Return a config with SIZES, others, and 2,048 positions."""
+    """A config with SIZES, others, and 2,048 positions."""
     return kind.from_dict(dict(zip(SIZES, sizes, strict=True), max_position_embeddings=2048, **others))
 
 
@@ -108,7 +108,7 @@ class Bench:
         return batches
 
     def reference(self, dtype: torch.dtype) -> ModelReference:
-        """Return the live reference as training holds it for a dtype; only one at a time is kept."""
+        """The live reference as training holds it for a dtype; only one at a time is kept."""
         if dtype not in self.references:
             self.drop_references()
             model = copy.deepcopy(self.policy).requires_grad_(False)
@@ -202,14 +202,14 @@ def full_logps(model: PreTrainedModel, layout: PackedBatch, n: int) -> torch.Ten
 
 
 def clock(device: torch.device) -> float:
-    """Return the time in seconds once the device has done its work."""
+    """The time in seconds once the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the best rate of a large matrix product, in TFLOP/s."""
+    """The best rate of a large matrix product, in TFLOP/s."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     starts = [(clock(device), a @ b)[0] for _ in range(7)]  # each product's end is the next one's start
@@ -217,7 +217,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_alone(number: int) -> float:
-    """Return the peak of memory, in GB, of two updates of a row in a process of its own.
+    """The peak of memory, in GB, of two updates of a row in a process of its own.
 
     Malloc keeps what other rows freed, in pieces, so that in one process each row's memory depends on those before it.
     """
@@ -226,7 +226,7 @@ def peak_alone(number: int) -> float:
 
 
 def ways(args: argparse.Namespace, device: torch.device) -> list[Way]:
-    """Return the rows of the table."""
+    """The rows of the table."""
     budget = MOST[device.type] if args.max_tokens is None else args.max_tokens
     padded = Way("padded, float32", update, max_tokens=budget)
     packed = replace(padded, name="shared_prefix, float32", layout="shared_prefix")
