@@ -96,14 +96,14 @@ class ProcessGroup(Ranks):
         other.group = dist.new_group(backend="gloo", timeout=self.timeout)
         return other
 
-    def recall(self, name: str, value: str) -> str | None:
-        def read_or_keep() -> str | None:
+    def keep_first(self, name: str, value: str) -> tuple[str, bool]:
+        def read_or_set() -> tuple[str, bool]:
             if self.store.check([name]):
-                return self.store.get(name).decode()
+                return self.store.get(name).decode(), True
             self.store.set(name, value)
-            return None
+            return value, False
 
-        return self.run_on_main(read_or_keep)
+        return self.run_on_main(read_or_set)
 
     def close(self) -> None:
         """Leave the group once every rank is done; no rank exits before all have stopped watching it."""

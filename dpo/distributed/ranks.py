@@ -48,12 +48,12 @@ class Ranks:
         """Make the same ranks for another thread, whose gathering does not mix with that of this one."""
         return self
 
-    def recall(self, name: str, value: str) -> str | None:
-        """Return the value that an earlier start of torchrun kept under a name; the first start keeps its own.
+    def keep_first(self, name: str, value: str) -> tuple[str, bool]:
+        """Keep the main rank's value under a name, also when torchrun starts all processes again.
 
-        None at the first start. Every rank must call it, and the main rank's value is the one that is kept.
+        Every rank gets the value of the first start, and whether this is a later one.
         """
-        return None
+        return value, False
 
 
 ALONE = Ranks()

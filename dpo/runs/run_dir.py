@@ -146,11 +146,10 @@ def open_run(path: Path, config: DictConfig, overrides: dict[str, Any] | None, r
 
     A run that torchrun has started again goes on from its newest checkpoint.
     """
-    if first := ranks.recall("run", str(path)):
-        path = Path(first)
-        restarted = ranks.run_on_main(lambda: (path / "config.yaml").is_file())
-        if restarted and overrides is None:
-            config, overrides = read_run_config(path), {}
+    first_path, restarted = ranks.keep_first("run", str(path))  # ranks may have composed other time stamps
+    path = Path(first_path)
+    if restarted and overrides is None and ranks.run_on_main(lambda: (path / "config.yaml").is_file()):
+        config, overrides = read_run_config(path), {}
     config.local_run_dir = str(path)
     return RunDir(path, config, ranks) if overrides is None else RunDir.reopen(path, config, overrides, ranks)
 

@@ -24,7 +24,7 @@ def test_a_process_alone_asks_itself():
     assert (ALONE.rank, ALONE.world_size, ALONE.is_main) == (0, 1, True)
     assert ALONE.gather("a") == ALONE.gather_shares("a") == ["a"] and ALONE.run_on_main(lambda: 7) == 7
     assert ALONE.any(torch.tensor(True)) and not ALONE.any(0)
-    assert ALONE.recall("run", "here") is None
+    assert ALONE.keep_first("run", "here") == ("here", False)
     signals = Signals()
     assert synchronize(signals, ALONE) is signals
 
@@ -51,7 +51,7 @@ def exchange(rank: int, n: int, folder: Path) -> None:
         "any": (ranks.any(rank == 1), ranks.any(False)),
         "on main": ranks.run_on_main(lambda: f"from {rank}"),
         "from main": ranks.broadcast_from_main(lambda: [f"made by {rank}"], lambda made: [*made, "sent"]),
-        "recalled": [ranks.recall("name", f"by {rank}"), ranks.recall("name", "later")],
+        "kept": [ranks.keep_first("name", f"by {rank}"), ranks.keep_first("name", "later")],
         "memory": memory_use(torch.device("cpu"), ranks),
     }
     torch.save(found, folder / f"{rank}.pt")
@@ -68,7 +68,8 @@ def found(tmp_path_factory) -> list[dict]:
 
 def test_two_processes_agree(found):
     for one in found:
-        assert one["gather"] == one["shares"] == [0, 1] and one["recalled"] == [None, "by 0"]
+        assert one["gather"] == one["shares"] == [0, 1]
+        assert one["kept"] == [("by 0", False), ("by 0", True)]
         assert one["any"] == (True, False) and one["on main"] == "from 0"
         assert one["from main"][0] == "made by 0"
         assert one["memory"]["memory_gb/max"] >= one["memory"]["memory_gb/mean"] > 0.05
