@@ -19,6 +19,7 @@ from dpo.settings.suggestions import find_wrong_words, suggest
 from dpo.system.console import guard_streams, log_message, mark_rank, on_terminal
 from dpo.system.errors import Stopped, UserError, exit_on_error, raise_problems
 from dpo.system.installation import COMMAND, CONFIG
+from dpo.system.launchers import torchrun_variables
 from dpo.system.signals import ProcessSignals, Signals
 
 if TYPE_CHECKING:
@@ -189,10 +190,11 @@ def start(arguments: Sequence[str], signals: Signals) -> None:
 def main() -> None:
     """Run the command line; Hydra's flags (--multirun, --cfg, --shell-completion) work as usual."""
     guard_streams()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        mark_rank(os.environ.get("RANK", "0"))
     arguments = sys.argv[1:]
     with ProcessSignals().installed() as signals:
+        exit_on_error(lambda: os.environ.update(torchrun_variables(os.environ)))
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            mark_rank(os.environ.get("RANK", "0"))
         exit_on_error(lambda: start(arguments, signals))
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 # The environment of every test, set before a library reads it: nothing that a user has set for other programs.
 FOREIGN = (
     *("WANDB_", "HF_", "TRANSFORMERS_", "ACCELERATE_", "FSDP_", "TORCH", "TQDM_", "HYDRA_", "OPENAI_"),
-    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_", "SLURM_"),  # of launchers
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_"),  # of launchers
+    *("SLURM_", "OMPI_", "PMI_", "MV2_"),
     *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"),  # local servers need none
     *("COLUMNS", "LINES", "PYTHONWARNINGS", "PYTHONIOENCODING", "PYTHONUNBUFFERED", "PYTHONOPTIMIZE"),
     *("MKL_NUM_THREADS", "MKL_VERBOSE", "OMP_", "KMP_", "LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"),

@@ -2,12 +2,16 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from dataclasses import make_dataclass
 
 import pytest
 import torch
-from faults import BUSY, command_line
+from conftest import ROOT
+from faults import BUSY, HANG, command_line
 
 from dpo.distributed import launch
 from dpo.runs.checkpoints import find_corruption
@@ -72,3 +76,26 @@ def test_the_command_line_starts_its_processes(tmp_path, counts):
     assert f"Starting {n} process" in done.stdout and f"Everything is in {folder}" in done.stdout
     assert find_corruption(folder / "LATEST") is None and (folder / "LATEST" / "hf").is_dir()
     assert len(list((folder / "LATEST").glob("*.distcp"))) == n
+
+
+def test_tasks_of_srun_train_together(tmp_path):
+    """Each composes its own time stamp; the main one's run directory is the run's."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NODELIST": "localhost", "MASTER_PORT": str(port)}
+    slurm |= {"SLURM_JOB_ID": "1", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
+    command = [sys.executable, str(ROOT / "train.py"), *SHORT, "device=cpu", f"local_dirs=['{tmp_path}']"]
+    tasks = [
+        subprocess.Popen(
+            command,
+            env=os.environ | slurm | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    outputs = [task.communicate(timeout=HANG)[0] for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    (config,) = tmp_path.glob("*/*/config.yaml")
+    assert "Done: 8 examples" in outputs[0] and outputs[1] == "" and (config.parent / "LATEST" / "hf").is_dir()
