@@ -107,13 +107,13 @@ def divergence(trainer) -> tuple[dict[str, float], int]:
     return dict(sums), len(examples)
 
 
-def evaluation(trainer, ranks) -> tuple[dict[str, float], list[tuple[int, int]]]:
-    """Evaluate; return the metrics and, of each rank, how many passes the reference had and how many differed."""
-    compute, passes = trainer.reference.compute, []
-    trainer.reference.compute = lambda batch: passes.append(id(batch.examples[0].text)) or compute(batch)
+def evaluation(trainer, ranks) -> tuple[dict[str, float], list[int]]:
+    """Evaluate, and count the microbatches that the reference of each rank computes."""
+    compute, microbatches = trainer.reference.compute, []
+    trainer.reference.compute = lambda batch: microbatches.append(batch) or compute(batch)
     metrics = trainer.evaluate()
     trainer.reference.compute = compute
-    return metrics, ranks.gather((len(passes), len(set(passes))))
+    return metrics, ranks.gather(len(microbatches))
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:
@@ -242,14 +242,13 @@ def test_samples_and_their_divergence_are_those_of_one_process(sharded, make_tra
 def test_ranks_evaluate_as_one_process_and_all_compute_the_reference_in_the_first_evaluation_alone(
     sharded, make_trainer
 ):
-    """A rank with fewer passes than another repeats one."""
+    """Of 3 examples in each of 4 batches; a rank with fewer microbatches than another repeats an example."""
     trainer = make_trainer(*UNEVEN)
     move(trainer.policy)
     expected, (first, second) = trainer.evaluate(), json.loads((sharded[-1] / "evaluations.json").read_text())
-    (metrics, passes), (again, later) = first, second
+    (metrics, counts), (again, later_counts) = first, second
     assert metrics == again == pytest.approx(expected, rel=1e-4)
-    assert len({n for n, _ in passes}) == 1 < len({distinct for _, distinct in passes})
-    assert later == [[0, 0]] * sharded[0]
+    assert counts == [{2: 8, 4: 4}[sharded[0]]] * sharded[0] and later_counts == [0] * sharded[0]
 
 
 def test_each_rank_computes_its_share_of_what_ktos_divergence_needs_and_all_get_that_of_one_process(
