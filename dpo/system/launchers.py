@@ -17,14 +17,19 @@ def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """
     if "RANK" in environment:
         return {}
-    n_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
-    if n_tasks > 1:
+    n_tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or 1)
+    if n_tasks > 1 and "SLURM_STEP_NUM_TASKS" in environment:
         return slurm_variables(environment, n_tasks)
+    if n_tasks > 1:  # a script without srun looks like one of its tasks
+        raise UserError(
+            f"SLURM_NTASKS={n_tasks}: this job has {n_tasks} tasks, and each would train a separate run; start "
+            f"`srun --ntasks-per-node=1 torchrun --nproc-per-node=N train.py ...`, or `srun --ntasks=1 {COMMAND} ...`"
+        )
     for name in MPI_SIZES:
         n = int(environment.get(name) or 1)
         if n > 1:
             raise UserError(
-                f"{name}={n}: MPI has started {n} processes, which would train {n} separate runs; "
+                f"{name}={n}: MPI has started {n} processes, and each would train a separate run; "
                 f"start `torchrun --nproc-per-node=N train.py ...` once per machine, or `{COMMAND} ...` alone"
             )
     return {}

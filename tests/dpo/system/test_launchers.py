@@ -41,7 +41,7 @@ def test_an_address_of_the_user_stays_and_a_task_that_sees_one_gpu_alone_takes_i
     [
         {},
         {"SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": ""},
-        {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"},  # a batch script without srun
+        {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},  # srun --ntasks=1
         SRUN | {"RANK": "0", "WORLD_SIZE": "2"},  # torchrun, started by srun
     ],
 )
@@ -52,6 +52,13 @@ def test_a_process_alone_and_one_of_torchrun_stay_as_they_are(environment):
 def test_fewer_tasks_than_gpus_are_refused_with_both_ways_to_use_all():
     with pytest.raises(UserError, match="2 tasks on a machine with 8 GPUs.*--ntasks-per-node=8.*--nnodes=3 --n"):
         torchrun_variables(SRUN | {"SLURM_GPUS_ON_NODE": "8"})
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_job_of_several_tasks_without_srun_is_refused_with_both_commands(rank):
+    line = "SLURM_NTASKS=2: this job has 2 tasks.*`srun .*torchrun --nproc-per-node=N train.py ...`.*srun --ntasks=1"
+    with pytest.raises(UserError, match=line):
+        torchrun_variables({"SLURM_NTASKS": "2", "SLURM_PROCID": rank, "SLURM_JOB_ID": "1"})
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"])
