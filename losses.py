@@ -1,19 +1,19 @@
-"""Every loss: a class whose fields are its settings in config/loss/, and whose docstring has its equation and paper.
+"""Every loss, one class each: its fields are its settings, its docstring has the equation and the paper.
 
-h, log-ratios and shared options are those of dpo/training/objectives.py; docs/losses.md compares all losses. To add
-one: a class here, its name in LOSSES, config/loss/NAME.yaml and a test with numbers derived by hand, as
-CONTRIBUTING.md shows.
+dpo/training/objectives.py has the base classes and defines h and the log-ratios. docs/losses.md compares all losses.
+CONTRIBUTING.md shows how to add one: a class here, its name in LOSSES, config/loss/NAME.yaml, and a test with numbers
+derived by hand.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dpo.settings.schema import Flag, NotNegative, Positive, Smoothing
+from dpo.settings.schema import Flag, NotNegative, Positive, Rate, Smoothing
 from dpo.training.objectives import (
     Context,
     Divergence,
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
 
 class SFT(Loss):
-    """Supervised fine-tuning: -log pi(y) of the one response.
+    """Supervised fine-tuning: -log pi(y).
 
-    normalize=sum adds up its tokens; example takes their mean, so that each example counts the same; tokens divides the
-    sum over the batch by the tokens of the batch, so that each token counts the same.
+    normalize=sum adds up a response's tokens. normalize=example takes their mean: each example counts the same.
+    normalize=tokens takes the mean over all tokens of the batch: each token counts the same.
     """
 
     n_responses: ClassVar[int] = 1
@@ -66,8 +66,8 @@ class SFT(Loss):
 class DPO(LengthOptions, Divergence):
     """Direct preference optimization: -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h).
 
-    arXiv 2305.18290, eq. 7. eps is label_smoothing: above 0 it is conservative DPO, eq. 3 of
-    https://ericmitchell.ai/cdpo.pdf, for labels of which a share eps is wrong.
+    arXiv 2305.18290, eq. 7. eps is label_smoothing. With eps above 0 this is conservative DPO, eq. 3 of
+    https://ericmitchell.ai/cdpo.pdf, which assumes that a share eps of the labels is wrong.
     """
 
     label_smoothing: Smoothing
@@ -80,7 +80,7 @@ class DPO(LengthOptions, Divergence):
 class IPO(WeightOptions, PairLoss):
     """Identity preference optimization: (h - 1 / (2 beta))^2; arXiv 2310.12036, eq. 17, where beta is called tau.
 
-    The equation's log pi(y) is the sum over tokens; its authors' code averages, which average_log_prob chooses.
+    In the equation log pi(y) is the sum over tokens. The authors' code takes the mean, as average_log_prob=true does.
     """
 
     average_log_prob: Flag
@@ -102,7 +102,7 @@ class Hinge(LengthOptions, PairLoss):
 class Robust(LengthOptions, Divergence):
     """Robust DPO (rDPO): (-(1 - eps) log sigmoid(beta h) + eps log sigmoid(-beta h)) / (1 - 2 eps); arXiv 2403.00409.
 
-    If a share eps of the labels is flipped at random, its mean is the DPO loss of the right ones.
+    If a share eps of the labels is flipped at random, the expected loss is the DPO loss of the correct labels.
     """
 
     label_smoothing: Smoothing
@@ -115,8 +115,8 @@ class Robust(LengthOptions, Divergence):
 class EXO(LengthOptions, PairLoss):
     """Efficient exact optimization (EXO-pref): p log(p / (1 - eps)) + (1 - p) log((1 - p) / eps), p = sigmoid(beta h).
 
-    arXiv 2402.00856: the reverse KL divergence of the policy's preference from labels smoothed by eps, which may not
-    be 0. The minimum, 0, is at p = 1 - eps.
+    arXiv 2402.00856: the reverse KL divergence of the policy's preference from labels smoothed by eps, where eps must
+    be above 0. The minimum, 0, is at p = 1 - eps.
     """
 
     label_smoothing: float = Field(strict=True, gt=0, lt=0.5, description="a number between 0 and 0.5")
@@ -129,7 +129,7 @@ class EXO(LengthOptions, PairLoss):
 class DiscoPOP(LengthOptions, PairLoss):
     """Log-ratio modulated loss: (1 - m) (-log sigmoid(beta h)) + m exp(-beta h), m = sigmoid(beta h / temperature).
 
-    arXiv 2406.08414, where a language model found it.
+    DiscoPOP, arXiv 2406.08414, discovered by a language model.
     """
 
     temperature: Positive
@@ -151,13 +151,13 @@ class RDPO(WeightOptions, PairLoss):
 
     def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
         penalty = self.alpha * (lengths[:, 0] - lengths[:, 1])
-        return self.pair_losses(self.margin(policy, reference) + penalty / self.beta)
+        return self.pair_losses(self.compute_h(policy, reference) + penalty / self.beta)
 
 
 class ODPO(LengthOptions, PairLoss):
     """DPO with an offset: -log sigmoid(beta h - alpha log(score(y_w) - score(y_l))); arXiv 2402.10571.
 
-    The scores come with the data; the chosen response's is the higher one.
+    The data has the scores. The chosen response has the higher one.
     """
 
     needs_scores: ClassVar[bool] = True
@@ -168,7 +168,7 @@ class ODPO(LengthOptions, PairLoss):
 
     def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
         gaps = policy.new_tensor([chosen - rejected for chosen, rejected in (e.text.scores for e in context.examples)])
-        return self.pair_losses(self.margin(policy, reference) - self.alpha / self.beta * gaps.log())
+        return self.pair_losses(self.compute_h(policy, reference) - self.alpha / self.beta * gaps.log())
 
 
 # Losses of the two log-ratios a_w = log(pi(y_w) / ref(y_w)) and a_l; rewards are beta a
@@ -177,8 +177,8 @@ class ODPO(LengthOptions, PairLoss):
 class DPOP(LengthOptions, ReferenceLoss):
     """DPO-Positive: -log sigmoid(beta (a_w - a_l - penalty max(0, -a_w))); arXiv 2402.13228, eq. 3.
 
-    penalty is the paper's lambda. Its term, inside the bracket that beta multiplies, is above 0 where the chosen
-    response is less likely than under the reference.
+    penalty is the paper's lambda. Its term is above 0 where the chosen response is less likely than under the
+    reference; beta multiplies it, too.
     """
 
     penalty: NotNegative
@@ -215,7 +215,7 @@ class APODown(LengthOptions, ReferenceLoss):
 class SPPO(WeightOptions, ReferenceLoss):
     """Self-play preference optimization with hard labels: (a_w - 1 / (2 beta))^2 + (a_l + 1 / (2 beta))^2.
 
-    arXiv 2405.00675, whose eta is 1 / beta, for a chosen response that wins with probability 1.
+    arXiv 2405.00675, where 1 / beta is called eta, for a chosen response that wins with probability 1.
     """
 
     def ratio_losses(self, chosen: Tensor, rejected: Tensor, context: Context) -> Tensor:
@@ -229,8 +229,8 @@ class SPPO(WeightOptions, ReferenceLoss):
 class SimPO(WeightOptions):
     """Simple preference optimization: -log sigmoid(beta (m_w - m_l) - gamma); arXiv 2405.14734, eq. 6.
 
-    m is the mean log-probability per token. gamma is the equation's, in units of the reward; code that has
-    gamma_beta_ratio means gamma = gamma_beta_ratio * beta.
+    m is the mean log-probability per token. gamma is in units of the reward, as in the equation. Code with
+    gamma_beta_ratio computes gamma = gamma_beta_ratio * beta.
     """
 
     gamma: NotNegative
@@ -245,8 +245,8 @@ class SimPO(WeightOptions):
 class ORPO(PreferenceLoss):
     """Odds ratio preference optimization: -m_w - beta log sigmoid(log odds(m_w) - log odds(m_l)); arXiv 2403.07691.
 
-    m is the mean log-probability per token, odds(m) = e^m / (1 - e^m). The first term is the paper's SFT loss, here of
-    the chosen response alone; the authors' code takes its mean over the tokens of prompt and response.
+    m is the mean log-probability per token, odds(m) = e^m / (1 - e^m). The first term is the paper's SFT loss, here
+    only of the chosen response; the authors' code takes the mean over the tokens of prompt and response.
     """
 
     def response_logps(self, logps: Logps) -> Tensor:
@@ -260,8 +260,8 @@ class ORPO(PreferenceLoss):
 class CPO(PreferenceLoss):
     """Contrastive preference optimization: -log sigmoid(beta log(pi(y_w) / pi(y_l))) - nll_weight log pi(y_w).
 
-    arXiv 2401.08417. The second log pi(y_w) is the sum over tokens in the paper and the mean in its authors' code,
-    which average_nll chooses.
+    arXiv 2401.08417. In the second term log pi(y_w) is the sum over tokens in the paper, and the mean in the authors'
+    code and with average_nll=true.
     """
 
     nll_weight: NotNegative
@@ -272,20 +272,25 @@ class CPO(PreferenceLoss):
         return -logsigmoid(self.beta * (policy[:, 0] - policy[:, 1])) - self.nll_weight * likelihood
 
 
-# Losses that depend on the batch, or on batches before it
+# Losses that depend on the whole batch or on earlier batches
 
 
 class KTO(LabelLoss):
-    """Kahneman-Tversky optimization: D sigmoid(z - r) of desirable and U sigmoid(r - z) of undesirable responses.
+    """Kahneman-Tversky optimization: D sigmoid(z - r) for desirable and U sigmoid(r - z) for undesirable responses.
 
-    arXiv 2402.01306, with rewards r = beta a, for rows of one response with a label; a pair counts as the mean of its
-    two responses. D and U are desirable_weight and undesirable_weight. z is beta times an estimate, without gradient,
-    of the KL divergence of the policy from the reference: the mean over the batch of log(pi(y') / ref(y')), at least 0,
-    where y' takes the place of an example's response and comes from the next example that has another prompt.
+    arXiv 2402.01306, with rewards r = beta a, for rows of one response with a label. A pair counts as the mean of its
+    two responses. D is desirable_weight, U is undesirable_weight. z is beta times an estimate of the KL divergence of
+    the policy from the reference, without gradient: the mean over the batch of log(pi(y') / ref(y')), at least 0. y'
+    stands in place of an example's response. It is the response of the next example that has another prompt.
     """
 
     desirable_weight: Positive
     undesirable_weight: Positive
+
+    def problems(self, settings: Mapping[str, Any]) -> Iterator[str]:
+        yield from super().problems(settings)
+        if settings.get("batch_size") == 1:
+            yield "batch_size=1: KTO compares each prompt with another example's response; set batch_size=2 or more"
 
     def batch_sums(self, examples: Iterable[TokenizedExample], logps: ComputeLogps) -> dict[str, float]:
         policy, reference = logps(mismatch(list(examples)))
@@ -302,11 +307,11 @@ class KTO(LabelLoss):
 class BCO(LengthOptions, ReferenceLoss):
     """Binary classifier optimization: -log sigmoid(r_w - d) - log sigmoid(d - r_l), with rewards r = beta a.
 
-    arXiv 2404.04656. The shift d is the mean reward of chosen and rejected responses: a moving average over the batches
-    before, from 0, in which each counts 1 - shift_decay. TRL's running mean includes the batch itself.
+    arXiv 2404.04656. The shift d is the mean reward of chosen and rejected responses: a moving average over the earlier
+    batches, which starts at 0. Each batch counts 1 - shift_decay. TRL's running mean includes the current batch.
     """
 
-    shift_decay: float = Field(strict=True, ge=0, lt=1, description="a number from 0, below 1")
+    shift_decay: Rate
 
     def next_state(self, state: Sums, means: Mapping[str, float]) -> Sums:
         shift = (means["rewards_train/chosen"] + means["rewards_train/rejected"]) / 2
@@ -318,9 +323,25 @@ class BCO(LengthOptions, ReferenceLoss):
 
 
 LOSSES: dict[str, type[Loss]] = {
-    **{"sft": SFT, "dpo": DPO, "ipo": IPO, "hinge": Hinge, "robust": Robust, "exo": EXO, "discopop": DiscoPOP},
-    **{"rdpo": RDPO, "odpo": ODPO, "dpop": DPOP, "nca": NCA, "apo_zero": APOZero, "apo_down": APODown, "sppo": SPPO},
-    **{"simpo": SimPO, "orpo": ORPO, "cpo": CPO, "kto": KTO, "bco": BCO},
+    "sft": SFT,
+    "dpo": DPO,
+    "ipo": IPO,
+    "hinge": Hinge,
+    "robust": Robust,
+    "exo": EXO,
+    "discopop": DiscoPOP,
+    "rdpo": RDPO,
+    "odpo": ODPO,
+    "dpop": DPOP,
+    "nca": NCA,
+    "apo_zero": APOZero,
+    "apo_down": APODown,
+    "sppo": SPPO,
+    "simpo": SimPO,
+    "orpo": ORPO,
+    "cpo": CPO,
+    "kto": KTO,
+    "bco": BCO,
 }
 
 
@@ -334,9 +355,9 @@ def preference_loss(
     ipo: bool = False,
     reference_free: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses, detached chosen rewards and detached rejected rewards, each (batch,): the original's function.
+    """The original's function: losses, detached chosen rewards and detached rejected rewards, each (batch,).
 
-    reference_free leaves the reference out of the loss but, as in the original, not out of the rewards.
+    As in the original, reference_free leaves the reference out of the loss but not out of the rewards.
     """
     h = policy_chosen_logps - policy_rejected_logps
     if not reference_free:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo.settings.config_files import read_config_files
 from dpo.settings.help import print_help
-from dpo.settings.suggestions import find_wrong_words, suggest
+from dpo.settings.hints import argument_problems, suggest
 from dpo.system.console import guard_streams, log_message, mark_rank, on_terminal
 from dpo.system.errors import Stopped, UserError, exit_on_error, raise_problems
 from dpo.system.installation import COMMAND, CONFIG
@@ -134,7 +134,7 @@ def check_arguments(arguments: Sequence[str]) -> None:
     from dpo.settings.sweeps import first_run
 
     files = read_config_files(CONFIG)
-    raise_problems(find_wrong_words(arguments, files.keys(), files.options()))
+    raise_problems(argument_problems(arguments, files.keys(), files.options()))
     try:
         overrides = first_run(arguments)
         if any(override.startswith("-") for override in overrides):
@@ -148,12 +148,18 @@ def check_arguments(arguments: Sequence[str]) -> None:
         raise UserError(suggest(key[1], None, files.keys()) if key else text) from None
 
 
+def load_losses() -> dict[str, type["Loss"]]:
+    from losses import LOSSES
+
+    return LOSSES
+
+
 def start(arguments: Sequence[str], signals: Signals) -> None:
     """Print help, resume a run, or let Hydra compose the config of a run or of each run of a sweep."""
     from preference_datasets import DATASETS
     from utils import register_resolvers
 
-    help_code = print_help(arguments, CONFIG, list(DATASETS))
+    help_code = print_help(arguments, CONFIG, list(DATASETS), load_losses)
     if help_code is not None:
         sys.exit(help_code)
     register_resolvers()

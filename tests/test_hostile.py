@@ -173,7 +173,7 @@ TOGETHER = [
     ("gradient_accumulation_steps=3", "batch_size=8 gradient_accumulation_steps=3"),
     ("max_prompt_length=200", "max_prompt_length=200 max_length=160"),
     ("n_epochs=null", "n_epochs=null n_examples=null"),
-    ("keep_policies=true", "keep_policies=True keep_checkpoints=null"),
+    ("keep_policies=true", "keep_policies=true keep_checkpoints=null"),
     ("model.policy_dtype=bfloat16", "precision=float32 model.policy_dtype=bfloat16"),
     ("model.archive=nowhere.pt", "model.archive=nowhere.pt"),
     ("resume=nowhere", "resume=nowhere"),

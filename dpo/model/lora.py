@@ -21,9 +21,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from dpo.model.archives import check_fit, weights_checksum
-from dpo.settings.constraints import is_installed
 from dpo.settings.schema import LoraSettings
 from dpo.system.errors import UserError, summarize_error
+from dpo.system.installation import is_installed
 
 if TYPE_CHECKING:
     from peft import LoraConfig, LoraModel, PeftConfig

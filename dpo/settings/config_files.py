@@ -1,19 +1,19 @@
-"""The files of config/ as their authors wrote them: every key with its default as text, its comment and its section."""
+"""The files of config/ as text: every key with its default, its comment and its section."""
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
-INTERNAL = ("defaults", "hydra")  # keys that Hydra itself reads
-REQUIRED = "???"  # OmegaConf's sign for a value that has no default
+INTERNAL = ("defaults", "hydra")  # keys that only Hydra reads
+REQUIRED = "???"  # OmegaConf's sign for a value without a default
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One key: its full name, its default as YAML writes it, its comment, and the section comment above it."""
+    """One key: its full name, its default as YAML writes it, its comment, and the section that it stands in."""
 
     key: str
     default: str
@@ -23,69 +23,81 @@ class Setting:
 
 @dataclass(frozen=True)
 class Option:
-    """One file of a group, as config/loss/dpo.yaml; base is True if it does not build on another file."""
+    """One file of a group, as config/loss/dpo.yaml; `complete` is False if it builds on another file."""
 
     name: str
     summary: str
-    base: bool
+    complete: bool
     settings: tuple[Setting, ...]
 
 
 @dataclass(frozen=True)
 class Group:
-    """A folder of files of which a run chooses one, as config/loss/, and its default choice (??? if it has none)."""
+    """A folder of which a run chooses one file, as config/loss/.
+
+    default  the file that is chosen if none is named, ??? if one must be named
+    main     the file that explains the keys that others leave without a comment
+    """
 
     name: str
     default: str
     options: tuple[Option, ...]
+    main: Option
 
 
 @dataclass(frozen=True)
 class ConfigFiles:
-    """Everything that config/ holds: the settings of config.yaml, and the groups that its defaults list names."""
+    """The settings of config.yaml, and the groups in its defaults list."""
 
     settings: tuple[Setting, ...]
     groups: tuple[Group, ...]
 
     def keys(self) -> list[str]:
-        """Return every key that some run may hold, each once."""
-        options = (option for group in self.groups for option in group.options)
+        """Every key that some run may hold, each once."""
+        options = [option for group in self.groups for option in group.options]
         settings = [*self.settings, *(setting for option in options for setting in option.settings)]
         return list(dict.fromkeys(setting.key for setting in settings))
 
     def options(self) -> dict[str, list[str]]:
-        """Return the names of each group's files."""
+        """The names of each group's files."""
         return {group.name: [option.name for option in group.options] for group in self.groups}
 
 
 def read_config_files(config_dir: Path) -> ConfigFiles:
-    """Read config.yaml and the groups of its defaults list; raises OSError or yaml.YAMLError."""
+    """Read config.yaml and the groups in its defaults list; raises OSError or yaml.YAMLError."""
     lines, root = _load(config_dir / "config.yaml")
-    chosen = [
-        pair for key, node in _pairs(root) if key.value == "defaults" for entry in node.value for pair in _pairs(entry)
-    ]
-    groups = [
-        Group(
-            name.value,
-            default.value,
-            tuple(_read_option(path) for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)),
-        )
-        for name, default in chosen
-        if (folder := config_dir / name.value).is_dir()
-    ]
+    groups = []
+    for key, node in _pairs(root):
+        for entry in node.value if key.value == "defaults" else ():
+            for name, default in _pairs(entry):
+                if (config_dir / name.value).is_dir():
+                    groups.append(_read_group(config_dir / name.value, default.value))
     return ConfigFiles(tuple(_settings(lines, root)), tuple(groups))
 
 
+def _read_group(folder: Path, default: str) -> Group:
+    """Read a group; a key without a comment gets that of the file with the most comments."""
+    options = [_read_option(path) for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)]
+    main = max(options, key=lambda option: sum(bool(setting.comment) for setting in option.settings))
+    comments = {setting.key: setting.comment for setting in main.settings}
+
+    def explain(setting: Setting) -> Setting:
+        return replace(setting, comment=setting.comment or comments.get(setting.key, ""))
+
+    explained = tuple(replace(option, settings=tuple(map(explain, option.settings))) for option in options)
+    return Group(folder.name, default, explained, main)
+
+
 def _read_option(path: Path) -> Option:
-    """Read one file of a group, whose keys begin with the group's name."""
+    """Read one file of a group, whose keys begin with the group's name; `name` is set by the choice of the file."""
     lines, root = _load(path)
     summary = lines[0].lstrip("# ") if lines and lines[0].startswith("#") else ""
-    base = all(key.value != "defaults" for key, _ in _pairs(root))
-    return Option(path.stem, summary, base, tuple(_settings(lines, root, f"{path.parent.name}.")))
+    complete = all(key.value != "defaults" for key, _ in _pairs(root))
+    return Option(path.stem, summary, complete, tuple(_settings(lines, root, f"{path.parent.name}.")))
 
 
 def _load(path: Path) -> tuple[list[str], yaml.Node | None]:
-    """Return a YAML file's lines and its syntax tree, whose nodes know where they stand; None for an empty file."""
+    """Return a YAML file's lines and its syntax tree, which knows their numbers; None for an empty file."""
     text = path.read_text(encoding="utf-8")
     return text.splitlines(), yaml.compose(text, Loader=yaml.SafeLoader)
 
@@ -103,23 +115,25 @@ def _settings(lines: list[str], node: yaml.Node | None, prefix: str = "") -> Ite
         comment = re.match(r"[\s:]*#(.*)", lines[line][last.end_mark.column :])
         sections = [above[1:].strip() for above in lines[1:line] if above.startswith("#")]
         section = sections[-1] if sections else ""
-        yield Setting(prefix + key.value, _written(value), comment[1].strip() if comment else "", section)
+        yield Setting(prefix + key.value, _format_node(value), comment[1].strip() if comment else "", section)
 
 
 def _pairs(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:
-    """Return the keys and values of a mapping, and nothing for any other node."""
+    """The keys and values of a mapping; none for another node."""
     return node.value if isinstance(node, yaml.MappingNode) else []
 
 
-def _written(node: yaml.Node) -> str:
-    """Return a value as a command line has it: a list in brackets, null for nothing."""
+def _format_node(node: yaml.Node) -> str:
+    """Write a value as a command line has it: a list in brackets, null for nothing."""
     if isinstance(node, yaml.SequenceNode):
-        return "[" + ",".join(map(_written, node.value)) + "]"
+        return "[" + ",".join(map(_format_node, node.value)) + "]"
     if isinstance(node, yaml.ScalarNode):
         return "null" if node.tag.endswith(":null") else node.value or "''"
     return "{}"
 
 
-def written(value: object) -> str:
-    """Return a value as a command line has it."""
-    return "null" if value is None else str(value)
+def format_value(value: object) -> str:
+    """Write a value as a command line has it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,257 +1,178 @@
-"""Settings that are valid by themselves and cannot be honoured together."""
+"""Settings that are valid by themselves and cannot be honoured together.
 
-import json
+What a loss refuses stands in the loss: `Loss.problems` of dpo/training/objectives.py.
+"""
+
 import os
-from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Mapping
+from operator import ge
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dpo.settings.config_files import written
-
-Check = Callable[[str, Callable[..., Any], str], None]
-WITHOUT_REFERENCE = ("sft", "simpo", "orpo", "cpo")  # losses; a test compares it with the losses themselves
+from dpo.settings.config_files import format_value
+from dpo.system.installation import is_installed
 
 
-def combination_problems(values: Mapping[str, Any], wrong_keys: Sequence[str]) -> list[str]:
-    """Return one line per combination of settings, each valid by itself, that cannot be honoured."""
-    valid = {key: value for key, value in values.items() if key not in wrong_keys}
+class Rule(NamedTuple):
+    """A combination that is refused.
+
+    keys       names of the settings; a rule is skipped where one of them is missing or wrong by itself
+    is_broken  called with their values
+    message    cause and remedy; "KEY=VALUE KEY=VALUE: " is put before it
+    """
+
+    keys: str
+    is_broken: Callable[..., Any]
+    message: str
+
+
+def all_set(*values: Any) -> bool:
+    return all(values)
+
+
+def float32_with_bfloat16(precision: str | None, dtype: str) -> bool:
+    return precision == "float32" and dtype == "bfloat16"
+
+
+def is_distributed(trainer: str) -> bool:
+    return trainer != "BasicTrainer"
+
+
+def for_several_processes(key: str, off: tuple[Any, ...], trainer: str = "FSDPTrainer") -> Rule:
+    """The rule that BasicTrainer takes only the values in `off`."""
+    message = f"is for several processes; set trainer={trainer}"
+    return Rule(f"{key} trainer", lambda value, name: not is_distributed(name) and value not in off, message)
+
+
+NOT_QUANTIZED = "only the weights of model.name_or_path can be quantized; set lora.quantize=null"
+NOT_UPLOADED = "only this machine has the adapter's base model; set push_to_hub=null"
+RULES: tuple[Rule, ...] = (
+    # Training
+    Rule("batch_size gradient_accumulation_steps", lambda size, parts: size % parts,
+         "batch_size must be divisible by gradient_accumulation_steps"),
+    Rule("max_prompt_length max_length", ge,
+         "max_prompt_length must be below max_length, or no token is left for a response"),
+    Rule("n_epochs n_examples", lambda epochs, examples: epochs is None and examples is None,
+         "set one of them, or training never ends"),
+    Rule("compile activation_checkpointing", all_set,
+         "recomputed layers cannot be compiled; set one of the two to false"),
+    Rule("precision model.policy_dtype", float32_with_bfloat16,
+         "computing in float32 needs model.policy_dtype=float32"),
+    Rule("model.fsdp_policy_mp model.policy_dtype", float32_with_bfloat16,
+         "computing in float32 needs model.policy_dtype=float32"),
+    Rule("model.archive", lambda path: path and not Path(path).is_file(),
+         "no such file; give the path of a policy.pt"),
+    Rule("scheduler min_lr_ratio", lambda scheduler, ratio: scheduler == "constant" and ratio,
+         "a constant learning rate does not fall; choose linear, cosine or wsd, or set min_lr_ratio=0"),
+    Rule("optimizer model.policy_dtype", lambda optimizer, dtype: optimizer == "Muon" and dtype == "bfloat16",
+         "Muon does not support stochastic rounding; set model.policy_dtype=float32"),
+    Rule("sync_mix sync_reference", lambda mix, n: mix != 1 and n is None,
+         "has no effect without sync_reference=N; set it"),
+    Rule("sync_reference model.reference_dtype", all_set,
+         "the reference takes the policy's dtype; set model.reference_dtype=null"),
+    Rule("sync_reference sync_mix model.policy_dtype", lambda n, mix, dtype: n and mix != 1 and dtype == "bfloat16",
+         "bfloat16 rounds small changes of the mix away; set sync_mix=1 or model.policy_dtype=float32"),
+    # Data
+    Rule("columns.score_chosen columns.score_rejected", lambda *columns: columns.count(None) == 1,
+         "set both or neither"),
+    *(Rule(f"columns.label columns.{name}", lambda label, column: None not in (label, column),
+           "a row has one response and a label, or a chosen and a rejected response; set the columns of one kind")
+      for name in ("chosen", "rejected", "score_chosen")),
+    Rule("inspect_ids inspect", lambda ids, n: ids and not n, "has no effect without inspect=N; set it"),
+    Rule("dry_run inspect", all_set, "each stops before training; set only one of them"),
+    # Checkpoints, export and logging
+    Rule("keep_policies keep_checkpoints", lambda keep, n: keep and n is None,
+         "every checkpoint is kept anyway; set keep_checkpoints to a number, or keep_policies=false"),
+    Rule("save_every debug", all_set, "debug=true writes no checkpoints; set save_every=null"),
+    Rule("push_to_hub debug", all_set, "debug=true exports nothing; set push_to_hub=null"),
+    *(Rule("trackers", lambda names, name=name: name in names and not is_installed(name),
+           f"the library {name} is not installed; pip install {name}")
+      for name in ("tensorboard", "trackio")),
+    # LoRA: the keys below lora exist only with lora=default
+    Rule("lora.r", lambda _: not is_installed("peft"), "needs the library peft; pip install peft"),
+    Rule("lora.r sync_reference", lambda _, n: n is not None,
+         "an adapter's reference is frozen; set sync_reference=null"),
+    Rule("lora.r model.reference_dtype", lambda _, dtype: dtype is not None,
+         "the policy without its adapter is the reference; set model.reference_dtype=null"),
+    Rule("lora.use_dora model.policy_dtype", lambda dora, dtype: dora and dtype != "float32",
+         "DoRA needs model.policy_dtype=float32, or the first update's margin is not 0"),
+    Rule("lora.path", lambda path: path and not (Path(path) / "adapter_config.json").is_file(),
+         "holds no adapter_config.json; give the folder of an adapter"),
+    Rule("lora.path lora.init", lambda path, init: path and init != "kaiming",
+         "an existing adapter is not initialized; leave lora.init out"),
+    Rule("lora.quantize", lambda kind: kind and not is_installed("bitsandbytes"),
+         "needs the library bitsandbytes; pip install bitsandbytes"),
+    Rule("lora.quantize device", lambda kind, device: kind and device == "mps",
+         "there are no kernels for MPS; set device=cuda or device=cpu"),
+    Rule("lora.quantize lora.use_dora", all_set, "cannot be combined; set lora.quantize=null or lora.use_dora=false"),
+    Rule("lora.quantize lora.export_merged", all_set,
+         "an adapter cannot be merged into 4-bit weights; set lora.export_merged=false"),
+    Rule("lora.quantize model.archive", all_set, NOT_QUANTIZED),
+    Rule("lora.quantize model.from_scratch", all_set, NOT_QUANTIZED),
+    Rule("push_to_hub lora.r model.archive", all_set, NOT_UPLOADED),
+    Rule("push_to_hub lora.r model.from_scratch", all_set, NOT_UPLOADED),
+    Rule("push_to_hub lora.r model.name_or_path", lambda name, _, model: name and Path(model).is_dir(), NOT_UPLOADED),
+    # Several processes: WORLD_SIZE is their number in the environment of torchrun and srun, 1 without these
+    for_several_processes("n_processes", ("auto", 1)),
+    for_several_processes("replicate", (1,)),
+    for_several_processes("tensor_parallel", ("auto",), "TensorParallelTrainer"),
+    for_several_processes("ddp", (False,)),
+    for_several_processes("reduce_every_pass", (False,)),
+    Rule("trainer WORLD_SIZE", lambda trainer, n: not is_distributed(trainer) and n != "1",
+         "several processes were started for one; set trainer=FSDPTrainer, or start without torchrun and srun"),
+    Rule("dry_run WORLD_SIZE", lambda dry_run, n: dry_run and n != "1",
+         "one process computes what N need; start without torchrun and srun, with n_processes=N"),
+    Rule("n_processes WORLD_SIZE", lambda n, world_size: world_size != "1" and str(n) not in ("auto", world_size),
+         "torchrun or srun sets the number of processes; set n_processes=auto"),
+    Rule("tensor_parallel trainer", lambda n, trainer: n != "auto" and trainer == "FSDPTrainer",
+         "is for trainer=TensorParallelTrainer; set tensor_parallel=auto"),
+    Rule("ddp trainer", lambda ddp, trainer: ddp and trainer == "TensorParallelTrainer",
+         "TensorParallelTrainer splits every layer; set ddp=false"),
+    Rule("ddp replicate", lambda ddp, copies: ddp and copies > 1,
+         "with ddp=true every device holds the whole model; set replicate=1"),
+    Rule("ddp reduce_every_pass", all_set, "with ddp=true gradients are not sharded; set reduce_every_pass=false"),
+    Rule("compile trainer", lambda on, trainer: on and is_distributed(trainer),
+         "this trainer cannot compile the layers yet; set compile=false"),
+    Rule("optimizer trainer", lambda name, trainer: name in ("Muon", "AdamW8bit") and is_distributed(trainer),
+         "this optimizer needs whole matrices, and the trainer shards them; choose another optimizer"),
+    Rule("sync_reference trainer", lambda n, trainer: n and is_distributed(trainer),
+         "this trainer cannot update the reference; set sync_reference=null"),
+    Rule("lora.r trainer", lambda _, trainer: trainer == "TensorParallelTrainer",
+         "TensorParallelTrainer cannot split an adapter; set trainer=FSDPTrainer"),
+    Rule("lora.quantize trainer", lambda kind, trainer: kind and is_distributed(trainer),
+         "this trainer cannot shard quantized layers; set lora.quantize=null"),
+    Rule("model.policy_dtype lora trainer", lambda dtype, _, trainer: dtype == "bfloat16" and is_distributed(trainer),
+         "this trainer does not support stochastic rounding yet; set model.policy_dtype=float32"),
+    Rule("max_tokens_per_pass trainer", lambda tokens, trainer: tokens == "fit" and is_distributed(trainer),
+         "fit is measured on one device; give a number of tokens, or auto"),
+    Rule("device trainer", lambda device, trainer: is_distributed(trainer) and device not in ("auto", "cuda", "cpu"),
+         "each process takes a GPU of its own, or the CPU; set device to auto, cuda or cpu"),
+)  # fmt: skip
+
+
+def combination_problems(valid: Mapping[str, Any]) -> list[str]:
+    """Return one line per combination that is refused; `valid` holds the settings that are right by themselves."""
+    values = {**valid, "WORLD_SIZE": os.environ.get("WORLD_SIZE") or "1"}
     problems = []
-
-    def check(keys: str, is_wrong: Callable[..., Any], words: str) -> None:
+    for keys, is_broken, message in RULES:
         names = keys.split()
-        if all(name in valid for name in names) and is_wrong(*(valid[name] for name in names)):
-            problems.append(f"{' '.join(f'{name}={written(valid[name])}' for name in names)}: {words}")
-
-    check(
-        "compile activation_checkpointing",
-        lambda compiled, recomputed: compiled and recomputed,
-        "layers that are recomputed in the backward pass cannot be compiled; set one of the two to false",
-    )
-    check(
-        "batch_size gradient_accumulation_steps",
-        lambda size, parts: size % parts,
-        "batch_size must be divisible by gradient_accumulation_steps",
-    )
-    check(
-        "max_prompt_length max_length",
-        lambda prompt, total: prompt >= total,
-        "max_prompt_length must be below max_length, or no token is left for a response",
-    )
-    check("columns.score_chosen columns.score_rejected", lambda *both: both.count(None) == 1, "set both or neither")
-    check("inspect_ids inspect", lambda ids, n: ids and not n, "nothing is printed without inspect=N; set it")
-    check("dry_run inspect", lambda dry, n: dry and n, "each stops before training; set one of them alone")
-    check("n_epochs n_examples", lambda *limits: limits == (None, None), "set one of them, or training never ends")
-    for name in ("precision", "model.fsdp_policy_mp"):
-        check(
-            f"{name} model.policy_dtype",
-            lambda precision, dtype: (precision, dtype) == ("float32", "bfloat16"),
-            "computing in float32 needs model.policy_dtype=float32",
-        )
-    check_loss(check)
-    problems += check_sync(valid)
-    check_optimizer(check)
-    check(
-        "keep_policies keep_checkpoints",
-        lambda policies, n: policies and n is None,
-        "every checkpoint is kept anyway; set keep_checkpoints to a number, or keep_policies=false",
-    )
-    check("save_every debug", lambda n, debug: n and debug, "debug=true writes no checkpoints; set save_every=null")
-    check("push_to_hub debug", lambda name, debug: name and debug, "debug=true exports nothing; set push_to_hub=null")
-    check("model.archive", lambda path: path and not Path(path).is_file(), "no such file; give the path of a policy.pt")
-    positions = max_positions(values.get("model.name_or_path"))
-    check("max_length", lambda n: positions and n > positions, f"the model has {positions} positions; lower it")
-    optional = [name for name in valid.get("trackers", ()) if name != "wandb" and not is_installed(name)]
-    problems += [f"trackers: the library {name} is not installed; pip install {name}" for name in optional]
-    if "lora.r" in values:
-        problems += lora_problems(valid)
-    parallel_problems(valid, check)
-    return problems
+        if all(name in values for name in names) and is_broken(*(values[name] for name in names)):
+            problems.append(f"{' '.join(f'{name}={format_value(values[name])}' for name in names)}: {message}")
+    return [*problems, *process_count_problems(values)]
 
 
-def check_loss(check: Check) -> None:
-    """Check what a loss's settings need of each other and of the run's."""
-    check(
-        "loss.precompute_reference model.reference_dtype",
-        lambda precompute, dtype: precompute and dtype,
-        "the policy itself computes the reference's log-probabilities, so model.reference_dtype must be null",
-    )
-    check(
-        "loss.precompute_reference loss.reference_free",
-        lambda precompute, free: precompute and free,
-        "a loss without a reference has nothing to precompute; set one of them to false",
-    )
-    check(
-        "loss.ld_alpha loss.precompute_reference",
-        lambda alpha, precompute: alpha != 1 and precompute,
-        "the cache holds no log-probabilities of tokens; set loss.precompute_reference=false",
-    )
-    check(
-        "loss.ld_alpha loss.length_normalize",
-        lambda alpha, normalize: alpha != 1 and normalize,
-        "each is a correction for length; set one of them alone",
-    )
-    check(
-        "loss.divergence loss.reference_free",
-        lambda divergence, free: divergence != "reverse_kl" and free,
-        "without a reference there is no divergence from it; set one of them alone",
-    )
-    check(
-        "loss.name columns.score_chosen",
-        lambda name, column: name == "odpo" and column is None,
-        "ODPO reads a score of each response; set columns.score_chosen=NAME and columns.score_rejected=NAME",
-    )
-    words = "only loss=kto and loss=sft read a label; choose one of them, or set columns.label=null"
-    check("loss.name columns.label", lambda name, column: name not in ("kto", "sft") and column is not None, words)
-    words = "rows have one response and a label, or a chosen and a rejected response; set columns of one kind"
-    for use in ("chosen", "rejected", "score_chosen"):
-        check(f"columns.label columns.{use}", lambda *columns: None not in columns, words)
-    check(
-        "loss.name batch_size",
-        lambda name, size: name == "kto" and size == 1,
-        "KTO compares each prompt with another example's response, so batch_size must be 2 or more",
-    )
-
-
-def check_optimizer(check: Check) -> None:
-    """Check what schedule, optimizer and a reference that follows the policy need."""
-    words = "mixes nothing without sync_reference=N; set it"
-    check("sync_mix sync_reference", lambda mix, n: mix != 1 and n is None, words)
-    check(
-        "scheduler min_lr_ratio",
-        lambda name, ratio: name == "constant" and ratio,
-        "a constant learning rate does not fall; choose linear, cosine or wsd, or set min_lr_ratio=0",
-    )
-    check(
-        "optimizer model.policy_dtype",
-        lambda name, dtype: name == "Muon" and dtype == "bfloat16",
-        "Muon's steps cannot be rounded stochastically; use model.policy_dtype=float32",
-    )
-
-
-def check_sync(values: Mapping[str, Any]) -> list[str]:
-    """Return a line for each reason why the reference cannot follow the policy."""
-    n, reasons = values.get("sync_reference"), []
-    if n is None:
-        return []
-    if values.get("loss.reference_free") or values.get("loss.name") in WITHOUT_REFERENCE:
-        reasons.append("the loss has no reference; set sync_reference=null")
-    if values.get("loss.precompute_reference"):
-        reasons.append("a reference that is computed once cannot follow; set loss.precompute_reference=false")
-    if values.get("model.reference_dtype"):
-        reasons.append("the reference keeps the policy's dtype; set model.reference_dtype=null")
-    if values.get("model.policy_dtype") == "bfloat16" and values.get("sync_mix") != 1:
-        reasons.append("bfloat16 loses a mix of weights; set sync_mix=1 or model.policy_dtype=float32")
-    return [f"sync_reference={written(n)}: {reason}" for reason in reasons]
-
-
-def lora_problems(valid: Mapping[str, Any]) -> list[str]:
-    """Return one line for each reason why an adapter cannot be trained with these settings."""
-    quantized = valid.get("lora.quantize") is not None
-    path = valid.get("lora.path")
-    own_weights = [key for key in ("model.archive", "model.from_scratch") if valid.get(key)]
-    found = {
-        "lora=default: needs the library peft; pip install peft": not is_installed("peft"),
-        "sync_reference: the reference of an adapter is frozen, so it must be null": valid.get("sync_reference"),
-        "model.reference_dtype: the policy with its adapter off is the reference, so it must be null": valid.get(
-            "model.reference_dtype"
-        ),
-        "lora.use_dora=true: needs model.policy_dtype=float32, or the first update's margin would not be 0": valid.get(
-            "lora.use_dora"
-        )
-        and valid.get("model.policy_dtype") != "float32",
-        f"lora.path={path}: there is no adapter_config.json in it; give the folder of an adapter": path is not None
-        and not (Path(str(path)) / "adapter_config.json").is_file(),
-        "lora.path lora.init: a given adapter is not initialized; leave lora.init out": path is not None
-        and valid.get("lora.init") != "kaiming",
-        "lora.quantize=nf4: needs the library bitsandbytes; pip install bitsandbytes": quantized
-        and not is_installed("bitsandbytes"),
-        "lora.quantize=nf4: has no kernels for MPS; use device=cuda or device=cpu": quantized
-        and valid.get("device") == "mps",
-        "lora.quantize=nf4 lora.use_dora=true: are not computed together; set one of them to its default": quantized
-        and valid.get("lora.use_dora"),
-        f"lora.quantize=nf4 {' '.join(own_weights)}: only weights of model.name_or_path can be quantized": quantized
-        and own_weights,
-        "lora.quantize=nf4 lora.export_merged=true: an adapter cannot be merged into weights of 4 bits": quantized
-        and valid.get("lora.export_merged"),
-        "push_to_hub: this machine alone has the adapter's base, whose path would be uploaded; set it to null": bool(
-            valid.get("push_to_hub")
-        )
-        and (own_weights or Path(str(valid.get("model.name_or_path"))).is_dir()),
-    }
-    return [line for line, is_wrong in found.items() if is_wrong]
-
-
-def is_installed(library: str) -> bool:
-    """Return whether a library can be imported, without importing it."""
-    return find_spec(library) is not None
-
-
-# The values of settings for several processes that mean one process.
-SINGLE = {
-    "n_processes": ("auto", 1),
-    "replicate": (1,),
-    "tensor_parallel": ("auto",),
-    "ddp": (False,),
-    "reduce_every_pass": (False,),
-}
-
-
-def parallel_problems(valid: Mapping[str, Any], check: Check) -> None:
-    """Check the settings of several processes, and the processes that torchrun has started."""
-    launched = os.environ.get("WORLD_SIZE") or "1"
-    if valid.get("trainer") == "BasicTrainer":
-        for key, default in SINGLE.items():
-            name = "TensorParallelTrainer" if key == "tensor_parallel" else "FSDPTrainer"
-            words = f"is for several processes; set trainer={name}"
-            check(f"{key} trainer", lambda value, _, default=default: value not in default, words)
-        words = "set trainer=FSDPTrainer, which shares one model, or start without torchrun"
-        check("trainer", lambda _: launched != "1", f"is for one process, and torchrun has started {launched}; {words}")
+def process_count_problems(values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what does not fit the number of processes, where that is known before they start."""
+    world_size, trainer = values["WORLD_SIZE"], values.get("trainer")
+    n = int(world_size) if world_size.isdigit() and world_size != "1" else values.get("n_processes")
+    if trainer == "BasicTrainer" or not isinstance(n, int):
         return
-    trainer = valid.get("trainer")
-    words = "is for trainer=TensorParallelTrainer; set it to auto"
-    check("tensor_parallel", lambda n: n != "auto" and trainer == "FSDPTrainer", words)
-    words = "trainer=TensorParallelTrainer splits every layer; set it to false"
-    check("ddp", lambda ddp: ddp and trainer == "TensorParallelTrainer", words)
-    words = "with ddp=true every device holds the whole model; set replicate=1"
-    check("ddp replicate", lambda ddp, copies: ddp and copies > 1, words)
-    words = "with ddp=true whole gradients are kept anyway; set reduce_every_pass=false"
-    check("ddp reduce_every_pass", lambda ddp, reduce: ddp and reduce, words)
-    check("compile", lambda on: on, f"trainer={trainer} cannot compile its layers yet; set it to false")
-    words = f"trainer={trainer} shards matrices, of which this optimizer needs whole ones or blocks; choose another one"
-    check("optimizer", lambda name: name in ("Muon", "AdamW8bit"), words)
-    words = f"trainer={trainer} keeps the reference sharded apart from the policy, so it must be null"
-    check("sync_reference", lambda n: n is not None, words)
-    words = "trainer=TensorParallelTrainer cannot split the layers of an adapter; set trainer=FSDPTrainer"
-    check("lora.r", lambda r: r is not None and trainer == "TensorParallelTrainer", words)
-    words = f"trainer={trainer} shards matrices, of which quantized layers have blocks; set it to null"
-    check("lora.quantize", lambda how: how is not None, words)
-    words = f"trainer={trainer} cannot round sharded parameters stochastically yet; set it to float32"
-    check("model.policy_dtype", lambda dtype: dtype == "bfloat16" and valid.get("lora.r") is None, words)
-    words = "is measured on one device; give a number of tokens, or auto"
-    check("max_tokens_per_pass trainer", lambda tokens, _: tokens == "fit", words)
-    words = f"trainer={trainer} gives every process a GPU of its own, or the CPU; set it to auto, cuda or cpu"
-    check("device", lambda name: name not in ("auto", "cuda", "cpu"), words)
-    if launched != "1":
-        check("dry_run", lambda dry: dry, "one process computes what N take; start it without torchrun, n_processes=N")
-        words = f"torchrun has started {launched} processes; set it to auto"
-        check("n_processes", lambda n: str(n) not in ("auto", launched), words)
-    n = int(launched) if launched.isdigit() and launched != "1" else valid.get("n_processes")
-    if isinstance(n, int):
-        tensor = valid.get("tensor_parallel") if trainer == "TensorParallelTrainer" else 1
+    size, copies, tensor = values.get("batch_size"), values.get("replicate"), values.get("tensor_parallel")
+    groups = n  # each computes examples of its own
+    if trainer == "TensorParallelTrainer":
         groups = max(1, n // tensor) if isinstance(tensor, int) else 1
-        who = f"{n} processes" if groups == n else f"{groups} groups of processes"
-        words = f"each of {who} needs an example of every batch; set it to {groups} or more"
-        check("batch_size", lambda size: size < groups, words)
-        check("replicate", lambda copies: n % copies, f"must divide the number of processes, {n}")
-
-
-def max_positions(model: Any) -> int | None:
-    """Return the number of positions that a local model's config.json gives, or None if it is not known."""
-    try:
-        config = json.loads((Path(model) / "config.json").read_bytes())
-        config = config.get("text_config", config)
-        names = ("max_position_embeddings", "n_positions", "max_seq_len")
-        return next((config[name] for name in names if isinstance(config.get(name), int)), None)
-    except (OSError, TypeError, ValueError, AttributeError):  # a hub's name, or what transformers will refuse
-        return None
+    if size is not None and size < groups:
+        kind = "processes" if groups == n else "groups of processes"
+        yield f"batch_size={size}: each of {groups} {kind} needs an example of every batch; set it to {groups} or more"
+    if copies is not None and n % copies:
+        yield f"replicate={copies}: must divide the number of processes, {n}"

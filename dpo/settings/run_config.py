@@ -1,4 +1,4 @@
-"""A run's config.yaml as a command line resumes it: what may change, and what is refused before torch is imported."""
+"""A run's config.yaml, and which of its settings may change when it is resumed."""
 
 import re
 from collections.abc import Sequence
@@ -12,48 +12,45 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dpo.settings.config_files import written
+from dpo.settings.config_files import format_value
+from dpo.settings.hints import suggest
 from dpo.settings.schema import flatten_plain
-from dpo.settings.suggestions import suggest
 from dpo.system.errors import UserError, raise_problems, summarize_error
 
-# What may change in a resumed run: it changes no trained number, but for the rounding of those of the last two lines.
+# What may change in a resumed run without changing its numbers; those of the last two lines change only the rounding.
 MAY_CHANGE = (
-    *("trackers", "wandb.enabled", "wandb.entity", "wandb.project", "minimum_log_interval_secs", "report"),
-    *("sample_during_eval", "n_eval_model_samples", "sample_temperature", "sample_top_k", "sample_top_p"),
-    *("save_every", "keep_checkpoints", "keep_policies", "background_saves", "eval_batch_size", "push_to_hub"),
-    *("max_tokens_per_pass", "activation_checkpointing", "device", "lora.export_merged"),
-    *("n_processes", "replicate", "tensor_parallel", "ddp", "reduce_every_pass", "collective_timeout"),
-)
+    "trackers wandb.enabled wandb.entity wandb.project minimum_log_interval_secs report push_to_hub "
+    "sample_during_eval n_eval_model_samples sample_temperature sample_top_k sample_top_p "
+    "save_every keep_checkpoints keep_policies background_saves eval_batch_size lora.export_merged "
+    "max_tokens_per_pass activation_checkpointing device "
+    "n_processes replicate tensor_parallel ddp reduce_every_pass collective_timeout"
+).split()
 MAY_GROW = ("n_epochs", "n_examples")
-MAY_MOVE = (
-    *("datasets", "local_dirs", "model.name_or_path", "model.tokenizer_name_or_path"),
-    *("model.archive", "lora.path"),
-)
+MAY_MOVE = "datasets local_dirs model.name_or_path model.tokenizer_name_or_path model.archive lora.path".split()
 
 
 def find_run_dir(path: Path) -> Path:
-    """Return the run directory that RUN, RUN/LATEST or RUN/step-N stands for; N must be the newest."""
+    """The run directory of RUN, RUN/LATEST or RUN/step-N; UserError if step-N is not the newest checkpoint."""
     if not re.fullmatch(r"step-\d+", path.name):
         return path.parent if path.name == "LATEST" else path
     steps = checkpoints(path.parent)
     if steps and path.name != steps[0].name:
-        problem = f"resume={path}: a run goes on from its newest checkpoint, {steps[0].name}"
+        problem = f"resume={path}: a run continues from its newest checkpoint, {steps[0].name}"
         raise UserError(f"{problem}; {new_run_from(path)}" if path.is_dir() else problem)
     return path.parent
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """Return the checkpoints of a run, newest first."""
-    found = [path for path in run_dir.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: -int(path.name.removeprefix("step-")))
+    """The checkpoints of a run, newest first."""
+    folders = [path for path in run_dir.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(folders, key=lambda path: -int(path.name.removeprefix("step-")))
 
 
 def read_run_config(run_dir: Path) -> DictConfig:
     """Read a run's config.yaml as plain values; UserError if the folder is not a run directory."""
     try:
-        own = ("LATEST", ".staging-LATEST")
-        links = [path.name for path in run_dir.iterdir() if path.is_symlink() and path.name not in own]
+        made_by_runs = ("LATEST", ".staging-LATEST")
+        links = [path.name for path in run_dir.iterdir() if path.is_symlink() and path.name not in made_by_runs]
         text = (run_dir / "config.yaml").read_text(encoding="utf-8")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise ValueError("it holds YAML aliases, which no run writes")
@@ -65,49 +62,53 @@ def read_run_config(run_dir: Path) -> DictConfig:
         reason = summarize_error(error)
         raise UserError(f"resume={run_dir}: not a run directory: its config.yaml cannot be read ({reason})") from None
     if links:
-        raise UserError(f"resume={run_dir}: holds links ({', '.join(sorted(links))}), which no run makes; remove them")
+        raise UserError(f"resume={run_dir}: holds links ({', '.join(sorted(links))}) that no run makes; remove them")
     return config
 
 
 def override_run_config(config: DictConfig, arguments: Sequence[str], known: Sequence[str]) -> dict[str, Any]:
-    """Change a resumed run's config by the overrides that it may take, and return these; UserError for any other.
+    """Apply to a run's config the overrides that a resumed run may take, and return them; UserError for any other.
 
-    Interpolations that the config holds are refused, since whoever wrote the file could have secrets resolved by them.
+    Interpolations in the config are refused: whoever wrote the file could have secrets resolved by them.
     """
     path, stored = config.local_run_dir, OmegaConf.to_container(config, resolve=False)
     assert isinstance(stored, dict)
     settings = flatten_plain(stored)
+    if not any(key.startswith("lora.") for key in settings):
+        settings["lora"] = None
     try:
         overrides = [(o, o.key_or_group, o.value()) for o in OverridesParser.create().parse_overrides(list(arguments))]
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(" ".join(str(error).split())) from None
-    problems, taken = [], {}
+    problems: list[str] = []
+    applied: dict[str, Any] = {}
     for override, key, value in overrides:
         if value == settings.get(key, settings.get(f"{key}.name", override)):  # loss=dpo, as the run has it
             continue
         if key not in settings and key not in ("model", "loss", "lora"):
-            problems.append(suggest(key, written(value), known))
+            problems.append(suggest(key, format_value(value), known))
         elif override.type != OverrideType.CHANGE or override.is_sweep_override():
-            problems.append(f"{override.input_line}: a resumed run takes KEY=VALUE alone")
+            problems.append(f"{override.input_line}: a resumed run takes only KEY=VALUE")
         elif key in MAY_GROW and (name := settings.get("scheduler", "constant")) != "constant":
-            fixed = f"{name} lowers the learning rate over the run's {key}={written(settings[key])}"
-            problems.append(f"{key}={written(value)}: scheduler={fixed}, so a longer run is another one; start it anew")
+            length = f"{key}={format_value(settings[key])}"
+            reason = f"scheduler={name} lowers the learning rate over {length}, so a longer run needs another schedule"
+            problems.append(f"{key}={format_value(value)}: {reason}; start a new run")
         elif may_change(key, settings.get(key), value):
             OmegaConf.update(config, key, value)
-            taken[key] = value
+            applied[key] = value
         else:
-            own = f"{key}={written(settings[key])}" if key in settings else f"its own {key}"
+            kept = f"{key}={format_value(settings[key])}" if key in settings else f"its own {key}"
             remedy = new_run_from(Path(path) / "LATEST")
-            problems.append(f"{key}={written(value)}: a resumed run keeps {own}; leave this out, or {remedy}")
+            problems.append(f"{key}={format_value(value)}: a resumed run keeps {kept}; leave this out, or {remedy}")
     for key, value in settings.items():
-        if key not in taken and is_interpolated(value):
+        if key not in applied and is_interpolated(value):
             problems.append(f"{key}={value}: is not resolved again when a run is resumed; add {key}=VALUE")
     raise_problems(problems)
-    return taken
+    return applied
 
 
 def new_run_from(checkpoint: Path) -> str:
-    """Return how to start a new run with the weights of a checkpoint, which may be one of several processes."""
+    """Advice on how to start a new run with the weights of a checkpoint; a sharded one holds no policy.pt."""
     if (checkpoint / "policy.pt").is_file():
         return f"start a new run with model.archive={checkpoint}/policy.pt"
     if not checkpoint.is_dir():
@@ -117,17 +118,17 @@ def new_run_from(checkpoint: Path) -> str:
 
 
 def may_change(key: str, old: object, new: object) -> bool:
-    """Return whether a resumed run takes a new value; one for an interpolation is compared with the checkpoint's."""
+    """Whether a resumed run takes a new value; one for an interpolation is compared with the checkpoint's later."""
     return key in (*MAY_CHANGE, *MAY_MOVE) or (key in MAY_GROW and grows(old, new)) or is_interpolated(old)
 
 
 def is_interpolated(value: object) -> bool:
-    """Return whether OmegaConf would look something up in a stored value, but for a path in this project."""
+    """Whether OmegaConf would look up something in a stored value, other than a path in this project."""
     return "${" in str(value) and not re.fullmatch(r"\$\{project_dir:[\w./-]+\}", str(value))
 
 
 def grows(old: object, new: object) -> bool:
-    """Return whether a limit is raised, or lifted."""
+    """Whether a limit is raised or lifted."""
     if not isinstance(old, (int, float)) or isinstance(new, bool):
         return False
     return new is None or (isinstance(new, (int, float)) and new > old)

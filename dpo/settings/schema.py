@@ -1,10 +1,9 @@
 """What a valid config is: one typed, frozen model per YAML group, and all problems of a config in one message.
 
-Defaults, units and meanings stand in config/*.yaml and nowhere else; a field here only declares the values it takes.
+Defaults, units and meanings stand only in config/*.yaml; a field here declares which values it takes.
 """
 
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -13,9 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
-from dpo.settings.config_files import written
+from dpo.settings.config_files import format_value
 from dpo.settings.constraints import combination_problems
-from dpo.settings.suggestions import suggest
+from dpo.settings.hints import suggest
 from dpo.system.errors import raise_problems
 from dpo.system.installation import COMMAND
 
@@ -35,9 +34,9 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 def whole(unit: str, ge: int, le: int | None = None) -> Any:
-    """Return the field of a whole number from ge to le, counted in a unit."""
-    words = f"a whole number of {unit}, {ge} or more" if le is None else f"a whole number from {ge} to {le}"
-    return Field(strict=True, ge=ge, le=le, description=words)
+    """The field of a whole number from ge to le, counted in a unit."""
+    description = f"a whole number of {unit}, {ge} or more" if le is None else f"a whole number from {ge} to {le}"
+    return Field(strict=True, ge=ge, le=le, description=description)
 
 
 class Group(BaseModel):
@@ -153,7 +152,7 @@ class Settings(Group):
     lr: Positive
     warmup_steps: int = whole("updates", ge=0)
     scheduler: Literal["constant", "linear", "cosine", "wsd"]
-    min_lr_ratio: float = Field(strict=True, ge=0, lt=1, description="a number from 0, below 1")
+    min_lr_ratio: Rate
     max_grad_norm: Positive
     optimizer: Literal[
         "Adadelta", "Adagrad", "Adam", "AdamW", "AdamW8bit", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "SGD"
@@ -191,7 +190,18 @@ class Settings(Group):
         return self.model.fsdp_policy_mp or self.precision
 
 
-LossT = TypeVar("LossT", bound=BaseModel)
+class LossSettings(Group):
+    """The keys of config/loss/NAME.yaml: the fields of the loss itself."""
+
+    def problems(self, settings: Mapping[str, Any]) -> Iterator[str]:
+        """Yield a line for each combination of the loss's settings and the run's, {dotted key: value}, that it refuses.
+
+        Settings that are wrong by themselves are missing.
+        """
+        yield from ()
+
+
+LossT = TypeVar("LossT", bound=LossSettings)
 GroupT = TypeVar("GroupT", bound=BaseModel)
 
 
@@ -203,30 +213,42 @@ def validate(
     Missing keys take their defaults: a model's or loss's own YAML file, or an earlier version's run, may lack some.
     """
     trains_adapter = any(key.startswith("lora.") for key in values)
-    chosen = {key: value for key, value in defaults.items() if trains_adapter or not key.startswith("lora.")}
-    name, values = values.get("loss.name"), {**chosen, **values}
     if not trains_adapter:
-        values["lora"] = None
-    loss_values = {key: value for key, value in values.items() if key.startswith("loss.") and key != "loss.name"}
-    other_values = {key: value for key, value in values.items() if not key.startswith("loss.")}
-    known = known_keys(losses)
-    settings, problems = build(Settings, other_values, "", known)
+        defaults = {key: value for key, value in defaults.items() if not key.startswith("lora.")} | {"lora": None}
+    values = {**defaults, **values}
+    name, known = values.get("loss.name"), known_keys(losses)
+    run_values = {key: value for key, value in values.items() if not key.startswith("loss.")}
+    settings, problems = build(Settings, run_values, "", known)
+    loss_type = losses.get(name) if isinstance(name, str) else None
     loss = None
-    if isinstance(name, str) and name in losses:
-        loss, loss_problems = build(losses[name], loss_values, "loss.", known)
-        problems += loss_problems
+    if loss_type is None:
+        problems["loss.name"] = f"loss.name={format_value(name)}: must be one of {', '.join(losses)}"
     else:
-        problems.append(f"loss.name={written(name)}: must be one of {', '.join(losses)}")
-    problems += combination_problems(values, [re.split("[=:]", line)[0] for line in problems])
-    raise_problems(problems)
+        loss, loss_problems = build(loss_type, loss_fields(values), "loss.", known)
+        problems |= loss_problems
+    lines = [line for line in problems.values() if line]
+    valid = {key: value for key, value in values.items() if key not in problems}
+    lines += combination_problems(valid)
+    checked = loss
+    if loss_type is not None and loss is None:  # check combinations with the defaults of wrong values
+        checked, _ = build(loss_type, loss_fields(defaults) | loss_fields(valid), "loss.", known)
+    lines += checked.problems(valid) if checked else []
+    raise_problems(lines)
     assert settings is not None and loss is not None
     return settings, loss
 
 
+def loss_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key.startswith("loss.") and key != "loss.name"}
+
+
 def build(
     kind: type[GroupT], values: Mapping[str, Any], prefix: str, known: Collection[str]
-) -> tuple[GroupT | None, list[str]]:
-    """Return a pydantic model made of dotted keys, all of which begin with a prefix, or None and a line per problem."""
+) -> tuple[GroupT | None, dict[str, str | None]]:
+    """Make a pydantic model of dotted keys that begin with a prefix.
+
+    Returns None if that fails, and {wrong key: line}; the line is None where another one names its cause.
+    """
     nested: dict[str, Any] = {}
     for key, value in values.items():
         *groups, name = key.removeprefix(prefix).split(".")
@@ -235,15 +257,14 @@ def build(
             place = place.setdefault(group, {})
         place[name] = value
     try:
-        return kind.model_validate(nested), []
+        return kind.model_validate(nested), {}
     except ValidationError as error:
         details = {prefix + ".".join(field_path(kind, detail)): detail for detail in reversed(error.errors())}
-        lines = [problem_line(kind, prefix, key, detail, known) for key, detail in reversed(details.items())]
-        return None, [line for line in lines if line]
+        return None, {key: problem_line(kind, prefix, key, details[key], known) for key in reversed(details)}
 
 
 def field_path(kind: type[BaseModel], detail: ErrorDetails) -> list[str]:
-    """Return the names of groups and field in an error's location, without what names a member of a union or list."""
+    """The names of groups and field in an error's location, without the members of unions and lists."""
     path: list[str] = []
     for part in map(str, detail["loc"]):
         path.append(part)
@@ -255,7 +276,7 @@ def field_path(kind: type[BaseModel], detail: ErrorDetails) -> list[str]:
 
 
 def group_of(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
-    """Return the model of the settings below a field, or None for a field that holds a value."""
+    """The model of the settings below a field; None for a field that holds a value."""
     annotation = kind.model_fields[name].annotation if name in kind.model_fields else None
     members = (annotation, *get_args(annotation))  # a group may be null
     return next((part for part in members if isinstance(part, type) and issubclass(part, BaseModel)), None)
@@ -264,22 +285,22 @@ def group_of(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
 def problem_line(
     kind: type[BaseModel], prefix: str, key: str, detail: ErrorDetails, known: Collection[str]
 ) -> str | None:
-    """Return one line for an error of pydantic, or None where another line names its cause."""
+    """The line for an error of pydantic; None where another line names its cause."""
     value, name = detail["input"], key.removeprefix(prefix)
     if detail["type"] == "extra_forbidden":
-        return suggest(key, written(value), known)
+        return suggest(key, format_value(value), known)
     if isinstance(value, OmegaConfBaseException):
         caused = "name_or_path" in str(value) and key != "model.name_or_path"
         return None if caused else f"{key}: is missing; set {key}=VALUE, {allowed(kind, name)}"
     if detail["type"] == "missing":
         return f"{key}: is missing; a run's config.yaml holds every setting"
     if group_of(kind, name) is not None:
-        return suggest(key, written(value), known)
-    return f"{key}={written(value)}: must be {allowed(kind, name)}"
+        return suggest(key, format_value(value), known)
+    return f"{key}={format_value(value)}: must be {allowed(kind, name)}"
 
 
 def allowed(kind: type[BaseModel], key: str) -> str:
-    """Return in words which values a field takes."""
+    """Which values a field takes, as the end of the sentence "must be ..."."""
     *groups, name = key.split(".")
     for group in groups:
         kind = group_of(kind, group) or kind
@@ -287,13 +308,13 @@ def allowed(kind: type[BaseModel], key: str) -> str:
     members = (field.annotation, *get_args(field.annotation))
     choices = [choice for member in members for choice in get_args(member) if isinstance(choice, str)]
     described = [part.description for member in members for part in getattr(member, "__metadata__", ())]
-    words = [field.description, f"one of {', '.join(choices)}" if choices else None, *described]
+    descriptions = [field.description, f"one of {', '.join(choices)}" if choices else None, *described]
     optional = ", or null" if type(None) in members else ""
-    return next((text for text in words if text), "another value") + optional
+    return next((text for text in descriptions if text), "another value") + optional
 
 
 def flatten(config: DictConfig, prefix: str = "") -> dict[str, Any]:
-    """Return {dotted key: value}; a value that is missing or cannot be interpolated becomes its exception."""
+    """Flatten a config to {dotted key: value}; a value that is missing or cannot be interpolated becomes its error."""
     values: dict[str, Any] = {}
     for key in config:
         try:
@@ -309,7 +330,7 @@ def flatten(config: DictConfig, prefix: str = "") -> dict[str, Any]:
 
 
 def default_values(config_dir: Path, loss_name: str | None, resumed: bool = False) -> dict[str, Any]:
-    """Return the defaults of the keys that a config may lack: those of model, loss and lora, of a resumed run all."""
+    """The defaults of the keys that a config may lack: those of model, loss and lora; in a resumed run, of all keys."""
     files = {"model": config_dir / "model" / "blank_model.yaml", "loss": config_dir / "loss" / f"{loss_name}.yaml"}
     files["lora"] = config_dir / "lora" / "default.yaml"
     groups = {group: read_yaml(path) for group, path in files.items() if path.is_file()}
@@ -319,14 +340,14 @@ def default_values(config_dir: Path, loss_name: str | None, resumed: bool = Fals
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
-    """Return the values of a YAML file, whose interpolations stay as they are."""
+    """The values of a YAML file, with its interpolations as they are."""
     values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     assert isinstance(values, dict)
     return values
 
 
 def flatten_plain(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {dotted key: value} of nested dicts."""
+    """Flatten nested dicts to {dotted key: value}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         is_group = isinstance(value, dict) and key not in MAPPINGS
@@ -335,7 +356,7 @@ def flatten_plain(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]
 
 
 def known_keys(losses: Mapping[str, type[BaseModel]]) -> list[str]:
-    """Return every dotted key that some config may hold."""
+    """Every dotted key that some config may hold."""
     groups = {name: group_of(Settings, name) for name in Settings.model_fields}
     keys = [name for name, group in groups.items() if group is not Settings.model_fields[name].annotation]
     keys += [f"{name}.{key}" for name, group in groups.items() if group for key in group.model_fields]

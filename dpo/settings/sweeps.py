@@ -1,4 +1,4 @@
-"""Hydra's sweeps: -m KEY=VALUE,VALUE makes a run of each combination of values."""
+"""Hydra's sweeps: -m KEY=VALUE,VALUE makes one run per combination of values."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ FLAGS = ("-m", "--multirun")
 
 
 def first_run(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments of a command line's only run, or of the first of its sweep; raises HydraException."""
+    """The arguments of a command line's only run, or of the first run of its sweep; raises HydraException."""
     others = [argument for argument in arguments if argument not in FLAGS]
     if len(others) == len(arguments) or any(argument.startswith("-") for argument in others):
         return others
@@ -27,19 +27,18 @@ def first_run(arguments: Sequence[str]) -> list[str]:
 
 
 class Sweep:
-    """The runs of a command line with -m: their folder, and those that have begun.
+    """The runs of a command line with -m: those that have begun, and their folder.
 
-    The folder is the run directory that the first run would have by itself.
+    The folder is the run directory that the first run would have without -m.
     """
 
     def __init__(self, arguments: Sequence[str]):
-        """Take the arguments of the command line."""
         self.arguments = [argument for argument in arguments if not argument.startswith("-")]
         self.folder: Path | None = None
         self.runs: list[Path] = []
 
     def name_run(self, config: DictConfig, overrides: Sequence[str]) -> None:
-        """Name a run and its directory, unless that is swept itself, by those of its overrides that are swept."""
+        """Name a run and its directory by the values that are swept; a directory that is itself swept stays."""
         parse = OverridesParser.create().parse_overrides
         fixed = {o.key_or_group for o in parse(self.arguments) if not o.is_sweep_override()}
         varied = {o.key_or_group: str(o.input_line) for o in parse(list(overrides)) if o.key_or_group not in fixed}
@@ -54,11 +53,11 @@ class Sweep:
 
 @contextmanager
 def hydra_arguments(arguments: Sequence[str]) -> Iterator[None]:
-    """For a sweep, let its flag stand anywhere, and give Hydra's own notes a folder that is removed afterwards."""
+    """For a sweep, put its flag first, as Hydra wants it, and give Hydra's own files a temporary folder."""
     others = [argument for argument in arguments if argument not in FLAGS]
     if len(others) == len(arguments):
         yield
         return
-    with TemporaryDirectory() as notes:
-        sys.argv[1:] = [FLAGS[0], f"hydra.sweep.dir='{notes}'", *others]
+    with TemporaryDirectory() as folder:
+        sys.argv[1:] = [FLAGS[0], f"hydra.sweep.dir='{folder}'", *others]
         yield

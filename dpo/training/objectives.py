@@ -6,14 +6,14 @@ torch is imported where it is called: settings are checked against these classes
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from dpo.settings.schema import Flag, NotNegative, Positive, Probability
+from dpo.settings.schema import Flag, LossSettings, NotNegative, Positive, Probability
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,13 +50,42 @@ class Context:
     state: Sums = field(default_factory=dict)
 
 
-class Loss(BaseModel, ABC):
-    """A loss as a trainer sees it: called with log-probabilities, it returns one loss and some metrics per example."""
+class Loss(LossSettings, ABC):
+    """A loss as a trainer sees it: called with log-probabilities, it returns one loss and some metrics per example.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    What it needs and refuses stands here and in its subclasses, and nowhere else.
+    """
+
     n_responses: ClassVar[int]  # per example: 2 for a pair (chosen first), 1 for the target of SFT
     needs_scores: ClassVar[bool] = False  # whether each example needs scores of its responses
     takes_labels: ClassVar[bool] = False  # whether examples may also be one response with a label
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        """Refuse a field that would hide a method of the same name."""
+        super().__pydantic_init_subclass__(**options)
+        for name in cls.model_fields:
+            if any(name in vars(base) for base in cls.__mro__):
+                problem = f"{cls.__name__}.{name}: losses have a method or an attribute of this name"
+                raise TypeError(f"{problem}; rename the field, and its key in config/loss/")
+
+    def problems(self, settings: Mapping[str, Any]) -> Iterator[str]:
+        n, dtype = settings.get("sync_reference"), settings.get("model.reference_dtype")
+        if n is not None and not self.needs_reference:
+            yield f"sync_reference={n}: the loss has no reference; set sync_reference=null"
+        if n is not None and self.cached_reference:
+            problem = "a reference that is computed once cannot follow the policy; set one of them to null or false"
+            yield f"sync_reference={n} loss.precompute_reference=true: {problem}"
+        if dtype is not None and self.cached_reference:
+            problem = "the policy itself computes the reference's log-probabilities; set model.reference_dtype=null"
+            yield f"model.reference_dtype={dtype} loss.precompute_reference=true: {problem}"
+        name, label = settings.get("loss.name"), settings.get("columns.label")
+        if label is not None and self.n_responses == 2 and not self.takes_labels:
+            remedy = "set columns.label=null, or choose a loss of single responses, as loss=kto"
+            yield f"loss={name} columns.label={label}: this loss reads no label; {remedy}"
+        if self.needs_scores and settings.get("columns.score_chosen", "") is None:
+            remedy = "set columns.score_chosen=NAME and columns.score_rejected=NAME"
+            yield f"loss={name} columns.score_chosen=null: this loss reads a score of each response; {remedy}"
 
     @property
     def needs_reference(self) -> bool:
@@ -167,16 +196,22 @@ class PairLoss(PreferenceLoss):
     def cached_reference(self) -> bool:
         return self.precompute_reference
 
+    def problems(self, settings: Mapping[str, Any]) -> Iterator[str]:
+        yield from super().problems(settings)
+        if self.precompute_reference and self.reference_free:
+            problem = "there is no reference to precompute; set one of them to false"
+            yield f"loss.precompute_reference=true loss.reference_free=true: {problem}"
+
     @abstractmethod
     def pair_losses(self, h: Tensor) -> Tensor:
         """Return the losses, (batch,), of h, (batch,)."""
 
-    def margin(self, policy: Tensor, reference: Tensor) -> Tensor:
+    def compute_h(self, policy: Tensor, reference: Tensor) -> Tensor:
         """Return h, (batch,), of what counts as log pi(y) and log ref(y), both (batch, 2)."""
         return (policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1])
 
     def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
-        return self.pair_losses(self.margin(policy, reference))
+        return self.pair_losses(self.compute_h(policy, reference))
 
 
 class LabelLoss(PreferenceLoss):
@@ -264,6 +299,15 @@ class LengthOptions(WeightOptions):
     length_normalize: Flag
     ld_alpha: Probability
 
+    def problems(self, settings: Mapping[str, Any]) -> Iterator[str]:
+        yield from super().problems(settings)
+        if self.ld_alpha != 1 and self.cached_reference:
+            problem = "the cache holds no log-probabilities of tokens; set loss.precompute_reference=false"
+            yield f"loss.ld_alpha={self.ld_alpha} loss.precompute_reference=true: {problem}"
+        if self.ld_alpha != 1 and self.length_normalize:
+            problem = "both correct for length; set only one of them"
+            yield f"loss.ld_alpha={self.ld_alpha} loss.length_normalize=true: {problem}"
+
     def response_logps(self, logps: Logps) -> Tensor:
         if self.length_normalize:
             return logps.means
@@ -281,9 +325,15 @@ class Divergence(PairLoss):
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"]
     divergence_alpha: float = Field(strict=True, gt=0, lt=1, description="a number between 0 and 1")
 
-    def margin(self, policy: Tensor, reference: Tensor) -> Tensor:
+    def problems(self, settings: Mapping[str, Any]) -> Iterator[str]:
+        yield from super().problems(settings)
+        if self.divergence != "reverse_kl" and self.reference_free:
+            problem = "without a reference there is no divergence from it; set only one of them"
+            yield f"loss.divergence={self.divergence} loss.reference_free=true: {problem}"
+
+    def compute_h(self, policy: Tensor, reference: Tensor) -> Tensor:
         if self.divergence == "reverse_kl":
-            return super().margin(policy, reference)
+            return super().compute_h(policy, reference)
         log_u = policy - reference
         if self.divergence == "js":
             slopes = logsigmoid(log_u)

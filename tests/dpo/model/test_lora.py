@@ -465,7 +465,7 @@ def problems(*overrides: str) -> list[str]:
 
 def test_without_peft_lora_is_refused_before_anything_loads(monkeypatch):
     monkeypatch.setattr(constraints, "is_installed", lambda library: library != "peft")
-    assert problems() == ["lora=default: needs the library peft; pip install peft"]
+    assert problems() == ["lora.r=4: needs the library peft; pip install peft"]
 
 
 def test_without_peft_an_archive_of_an_adapter_is_refused(trained, make_trainer, monkeypatch):
@@ -487,21 +487,24 @@ def test_a_forged_adapter_is_refused_in_one_line():
     [
         (
             ("model.reference_dtype=bfloat16",),
-            "model.reference_dtype: the policy with its adapter off is the reference",
+            "lora.r=4 model.reference_dtype=bfloat16: the policy without its adapter is the reference",
         ),
-        (("lora.use_dora=true", "model.policy_dtype=bfloat16", "precision=auto"), "lora.use_dora=true: needs"),
-        (("lora.path=/nowhere",), "lora.path=/nowhere: there is no adapter_config.json in it"),
+        (
+            ("lora.use_dora=true", "model.policy_dtype=bfloat16", "precision=auto"),
+            "lora.use_dora=true model.policy_dtype",
+        ),
+        (("lora.path=/nowhere",), "lora.path=/nowhere: holds no adapter_config.json"),
         (("lora.quantize=nf4", "device=auto", "lora.use_dora=true"), "lora.quantize=nf4 lora.use_dora=true: "),
         (
             ("lora.quantize=nf4", "device=auto", "lora.export_merged=true"),
             "lora.quantize=nf4 lora.export_merged=true: ",
         ),
-        (("lora.quantize=nf4", "device=auto", "model.from_scratch=true"), "lora.quantize=nf4 model.from_scratch: only"),
-        (("lora.quantize=nf4", "device=mps"), "lora.quantize=nf4: has no kernels for MPS"),
-        (("push_to_hub=me/name",), "push_to_hub: this machine alone has the adapter's base, "),
+        (("lora.quantize=nf4", "device=auto", "model.from_scratch=true"), "lora.quantize=nf4 model.from_scratch"),
+        (("lora.quantize=nf4", "device=mps"), "lora.quantize=nf4 device=mps: there are no kernels for MPS"),
+        (("push_to_hub=me/name",), "push_to_hub=me/name lora.r=4 model.name_or_path="),
         (
             ("push_to_hub=me/name", "lora.export_merged=true"),
-            "push_to_hub: this machine alone has the adapter's base, whose path would be uploaded",
+            "push_to_hub=me/name lora.r=4 model.name_or_path=",
         ),
     ],
 )

@@ -90,11 +90,11 @@ def test_a_run_resumes_by_the_name_of_its_newest_checkpoint(name, copied):
 def test_an_older_checkpoint_is_refused_with_the_command_that_starts_from_it(copied):
     line = refusal(copied, *again(copied / "step-8"))
     assert line == (
-        f"resume={copied}/step-8: a run goes on from its newest checkpoint, step-16;"
+        f"resume={copied}/step-8: a run continues from its newest checkpoint, step-16;"
         f" start a new run with model.archive={copied}/step-8/policy.pt"
     )
     line = refusal(copied, *again(copied / "step-24"))
-    assert line == f"resume={copied}/step-24: a run goes on from its newest checkpoint, step-16"
+    assert line == f"resume={copied}/step-24: a run continues from its newest checkpoint, step-16"
 
 
 def test_a_resumed_run_is_no_sweep(copied):

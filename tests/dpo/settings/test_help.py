@@ -10,11 +10,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from dpo.settings.config_files import Setting, read_config_files
-from dpo.settings.help import help_for_key, help_page, print_help, wants_help
+from dpo.settings.help import find_help_keys, help_for_key, help_page, print_help
+from losses import LOSSES
 
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = ROOT / "config"
 DATA_SETS = ("hh", "shp", "my_own")
+PRINT = (CONFIG, DATA_SETS, lambda: LOSSES)  # the other arguments of print_help
 FILES = [CONFIG / "config.yaml", CONFIG / "model" / "blank_model.yaml", CONFIG / "lora" / "default.yaml"]
 FILES += sorted((CONFIG / "loss").glob("*.yaml"))
 
@@ -60,9 +62,10 @@ def test_every_key_stands_on_the_page_with_its_default_and_comment(path):
             for match in shown
             if match[1][0] != "$"
         ]
-        assert value in values or f" {key}={value} " in page, key
+        short = f" {key.rpartition('.')[2]}={value} "
+        assert value in values or f" {key}={value} " in page or short in page, key
         line = re.search(rf"^ *{key.rpartition('.')[2]}:.*?# (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-        assert any(page[match.end() :].startswith(one_line(line[1])) for match in shown), key
+        assert line is None or any(page[match.end() :].startswith(one_line(line[1])) for match in shown), key
 
 
 def test_keys_stand_below_the_section_comments_of_the_yaml():
@@ -94,8 +97,8 @@ def test_the_page_is_as_wide_as_the_terminal_from_80_to_120_columns(monkeypatch,
     assert width - 6 < max(widths) <= width
 
 
-def test_help_and_suggestions_import_nothing_slow():
-    code = "import sys, dpo.settings.help, dpo.settings.suggestions; print(*sys.modules)"
+def test_help_and_hints_import_nothing_slow():
+    code = "import sys, dpo.settings.help; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "dpo.settings.help" in loaded.split()
     assert not {"torch", "transformers", "numpy", "hydra", "omegaconf", "pydantic"} & set(loaded.split())
@@ -112,19 +115,24 @@ def test_help_on_a_setting_shows_its_section_comment_and_default(key):
 @pytest.mark.parametrize("key", ["loss.beta", "beta"])
 def test_help_on_a_setting_of_several_losses_shows_each(key):
     text = help_for_key(CONFIG, key)
-    assert "loss.beta (loss=dpo)\n" in text and "loss.beta (loss=ipo)\n" in text and "loss=sft" not in text
+    assert "loss.beta (loss=ipo)\n" in text and "sft" not in text
+    assert re.search(r"loss.beta \(loss=.*\bdpo\b.*\)\n", text)
 
 
-def test_help_on_a_group_explains_what_several_files_share_once():
+def test_help_on_a_group_explains_what_several_files_share_only_at_one_of_them():
     text = help_for_key(CONFIG, "loss")
-    assert "settings of more than one loss:" in text and text.count("loss.ld_alpha=1 ") == 1
-    dpo = re.search(r"  loss=dpo .*?(?=\n  loss=)", text, re.DOTALL)[0]
-    assert "loss.label_smoothing=0 " in dpo and "with reference_free=false " in dpo and "ld_alpha=1 " in dpo
+    assert text.count("loss.ld_alpha=1 ") == 1 == text.count("true: leave the reference out")
+    hinge = one_line(re.search(r"  loss=hinge .*?(?=\n  loss=)", text, re.DOTALL)[0])
+    assert "loss.beta=0.1 scale of h" in hinge and "also (see loss=dpo): reference_free=false " in hinge
+
+
+def test_help_on_one_loss_explains_what_it_shares_with_others():
+    assert "true: leave the reference out" in help_for_key(CONFIG, "loss=hinge")
 
 
 @pytest.mark.parametrize("key", ["archive", "model.archive"])
 def test_help_on_a_setting_of_all_models_shows_it_once(key):
-    assert help_for_key(CONFIG, key).startswith("model.archive (every model)\n")
+    assert help_for_key(CONFIG, key).startswith("model.archive (model=blank_model)\n")
     assert help_for_key(CONFIG, key).count("default: null") == 1
 
 
@@ -148,29 +156,30 @@ def test_help_on_a_group_lists_its_files(group, shown):
 def test_help_on_one_file_of_a_group_shows_what_stands_in_it():
     text = help_for_key(CONFIG, "model=tiny")
     assert text.startswith("model=tiny (A GPT-2 of ") and "  model.from_scratch=true " in text
-    assert "random weights (from seed)" in text  # the comment of blank_model.yaml
+    assert "random weights (set by seed)" in text  # the comment of blank_model.yaml
     assert "loss.label_smoothing=0 " in help_for_key(CONFIG, "loss=dpo")
     assert "loss.label_smoothing" not in help_for_key(CONFIG, "loss=ipo")
 
 
-def test_loss_help_prints_the_table_of_the_page_on_losses_and_model_help_the_models():
-    """Every cell of it, in the terminal's width, and what the symbols stand for."""
-    text = help_for_key(CONFIG, "loss=help")
-    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
-    plain = re.sub(r"\[([\d.]+)\]\([^)]*\)|`", r"\1", page)
-    rows = [line.strip("| ").split(" | ") for line in plain.partition("|---")[2].partition("\n\n")[0].splitlines()[1:]]
-    entries = [one_line(entry) for entry in text.split("  loss=")[1:]]
-    assert len(entries) == len(rows) == len(list((CONFIG / "loss").glob("*.yaml")))
-    for entry, (name, formula, reference, typical, *paper) in zip(entries, rows, strict=True):
-        assert entry.startswith(f"{name} {formula} reference: {reference};") and typical in entry
-        assert paper in ([], ["|"]) or entry.endswith(f"arXiv {paper[0].strip(' |')}")
+def test_loss_help_lists_every_loss_with_its_formula_and_model_help_the_models(capsys):
+    class New(LOSSES["dpo"]):
+        """A new loss: -h.
+
+        It has no file yet.
+        """
+
+    assert print_help(["loss=help"], CONFIG, DATA_SETS, lambda: {**LOSSES, "new": New}) == 0
+    text = capsys.readouterr().out
+    assert re.findall(r"^  loss=(\w+) ", text, re.MULTILINE) == [*LOSSES, "new"]
+    assert "Identity preference optimization: (h - 1 / (2 beta))^2; arXiv 2310.12036" in one_line(text)
+    assert text.endswith("A new loss: -h.\n")
     assert "pi is the policy, ref the reference" in text and max(map(len, text.splitlines())) <= 80
     assert help_for_key(CONFIG, "model=help") == help_for_key(CONFIG, "model")
 
 
 def test_help_on_a_group_of_settings_shows_them_all():
     text = help_for_key(CONFIG, "wandb")
-    assert all(f"{key} (The run)\n" in text for key in ("wandb.enabled", "wandb.entity", "wandb.project"))
+    assert all(f"{key} (Logging)\n" in text for key in ("wandb.enabled", "wandb.entity", "wandb.project"))
 
 
 def test_help_on_what_does_not_exist_says_what_was_probably_meant():
@@ -201,7 +210,7 @@ def test_help_on_what_does_not_exist_says_what_was_probably_meant():
     ],
 )
 def test_help_is_asked_for(arguments, keys):
-    assert wants_help(arguments) == keys
+    assert find_help_keys(arguments) == keys
 
 
 @pytest.mark.parametrize(
@@ -219,24 +228,24 @@ def test_help_is_asked_for(arguments, keys):
     ],
 )
 def test_everything_else_is_left_to_hydra(arguments, capsys):
-    assert wants_help(arguments) is None
-    assert print_help(arguments, CONFIG, DATA_SETS) is None
+    assert find_help_keys(arguments) is None
+    assert print_help(arguments, *PRINT) is None
     assert capsys.readouterr().out == ""
 
 
 def test_the_exit_code_is_0_for_help_and_2_where_arguments_are_missing(capsys):
-    assert print_help(["--help"], CONFIG, DATA_SETS) == 0
+    assert print_help(["--help"], *PRINT) == 0
     page = capsys.readouterr().out
-    assert print_help([], CONFIG, DATA_SETS) == 2
+    assert print_help([], *PRINT) == 2
     assert capsys.readouterr().out == page == help_page(CONFIG, DATA_SETS) + "\n"
-    assert print_help(["--help", "lr", "seed"], CONFIG, DATA_SETS) == 0
+    assert print_help(["--help", "lr", "seed"], *PRINT) == 0
     assert re.findall(r"^\w+", capsys.readouterr().out, re.MULTILINE) == ["lr", "seed"]
 
 
 def run_print_help(config_dir: Path, environment: dict[str, str], stdout: int) -> subprocess.CompletedProcess:
     """Print the page in a process of its own."""
     imports = "import sys, pathlib; from dpo.settings.help import print_help"
-    code = f"{imports}; sys.exit(print_help(['-h'], pathlib.Path(sys.argv[1]), ['hh']))"
+    code = f"{imports}; sys.exit(print_help(['-h'], pathlib.Path(sys.argv[1]), ['hh'], dict))"
     command = [sys.executable, "-c", code, str(config_dir)]
     return subprocess.run(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, env=os.environ | environment)
 
@@ -249,10 +258,10 @@ def test_a_reader_that_closed_its_pipe_is_no_error():
     assert done.returncode == 0 and done.stderr == b""
 
 
-def test_a_terminal_that_lacks_a_character_gets_a_question_mark(tmp_path):
+def test_a_character_that_a_terminal_lacks_is_escaped(tmp_path):
     (tmp_path / "config.yaml").write_text("# Settings\n\n# Section\nlr: 1 # größer\n", encoding="utf-8")
     done = run_print_help(tmp_path, {"PYTHONIOENCODING": "ascii"}, subprocess.PIPE)
-    assert done.returncode == 0 and done.stderr == b"" and b"gr??er" in done.stdout
+    assert done.returncode == 0 and done.stderr == b"" and rb"gr\xf6\xdfer" in done.stdout
 
 
 # The files
@@ -282,6 +291,6 @@ def test_the_files_are_read_as_they_are_written(tmp_path):
     assert files.keys() == ["a", "b", "c", "d.e", "d.f.g", "h", "part.key"]
     assert files.options() == {"part": ["none", "one", "two"]}
     (part,) = files.groups
-    assert part.default == "one" and [option.base for option in part.options] == [True, True, False]
+    assert part.default == "one" and [option.complete for option in part.options] == [True, True, False]
     assert [option.summary for option in part.options] == ["", "The one", ""]
     assert part.options[1].settings == (Setting("part.key", "???", "needed", ""),)

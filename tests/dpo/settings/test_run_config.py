@@ -34,8 +34,8 @@ def test_a_schedule_that_knows_the_runs_length_refuses_a_longer_one(override):
     with pytest.raises(UserError) as error:
         override_run_config(OmegaConf.create(stored | {"scheduler": "cosine"}), [override], list(stored))
     assert str(error.value) == (
-        f"{key}={value}: scheduler=cosine lowers the learning rate over the run's {key}={stored[key]},"
-        " so a longer run is another one; start it anew"
+        f"{key}={value}: scheduler=cosine lowers the learning rate over {key}={stored[key]},"
+        " so a longer run needs another schedule; start a new run"
     )
     for scheduler in ({"scheduler": "constant"}, {}):  # runs of earlier versions have no scheduler
         config = OmegaConf.create(stored | scheduler)

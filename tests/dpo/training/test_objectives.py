@@ -171,3 +171,22 @@ def test_mismatched_examples_take_no_response_to_their_own_prompt_unless_there_i
     examples = [respond([1], [3]), respond([1], [4]), respond([2], [5])]
     assert [example.responses for example in mismatch(examples)] == [([5],), ([5],), ([3],)]
     assert [example.responses for example in mismatch(examples[:2])] == [([4],), ([3],)]
+
+
+@pytest.mark.filterwarnings("ignore:Field name")  # pydantic warns of the same
+@pytest.mark.parametrize("name", ["metrics", "pair_losses", "needs_scores", "needs_reference", "copy"])
+def test_a_field_with_the_name_of_a_method_is_refused_where_the_loss_is_defined(name):
+    with pytest.raises(TypeError, match=rf"^New.{name}: losses have a method or .*; rename the field, and its key in"):
+        type("New", (LOSSES["hinge"],), {"__annotations__": {name: float}, "__module__": __name__})
+
+
+def test_a_loss_may_have_a_field_named_margin():
+    class New(LOSSES["hinge"]):
+        margin: float
+
+        def pair_losses(self, h):
+            return (self.margin - self.beta * h).relu()
+
+    loss = New(**make_loss("hinge").model_dump(), margin=3.0)
+    losses, _ = compute(loss, POLICY, REFERENCE)
+    assert losses == pytest.approx([2.8, 3.3])
