@@ -1,9 +1,8 @@
-"""Charts as SVG text that takes its colours from the page around it, or as a file by itself."""
+"""Charts as SVG, in colours that can be read on white and on black."""
 
 import html
 import io
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,16 +11,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK = "#010203"  # what matplotlib draws in this colour takes the text colour of the page
-SERIES = ("#0a0a01", "#0a0a02", "#0a0a03", "#0a0a04", "#0a0a05", "#0a0a06")  # become the page's --series-1 to -6
-FIXED = ("#3f86d6", "#e07b39", "#2f9e6e", "#8f5fbf", "#d0488a", "#7d8590")  # of a file by itself; the last: its text
-MAX_POINTS = 600  # of a line; more would not be seen
-SIZE = (4.6, 2.6)  # inches, of which the SVG keeps the proportion alone
+INK = "#7d8590"  # of texts and axes
+COLORS = ("#3f86d6", "#d9702c", "#2f9e6e", "#8f5fbf", "#d0488a", "#94870f")  # of lines and bars
+MAX_POINTS = 600  # of a line; more would not be visible
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points that a line connects in their order; band holds the lower and the upper edge of an area around it."""
+    """Points connected in their order; band holds the lower and the upper edge of an area around them."""
 
     label: str
     x: Sequence[float]
@@ -30,20 +27,17 @@ class Line:
     faint: bool = False
 
 
-def line_chart(
-    title: str, lines: Sequence[Line], log_y: bool = False, share: bool = False, x_label: str = "examples"
-) -> str:
-    """Return a chart of lines as SVG; share: of values from 0 to 1.
+def line_chart(title: str, lines: Sequence[Line], scale: str = "linear", x_label: str = "examples") -> str:
+    """Draw lines; those with the same label have the same colour and one entry in the legend.
 
-    Lines of the same label have the same colour and one entry in the legend. log_y: by orders of magnitude, where the
-    values span two of them or more.
+    scale is that of y: "share" is from 0 to 1; "log" is logarithmic if the values span two orders of magnitude.
     """
-    figure = new_figure(title, x_label)
+    figure = new_figure()
+    axes = add_axes(figure, title, x_label)
     colors: dict[str, str] = {}
-    (axes,) = figure.axes
     for line in lines:
-        known = line.label in colors
-        color = colors.setdefault(line.label, SERIES[len(colors) % len(SERIES)])
+        is_new = line.label not in colors
+        color = colors.setdefault(line.label, COLORS[len(colors) % len(COLORS)])
         step = max(1, len(line.x) // MAX_POINTS)
         axes.plot(
             line.x[::step],
@@ -53,18 +47,19 @@ def line_chart(
             alpha=0.6 if line.faint else 1.0,
             marker="o" if len(line.x) == 1 or (len(line.x) <= 30 and not line.faint) else "",
             markersize=3,
-            label=None if known else line.label,
+            label=line.label if is_new else None,
         )
         if line.band is not None and len(line.x) > 1:
             axes.fill_between(line.x, *line.band, color=color, alpha=0.15, linewidth=0)
         elif line.band is not None:
             axes.vlines(line.x, *line.band, color=color, alpha=0.5, linewidth=1.6)
-    x, y = [x for line in lines for x in line.x], [y for line in lines for y in line.y]
+    x = [x for line in lines for x in line.x]
+    y = [y for line in lines for y in line.y]
     axes.set_xlim(left=min((0.0, *x)))
     write_ticks_in_full(axes, x)
-    if log_y and 0 < min(y) * 100 < max(y):
+    if scale == "log" and 0 < min(y) * 100 < max(y):
         axes.set_yscale("log")
-    if share:
+    if scale == "share":
         axes.set_ylim(-0.03, 1.03)
     if len(colors) > 1:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
@@ -74,48 +69,57 @@ def line_chart(
 def scatter_chart(
     title: str, points: Iterable[tuple[float, float]], x_label: str, y_label: str, diagonal: bool = False
 ) -> str | None:
-    """Return a chart of the finite points as SVG, with lines at 0 and, if asked for, where x equals y.
+    """Draw the finite points, with lines at 0 and, with diagonal, where x equals y.
 
     None if all have the same x or the same y: the chart would show no relation.
     """
     finite = [point for point in points if all(map(math.isfinite, point))]
-    x, y = [x for x, _ in finite], [y for _, y in finite]
+    x = [x for x, _ in finite]
+    y = [y for _, y in finite]
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None
-    figure = new_figure(title, x_label, y_label)
-    (axes,) = figure.axes
-    axes.axhline(0, color=INK, linewidth=0.5, alpha=0.5)
-    axes.axvline(0, color=INK, linewidth=0.5, alpha=0.5)
+    figure = new_figure()
+    axes = add_axes(figure, title, x_label, y_label)
+    axes.axhline(0, color=INK, linewidth=0.5)
+    axes.axvline(0, color=INK, linewidth=0.5)
     if diagonal:
-        axes.axline((0, 0), slope=1, color=INK, linewidth=0.5, alpha=0.5, linestyle="--")
-    axes.scatter(x, y, s=9, color=SERIES[0], alpha=0.6, linewidths=0)
+        axes.axline((0, 0), slope=1, color=INK, linewidth=0.5, linestyle="--")
+    axes.scatter(x, y, s=9, color=COLORS[0], alpha=0.6, linewidths=0)
     write_ticks_in_full(axes, x)
     return to_svg(figure, title)
 
 
-def new_figure(title: str, x_label: str, y_label: str = "") -> "Figure":
-    """Return a figure with one pair of axes in the page's text colour."""
+def new_figure(width: float = 4.6, height: float = 2.6) -> "Figure":
+    """Return an empty figure of a size in inches."""
     from matplotlib.figure import Figure  # slow to import
 
-    figure = Figure(figsize=SIZE)  # matplotlib's layouts find margins by drawing each figure twice
-    left = 0.16 if y_label else 0.125
-    axes = figure.add_axes((left, 0.19, 0.98 - left, 0.7))
+    return Figure(figsize=(width, height))
+
+
+def add_axes(
+    figure: "Figure",
+    title: str,
+    x_label: str = "",
+    y_label: str = "",
+    place: tuple[float, float, float, float] | None = None,
+) -> "Axes":
+    """Add axes at a place (left, bottom, width, height) from 0 to 1, by default those of a figure with one chart."""
+    if place is None:  # matplotlib's layouts find margins by drawing each figure twice
+        left = 0.16 if y_label else 0.125
+        place = (left, 0.19, 0.98 - left, 0.7)
+    axes = figure.add_axes(place)
     axes.set_title(title, fontsize=10, loc="left", color=INK)
     axes.set_xlabel(x_label, fontsize=8, color=INK)
     axes.set_ylabel(y_label, fontsize=8, color=INK)
     axes.tick_params(which="both", labelsize=8, color=INK, labelcolor=INK)
-    axes.grid(color=INK, alpha=0.12, linewidth=0.6)
-    axes.patch.set_visible(False)
-    figure.patch.set_visible(False)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(INK)
-        spine.set_alpha(0.5)
-    return figure
+    axes.grid(color=INK, alpha=0.2, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(INK)
+    return axes
 
 
 def write_ticks_in_full(axes: "Axes", x: Iterable[float]) -> None:
-    """Write each tick in full, since a common factor would stand where the title is; whole numbers get whole ticks."""
+    """Write each tick in full: a common factor would overlap the title. Whole numbers get whole ticks."""
     from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
 
     for axis in (axes.xaxis, axes.yaxis):
@@ -129,31 +133,13 @@ def write_ticks_in_full(axes: "Axes", x: Iterable[float]) -> None:
 
 
 def to_svg(figure: "Figure", label: str) -> str:
-    """Return a figure as an <svg> element with a label for screen readers; its texts stay texts."""
+    """Return a figure as an <svg> element, which may also be a file; texts stay texts, label is for screen readers."""
     import matplotlib
 
     file = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": label}):
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"], "svg.hashsalt": label}):
+        no_metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
     svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(
-        r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>",
-        rf'<svg \1 role="img" aria-label="{html.escape(label)}">',
-        svg,
-        count=1,
-    )
-    svg = re.sub(r"font-family: [^;\"]*; ", "", svg)
-    for number, color in enumerate(SERIES, start=1):
-        svg = svg.replace(color, f"var(--series-{number})")
-    return svg.replace(INK, "currentColor")
-
-
-def standalone(svg: str) -> str:
-    """Return the <svg> of a page as a file by itself, in colours that can be read on white and on black."""
-    for number, color in enumerate(FIXED, start=1):
-        svg = svg.replace(f"var(--series-{number})", color)
-    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-    svg = svg.replace("<svg ", f'<svg {names} font-family="system-ui, sans-serif" ', 1)
-    return svg.replace("currentColor", FIXED[-1])
+    svg = svg[svg.index("<svg ") :]
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)

@@ -1,4 +1,4 @@
-"""Metrics of a batch; metrics.jsonl, samples.jsonl, pairs.jsonl and the console."""
+"""Metrics of a batch, and where they go: metrics.jsonl, samples.jsonl, pairs.jsonl, the console and trackers."""
 
 import json
 import math
@@ -15,6 +15,7 @@ import torch
 
 from dpo.data.examples import TokenizedExample
 from dpo.distributed.ranks import ALONE, Ranks
+from dpo.reporting.metric_table import CONSOLE, PAIR_COLUMNS, format_values, record_name
 from dpo.reporting.trackers import Tracker
 from dpo.system.console import log_message, on_terminal, printable
 from dpo.system.errors import RunError
@@ -29,25 +30,24 @@ class BatchMetrics:
         self.values: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def add(self, examples: Sequence[TokenizedExample], values: dict[str, torch.Tensor]) -> None:
-        """Add one tensor of shape (examples,) per metric, a shorter one for a metric that only some examples have."""
+        """Add a tensor of shape (examples,) for each metric, a shorter one where only some examples have the metric."""
         self.examples += examples
         for name, value in values.items():
             self.values[name].append(value)
 
     def means(self, split: str, ranks: Ranks = ALONE) -> dict[str, float]:
-        """Return the means over all ranks' examples under the original's names: rewards_train/chosen, loss/train."""
+        """Average over the examples of all ranks, under the original's names: rewards_train/chosen, loss/train."""
         columns = {name: torch.cat(values).cpu().double() for name, values in self.values.items()}  # MPS has no float64
         parts = ranks.gather_shares({name: (column.sum().item(), len(column)) for name, column in columns.items()})
         means = {}
         for name in dict.fromkeys(name for part in parts for name in part):
-            kind, slash, side = name.partition("/")
             sums, counts = zip(*(part[name] for part in parts if name in part), strict=True)
             if sum(counts):
-                means[f"{kind}_{split}/{side}" if slash else f"{kind}/{split}"] = sum(sums) / sum(counts)
+                means[record_name(name, split)] = sum(sums) / sum(counts)
         return means
 
     def gathered(self, ranks: Ranks) -> "BatchMetrics":
-        """Return the examples and values of all ranks, on the host."""
+        """Collect the examples and values of all ranks, on the host."""
         merged = BatchMetrics()
         values = {name: torch.cat(parts).cpu() for name, parts in self.values.items()}
         for examples, columns in ranks.gather_shares((self.examples, values)):
@@ -55,24 +55,27 @@ class BatchMetrics:
         return merged
 
     def column(self, name: str) -> torch.Tensor:
-        """Return one metric of all examples, (examples,)."""
+        """Return a metric of all examples, (examples,)."""
         return torch.cat(self.values[name])
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return one dict per example, ready for JSON: its source and row, its texts, and the metrics that all have."""
-        values = {name: torch.cat(parts).tolist() for name, parts in self.values.items()}
-        values = {name: column for name, column in values.items() if len(column) == len(self.examples)}
-        return [
-            {"source": text.source, "row": text.row, "prompt": text.prompt, "responses": text.responses}
-            | {name: column[i] if math.isfinite(column[i]) else str(column[i]) for name, column in values.items()}
-            for i, text in enumerate(example.text for example in self.examples)
-        ]
+        """Return a dict per example for JSON: its source, row and texts, and the metrics that all examples have."""
+        columns = {name: torch.cat(parts).tolist() for name, parts in self.values.items()}
+        rows = []
+        for i, example in enumerate(self.examples):
+            text = example.text
+            row = {"source": text.source, "row": text.row, "prompt": text.prompt, "responses": text.responses}
+            for name, column in columns.items():
+                if len(column) == len(self.examples):
+                    row[name] = column[i] if math.isfinite(column[i]) else str(column[i])
+            rows.append(row)
+        return rows
 
 
 def check_finite(
     metrics: BatchMetrics, grad_norm: torch.Tensor, update: int, run_dir: Path, ranks: Ranks = ALONE
 ) -> None:
-    """Raise RunError before an update whose loss or gradient is not finite; write its batch into the run directory."""
+    """Raise RunError if the loss or the gradient of an update is not finite; write its batch to the run directory."""
     losses = metrics.column("loss")
     if not ranks.any(not torch.cat((losses, grad_norm.reshape(1).to(losses))).isfinite().all()):
         return
@@ -80,21 +83,25 @@ def check_finite(
     rows = [json.dumps(row, ensure_ascii=False) + "\n" for rows in ranks.gather_shares(metrics.rows()) for row in rows]
     ranks.run_on_main(lambda: atomic_write(path, "".join(rows).encode()))
     mean = torch.cat(ranks.gather_shares(losses.detach().cpu())).mean()
-    found = f"loss {mean:.4g}, gradient norm {grad_norm:.4g}"
-    remedy = "look at its rows, or start a new run with a lower lr or with precision=float32"
-    message = f"update {update} is not finite ({found}), so it was not made; {path}: {remedy}"
-    raise RunError(message, "not finite")
+    raise RunError(
+        f"update {update} is not finite (loss {mean:.4g}, gradient norm {grad_norm:.4g}), so it was not made; look at "
+        f"its rows in {path}, or start a new run with a lower lr or with precision=float32",
+        "not finite",
+    )
 
 
 def check_evaluation(loss: float, examples: int) -> None:
     """Raise RunError if an evaluation's mean loss is not finite."""
     if not math.isfinite(loss):
-        found = f"the evaluation after {examples:,} examples gave a loss of {loss}"
-        raise RunError(f"{found}; nothing was saved since the last checkpoint", "not finite")
+        raise RunError(
+            f"the evaluation after {examples:,} examples gave a loss of {loss}; "
+            "nothing was saved since the last checkpoint",
+            "not finite",
+        )
 
 
 class MetricLogger:
-    """Writes every record to metrics.jsonl as it happens, and thinned ones to the console and to trackers."""
+    """Writes every record to metrics.jsonl at once; the console and trackers get some of those of updates."""
 
     def __init__(self, run_dir: Path, tracker: Tracker, minimum_interval_secs: float = 0.0):
         self.paths = [run_dir / name for name in ("metrics.jsonl", "samples.jsonl", "pairs.jsonl")]
@@ -105,9 +112,9 @@ class MetricLogger:
         self.drop_partial_records()
 
     def log(self, record: dict[str, float], thin: bool = False) -> None:
-        """Log one record, which holds `examples` and `updates`; a thin one is shown at most once per interval.
+        """Log a record, which holds `examples` and `updates`; of thin ones at most one per interval is shown.
 
-        OSError that names the file if the disk does not take it.
+        Raises OSError with the name of the file if it cannot be written.
         """
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
         with naming_file(self.paths[0]):
@@ -118,17 +125,17 @@ class MetricLogger:
             return
         self.last_shown = now if thin else self.last_shown
         self.tracker.log({k: v for k, v in record.items() if k not in ("examples", "updates")}, int(record["examples"]))
-        if not (thin and on_terminal()):  # on a terminal the bar shows what an update brought
-            log_message(console_line(record, SHOWN if thin else record))
+        if not (thin and on_terminal()):  # on a terminal the progress bar shows the loss
+            log_message(console_line(record, CONSOLE if thin else record))
 
     def log_samples(self, examples: int, samples: Mapping[str, Sequence[TokenizedExample]]) -> None:
-        """Append what each model ("policy", "reference") sampled for the same prompts; print the first three.
+        """Write what each model ("policy", "reference") sampled for the same prompts; print the first three.
 
-        They go, verbatim, to samples.jsonl and to a tracker's table per model, policy_samples and reference_samples.
-        OSError that names the file if the disk does not take it.
+        The texts go unchanged to samples.jsonl and to the trackers' tables policy_samples and reference_samples.
+        Raises OSError with the name of the file if it cannot be written.
         """
-        for model, drawn in samples.items():
-            texts = [(sample.text.prompt, sample.text.responses[0]) for sample in drawn]
+        for model, examples_of_model in samples.items():
+            texts = [(sample.text.prompt, sample.text.responses[0]) for sample in examples_of_model]
             with naming_file(self.paths[1]):
                 for prompt, text in texts:
                     row = {"examples": examples, "model": model, "prompt": prompt, "sample": text}
@@ -137,18 +144,20 @@ class MetricLogger:
             rows: list[list[int | str]] = [[examples, prompt, text] for prompt, text in texts]
             self.tracker.table(f"{model}_samples", examples, ["step", "prompt", "sample"], rows)
         for i, sample in enumerate(samples["policy"][:3]):
-            lines = {"prompt": sample.text.prompt}
-            lines |= {model: drawn[i].text.responses[0] for model, drawn in samples.items()}
-            shown = "".join(f"\n  {name}: {printable(text.strip(), indent='    ')}" for name, text in lines.items())
-            log_message(f"\n--- sample {i + 1}, after {examples:,} examples ---{shown}")
+            lines = [f"\n--- sample {i + 1}, after {examples:,} examples ---"]
+            lines.append(f"  prompt: {printable(sample.text.prompt.strip(), indent='    ')}")
+            for model, examples_of_model in samples.items():
+                text = examples_of_model[i].text.responses[0]
+                lines.append(f"  {model}: {printable(text.strip(), indent='    ')}")
+            log_message("\n".join(lines))
 
     def log_pairs(self, examples: int, metrics: BatchMetrics) -> None:
-        """Append the rewards and log-ratios of each evaluated pair to pairs.jsonl; nothing where there are no pairs.
+        """Append a line per evaluated pair to pairs.jsonl; nothing where there are no pairs.
 
-        A checksum of the responses distinguishes the pairs of one row, whose order the token budget decides.
-        OSError that names the file if the disk does not take it.
+        A checksum of the responses distinguishes the pairs of one row: their order depends on the token budget.
+        Raises OSError with the name of the file if it cannot be written.
         """
-        names = [name for name in metrics.values if name.startswith(("rewards/", "log_ratios/", "lengths/"))]
+        names = [name for name in metrics.values if name in PAIR_COLUMNS]
         if "rewards/margins" not in names:
             return
         with naming_file(self.paths[2]):
@@ -159,66 +168,66 @@ class MetricLogger:
             self.pairs.flush()
 
     def sizes(self) -> list[int]:
-        """Return the sizes of the files in bytes, once all of it is on disk."""
+        """Flush the files to disk and return their sizes in bytes."""
         for path, file in zip(self.paths, self.files, strict=True):
             with naming_file(path):
                 os.fsync(file.fileno())
         return [os.fstat(file.fileno()).st_size for file in self.files]
 
     def cut(self, sizes: list[int]) -> None:
-        """Cut the files back to sizes that they had, 0 where there was none; what is cut will be written again."""
+        """Truncate the files to earlier sizes, 0 for a file without one; a resumed run writes the rest again."""
         sizes = [*sizes, *[0] * (len(self.files) - len(sizes))]
         for file, size in zip(self.files, sizes, strict=True):
             if os.fstat(file.fileno()).st_size < size:
-                log_message(f"{file.name} is shorter than when the checkpoint was written; it lacks records.")
+                log_message(f"{file.name}: is shorter than when the checkpoint was written, so records are missing.")
             else:
                 os.ftruncate(file.fileno(), size)
         self.drop_partial_records()
 
     def drop_partial_records(self) -> None:
-        """Cut off a last line that has no end, left by a kill or a full disk, so that no record is glued to it."""
+        """Drop a last line without a newline, left by a kill or a full disk, so that the next record starts a line."""
         for path, file in zip(self.paths, self.files, strict=True):
             end = end_of_last_line(path)
             partial = os.fstat(file.fileno()).st_size - end
             if partial:
                 os.ftruncate(file.fileno(), end)
-                log_message(f"{path}: dropped its last record, {partial:,} bytes that were not written to the end.")
+                log_message(f"{path}: dropped its last record, {partial:,} bytes of an incomplete line.")
 
     def close(self) -> None:
         """Close the files and end the trackers' runs."""
         for file in self.files:
-            with suppress(OSError):  # a record that could not be written, which has been reported
+            with suppress(OSError):  # of a record that could not be written: it has been reported
                 file.close()
         self.tracker.finish()
 
 
 class NoLogger(MetricLogger):
-    """The logger of a rank that writes nothing, since the main one does."""
+    """The logger of all ranks but the main one: writes nothing."""
 
     def __init__(self) -> None:
         self.paths, self.files = [], []
         self.tracker = Tracker()
 
     def log(self, record: dict[str, float], thin: bool = False) -> None:
-        """Do nothing."""
+        pass
 
     def log_samples(self, examples: int, samples: Mapping[str, Sequence[TokenizedExample]]) -> None:
-        """Do nothing."""
+        pass
 
     def log_pairs(self, examples: int, metrics: BatchMetrics) -> None:
-        """Do nothing."""
+        pass
 
     def cut(self, sizes: list[int]) -> None:
-        """Do nothing."""
+        pass
 
 
 def make_logger(run_dir: Path, ranks: Ranks, make_tracker: Callable[[], Tracker], interval: float) -> MetricLogger:
-    """Return the logger of a run, which writes on the main rank alone; interval is that between shown updates."""
+    """Return the logger of a run, which writes on the main rank only; interval: seconds between shown updates."""
     return MetricLogger(run_dir, make_tracker(), interval) if ranks.is_main else NoLogger()
 
 
 def end_of_last_line(path: Path) -> int:
-    """Return the number of bytes of a file up to its last newline, that included."""
+    """Return the number of bytes of a file up to and including its last newline."""
     with open(path, "rb") as file:
         start = file.seek(0, os.SEEK_END)
         while start > 0:
@@ -230,22 +239,14 @@ def end_of_last_line(path: Path) -> int:
     return 0
 
 
-# What the console shows of an update; of an evaluation it shows everything.
-SHOWN = (
-    *("loss/train", "rewards_train/accuracies", "rewards_train/margins", "rewards_train/desirable"),
-    *("rewards_train/undesirable", "grad_norm", "lr", "examples_per_second"),
-)
-
-
-def console_line(record: dict[str, float], shown: Iterable[str]) -> str:
-    """Format what is shown of a record as a readable line."""
-    head = f"{record['examples']:,} examples, {record['updates']:,} updates:"
-    values = [f"{k} {record[k]:.4g}" for k in shown if k in record and k not in ("examples", "updates")]
-    return f"{head} {', '.join(values)}"
+def console_line(record: Mapping[str, float], names: Iterable[str]) -> str:
+    """Format some metrics of a record as a readable line."""
+    values = format_values(record, [name for name in names if name not in ("examples", "updates")])
+    return f"{record['examples']:,} examples, {record['updates']:,} updates: {values}"
 
 
 def log_notes(truncated: Counter[str], n_examples: int, advice: str | None) -> None:
-    """Print how much of the training examples so far was truncated, and advice on an evaluation if there is some."""
+    """Print advice on an evaluation, if any, and how many training examples were truncated so far."""
     if advice is not None:
         log_message(f"Advice: {advice}.")
     if truncated:

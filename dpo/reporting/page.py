@@ -1,4 +1,4 @@
-"""A run, or several, as one HTML page; the evaluation pairs that are likely mislabelled."""
+"""report.html: one run, or several, as an HTML page; evaluation pairs with likely wrong labels."""
 
 import json
 from collections import defaultdict
@@ -6,15 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpo.reporting.statistics import Z
+from dpo.reporting.metric_table import METRICS, Chart, interval
 from dpo.system.console import log_message
 from dpo.system.errors import summarize_error
 
 if TYPE_CHECKING:
     from dpo.reporting.figures import Line
-
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 Record = Mapping[str, Any]
@@ -22,7 +21,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run directory holds for people to read."""
+    """The settings, metrics, samples and evaluated pairs in a run directory."""
 
     path: Path
 
@@ -47,8 +46,8 @@ class RunFiles:
         return flatten(read_run_config(self.path))
 
     @property
-    def evaluation(self) -> Record:
-        """The numbers of the newest evaluation that are finite; metrics.jsonl has null for the others."""
+    def evaluation(self) -> dict[str, float]:
+        """The metrics of the newest evaluation that are finite."""
         record = next((record for record in reversed(self.metrics) if "loss/eval" in record), {})
         return {name: value for name, value in record.items() if value is not None}
 
@@ -57,22 +56,18 @@ class RunFiles:
         return str(self.settings["exp_name"])
 
     def read(self, name: str) -> list[Record]:
-        """Return the whole lines of a file of records; a last one that is being written is left out."""
+        """Read a file of JSON lines, without a last one that is still being written."""
         path = self.path / name
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # texts hold other line ends
         return [json.loads(line) for line in lines]
 
-    def records_of(self, metric: str) -> list[Record]:
-        """Return the records in which a metric is a finite number."""
-        return [record for record in self.metrics if record.get(metric) is not None]
-
 
 def run_files(path: Path) -> RunFiles:
-    """Return a run's files; UserError if the folder is not a run directory."""
+    """Return the files of a run; UserError if the folder is not a run directory."""
     from dpo.settings.run_config import find_run_dir
 
     files = RunFiles(find_run_dir(path))
-    assert files.settings
+    assert files.settings  # read now, since config.yaml tells whether it is a run directory
     return files
 
 
@@ -81,9 +76,10 @@ def run_files(path: Path) -> RunFiles:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A pair whose margin was negative at every evaluation after an update; margin is the mean of these.
+    """A pair with a negative margin at every evaluation after the first update.
 
-    place is the number of its row, and which of the evaluated pairs of this row it is, if there are several.
+    place is the number of its row and, if several pairs of this row were evaluated, the number of the pair. margin is
+    the mean over these evaluations.
     """
 
     source: str
@@ -92,31 +88,34 @@ class Suspect:
 
 
 def suspects(pairs: Iterable[Record]) -> list[Suspect]:
-    """Return the pairs whose reward margin was negative at every evaluation of a trained policy, the worst first."""
+    """Return the suspects among the lines of pairs.jsonl, the lowest margin first."""
     margins: dict[tuple[str, int, int], list[float]] = defaultdict(list)
-    known: dict[tuple[str, int], dict[int, int]] = defaultdict(dict)  # of a row: its pairs' numbers in pairs.jsonl
+    numbers: dict[tuple[str, int], dict[int, int]] = defaultdict(dict)  # of the pairs of a row, by their checksums
     for pair in pairs:
-        of_row = known[pair["source"], pair["row"]]
-        n = of_row.setdefault(pair.get("pair", 0), len(of_row) + 1)  # earlier versions gave a row one key
+        of_row = numbers[pair["source"], pair["row"]]
+        number = of_row.setdefault(pair.get("pair", 0), len(of_row) + 1)  # earlier versions wrote no checksum
         if pair["examples"]:
-            margins[pair["source"], pair["row"], n].append(float(pair["rewards/margins"]))
-    found = [
-        Suspect(source, f"{row}, pair {n}" if (source, row, 2) in margins else str(row), sum(values) / len(values))
-        for (source, row, n), values in margins.items()
-        if all(value < 0 for value in values)  # NaN is not negative
-    ]
+            margins[pair["source"], pair["row"], number].append(float(pair["rewards/margins"]))
+    found = []
+    for (source, row, number), values in margins.items():
+        if all(value < 0 for value in values):  # NaN is not negative
+            place = f"{row}, pair {number}" if (source, row, 2) in margins else str(row)
+            found.append(Suspect(source, place, sum(values) / len(values)))
     return sorted(found, key=lambda suspect: suspect.margin)
 
 
 # The page
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A metric over the course of a run.
+class Figure(NamedTuple):
+    """A chart as SVG, and the sentence below it."""
 
-    faint: noise of updates beside a curve of evaluations. headline: its newest value stands at the top of the page.
-    """
+    svg: str
+    caption: str
+
+
+class Curve(NamedTuple):
+    """A name in metrics.jsonl that a chart draws; faint: the noisy values of updates."""
 
     label: str
     metric: str
@@ -124,52 +123,36 @@ class Curve:
     headline: bool = False
 
 
-def train_and_evaluation(kind: str, name: str = "") -> list[Curve]:
-    """Return the curves of a metric that updates and evaluations record."""
-    return [
-        Curve("train", f"{kind}_train/{name}" if name else f"{kind}/train", faint=True),
-        Curve("evaluation", f"{kind}_eval/{name}" if name else f"{kind}/eval", headline=True),
-    ]
+def curves_by_chart() -> dict[Chart, list[Curve]]:
+    """Return the curves of each chart, in the order of METRICS."""
+    charts: dict[Chart, list[Curve]] = defaultdict(list)
+    for metric in METRICS:
+        if metric.chart is None:
+            continue
+        curves = charts[metric.chart]
+        if "train" in metric.splits:
+            curves.append(Curve("train", metric.recorded("train"), faint=True))
+        label = metric.label or ("evaluation" if metric.splits else "")
+        curves.append(Curve(label, metric.recorded("eval"), headline=metric.headline))
+    return charts
 
 
-def of_responses(metric: str) -> list[Curve]:
-    """Return the curves of a metric of each kind of response, {} in whose name stands for the kind."""
-    return [Curve(side, metric.format(side)) for side in ("chosen", "rejected", "desirable", "undesirable")]
-
-
-LOGARITHMIC = "Gradient norm"
-SHARES = ("Reward accuracy", "Share of chosen responses less likely than at first")
-CURVES = {
-    "Loss": train_and_evaluation("loss"),
-    SHARES[0]: train_and_evaluation("rewards", "accuracies"),
-    "Reward margin": train_and_evaluation("rewards", "margins"),
-    "Rewards, evaluation": of_responses("rewards_eval/{}"),
-    "Log-ratio to the reference per token, evaluation": of_responses("diagnosis/{}_log_ratio_per_token"),
-    SHARES[1]: [Curve("evaluation", "diagnosis/displaced", headline=True)],
-    LOGARITHMIC: [Curve("before clipping", "grad_norm")],
-    "KL from the reference, nats per response": [Curve("samples", "diagnosis/kl", headline=True)],
-    "Entropy of the policy, nats per token": [Curve("samples", "diagnosis/entropy_per_token")],
-    "Length of samples minus the reference's, tokens": [Curve("samples", "diagnosis/sample_length_difference")],
-    "Learning rate": [Curve("", "lr")],
-    "Pairs per second": [Curve("", "examples_per_second")],
-    "Share of the matrix rate (mfu)": [Curve("", "mfu")],
-}
+CURVES = curves_by_chart()
 
 
 def write_report(path: Path, runs: Sequence[RunFiles]) -> None:
-    """Write a page about one run, or about several laid over each other."""
+    """Write a page about one run, or about several overlaid."""
     write_page(path, page(runs))
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write a page, whole or not at all."""
     from dpo.system.files import atomic_write
 
     atomic_write(path, page.encode())
 
 
 def update_report(path: Path) -> None:
-    """Write a run's page anew; what goes wrong is printed in one line and stops no training."""
+    """Write report.html of a run directory; a failure is printed in one line, and training goes on."""
     try:
         write_report(path / "report.html", [RunFiles(path)])
     except Exception as error:  # whatever it is
@@ -177,21 +160,22 @@ def update_report(path: Path) -> None:
 
 
 def page(runs: Sequence[RunFiles]) -> str:
-    """Return the page as HTML, which needs neither a network nor JavaScript."""
+    """Return the page as HTML that needs neither a network nor JavaScript."""
     from dpo.reporting.diagnosis import displacement_advice
 
-    several, names = len(runs) > 1, names_of(runs)
-    curves, numbers = curves_and_numbers(runs, names if several else [""])
-    charts = {"Curves": curves}
+    several = len(runs) > 1
+    names = names_of(runs)
+    figures, numbers = figures_and_numbers(runs, names if several else [""])
+    charts = {"Curves": figures}
     if not several:
-        charts |= pair_charts(runs[0])
+        charts |= pair_figures(runs[0])
     return render(
         title=", ".join(names),
         tiles=({"runs": str(len(runs))} if several else headlines(runs[0])) | numbers,
         advice=None if several else displacement_advice(runs[0].evaluation),
         charts={heading: figures for heading, figures in charts.items() if figures},
         samples={
-            f"Samples of {name}" if several else "Samples": samples(run)
+            f"Samples of {name}" if several else "Samples": samples_by_prompt(run)
             for name, run in zip(names, runs, strict=True)
             if run.samples
         },
@@ -202,113 +186,117 @@ def page(runs: Sequence[RunFiles]) -> str:
 
 
 def names_of(runs: Sequence[RunFiles]) -> list[str]:
-    """Return the names of some runs, or of equal names the folders, or of equal folders the paths."""
+    """Return the names of runs; their folders if names are equal, their paths if folders are equal."""
     choices = [[run.name for run in runs], [run.path.name for run in runs], [str(run.path) for run in runs]]
     return next((names for names in choices if len(set(names)) == len(names)), choices[-1])
 
 
-def render(**parts: Any) -> str:
-    """Return the page that is made of some parts, by the names that the template gives them."""
+def render(**values: Any) -> str:
+    """Fill the template of the page."""
     from jinja2 import Environment
 
     template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(**parts)
+    return template.render(**values)
 
 
 def headlines(run: RunFiles) -> dict[str, str]:
-    """Return the newest figures of a run, by what they are."""
+    """Return the numbers at the top of a run's page by their labels."""
     newest = run.metrics[-1] if run.metrics else {}
-    found = {name: f"{newest.get(name, 0):,}" for name in ("examples", "updates")}
-    for title, curves in CURVES.items():
+    numbers = {name: f"{newest.get(name, 0):,}" for name in ("examples", "updates")}
+    for chart, curves in CURVES.items():
         for curve in curves:
             if curve.headline and (line := line_of(run, curve)):
-                found |= number(title, line, run)
-    return found
+                numbers |= number(chart, line, run)
+    return numbers
 
 
-def number(title: str, line: "Line", run: RunFiles) -> dict[str, str]:
-    """Return the last value of a line by its label, which says after how many examples, if there are more by now."""
-    value, end = ("{:.0%}", "{:.0%}") if title in SHARES else ("{:.4g}", "{:.3g}")
-    age = "" if line.x[-1] == run.metrics[-1]["examples"] else f"after {line.x[-1]:,} examples"
-    ends = [] if line.band is None else [end.format(edge[-1]) for edge in line.band]
-    label = (title, line.label, age, f"95% interval {' to '.join(ends)}" if ends else "")
-    return {", ".join(filter(None, label)): value.format(line.y[-1])}
+def number(chart: Chart, line: "Line", run: RunFiles) -> dict[str, str]:
+    """Return the last value of a line by a label with its interval and, for an older value, its place in the run."""
+    is_share = chart.scale == "share"
+    label = [chart.title, line.label]
+    if line.x[-1] != run.metrics[-1]["examples"]:
+        label.append(f"after {line.x[-1]:,} examples")
+    if line.band is not None:
+        low, high = (f"{edge[-1]:.0%}" if is_share else f"{edge[-1]:.3g}" for edge in line.band)
+        label.append(f"95% interval {low} to {high}")
+    value = f"{line.y[-1]:.0%}" if is_share else f"{line.y[-1]:.4g}"
+    return {", ".join(filter(None, label)): value}
 
 
-def curves_and_numbers(runs: Sequence[RunFiles], names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Return charts of what some runs recorded more than once, and by their labels the numbers recorded once.
+def figures_and_numbers(runs: Sequence[RunFiles], names: Sequence[str]) -> tuple[list[Figure], dict[str, str]]:
+    """Return a figure for each chart with a metric that was recorded more than once, and the others as numbers.
 
     Several runs are compared by their evaluations, if one of them has more than one.
     """
     from dpo.reporting.figures import line_chart
 
-    charts: list[str] = []
+    figures: list[Figure] = []
     numbers: dict[str, str] = {}
-    for title, curves in CURVES.items():
-        found = [
-            (line, run)
-            for curve in curves
-            for run, name in zip(runs, names, strict=True)
-            if (line := line_of(run, curve, name))
-        ]
-        lines, evaluations = [line for line, _ in found], [line for line, _ in found if not line.faint]
+    for chart, curves in CURVES.items():
+        drawn = [(line_of(run, curve, name), run) for curve in curves for run, name in zip(runs, names, strict=True)]
+        recorded = [(line, run) for line, run in drawn if line is not None]
+        lines = [line for line, _ in recorded]
+        evaluations = [line for line in lines if not line.faint]
         if len(runs) > 1 and any(len(line.x) > 1 for line in evaluations):
             lines = evaluations
         if any(len(line.x) > 1 for line in lines):
-            charts.append(line_chart(title, lines, log_y=title == LOGARITHMIC, share=title in SHARES))
-        else:
-            numbers |= {label: text for line, run in found for label, text in number(title, line, run).items()}
-    return charts, numbers
+            figures.append(Figure(line_chart(chart.title, lines, chart.scale), chart.meaning))
+            continue
+        for line, run in recorded:
+            numbers |= number(chart, line, run)
+    return figures, numbers
 
 
 def line_of(run: RunFiles, curve: Curve, name: str = "") -> "Line | None":
-    """Return a curve as a run recorded it, if it did; its label has a name if one is given."""
+    """Return a curve of a run, labelled with the run's name if one is given; None if the run has no such metric."""
     from dpo.reporting.figures import Line
 
-    records = run.records_of(curve.metric)
+    records = [record for record in run.metrics if record.get(curve.metric) is not None]
     if not records:
         return None
     label = ", ".join(filter(None, (name, curve.label)))
-    x, y = [record["examples"] for record in records], [record[curve.metric] for record in records]
-    ends = [found for record in records if (found := interval(record, curve.metric)) is not None]
-    band = ([low for low, _ in ends], [high for _, high in ends]) if len(ends) == len(records) else None
+    x = [record["examples"] for record in records]
+    y = [record[curve.metric] for record in records]
+    intervals = [ends for record in records if (ends := interval(record, curve.metric)) is not None]
+    band = None
+    if len(intervals) == len(records):
+        band = ([low for low, _ in intervals], [high for _, high in intervals])
     return Line(label, x, y, band, curve.faint)
 
 
-def interval(record: Record, metric: str) -> tuple[float, float] | None:
-    """Return the lower and the upper end of a metric's 95% interval, if it has one."""
-    if metric == "rewards_eval/accuracies" and "diagnosis/accuracy_low" in record:
-        return record["diagnosis/accuracy_low"], record["diagnosis/accuracy_high"]
-    error = record.get(f"{metric}_stderr")
-    return None if error is None else (record[metric] - Z * error, record[metric] + Z * error)
-
-
-def pair_charts(run: RunFiles) -> dict[str, list[str]]:
-    """Return charts of the pairs of the newest evaluation, under a heading."""
+def pair_figures(run: RunFiles) -> dict[str, list[Figure]]:
+    """Return charts of the pairs of the newest evaluation under a heading."""
     from dpo.reporting.figures import scatter_chart
 
     newest = [pair for pair in run.pairs if pair["examples"] == run.pairs[-1]["examples"]]
     if not newest:
         return {}
-    title, labels = "Log-ratios to the reference (nats)", ("chosen response", "rejected response")
-    names = ("log_ratios/chosen", "log_ratios/rejected")
-    ratios = [(float(pair[names[0]]), float(pair[names[1]])) for pair in newest if names[0] in pair]
-    lengths = [(pair["lengths/chosen"] - pair["lengths/rejected"], float(pair["rewards/margins"])) for pair in newest]
+    ratios, margins = [], []
+    for pair in newest:
+        if "log_ratios/chosen" in pair:
+            ratios.append((float(pair["log_ratios/chosen"]), float(pair["log_ratios/rejected"])))
+        margins.append((pair["lengths/chosen"] - pair["lengths/rejected"], float(pair["rewards/margins"])))
+    title = "Log-ratios to the reference (nats)"
+    caption = "below the dashed line the margin is positive; left of 0 the chosen response has become less likely"
     figures = [
-        scatter_chart(title, ratios, *labels, diagonal=True),
-        scatter_chart("Margin and length", lengths, "tokens, chosen minus rejected", "reward margin"),
+        (scatter_chart(title, ratios, "chosen response", "rejected response", diagonal=True), caption),
+        (scatter_chart("Margin and length", margins, "tokens, chosen minus rejected", "reward margin"), ""),
     ]
-    return {f"Evaluation pairs after {newest[0]['examples']:,} examples": [chart for chart in figures if chart]}
+    heading = f"Evaluation pairs after {newest[0]['examples']:,} examples"
+    return {heading: [Figure(svg, caption) for svg, caption in figures if svg is not None]}
 
 
-def samples(run: RunFiles) -> dict[str, dict[str, str]]:
-    """Return for each prompt what the reference, and the policy after some examples, made of it."""
+def samples_by_prompt(run: RunFiles) -> dict[str, dict[str, str]]:
+    """Return for each prompt the sample of the reference, and those of the policy by when they were drawn."""
     texts: dict[str, dict[str, str]] = defaultdict(dict)
     for sample in run.samples:
-        is_reference = sample["model"] == "reference"
-        texts[sample["prompt"]]["reference" if is_reference else f"after {sample['examples']:,}"] = sample["sample"]
-    order = {prompt: sorted(columns, key=lambda name: name != "reference") for prompt, columns in texts.items()}
-    return {prompt: {name: texts[prompt][name] for name in names} for prompt, names in order.items()}
+        column = "reference" if sample["model"] == "reference" else f"after {sample['examples']:,}"
+        texts[sample["prompt"]][column] = sample["sample"]
+    # The sort is stable: the reference comes first, the policy's samples stay in their order.
+    return {
+        prompt: dict(sorted(columns.items(), key=lambda item: item[0] != "reference"))
+        for prompt, columns in texts.items()
+    }
 
 
 def settings(runs: Sequence[RunFiles]) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from dpo.reporting.figures import FIXED
+from dpo.reporting.figures import COLORS
 from dpo.reporting.page import RunFiles
 from dpo.system.errors import UserError
 from tools import frontier
@@ -35,8 +35,8 @@ def write_run(folder, beta, kl=(0.0, 2.0, 5.0), seed=0, samples=()):
 def test_each_run_has_a_line_with_the_figures_of_its_last_evaluation(tmp_path):
     runs = [write_run(tmp_path / "loss.beta=0.1", 0.1), write_run(tmp_path / "loss.beta=0.5", 0.5, kl=None)]
     assert summary(runs) == [
-        "loss.beta=0.1: loss 0.5, accuracy 0.75, margin 0.2, reward of chosen -0.5, KL 5",
-        "loss.beta=0.5: loss 0.5, accuracy 0.75, margin 1, reward of chosen -0.5",
+        "loss.beta=0.1: loss/eval 0.5, rewards_eval/accuracies 0.75, rewards_eval/margins 0.2, diagnosis/kl 5",
+        "loss.beta=0.5: loss/eval 0.5, rewards_eval/accuracies 0.75, rewards_eval/margins 1",
     ]
     (tmp_path / "loss.beta=0.1" / "metrics.jsonl").write_text("")
     assert summary([RunFiles(tmp_path / "loss.beta=0.1")]) == ["loss.beta=0.1: no evaluation"]
@@ -64,7 +64,9 @@ def test_the_page_has_a_curve_per_value_of_the_swept_setting(tmp_path, capsys):
     assert page.count(">KL to the reference, nats per response<") == 2
     assert "<script" not in page and len(page) < 200_000
     out = capsys.readouterr().out
-    assert out.splitlines()[1].startswith("loss.beta=0.1: loss 0.5") and f"Wrote {tmp_path / 'frontier.html'}" in out
+    assert (
+        out.splitlines()[1].startswith("loss.beta=0.1: loss/eval 0.5") and f"Wrote {tmp_path / 'frontier.html'}" in out
+    )
 
 
 def test_the_first_chart_is_a_file_of_its_own_which_needs_no_page(tmp_path, capsys):
@@ -73,7 +75,7 @@ def test_the_first_chart_is_a_file_of_its_own_which_needs_no_page(tmp_path, caps
     text = (tmp_path / "chart.svg").read_text()
     root = ElementTree.fromstring(text)
     assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("aria-label") == "Reward accuracy"
-    assert "var(" not in text and "currentColor" not in text and FIXED[0] in text and FIXED[1] in text
+    assert COLORS[0] in text and COLORS[1] in text
     assert f"Wrote {tmp_path / 'chart.svg'}" in capsys.readouterr().out
 
 

@@ -90,7 +90,7 @@ def test_the_page_shows_the_newest_figures_with_their_interval(tmp_path):
         "Loss, evaluation": "0.4",
         "Reward accuracy, evaluation, 95% interval 41% to 93%": "75%",
         "Reward margin, evaluation": "0.5",
-        "Share of chosen responses less likely than at first, evaluation": "25%",
+        "Displaced chosen responses, evaluation": "25%",
         f"{KL}, samples, 95% interval 2.02 to 3.98": "3",
     }
     assert tiles(page([run])) == {"examples": "16", "updates": "2", **evaluated}
@@ -142,7 +142,7 @@ def test_values_that_are_not_finite_are_left_out(tmp_path):
         "examples": "16",
         "updates": "2",
         "Loss, evaluation": "0.4",
-        "Share of chosen responses less likely than at first, evaluation": "90%",
+        "Displaced chosen responses, evaluation": "90%",
         f"{KL}, samples, after 8 examples": "2",
     }
 
@@ -232,7 +232,7 @@ def test_each_curve_and_each_axis_has_the_values_that_it_is_labelled_with(tmp_pa
     """
     curves, points = {}, {}
     monkeypatch.setattr(
-        "dpo.reporting.figures.line_chart", lambda title, lines, **how: curves.update({title: lines}) or ""
+        "dpo.reporting.figures.line_chart", lambda title, lines, scale: curves.update({title: lines}) or ""
     )
     monkeypatch.setattr(
         "dpo.reporting.figures.scatter_chart",
@@ -253,7 +253,7 @@ def test_each_curve_and_each_axis_has_the_values_that_it_is_labelled_with(tmp_pa
     assert drawn["Rewards, evaluation"] == rewards
     per_token = drawn["Log-ratio to the reference per token, evaluation"]
     assert per_token == {"chosen": ([16, 24], [-0.01, -0.02]), "rejected": ([16, 24], [-0.2, -0.4])}
-    share = drawn["Share of chosen responses less likely than at first"]
+    share = drawn["Displaced chosen responses"]
     assert share == {"evaluation": ([16, 24], [0.25, 0.75])}
     assert points["Log-ratios to the reference (nats)"] == (
         [(0.5, -0.5), (-0.2, 0.2), (-0.9, 0.9)],

@@ -1,26 +1,35 @@
-"""Charts are SVG whose colours and fonts are those of the page around it."""
+"""Charts are SVG, alone and in a page."""
 
 import math
 import re
 import xml.etree.ElementTree as ElementTree
 
-from dpo.reporting.figures import MAX_POINTS, Line, line_chart, scatter_chart
+from dpo.reporting.figures import COLORS, INK, MAX_POINTS, Line, line_chart, scatter_chart
 
 
-def test_a_chart_is_one_labelled_element_in_the_colours_of_the_page():
+def contrast(one, other):
+    """Return the contrast of two colours, which WCAG wants to be 3 or more for graphics."""
+    luminances = []
+    for color in (one, other):
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        luminances.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+    return (max(luminances) + 0.05) / (min(luminances) + 0.05)
+
+
+def test_a_chart_is_one_labelled_element_in_colours_for_light_and_dark():
     svg = line_chart("Loss & more", [Line("train", [0, 8], [1.0, 0.5]), Line("evaluation", [0, 8], [1.0, 0.7])])
-    root = ElementTree.fromstring(svg.replace("xlink:href", "href"))
+    root = ElementTree.fromstring(svg)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
     assert (root.attrib["role"], root.attrib["aria-label"]) == ("img", "Loss & more")
-    assert "width" not in root.attrib and root.attrib["viewBox"].startswith("0 0 ")
-    colors = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", svg))
-    assert {"var(--series-1)", "var(--series-2)", "currentColor"} <= colors <= {*colors, "none"}
-    assert not re.findall(r"#[0-9a-f]{6}", svg) and "font-family" not in svg
+    assert set(re.findall(r"(?:fill|stroke): ([^;\"]+)", svg)) == {INK, COLORS[0], COLORS[1], "none"}
+    assert min(contrast(color, paper) for color in (INK, *COLORS) for paper in ("#ffffff", "#14171a")) > 3
     assert re.findall(r">(train|evaluation|Loss &amp; more|examples)<", svg)
 
 
 def test_lines_of_one_label_share_a_colour_and_an_entry():
     svg = line_chart("x", [Line("a", [0, 1], [0, 1]), Line("a", [0, 1], [1, 2]), Line("b", [0, 1], [2, 3])])
-    assert len(re.findall(">a<", svg)) == 1 and "var(--series-3)" not in svg
+    assert len(re.findall(">a<", svg)) == 1 and COLORS[2] not in svg
 
 
 def test_a_band_and_a_diagonal_are_drawn_where_they_are_asked_for():
@@ -34,7 +43,7 @@ def test_a_band_and_a_diagonal_are_drawn_where_they_are_asked_for():
 
 def test_a_single_point_is_a_marker_also_of_a_faint_line_with_its_interval_as_a_bar():
     def markers(line):
-        return len(re.findall(r"<use [^>]*var\(--series-1\)", line_chart("x", [line])))
+        return len(re.findall(f"<use [^>]*{COLORS[0]}", line_chart("x", [line])))
 
     assert markers(Line("a", range(40), range(40))) == 0  # so many points have none
     assert markers(Line("a", [3, 4], [0.5, 0.6])) == 2
@@ -71,12 +80,12 @@ def test_each_tick_is_written_in_full_and_no_factor_pushes_the_title_out():
 
 def test_only_values_that_span_two_orders_of_magnitude_have_a_logarithmic_axis():
     for values, logarithmic in (([0.01, 9.0], True), ([19.0, 21.0], False), ([0.0, 9.0], False), ([0.0, 0.0], False)):
-        svg = line_chart("x", [Line("", [0, 1], values)], log_y=True)
+        svg = line_chart("x", [Line("", [0, 1], values)], scale="log")
         assert ("<tspan" in svg) == logarithmic, values  # a power of ten has its exponent in one
 
 
 def test_a_share_keeps_its_axis_and_a_long_line_is_thinned():
-    assert ">0.0<" in line_chart("x", [Line("a", [0, 1], [0.99, 1.0])], share=True)
+    assert ">0.0<" in line_chart("x", [Line("a", [0, 1], [0.99, 1.0])], scale="share")
     n = 10 * MAX_POINTS
     svg = line_chart("x", [Line("a", range(n), [i % 7 for i in range(n)])])
     assert len(svg) < 60_000

@@ -8,7 +8,7 @@ import yaml
 from conftest import GOLDENS, validated
 from transformers import AutoModelForCausalLM
 
-from dpo.reporting.model_card import Outcome, model_card, shown
+from dpo.reporting.model_card import Outcome, model_card, public_name
 
 METRICS = {"loss/eval": 0.51234, "rewards_eval/accuracies": 0.75, "rewards_eval/margins": 0.4, "diagnosis/kl": 3.0}
 METRICS |= {"diagnosis/kl_stderr": 0.5, "diagnosis/accuracy_low": 0.41, "diagnosis/accuracy_high": 0.93}
@@ -33,7 +33,8 @@ def rows(body):
 
 @pytest.mark.parametrize("path", ["../private/client/*.jsonl", "/data/client/*.jsonl", "data/deep/client/*.jsonl"])
 def test_of_a_path_or_glob_the_last_part_alone_is_shown(path):
-    assert shown(path) == "*.jsonl" and shown("me/set:config") == "me/set:config" and shown("hh") == "hh"
+    assert public_name(path) == "*.jsonl"
+    assert public_name("me/set:config") == "me/set:config" and public_name("hh") == "hh"
 
 
 def test_the_front_matter_names_what_is_on_the_hub():
@@ -51,7 +52,10 @@ def test_the_body_has_the_last_evaluation_with_intervals_the_diagnosis_the_hashe
     front, body = card("loss=apo_zero", "model=gpt2", "lr=1e-6", "loss.beta=0.3")
     table = rows(body)
     assert table["loss/eval"] == ["0.5123", ""] and table["rewards_eval/accuracies"] == ["0.75", "0.41 to 0.93"]
-    assert table["diagnosis/kl"] == ["3", "2.02 to 3.98"] and table["displaced"] == ["0.625"]  # 3 -+ 1.96 * 0.5
+    assert table["diagnosis/kl"] == ["3", "2.02 to 3.98"] and table["diagnosis/displaced"] == [
+        "0.625",
+        "",
+    ]  # 3 -+ 1.96 * 0.5
     assert table["the training data"] == ["ab12"] and "the settings" not in table
     assert table["lr"] == ["1e-06"] and table["loss.beta"] == ["0.3"]
     assert "trained with `loss=apo_zero` on hh: 2,048 examples in 32 updates" in body and "On 256 evaluation" in body

@@ -1,0 +1,109 @@
+"""METRICS: where each metric is shown, and how, besides metrics.jsonl and the trackers, which have every metric."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dpo.reporting.statistics import Z
+
+Split = Literal["train", "eval"]
+
+
+def record_name(name: str, split: str) -> str:
+    """Return the original's name for a split's mean: rewards_train/chosen for rewards/chosen, loss/train for loss."""
+    kind, slash, side = name.partition("/")
+    return f"{kind}_{split}/{side}" if slash else f"{kind}/{split}"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of report.html; meaning stands below it. scale "share" is from 0 to 1, "log" by orders of magnitude."""
+
+    title: str
+    meaning: str = ""
+    scale: Literal["linear", "share", "log"] = "linear"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric, and where it is shown.
+
+    name      as the code that computes it names it: metrics.jsonl has rewards_train/margins for rewards/margins
+    chart     the chart that draws it, perhaps beside other metrics
+    label     of its curve
+    splits    of a metric of single examples: whether updates (train), evaluations (eval) or both are drawn
+    headline  its newest value stands at the top of the page, in the model card and in the summary of a sweep
+    console   the console shows it after each update; after an evaluation it shows all metrics
+    pairs     pairs.jsonl has its value for each evaluated pair
+    """
+
+    name: str
+    chart: Chart | None = None
+    label: str = ""
+    splits: tuple[Split, ...] = ()
+    headline: bool = False
+    console: bool = False
+    pairs: bool = False
+
+    def recorded(self, split: Split) -> str:
+        """Return its name in the records of updates (train) or of evaluations (eval)."""
+        return record_name(self.name, split) if self.splits else self.name
+
+
+BOTH: tuple[Split, ...] = ("train", "eval")
+EVAL: tuple[Split, ...] = ("eval",)
+LOSS = Chart("Loss", "mean over the examples")
+ACCURACY = Chart("Reward accuracy", "share of pairs whose chosen response has the higher reward", "share")
+MARGIN = Chart("Reward margin", "chosen minus rejected reward")
+REWARDS = Chart("Rewards, evaluation", "beta times log(policy / reference)")
+LOG_RATIOS = Chart("Log-ratio to the reference per token, evaluation", "log(policy / reference) over all tokens, nats")
+DISPLACED = Chart("Displaced chosen responses", "share that is less likely than under the reference", "share")
+GRADIENT = Chart("Gradient norm", scale="log")
+KL = Chart("KL from the reference, nats per response", "mean of log(policy / reference) over the policy's samples")
+ENTROPY = Chart("Entropy of the policy, nats per token", "mean of -log(policy) over the tokens of its samples")
+LENGTH = Chart("Length of samples minus the reference's, tokens", "for the same prompts")
+RATE = Chart("Learning rate")
+SPEED = Chart("Pairs per second", "for SFT, targets per second")
+MFU = Chart("Share of the matrix rate (mfu)", "of the device's measured rate of matrix products")
+
+# In the order of the page.
+METRICS = (
+    Metric("loss", LOSS, splits=BOTH, headline=True, console=True),
+    Metric("rewards/accuracies", ACCURACY, splits=BOTH, headline=True, console=True, pairs=True),
+    Metric("rewards/margins", MARGIN, splits=BOTH, headline=True, console=True, pairs=True),
+    Metric("rewards/chosen", REWARDS, "chosen", EVAL, pairs=True),
+    Metric("rewards/rejected", REWARDS, "rejected", EVAL, pairs=True),
+    Metric("rewards/desirable", REWARDS, "desirable", EVAL, console=True),
+    Metric("rewards/undesirable", REWARDS, "undesirable", EVAL, console=True),
+    Metric("log_ratios/chosen", pairs=True),
+    Metric("log_ratios/rejected", pairs=True),
+    Metric("lengths/chosen", pairs=True),
+    Metric("lengths/rejected", pairs=True),
+    Metric("diagnosis/chosen_log_ratio_per_token", LOG_RATIOS, "chosen"),
+    Metric("diagnosis/rejected_log_ratio_per_token", LOG_RATIOS, "rejected"),
+    Metric("diagnosis/displaced", DISPLACED, "evaluation", headline=True),
+    Metric("grad_norm", GRADIENT, "before clipping", console=True),
+    Metric("diagnosis/kl", KL, "samples", headline=True),
+    Metric("diagnosis/entropy_per_token", ENTROPY, "samples"),
+    Metric("diagnosis/sample_length_difference", LENGTH, "samples"),
+    Metric("lr", RATE, console=True),
+    Metric("examples_per_second", SPEED, console=True),
+    Metric("mfu", MFU),
+)
+CONSOLE = tuple(metric.recorded("train") for metric in METRICS if metric.console)
+HEADLINES = {metric.recorded("eval"): metric for metric in METRICS if metric.headline}
+PAIR_COLUMNS = frozenset(metric.name for metric in METRICS if metric.pairs)
+
+
+def interval(record: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    """Return the 95% interval of a metric of a record, if one was recorded."""
+    low, high = "diagnosis/accuracy_low", "diagnosis/accuracy_high"
+    if name == "rewards_eval/accuracies" and low in record:
+        return record[low], record[high]
+    error = record.get(f"{name}_stderr")
+    return None if error is None else (record[name] - Z * error, record[name] + Z * error)
+
+
+def format_values(record: Mapping[str, float], names: Iterable[str]) -> str:
+    """Format those of some metrics that a record has."""
+    return ", ".join(f"{name} {record[name]:.4g}" for name in names if name in record)
