@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import GOLDENS, TINY, compose, validated
-from ranks import call_in_child, run_ranks
+from ranks import run_ranks
 from test_goldens import compare_steps, overrides_of, read
 from test_trainers import labelled_rows
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -21,8 +21,6 @@ from build import build_trainer, load_inputs
 from dpo.distributed.process_group import ProcessGroup
 from dpo.distributed.sharding import reshard, whole_tensors
 from dpo.runs.run_dir import RunDir
-from tools.memory_plan import memory_plan
-from trainers import FSDPTrainer
 
 PLAIN = ("loss=dpo", "max_tokens_per_pass=300", "n_eval_model_samples=3")  # of 4 ranks, one has no sample of its own
 UNEVEN = ("loss=dpo", "max_tokens_per_pass=100", "eval_batch_size=3", "n_eval_examples=12")
@@ -291,15 +289,3 @@ def test_each_rank_holds_its_share_of_weights_and_optimizer(sharded, make_traine
     total, held = bytes_held(trainer), json.loads((folder / "held.json").read_text())
     report(f"weights and RMSprop's state: {total:,} bytes on one process, {held} on {n}")
     assert len(held) == n and max(held) < 1.1 * total / n
-
-
-def test_a_dry_run_computes_the_bytes_that_the_largest_rank_then_holds(sharded, make_trainer):
-    n, *_, folder = sharded
-    settings, _ = validated(*TINY, *PLAIN, "trainer=FSDPTrainer", f"n_processes={n}", "dry_run=true")
-    plan_of = partial(memory_plan, settings=settings, prepare=FSDPTrainer.prepare, n=n)
-    plan, of_adapter = call_in_child(lambda: [plan_of(make_trainer(*own)) for own in (PLAIN, LORA)])
-    assert plan["weights"] + plan["optimizer state"] == max(json.loads((folder / "held.json").read_text()))
-    assert plan["weights"] == plan["gradients"] == plan["reference"]
-    if n == 2:
-        assert of_adapter["weights"] + of_adapter["optimizer state"] == torch.load(folder / "plain.pt")[1]
-        assert of_adapter["reference"] == 0

@@ -1,28 +1,282 @@
-"""dry_run=true: the time and memory that a run will take, without training it."""
+"""dry_run=true: the time and the peak memory that a run will take, measured on a few of its updates.
 
+Of several processes only the memory is forecast: an estimate from the model's shape, for which no weights are loaded.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import accumulate, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from omegaconf import DictConfig
 
 from build import build_trainer
+from dpo.data.batches import Batch, BatchIterator
+from dpo.distributed.launch import count_processes
+from dpo.distributed.process_group import mesh_sizes
+from dpo.model.packing import Packer, balance
+from dpo.model.sampling import distinct_prompts
 from dpo.runs.run_dir import RunDir
 from dpo.settings.schema import Settings
+from dpo.system.console import log_message, prefetch, progress
+from dpo.system.devices import compute_dtype, peak_memory, read_facts, reset_peak_memory, total_memory
 from dpo.system.errors import actionable_errors
+from dpo.system.files import atomic_write, sha256
 from dpo.system.signals import Signals
+from dpo.system.state import copy_to_host, size_of, tensors_in
+from dpo.training.budgets import memory_before_loading, tokens_per_pass
 from dpo.training.objectives import Loss
-from tools.forecast import forecast
-from tools.memory_plan import print_memory_plan
-from trainers import NO_MEMORY, TRAINERS, Inputs
+from trainers import NO_MEMORY, BasicTrainer, Inputs
+
+COUNTED = 20_000  # training examples whose tokens are counted, at most
+TIMED_UPDATES, TIMED_SECONDS = 20, 30.0  # updates are timed until one of the two is reached
+WRITTEN = 2**28  # bytes that are written to time a checkpoint
 
 
 def dry_run(settings: Settings, loss: Loss, inputs: Inputs, config: DictConfig, signals: Signals) -> None:
-    """Print what a run will take, of several processes the memory; its files go to a temporary folder."""
-    alone = settings.model_copy(update={"debug": True, "trainer": "BasicTrainer"})
-    with TemporaryDirectory() as folder, RunDir(Path(folder), config) as run:
-        trainer = build_trainer(alone, loss, inputs, run, signals)
-        with actionable_errors(NO_MEMORY):
-            if settings.trainer == "BasicTrainer":
-                forecast(trainer)
-            else:
-                print_memory_plan(trainer, settings, TRAINERS[settings.trainer].prepare)
+    """Print the forecast of a run; what is written meanwhile goes to a temporary folder."""
+    if settings.trainer != "BasicTrainer":
+        log_message(memory_of_processes(settings, loss, inputs))
+        return
+    whole = inputs.eval_batches
+    two_batches = replace(whole, n_examples=min(2 * whole.batch_size, whole.n_examples or whole.n_items))
+    with TemporaryDirectory() as folder, RunDir(Path(folder), config) as run, actionable_errors(NO_MEMORY):
+        unsaved = settings.model_copy(update={"debug": True})
+        trainer = build_trainer(unsaved, loss, replace(inputs, eval_batches=two_batches), run, signals)
+        forecast(trainer, whole)
+
+
+# Several processes
+
+
+def memory_of_processes(settings: Settings, loss: Loss, inputs: Inputs) -> str:
+    """Estimate the memory of the process that needs most; UserError if their number does not suit the settings."""
+    n = count_processes(settings.n_processes, settings.device)
+    replicate, tensor = mesh_sizes(settings, n)
+    device = inputs.device
+    dtype = compute_dtype(settings.compute_precision, getattr(torch, settings.model.policy_dtype), device)
+    estimate = memory_before_loading(inputs.model_config, settings, loss, dtype, n // replicate)
+    budget = tokens_per_pass(settings.max_tokens_per_pass, read_facts(device), lambda: estimate)
+    packer = Packer(settings.layout, budget, torch.device("cpu"))
+    longest = 0
+    for batch in first_batches(inputs.train_batches):
+        examples = batch.examples
+        for share in balance(list(map(len, examples)), n // tensor):
+            part = [examples[i] for i in share]
+            passes = packer(part, settings.gradient_accumulation_steps)
+            longest = max([longest, *(one.n_tokens for one in passes)])
+    needed, available, place = estimate.of(longest), total_memory(device), "the memory of a GPU here"
+    if device.type != "cuda":
+        available, place = available // n, "its share of the memory here"
+    return (
+        f"Peak memory, estimated: {needed / 1e9:.2f} GB on each of {n} processes: {estimate.fixed / 1e9:.2f} GB for "
+        f"weights, gradients, optimizer state and reference, the rest for a pass of {longest:,} tokens. That "
+        f"{'fits' if needed <= available else 'does not fit'} into {available / 1e9:.1f} GB, {place}."
+    )
+
+
+# One process
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Some of a run's training batches: their examples and tokens, and the batch with the longest forward pass."""
+
+    examples: int
+    tokens: int
+    longest: Batch
+    longest_pass: int  # tokens
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What was timed.
+
+    update, first_evaluation, later_evaluation are per token, samples per evaluation and model, saving per checkpoint.
+    """
+
+    update: float
+    first_evaluation: float
+    later_evaluation: float
+    samples: float
+    saving: float
+
+
+def forecast(trainer: BasicTrainer, eval_batches: BatchIterator) -> None:
+    """Print the forecast for a new trainer, which is trained meanwhile.
+
+    The trainer evaluates on a few examples; eval_batches are those of the run.
+    """
+    device = trainer.device
+    peaks = {"loading": peak_memory(device)}
+    workload = read_workload(trainer)
+    trainer.train_step(workload.longest)  # allocates the optimizer's state
+    saving = time_saving(trainer)
+    copy = copy_to_host(trainer.state_dict([]), {}) if copies_checkpoints(trainer) else {}
+    reset_peak_memory(device)
+    trainer.train_step(workload.longest)
+    update = time_updates(trainer)
+    peaks["an update"] = peak_memory(device)  # after several: passes of other lengths fragment the memory
+    del copy
+    reset_peak_memory(device)
+    first, later = time_evaluations(trainer)
+    peaks["an evaluation"] = peak_memory(device)
+    reset_peak_memory(device)
+    samples = time_samples(trainer, eval_batches)
+    peaks["sampling"] = peak_memory(device)
+    parts = time_to_the_end(trainer, eval_batches, workload, Seconds(update, first, later, samples, saving))
+    listed = ", ".join(f"{what} {duration(seconds)}" for what, seconds in parts.items() if seconds)
+    peak, phase = max((peak, phase) for phase, peak in peaks.items())
+    n, size = len(trainer.train_batches), trainer.settings.batch_size
+    tokens = workload.tokens / workload.examples * size
+    log_message(
+        f"Updates: {n:,} of {size} examples, {tokens:,.0f} tokens each; {tokens * n:,.0f} tokens in all.\n"
+        f"Time: {update * tokens:.3g} seconds per update, {1 / update:,.0f} tokens per second.\n"
+        f"Time to the end: {duration(sum(parts.values()))} ({listed}), besides loading and the report.\n"
+        f"Peak memory: {peak / 1e9:.2f} of {total_memory(device) / 1e9:.1f} GB, in {phase}; an update needs"
+        f" {peaks['an update'] / 1e9:.2f} GB, its longest pass has {workload.longest_pass:,} tokens."
+    )
+
+
+def first_batches(batches: BatchIterator) -> Iterator[Batch]:
+    """Yield the first batches of a run, up to COUNTED examples."""
+    n = min(len(batches), max(1, COUNTED // batches.batch_size))
+    return progress(islice(batches.from_start(), n), "counting tokens", total=n)
+
+
+def read_workload(trainer: BasicTrainer) -> Workload:
+    packer = replace(trainer.packer, device=torch.device("cpu"))
+    examples = tokens = 0
+    longest, size = None, (0, 0)
+    for batch in first_batches(trainer.train_batches):
+        examples += len(batch.examples)
+        tokens += count_tokens(batch)
+        for one in packer(batch.examples, trainer.settings.gradient_accumulation_steps):
+            if (one.n_tokens, len(one.targets)) > size:
+                longest, size = batch, (one.n_tokens, len(one.targets))
+    assert longest is not None
+    return Workload(examples, tokens, longest, size[0])
+
+
+def count_tokens(batch: Batch) -> int:
+    return sum(map(len, batch.examples))
+
+
+# Time
+
+
+def time_updates(trainer: BasicTrainer) -> float:
+    """Return the seconds per token of the first updates, including what the training loop waits for."""
+    tokens, start = 0, time.perf_counter()
+    for batch in prefetch(islice(trainer.train_batches.from_start(), TIMED_UPDATES)):
+        trainer.train_step(batch)
+        tokens += count_tokens(batch)
+        if time.perf_counter() - start > TIMED_SECONDS:
+            break
+    return (time.perf_counter() - start) / tokens
+
+
+def time_evaluations(trainer: BasicTrainer) -> tuple[float, float]:
+    """Return the seconds per token of a first evaluation and of later ones, which reuse the reference's numbers."""
+    tokens = sum(map(count_tokens, trainer.eval_batches.from_start()))
+    start = time.perf_counter()
+    trainer.evaluate()
+    middle = time.perf_counter()
+    trainer.evaluate()
+    first, later = (middle - start) / tokens, (time.perf_counter() - middle) / tokens
+    return first, first if trainer.settings.sync_reference else later  # a reference that changes is computed anew
+
+
+def time_samples(trainer: BasicTrainer, eval_batches: BatchIterator) -> float:
+    """Return the seconds for the samples of one model at an evaluation, scaled from the first batch of prompts."""
+    settings = trainer.settings
+    if not settings.sample_during_eval:
+        return 0.0
+    prompts = distinct_prompts(eval_batches, settings.n_eval_model_samples)
+    first = prompts[: settings.eval_batch_size]
+    start = time.perf_counter()
+    trainer.sampler.generate(trainer.policy.model, first, "sampling the policy")
+    return (time.perf_counter() - start) * -(-len(prompts) // len(first))
+
+
+def time_saving(trainer: BasicTrainer) -> float:
+    """Return the seconds for the last checkpoint and the export, scaled from a part that is written to the run's disk.
+
+    0 if the folder cannot be written to: the run itself then ends with an error.
+    """
+    config = trainer.run.config
+    if config.debug:  # trainer.settings.debug is set in every dry run
+        return 0.0
+    states = trainer.state_dict([])
+    tensors = tensors_in(states)
+    sizes_before = accumulate((tensor.nbytes for tensor in tensors), initial=0)
+    part = [tensor for tensor, before in zip(tensors, sizes_before, strict=False) if before < WRITTEN]
+    exports_all = trainer.settings.lora is None or trainer.settings.lora.export_merged
+    exported = trainer.policy.parameters() if exports_all else tensors_in(states["policy"])
+    folder = next(folder for folder in Path(config.local_run_dir).absolute().parents if folder.exists())
+    seconds, start = 0.0, time.perf_counter()
+    with suppress(OSError), TemporaryDirectory(dir=folder, prefix=".dry-run-") as name:
+        path = Path(name, "part.pt")
+        atomic_write(path, lambda staging: torch.save(part, staging))
+        sha256(path)
+        seconds = time.perf_counter() - start
+    return seconds * (size_of(tensors) + size_of(exported)) / size_of(part)
+
+
+def time_to_the_end(
+    trainer: BasicTrainer, eval_batches: BatchIterator, workload: Workload, seconds: Seconds
+) -> dict[str, float]:
+    """Return the seconds of each part of a run."""
+    settings, batches = trainer.settings, trainer.train_batches
+    n_updates, n_evaluations = len(batches), count_evaluations(trainer)
+    n_examples = n_updates * settings.batch_size
+    per_example = workload.tokens / workload.examples
+    eval_tokens = sum(map(count_tokens, eval_batches.from_start()))
+    evaluations = eval_tokens * (seconds.first_evaluation + seconds.later_evaluation * (n_evaluations - 1))
+    n_samples = n_evaluations + (trainer.reference is not None)  # the reference samples once
+    parts = {
+        f"{n_updates:,} updates": seconds.update * per_example * n_examples,
+        f"{n_evaluations} evaluations": evaluations,
+        "samples": seconds.samples * n_samples,
+        "saving": seconds.saving * (1 if settings.background_saves else 1 + count_saves(trainer)),
+    }
+    if trainer.loss.needs_reference and trainer.loss.cached_reference:
+        tokens = per_example * min(batches.n_items, n_examples) + eval_tokens
+        parts["the reference's log-probabilities"] = seconds.first_evaluation * tokens
+    return parts
+
+
+def count_evaluations(trainer: BasicTrainer) -> int:
+    """Return how many evaluations a run makes: a first one, those due before an update, and the last."""
+    settings, n_updates = trainer.settings, len(trainer.train_batches)
+    due = (n_updates - 1) * settings.batch_size // settings.eval_every
+    return int(settings.do_first_eval) + min(n_updates - 1, due) + 1
+
+
+def count_saves(trainer: BasicTrainer) -> int:
+    """Return how many checkpoints a run writes before its last one."""
+    settings = trainer.settings
+    before_last = (len(trainer.train_batches) - 1) * settings.batch_size
+    updates: set[int] = set()
+    for every in (settings.eval_every, settings.save_every):
+        if every is not None:
+            updates |= {-(-examples // settings.batch_size) for examples in range(every, before_last + 1, every)}
+    return len(updates)
+
+
+def copies_checkpoints(trainer: BasicTrainer) -> bool:
+    """Return whether a run trains beside a copy, in the same memory, from which a checkpoint is being written."""
+    saves = not trainer.run.config.debug and count_saves(trainer) > 0
+    return saves and trainer.settings.background_saves and trainer.device.type == "cpu"
+
+
+def duration(seconds: float) -> str:
+    """Format a time in seconds, minutes or hours."""
+    for unit, size in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} seconds"

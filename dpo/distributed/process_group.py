@@ -172,20 +172,23 @@ def join(settings: Settings) -> Ranks:
 
 def init_mesh(ranks: ProcessGroup, settings: Settings) -> None:
     """Arrange the ranks in a mesh as settings ask; UserError if their number does not allow it."""
+    ranks.init_mesh(*mesh_sizes(settings, ranks.world_size))
+
+
+def mesh_sizes(settings: Settings, world_size: int) -> tuple[int, int]:
+    """Resolve the settings of the mesh to (replicate, tensor); UserError if the number of ranks does not allow them."""
     tensor = tensor_size(settings)
-    if settings.ddp:
-        ranks.init_mesh(ranks.world_size)
-    elif ranks.world_size % (settings.replicate * tensor):
-        product = f"tensor_parallel={tensor} replicate={settings.replicate}"
-        raise UserError(f"{product}: their product must divide the number of processes, {ranks.world_size}")
-    else:
-        ranks.init_mesh(settings.replicate, tensor)
-    if settings.batch_size < ranks.data_size:
-        n = ranks.data_size
+    replicate = world_size if settings.ddp else settings.replicate
+    if world_size % (replicate * tensor):
+        product = f"tensor_parallel={tensor} replicate={replicate}"
+        raise UserError(f"{product}: their product must divide the number of processes, {world_size}")
+    n = world_size // tensor
+    if settings.batch_size < n:
         raise UserError(
             f"batch_size={settings.batch_size}: each of {n} groups of processes needs an example of every batch; "
             f"set it to {n} or more"
         )
+    return replicate, tensor
 
 
 def tensor_size(settings: Settings) -> int:

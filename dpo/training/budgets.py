@@ -123,13 +123,15 @@ def pass_memory(
     return PassMemory(fixed, MARGIN * activations, per_square)
 
 
-def memory_before_loading(config: PreTrainedConfig, settings: Settings, loss: Loss, dtype: torch.dtype) -> PassMemory:
-    """Estimate the memory of training on one device from a model's config."""
+def memory_before_loading(
+    config: PreTrainedConfig, settings: Settings, loss: Loss, dtype: torch.dtype, n_shards: int = 1
+) -> PassMemory:
+    """Estimate the memory of training on a device from a model's config."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.model.policy_dtype))
     model.requires_grad_(settings.lora is None)
     choice = LayoutChoice(settings.layout, "eager" if model.config._attn_implementation == "eager" else "packed")
-    return pass_memory(ResponseLogps(model, separate_head=True), settings, loss, dtype, choice)
+    return pass_memory(ResponseLogps(model, separate_head=True), settings, loss, dtype, choice, n_shards)
 
 
 def activation_bytes(model: PreTrainedModel, dtype: torch.dtype) -> float:

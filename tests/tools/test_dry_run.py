@@ -1,0 +1,233 @@
+"""dry_run=true: what is counted and measured of a run that is then not made."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY, compose, inputs_of, tiny_config, tiny_tokenizer, validated
+from transformers import AutoModelForCausalLM
+
+import train
+from dpo.system.devices import peak_memory, reset_peak_memory, total_memory
+from dpo.system.errors import UserError
+from dpo.system.signals import Signals
+from tools.dry_run import (
+    Seconds,
+    copies_checkpoints,
+    count_evaluations,
+    count_saves,
+    duration,
+    memory_of_processes,
+    read_workload,
+    time_saving,
+    time_to_the_end,
+)
+
+CPU = torch.device("cpu")
+SHORT = ("n_examples=16", "n_eval_examples=8", "eval_batch_size=4", "do_first_eval=false")
+
+
+# The whole
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["loss=dpo", "background_saves=true", "eval_every=8"],
+        ["loss=dpo", "loss.precompute_reference=true"],
+        ["loss=dpo", "lora=default", "activation_checkpointing=true"],
+        ["loss=sft", "optimizer=Muon", "sample_during_eval=true"],
+    ],
+    ids=["dpo", "cached", "adapter", "sft"],
+)
+def test_a_dry_run_prints_its_forecast_and_leaves_nothing(overrides, tmp_path, capsys, monkeypatch):
+    folder, copies = tmp_path / "run", []
+    monkeypatch.setattr("tools.dry_run.copy_to_host", lambda states, memo: copies.append(states) or {})
+    settings = [*TINY, *SHORT, "dry_run=true", f"local_run_dir='{folder}'", f"local_dirs=['{tmp_path / 'cache'}']"]
+    train.run(compose(*settings, "precision=auto", "max_tokens_per_pass=200", *overrides), Signals(), ())
+    out = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    titles = ["Updates", "Time", "Time to the end", "Peak memory"]
+    assert [line.split(":")[0] for line in out.splitlines()][-4:] == titles
+    assert ("the reference's log-probabilities" in out) == ("loss.precompute_reference=true" in overrides)
+    assert ("samples" in out.split("Time to the end")[1]) == ("sample_during_eval=true" in overrides)
+    assert re.search(r"saving [\d.]+ seconds.*\), besides loading and the report", out)
+    peaks = re.search(r"Peak memory: ([\d.]+) of .*; an update needs ([\d.]+) GB, its longest pass", out)
+    assert float(peaks[1]) >= float(peaks[2]) > 0.05
+    assert len(copies) == ("background_saves=true" in overrides)
+
+
+# Counts
+
+
+def test_the_workload_counts_tokens_and_finds_the_longest_pass(make_trainer, monkeypatch):
+    trainer = make_trainer("loss=dpo", "max_tokens_per_pass=300", "max_length=100", "max_prompt_length=60")
+    batches = list(trainer.train_batches.from_start())
+    workload = read_workload(trainer)
+    examples = [example for batch in batches for example in batch.examples]
+    assert (workload.examples, workload.tokens) == (len(examples), sum(map(len, examples)))
+    sizes = [one.n_tokens for batch in batches for one in trainer.packer(batch.examples)]
+    of_longest = [one.n_tokens for one in trainer.packer(workload.longest.examples)]
+    assert workload.longest_pass == max(sizes) == max(of_longest) <= 300
+    monkeypatch.setattr("tools.dry_run.COUNTED", 17)
+    first = read_workload(trainer)
+    assert (first.examples, first.tokens) == (16, sum(sum(map(len, batch.examples)) for batch in batches[:2]))
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (["eval_every=1000", "do_first_eval=false"], 1),  # the last
+        (["eval_every=1000", "do_first_eval=true"], 2),
+        (["eval_every=8", "do_first_eval=false"], 3),  # after 8 and 16 of 24 examples, and the last
+        (["eval_every=16", "do_first_eval=true"], 3),
+        (["eval_every=24", "do_first_eval=true"], 2),  # 24 is the end
+        (["eval_every=3", "do_first_eval=true"], 4),  # before each of 3 updates, and the last
+    ],
+)
+def test_evaluations_are_counted_as_a_run_makes_them(settings, expected, make_trainer, monkeypatch):
+    trainer = make_trainer("loss=sft", "n_examples=24", "n_eval_examples=8", "debug=true", *settings)
+    assert count_evaluations(trainer) == expected
+    made = []
+    monkeypatch.setattr(trainer, "evaluate", lambda: made.append(1) or {"loss/eval": 0.0})
+    trainer.train()
+    assert len(made) == expected
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (["eval_every=1000", "do_first_eval=false"], 0),
+        (["eval_every=8", "do_first_eval=true"], 2),  # after 8 and 16 of 24 examples
+        (["eval_every=1000", "save_every=8"], 2),
+        (["eval_every=8", "save_every=8"], 2),
+        (["eval_every=1000", "save_every=3"], 2),  # 24 examples in 3 updates
+        (["eval_every=1000", "save_every=20"], 0),  # reached by the last update alone
+    ],
+)
+def test_checkpoints_are_counted_as_a_run_writes_them_and_copied_if_training_goes_on(settings, expected, make_trainer):
+    settings = ("loss=sft", "n_examples=24", "n_eval_examples=8", *settings)
+    trainer = make_trainer(*settings)
+    assert count_saves(trainer) == expected and not copies_checkpoints(trainer)
+    assert copies_checkpoints(make_trainer(*settings, "background_saves=true")) == (expected > 0)
+    trainer.train()
+    assert len(list(trainer.run.path.glob("step-*"))) == expected + 1
+
+
+# Time
+
+
+def test_the_time_of_a_checkpoint_is_scaled_from_a_part_of_it_and_the_export(make_trainer, monkeypatch):
+    """The first tensor took 2 s, the others take as long per byte, and the export has the weights once more."""
+    trainer = make_trainer("loss=sft", "optimizer=SGD")  # which keeps nothing beside the weights
+    sizes = [4 * parameter.numel() for parameter in trainer.policy.parameters()]
+    monkeypatch.setattr("tools.dry_run.WRITTEN", 1)
+    monkeypatch.setattr("tools.dry_run.time.perf_counter", iter([0.0, 2.0]).__next__)
+    assert time_saving(trainer) == pytest.approx(2 * 2 * sum(sizes) / sizes[0], rel=0.02)  # random states are saved too
+    assert time_saving(make_trainer("loss=sft", "debug=true")) == 0.0
+
+
+def test_the_saves_to_a_folder_that_cannot_be_written_take_no_time(make_trainer, monkeypatch):
+    def refuse(**options: object) -> None:
+        raise PermissionError
+
+    trainer = make_trainer("loss=sft")
+    monkeypatch.setattr("tools.dry_run.TemporaryDirectory", refuse)
+    assert time_saving(trainer) == 0.0
+
+
+def test_the_time_is_that_of_updates_evaluations_samples_and_checkpoints(make_trainer):
+    """3 updates of 8 examples of 100 tokens at 0.01 s. 3 evaluations, the first at 0.001 s per token, then 0.0004.
+
+    Samples of 5 s come with each evaluation, and once from the reference; two checkpoints take 1.5 s each. A cached
+    reference takes a pass over 24 training examples and the evaluation's.
+    """
+    settings = ("loss=dpo", "n_examples=24", "n_eval_examples=8", "eval_every=16")
+    seconds = Seconds(0.01, 0.001, 0.0004, 5.0, 1.5)
+    for cached in (False, True):
+        trainer = make_trainer(*settings, f"loss.precompute_reference={cached}")
+        workload = replace(read_workload(trainer), examples=10, tokens=1000)
+        test = sum(len(example) for batch in trainer.eval_batches.from_start() for example in batch.examples)
+        parts = {
+            "3 updates": 24.0,
+            "3 evaluations": (0.001 + 2 * 0.0004) * test,
+            "samples": 4 * 5.0,
+            "saving": 2 * 1.5,
+        }
+        if cached:
+            parts["the reference's log-probabilities"] = 0.001 * (2400 + test)
+        assert time_to_the_end(trainer, trainer.eval_batches, workload, seconds) == pytest.approx(parts)
+
+
+def test_times_have_a_unit_that_suits_them():
+    assert [duration(s) for s in (3.04, 119, 120, 7199, 7200)] == [
+        *("3.0 seconds", "119.0 seconds", "2.0 minutes", "120.0 minutes", "2.0 hours")
+    ]
+
+
+# Memory
+
+
+def test_a_peak_is_seen_and_can_be_counted_anew():
+    """A tensor of 200 MB, filled, since pages that nothing wrote to are not in memory."""
+    assert reset_peak_memory(CPU)
+    before = peak_memory(CPU)
+    torch.ones(50_000_000)
+    peak = peak_memory(CPU)
+    assert 190e6 < peak - before < 260e6
+    reset_peak_memory(CPU)
+    assert peak_memory(CPU) < peak - 150e6
+    assert peak < total_memory(CPU)
+
+
+# Several processes
+
+
+def memory(*overrides):
+    """Return what is printed for several processes: total GB, GB of weights and so on, tokens of the longest pass."""
+    settings = (*TINY, "loss=dpo", "max_tokens_per_pass=300", "dry_run=true", *overrides)
+    line = memory_of_processes(*validated(*settings), inputs_of(*settings))
+    pattern = r"Peak memory, estimated: ([\d.]+) GB on each of .*: ([\d.]+) GB for .* pass of ([\d,]+) tokens"
+    assert "That fits into" in line and "its share of the memory here" in line
+    total, fixed, tokens = re.match(pattern, line).groups()
+    return float(total), float(fixed), int(tokens.replace(",", ""))
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """Return the setting of a model of 14.6 million weights, 58 MB in float32."""
+    tokenizer = tiny_tokenizer("llama")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    config = tiny_config("llama", len(tokenizer))
+    config.hidden_size, config.intermediate_size, config.head_dim = 512, 4096, 128
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
+    return f"model.name_or_path='{tmp_path / 'wide'}'"
+
+
+def test_more_processes_hold_smaller_parts_and_replicas_hold_all(wide, monkeypatch):
+    """Sharded are policy, reference, gradient and RMSprop's state, 4 * 58 MB: 117 MB of 2 processes, 29 of 8."""
+    monkeypatch.setattr("build.load_models", lambda *_: pytest.fail("weights were loaded"))
+    fsdp = (wide, "trainer=FSDPTrainer", "reduce_every_pass=true")
+    one, two, eight = (memory(*fsdp, f"n_processes={n}")[1] for n in (1, 2, 8))
+    assert one > two and two - eight == pytest.approx(0.117 - 0.029, abs=0.011)
+    assert memory(*fsdp, "n_processes=4", "replicate=2")[1] == two
+    assert memory(wide, "trainer=FSDPTrainer", "ddp=true", "n_processes=4")[1] == one
+    assert memory(wide, "trainer=TensorParallelTrainer", "reduce_every_pass=true", "n_processes=2")[1] == two
+
+
+def test_a_pass_holds_what_a_process_gets_of_a_batch():
+    tokens = [memory("trainer=FSDPTrainer", f"n_processes={n}", "max_tokens_per_pass=10000")[2] for n in (1, 2, 8)]
+    assert tokens[0] > tokens[1] > tokens[2] > 0
+
+
+def test_a_number_of_processes_that_a_run_would_refuse_is_refused():
+    with pytest.raises(UserError, match="must divide the number of processes, 3"):
+        memory("trainer=FSDPTrainer", "n_processes=3", "replicate=2")
+
+
+def test_a_dry_run_of_several_processes_prints_their_memory_and_leaves_nothing(tmp_path, capsys):
+    settings = [*TINY, "loss=dpo", "dry_run=true", "trainer=FSDPTrainer", "n_processes=8"]
+    train.run(compose(*settings, f"local_run_dir='{tmp_path / 'run'}'"), Signals(), ())
+    assert "Peak memory, estimated: " in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
