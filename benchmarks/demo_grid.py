@@ -98,7 +98,7 @@ def be_train(log: Path, overrides: Sequence[str]) -> None:
         os._exit(code if isinstance(code, int) else 1)
 
 
-def run_cell(folder: Path, cell: Cell) -> demo.Outcome:
+def run_cell(folder: Path, cell: Cell) -> demo.DemoResult:
     """Run the cell's SFT, if no cell before did, and its DPO."""
     precision, tokens, seed, factor = cell
     base = folder / f"{precision}-{tokens}-{seed}"
@@ -108,7 +108,7 @@ def run_cell(folder: Path, cell: Cell) -> demo.Outcome:
     run = base / f"dpo-{factor:g}"
     once = ["do_first_eval=false", f"eval_every={film_reviews.SIZES['train']}"]  # one evaluation, at the end
     run_train(run, [*demo.overrides("dpo", base), *shared, *once, f"lr={rate:g}"])
-    return demo.read_outcome(run)
+    return demo.DemoResult.read(run)
 
 
 def spread(values: Sequence[float], form: str = "g") -> str:
@@ -116,7 +116,7 @@ def spread(values: Sequence[float], form: str = "g") -> str:
     return " / ".join(f"{value:{form}}" for value in (min(values), statistics.median(values), max(values)))
 
 
-def table(outcomes: dict[Cell, demo.Outcome]) -> str:
+def table(outcomes: dict[Cell, demo.DemoResult]) -> str:
     """One row for each precision, budget and learning rate: min / median / max over the seeds."""
     lines = ["| precision | tokens a pass | lr × | SFT warm | SFT broken | DPO warm | DPO cold | DPO broken "]
     lines[0] += "| most more broken | accuracy | margin | seeds | failed |"
@@ -147,7 +147,7 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads do not survive a fork
     groups = list(itertools.product(options.precisions, options.tokens, options.seeds))
-    outcomes: dict[Cell, demo.Outcome] = {}
+    outcomes: dict[Cell, demo.DemoResult] = {}
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("fork")) as pool:
         tasks = [(group, pool.submit(run_group, options.folder, group, options.factors)) for group in groups]
         for _, task in tasks:
@@ -156,7 +156,7 @@ def main() -> None:
     sys.exit(any(outcome.problems() for outcome in outcomes.values()))
 
 
-def run_group(folder: Path, group: tuple[str, int, int], factors: Sequence[float]) -> dict[Cell, demo.Outcome]:
+def run_group(folder: Path, group: tuple[str, int, int], factors: Sequence[float]) -> dict[Cell, demo.DemoResult]:
     """Run the cells that share an SFT model, and print what each reached."""
     outcomes = {}
     for cell in [(*group, factor) for factor in factors]:

@@ -1,11 +1,10 @@
-"""`make demo`: SFT and then DPO on short film reviews (dpo/data/film_reviews.py), and what came of it.
+"""`make demo`: SFT and then DPO on short film reviews (dpo/data/film_reviews.py), and their result.
 
 python -m tools.demo                                           SFT, then DPO; exit code 1 if the policy is not good
 python -m tools.demo --figure docs/demo.svg .cache/demo_TIME   draw the result of a demo that has run
 """
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -14,9 +13,9 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from dpo.data.film_reviews import KINDS, judge
+from dpo.reporting.page import RunFiles
 
 SHARED = [
     *("model=tiny", "datasets=[demo]", "max_length=128", "max_prompt_length=64", "eval_batch_size=200"),
@@ -34,15 +33,15 @@ STAGES = {
     "dpo": [
         "loss=dpo",
         "loss.beta=2",  # lets the gradient fade once a warm review is some 10 times likelier than the cold one
-        *("optimizer=SGD", "lr=0.08"),  # RMSprop moves weights that no preference is about as far as any other
+        *("optimizer=SGD", "lr=0.08"),  # RMSprop moves all weights alike, also those that no preference depends on
         *("batch_size=32", "n_epochs=1", "warmup_steps=15"),  # 62 updates in all; the default warmup is 150
         *("eval_every=500", "n_eval_model_samples=200"),  # 5 evaluations, the first and the last included
     ],
 }
 MODELS = {"reference": "SFT model", "policy": "DPO policy"}  # as samples.jsonl names them
 VERDICTS = (*KINDS, "broken")
-MIN_WARM = 0.85  # of all samples of the policy
-MAX_MORE_BROKEN = 0.05  # of all samples, beyond the SFT model's
+MIN_WARM = 0.85  # share of the policy's samples
+MAX_MORE_BROKEN = 0.05  # share of samples in addition to the SFT model's
 
 
 def overrides(stage: str, base: Path) -> list[str]:
@@ -53,7 +52,7 @@ def overrides(stage: str, base: Path) -> list[str]:
 
 def train(base: Path) -> int:
     """Run SFT and then DPO through the command line; return the exit code of the one that failed, else 0."""
-    # So small a model computes as fast on one thread, which other work on the machine cannot hold up.
+    # One thread is as fast for such a small model, and other work on the machine disturbs it less.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for stage in STAGES:
         command = ["train.py", *overrides(stage, base)]
@@ -65,12 +64,27 @@ def train(base: Path) -> int:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a DPO run on the demo data set reached."""
+class DemoResult:
+    """The result of a DPO run on the demo's data.
 
-    accuracy: float  # share of the held-out pairs whose chosen review has the higher reward
-    margin: float  # mean difference of the two rewards of a held-out pair
-    samples: dict[str, dict[str, str]]  # {prompt: sample} of the "reference", which is the SFT model, and the "policy"
+    accuracy  share of the held-out pairs whose chosen review has the higher reward
+    margin    mean difference between the rewards of a held-out pair
+    samples   {prompt: sample} of "reference", which is the SFT model, and of "policy"
+    """
+
+    accuracy: float
+    margin: float
+    samples: dict[str, dict[str, str]]
+
+    @classmethod
+    def read(cls, run: Path) -> "DemoResult":
+        """Read the newest evaluation and the newest samples from a run directory."""
+        files = RunFiles(run)
+        samples: dict[str, dict[str, str]] = {model: {} for model in MODELS}
+        for row in files.samples:
+            samples[row["model"]][row["prompt"]] = row["sample"]
+        evaluation = files.evaluation
+        return cls(evaluation["rewards_eval/accuracies"], evaluation["rewards_eval/margins"], samples)
 
     def counts(self, model: str) -> dict[str, int]:
         """Return how many of a model's samples are "warm", "cold" and "broken"."""
@@ -78,111 +92,72 @@ class Outcome:
         return {verdict: counts[verdict] for verdict in VERDICTS}
 
     def share(self, model: str, verdict: str) -> float:
-        """Return the share of all of a model's samples that have a verdict, from 0 to 1."""
+        """Return the share of a model's samples with a verdict."""
         return self.counts(model)[verdict] / max(1, len(self.samples[model]))
 
     def problems(self) -> list[str]:
-        """Return one sentence for each way in which the policy is not good."""
+        """Return a sentence for each reason why the policy is not good."""
         warm = self.share("policy", "warm")
         before, after = self.share("reference", "broken"), self.share("policy", "broken")
         problems = []
         if warm < MIN_WARM:
-            problems += [
-                f"Only {warm:.1%} of all the policy's samples are warm; a good policy has {MIN_WARM:.0%} or more."
-            ]
+            problems.append(f"Of the policy's samples {warm:.1%} are warm; a good policy has {MIN_WARM:.0%} or more.")
         if after > before + MAX_MORE_BROKEN:
-            problems += [
-                f"The policy writes worse than the SFT model: {after:.1%} broken samples, {before:.1%} before."
-            ]
+            problems.append(f"The policy writes worse than before: {after:.1%} broken samples, {before:.1%} before.")
         return problems
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of one JSON object per line."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def read_outcome(run: Path) -> Outcome:
-    """Read what a DPO run on the demo data set reached from its run directory."""
-    last, rows = read_lines(run / "metrics.jsonl")[-1], read_lines(run / "samples.jsonl")
-    samples = {model: {row["prompt"]: row["sample"] for row in rows if row["model"] == model} for model in MODELS}
-    return Outcome(last["rewards_eval/accuracies"], last["rewards_eval/margins"], samples)
-
-
-def summary(outcome: Outcome) -> str:
-    """Describe an outcome in plain words: the samples in a table, what failed, and three prompts with their samples."""
-    n = len(outcome.samples["policy"])
+def summary(result: DemoResult) -> str:
+    """Describe a result: the samples in a table, what failed, and three prompts with their samples."""
+    n = len(result.samples["policy"])
     lines = ["", f"Result: one sample for each of {n} held-out prompts, at temperature 1", ""]
-    lines += [f"{'':12}" + "".join(f"{verdict:>8}" for verdict in VERDICTS)]
+    lines.append(f"{'':12}" + "".join(f"{verdict:>8}" for verdict in VERDICTS))
     for model, name in MODELS.items():
-        lines += [f"{name:12}" + "".join(f"{count:8}" for count in outcome.counts(model).values())]
+        lines.append(f"{name:12}" + "".join(f"{count:8}" for count in result.counts(model).values()))
+    before, after = (result.share(model, "warm") for model in MODELS)
+    failed = [f"FAILED: {problem}" for problem in result.problems()]
     lines += [
         "",
-        "Warm reviews are the preferred ones. Broken: the text does not open with a whole verdict, a sentence is not",
-        "whole or comes twice, or a word belongs to the other kind. Broken samples count as failures.",
+        "Warm reviews are the preferred ones. A sample is broken if it does not begin with a whole verdict, if a",
+        "sentence is incomplete or repeated, or if it has a word of the other kind. Broken samples count as failures.",
+        "",
+        *(failed or [f"{before:.1%} of the samples are warm before DPO and {after:.1%} after it."]),
+        f"Held-out reward accuracy {result.accuracy:.3f}, reward margin {result.margin:.2f}. A policy that writes",
+        "broken text can reach these too, so read some samples as well:",
         "",
     ]
-    before, after = (outcome.share(model, "warm") for model in MODELS)
-    failed = [f"FAILED: {problem}" for problem in outcome.problems()]
-    lines += failed or [f"Of all samples, {before:.1%} are warm before DPO and {after:.1%} after it."]
-    lines += [
-        f"Held-out reward accuracy {outcome.accuracy:.3f}, reward margin {outcome.margin:.2f}. A policy that writes",
-        "broken text can have these too, so read some samples as well:",
-        "",
-    ]
-    for prompt in list(outcome.samples["policy"])[:3]:
-        lines += [prompt.strip()]
-        lines += [f"  {name}: {outcome.samples[model][prompt].strip()}" for model, name in MODELS.items()] + [""]
+    for prompt in list(result.samples["policy"])[:3]:
+        lines.append(prompt.strip())
+        lines += [f"  {name}: {result.samples[model][prompt].strip()}" for model, name in MODELS.items()]
+        lines.append("")
     return "\n".join(lines)
 
 
-# The figure for the README
+def draw(run: Path) -> str:
+    """Draw the samples before and after DPO and the reward accuracy of each update, as SVG."""
+    from dpo.reporting.figures import COLORS, INK, add_axes, new_figure, to_svg
 
-COLORS = {"warm": "#e07b39", "cold": "#3f86d6", "broken": "#8f5fbf"}
-INK = "#7d8590"  # a gray that can be read on white and on black
-LINE = "#2f9e6e"
-COLUMNS = {"warm": 424, "cold": 468, "broken": 530}
-
-
-def text(x: float, y: float, words: object, anchor: str = "start", color: str = INK) -> str:
-    """Return an SVG text; anchor is start, middle or end."""
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="{color}">{words}</text>'
-
-
-def bar(counts: dict[str, int], y: float) -> list[str]:
-    """Return a stacked bar of the counts, and beside it each count in the column of its verdict."""
-    x, parts = 108.0, []
-    for verdict, count in counts.items():
-        width = 260 * count / max(1, sum(counts.values()))
-        parts += [f'<rect x="{x:g}" y="{y}" width="{width:g}" height="32" fill="{COLORS[verdict]}"/>']
-        parts += [text(COLUMNS[verdict], y + 21, count, "end", COLORS[verdict])]
-        x += width
-    return parts
-
-
-def curve(values: list[float], x: float, y: float, width: float, height: float) -> list[str]:
-    """Return a line chart of values from 0 to 1 over the updates, with its two axes."""
-    points = [(x + width * i / max(1, len(values) - 1), y + height * (1 - value)) for i, value in enumerate(values)]
-    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
-    return [
-        f'<path d="M{x} {y}V{y + height}H{x + width}" fill="none" stroke="{INK}"/>',
-        f'<polyline points="{line}" fill="none" stroke="{LINE}" stroke-width="2.5"/>',
-        *(text(x - 6, y + 5, 1, "end"), text(x - 6, y + height + 5, 0, "end")),
-    ]
-
-
-def figure(run: Path) -> str:
-    """Return an SVG of a DPO run on the demo data set: the samples before and after, and the reward accuracy."""
-    outcome, records = read_outcome(run), read_lines(run / "metrics.jsonl")
-    accuracies = [r["rewards_train/accuracies"] for r in records if "rewards_train/accuracies" in r]
-    parts = [text(16, 28, f"{len(outcome.samples['policy'])} samples"), text(556, 28, "Reward accuracy")]
-    parts += [text(x, 28, verdict, "end", COLORS[verdict]) for verdict, x in COLUMNS.items()]
-    for y, (model, name) in zip((46, 94), MODELS.items(), strict=True):
-        parts += [text(98, y + 21, name, "end"), *bar(outcome.counts(model), y)]
-    parts += curve(accuracies, 572, 46, 200, 80)
-    parts += [text(772, 146, f"{len(accuracies)} updates; held out {outcome.accuracy:.3f}", "end")]
-    style = 'font-family="system-ui, sans-serif" font-size="14" font-weight="600"'
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 790 160" {style}>', *parts, "</svg>", ""])
+    result = DemoResult.read(run)
+    figure = new_figure(8, 2)
+    bars = add_axes(figure, f"{len(result.samples['policy'])} samples", place=(0.11, 0.12, 0.52, 0.62))
+    bars.set_xticks([])
+    bars.margins(x=0)
+    bars.grid(False)
+    bars.spines[:].set_visible(False)
+    starts = [0] * len(MODELS)
+    for verdict, color in zip(VERDICTS, (COLORS[1], COLORS[0], COLORS[3]), strict=True):
+        counts = [result.counts(model)[verdict] for model in MODELS]
+        drawn = bars.barh(list(MODELS.values()), counts, left=starts, color=color, label=verdict)
+        bars.bar_label(drawn, label_type="center", color="white", fontsize=8)
+        starts = [start + count for start, count in zip(starts, counts, strict=True)]
+    bars.invert_yaxis()
+    bars.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=3, loc="lower right", bbox_to_anchor=(1, 0.98))
+    accuracies = [r["rewards_train/accuracies"] for r in RunFiles(run).metrics if "rewards_train/accuracies" in r]
+    place = (0.7, 0.2, 0.29, 0.54)
+    curve = add_axes(figure, "Reward accuracy", f"{len(accuracies)} updates; held out {result.accuracy:.3f}", "", place)
+    curve.plot(range(1, len(accuracies) + 1), accuracies, color=COLORS[2])
+    curve.set_ylim(-0.03, 1.03)
+    return to_svg(figure, "samples of the demo before and after DPO, and reward accuracy")
 
 
 # The command line
@@ -195,15 +170,15 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--figure", nargs=2, type=Path, metavar=("SVG", "FOLDER"), help="draw the demo in a folder")
     if chosen := parser.parse_args(arguments).figure:
-        chosen[0].write_text(figure(chosen[1] / "dpo"), encoding="utf-8")
+        chosen[0].write_text(draw(chosen[1] / "dpo"), encoding="utf-8")
         return 0
     base = Path(".cache") / f"demo_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     if code := train(base):
         return code
-    outcome = read_outcome(base / "dpo")
-    print(summary(outcome))
+    result = DemoResult.read(base / "dpo")
+    print(summary(result))
     print(next_steps(base))
-    return 1 if outcome.problems() else 0
+    return 1 if result.problems() else 0
 
 
 def next_steps(base: Path) -> str:

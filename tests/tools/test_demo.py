@@ -16,7 +16,7 @@ from conftest import ROOT
 from faults import command_line, run_code
 
 from dpo.data import film_reviews
-from dpo.reporting.page import CURVES
+from dpo.reporting.page import CURVES, RunFiles
 from dpo.system.devices import computes_bfloat16_natively
 from tools import demo
 
@@ -26,12 +26,12 @@ WARM, COLD = (film_reviews.make_rows("test")[0][side] for side in ("chosen", "re
 # The real settings
 
 
-def train_demo(base: Path, *extra: str) -> demo.Outcome:
+def train_demo(base: Path, *extra: str) -> demo.DemoResult:
     """Run the demo's two stages with its real settings and some more, on one thread; return what they reached."""
     for stage in demo.STAGES:
         done = command_line(base / stage, (*demo.overrides(stage, base), *extra))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return demo.read_outcome(base / "dpo")
+    return demo.DemoResult.read(base / "dpo")
 
 
 def test_the_demo_makes_a_policy_that_writes_whole_warm_reviews(tmp_path, counts, report, monkeypatch):
@@ -39,17 +39,17 @@ def test_the_demo_makes_a_policy_that_writes_whole_warm_reviews(tmp_path, counts
     soak = itertools.product(range(10), ["float32", "bfloat16"] if native else ["float32"])
     for seed, precision in counts([(0, "float32")], soak):
         base = tmp_path / f"{seed}-{precision}"
-        outcome = train_demo(base, f"seed={seed}", f"precision={precision}")
-        numbers = " and ".join(f"{dict(outcome.counts(model))} ({name})" for model, name in demo.MODELS.items())
-        report(f"demo, seed {seed}, {precision}: {numbers}; {outcome.accuracy:.3f}, {outcome.margin:.2f}")
-        assert outcome.problems() == []
-        assert outcome.accuracy >= 0.95
-        records = demo.read_lines(base / "dpo" / "metrics.jsonl")
+        result = train_demo(base, f"seed={seed}", f"precision={precision}")
+        numbers = " and ".join(f"{dict(result.counts(model))} ({name})" for model, name in demo.MODELS.items())
+        report(f"demo, seed {seed}, {precision}: {numbers}; {result.accuracy:.3f}, {result.margin:.2f}")
+        assert result.problems() == []
+        assert result.accuracy >= 0.95
+        records = RunFiles(base / "dpo").metrics
         evaluations = [record["examples"] for record in records if "loss/eval" in record]
         assert evaluations == [0, 512, 1024, 1504, 1984]  # the first updates of 32 at or after each 500; the end
         page = (base / "dpo" / "report.html").read_text(encoding="utf-8")
         assert page.count("<svg") == len(CURVES) + 1  # all are curves, and a chart of the pairs, which are equally long
-        assert 0.35 <= outcome.share("reference", "warm") <= 0.65  # DPO starts from a model that writes both kinds
+        assert 0.35 <= result.share("reference", "warm") <= 0.65  # DPO starts from a model that writes both kinds
     monkeypatch.chdir(ROOT)
     ask, draw = re.findall(r"^  (\S.*)$", demo.next_steps(base), re.MULTILINE)
     python, flag, code = shlex.split(ask)
@@ -68,7 +68,7 @@ def write_run(folder: Path, policy: list[str], reference: list[str]) -> Path:
     """Write the files of a DPO run whose models gave these samples to the same prompts."""
     folder.mkdir(parents=True)
     records = [{"rewards_train/accuracies": 0.0}, {"rewards_train/accuracies": 1.0}]
-    records += [{"rewards_eval/accuracies": 0.995, "rewards_eval/margins": 2.1}]
+    records += [{"loss/eval": 0.1, "rewards_eval/accuracies": 0.995, "rewards_eval/margins": 2.1}]
     samples = [("policy", [COLD] * len(policy)), ("policy", policy), ("reference", reference)]  # the last ones count
     rows = [{"model": m, "prompt": f"p{i}", "sample": s} for m, texts in samples for i, s in enumerate(texts)]
     for name, lines in (("metrics.jsonl", records), ("samples.jsonl", rows)):
@@ -79,19 +79,19 @@ def write_run(folder: Path, policy: list[str], reference: list[str]) -> Path:
 REFERENCE = [WARM] * 9 + [COLD] * 10 + ["film film"]
 RUNS = {  # samples of the policy, how many are warm, cold and broken, and what its failures say
     "a policy that is good": ([WARM] * 17 + [COLD] + ["film"] * 2, [17, 1, 2], []),
-    "a policy with too few warm samples": ([WARM] * 16 + [COLD] * 3 + ["film"], [16, 3, 1], ["80.0% of all"]),
-    "a policy that breaks more": ([WARM] * 17 + ["film"] * 3, [17, 0, 3], ["15.0% broken samples, 5.0% before"]),
-    "a policy that collapsed": (["Film film film!"] * 20, [0, 0, 20], ["0.0% of all", "100.0% broken samples"]),
+    "a policy with too few warm samples": ([WARM] * 16 + [COLD] * 3 + ["film"], [16, 3, 1], ["80.0% are warm"]),
+    "a policy that breaks more": ([WARM] * 17 + ["film"] * 3, [17, 0, 3], ["15.0% broken samples, 5.0% of"]),
+    "a policy that collapsed": (["Film film film!"] * 20, [0, 0, 20], ["0.0% are warm", "100.0% broken samples"]),
 }
 
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_the_summary_counts_broken_samples_as_failures_for(kind, tmp_path):
     policy, numbers, failures = RUNS[kind]
-    outcome = demo.read_outcome(write_run(tmp_path / "dpo", policy, REFERENCE))
-    printed = demo.summary(outcome)
-    assert len(outcome.problems()) == len(failures) == printed.count("FAILED: ")
-    for problem, part in zip(outcome.problems(), failures, strict=True):
+    result = demo.DemoResult.read(write_run(tmp_path / "dpo", policy, REFERENCE))
+    printed = demo.summary(result)
+    assert len(result.problems()) == len(failures) == printed.count("FAILED: ")
+    for problem, part in zip(result.problems(), failures, strict=True):
         assert part in problem and f"FAILED: {problem}" in printed
     assert f"{'SFT model':12}{9:8}{10:8}{1:8}\n" in printed
     assert f"{'DPO policy':12}{''.join(f'{number:8}' for number in numbers)}\n" in printed
@@ -117,21 +117,26 @@ def test_the_demo_exits_with_the_code_of_a_training_that_failed(monkeypatch, tmp
 # The figure
 
 
-def test_the_figure_shows_the_counts_and_the_accuracy_in_bars_that_fill_their_width(tmp_path):
+def texts(path):
+    """Return the texts of an SVG."""
+    return [element.text for element in ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def bars(path):
+    """Return the numbers in the bars: of SFT model and policy, first the warm samples, then cold, then broken ones."""
+    numbers = [int(text) for text in texts(path) if text.isdecimal()][:6]
+    return numbers[::2], numbers[1::2]
+
+
+def test_the_figure_shows_the_counts_and_the_accuracy(tmp_path):
     policy, numbers, _ = RUNS["a policy that breaks more"]
     write_run(tmp_path / "dpo", policy, REFERENCE)
     assert demo.main(["--figure", str(tmp_path / "demo.svg"), str(tmp_path)]) == 0
-    parts = list(ElementTree.parse(tmp_path / "demo.svg").getroot())
-    words = [part.text for part in parts if part.tag.endswith("text")]
-    for name, expected in (("SFT model", [9, 10, 1]), ("DPO policy", numbers)):
-        place = words.index(name)
-        assert words[place + 1 : place + 4] == list(map(str, expected))
-    assert "2 updates; held out 0.995" in words
-    widths = [float(part.get("width")) for part in parts if part.tag.endswith("rect")]
-    assert widths == pytest.approx([260 * n / 20 for n in [9, 10, 1, *numbers]])
+    assert bars(tmp_path / "demo.svg") == ([9, 10, 1], numbers)
+    expected = {"SFT model", "DPO policy", "20 samples", "2 updates; held out 0.995", "Reward accuracy", *demo.VERDICTS}
+    assert expected <= set(texts(tmp_path / "demo.svg"))
 
 
 def test_the_figure_of_the_readme_is_drawn_from_a_run_that_is_good():
-    words = [part.text for part in ElementTree.parse(ROOT / "docs" / "demo.svg").getroot() if part.tag.endswith("text")]
-    warm, cold, broken = (int(number) for number in words[words.index("DPO policy") + 1 :][:3])
+    _, (warm, cold, broken) = bars(ROOT / "docs" / "demo.svg")
     assert warm + cold + broken == 200 and warm >= 200 * demo.MIN_WARM
