@@ -1,10 +1,10 @@
-"""Compares two models: samples from both for the same prompts, which a judge sees in both orders.
+"""Compares two models: samples from both for the same prompts, and lets a judge choose.
 
 python -m tools.compare RUN_A RUN_B --judge COMMAND
 python -m tools.compare RUN_A reference --judge COMMAND       RUN_B is the model that RUN_A started from
 python -m tools.compare RUN_A RUN_B --judge COMMAND --prompts FILE
 
-A judge is a command that reads lines {"prompt", "a", "b"} of JSON and writes A, B or tie for each: tools/judges.py.
+A judge is a command that reads JSON lines {"prompt", "a", "b"} and writes A, B or tie for each: tools/judges.py.
 """
 
 import argparse
@@ -35,17 +35,17 @@ REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """The policy of a run, or without weights the model that the run started from."""
+class Candidate:
+    """The policy of a run or, without weights, the model that the run started from."""
 
     name: str
     settings: "Settings"
     loss: "Loss"
-    weights: Path | None  # a policy.pt
+    weights: Path | None  # policy.pt
 
 
-def find_contestant(path: Path, as_reference: bool = False) -> Contestant:
-    """Return the policy, or the reference, of a run or of its checkpoint RUN/step-N; UserError if there is none."""
+def find_candidate(path: Path, as_reference: bool = False) -> Candidate:
+    """Return the policy or the reference of RUN or RUN/step-N; UserError if it has no weights."""
     from omegaconf import OmegaConf
 
     from dpo.settings.run_config import read_run_config
@@ -53,16 +53,17 @@ def find_contestant(path: Path, as_reference: bool = False) -> Contestant:
     from losses import LOSSES
 
     checkpoint = path if re.fullmatch(r"LATEST|step-\d+", path.name) else path / "LATEST"
-    config, weights = read_run_config(checkpoint.parent), None if as_reference else checkpoint / "policy.pt"
+    config = read_run_config(checkpoint.parent)
+    weights = None if as_reference else checkpoint / "policy.pt"
     if weights is not None and not weights.is_file():
         raise UserError(f"{weights}: there is no such file; give a run that has written a checkpoint")
     if weights is not None and config.get("lora") is None:
-        OmegaConf.update(config, "model.archive", str(weights))  # what the run started from is needed no more
-    config.trackers = []  # which may be installed where the run was trained alone
+        OmegaConf.update(config, "model.archive", str(weights))  # load these weights instead of the initial ones
+    config.trackers = []  # they may not be installed here
     defaults = default_values(CONFIG, config.loss.name, resumed=True)
     settings, loss = validate({k: v for k, v in flatten(config).items() if k not in REMOVED}, defaults, LOSSES)
     name = f"{REFERENCE} of {settings.exp_name}" if as_reference else settings.exp_name
-    return Contestant(name, settings, loss, weights)
+    return Candidate(name, settings, loss, weights)
 
 
 # Prompts
@@ -70,43 +71,42 @@ def find_contestant(path: Path, as_reference: bool = False) -> Contestant:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts as one run's tokenizer writes them, and the ids besides eos at which a text ends."""
+    """Tokenized prompts of one candidate; stops are the ids besides eos at which a text ends."""
 
     examples: "list[TokenizedExample]"
     tokenizer: "PreTrainedTokenizerBase"
     stops: list[int]
 
-    def shown(self) -> list[Any]:
-        """Return the prompts as a judge sees them: texts, or messages where a chat template renders them."""
-        return [shown_prompt(example.text) for example in self.examples]
+    def for_judge(self) -> list[Any]:
+        """Return the prompts as a judge sees them: texts, or messages if a chat template renders them."""
+        return [prompt_for_judge(example.text) for example in self.examples]
 
 
-def shown_prompt(text: "TextExample") -> Any:
-    """Return a prompt as a text, or as the messages that a chat template rendered."""
+def prompt_for_judge(text: "TextExample") -> Any:
     from dpo.data.chat import Conversation
 
     rendered = text.truncation
     return json.loads(rendered.prompt) if isinstance(rendered, Conversation) else text.prompt
 
 
-def prompts_of_run(contestant: Contestant, n: int | None) -> Prompts:
-    """Return the first n distinct prompts that a run evaluates on."""
+def prompts_of_run(candidate: Candidate, n: int | None) -> Prompts:
+    """Return the first n distinct prompts of a run's evaluation data."""
     from build import load_inputs
     from dpo.model.sampling import distinct_prompts
 
-    inputs = load_inputs(contestant.settings, contestant.loss)
+    inputs = load_inputs(candidate.settings, candidate.loss)
     examples = distinct_prompts(inputs.eval_batches, n or inputs.eval_batches.n_items)
     return Prompts(examples, inputs.tokenizer, inputs.stops)
 
 
-def prompts_of_file(path: Path, contestant: Contestant, n: int | None) -> Prompts:
-    """Return the first n prompts of a file of lines {"prompt": text or messages}, as a run writes and cuts them."""
+def prompts_of_file(path: Path, candidate: Candidate, n: int | None) -> Prompts:
+    """Return the first n prompts of a file, with a run's chat template and length limits."""
     from dpo.data.chat import Rendering
     from dpo.data.examples import Tokenization
     from dpo.data.jsonl import read_jsonl
     from dpo.model.loading import load_model_config
 
-    settings = contestant.settings
+    settings = candidate.settings
     config, tokenizer = load_model_config(settings.model)
     lengths, vocab_size = (settings.max_length, settings.max_prompt_length), config.get_text_config().vocab_size
     tokenize = Tokenization(tokenizer, *lengths, settings.model.add_bos, vocab_size)
@@ -116,12 +116,12 @@ def prompts_of_file(path: Path, contestant: Contestant, n: int | None) -> Prompt
         raise UserError(f"{path}: holds no prompt")
     examples = tokenize(texts)
     if n_truncated := sum(bool(example.truncated) for example in examples):
-        log_message(f"{path}: {n_truncated} of {len(texts)} prompts are truncated for {contestant.name}.")
+        log_message(f"{path}: {n_truncated} of {len(texts)} prompts are truncated for {candidate.name}.")
     return Prompts(examples, tokenizer, rendering.template.stops() if rendering.template else [])
 
 
 def read_prompt(row: Any, rendering: "Rendering", number: int, source: str) -> "TextExample":
-    """Return the prompt of a file's row, in an example whose response means nothing; UserError that names the row."""
+    """Return the prompt of a file's row, in an example with a placeholder as response; UserError names the row."""
     from dpo.data.preferences import checked_text
     from dpo.data.rows import Row, as_messages
 
@@ -137,39 +137,40 @@ def read_prompt(row: Any, rendering: "Rendering", number: int, source: str) -> "
         raise UserError(f"{source}, row {number}: {error}") from None
 
 
-def same_prompts(contestants: Sequence[Contestant], file: Path | None, n: int | None) -> list[Prompts]:
-    """Return the prompts of a file, or those that both runs evaluate on, for each; UserError if these differ."""
+def same_prompts(a: Candidate, b: Candidate, file: Path | None, n: int | None) -> tuple[Prompts, Prompts]:
+    """Return the same prompts for both candidates, of a file or of their evaluation data; UserError if these differ."""
     if file is not None:
-        return [prompts_of_file(file, contestant, n) for contestant in contestants]
-    found = [prompts_of_run(contestants[0], n)]
-    found.append(prompts_of_run(contestants[1], n) if contestants[1].weights is not None else found[0])
-    n = min(len(prompts.examples) for prompts in found)
-    found = [replace(prompts, examples=prompts.examples[:n]) for prompts in found]
-    if found[0].shown() != found[1].shown():
+        return prompts_of_file(file, a, n), prompts_of_file(file, b, n)
+    of_a = prompts_of_run(a, n)
+    of_b = of_a if b.weights is None else prompts_of_run(b, n)
+    n = min(len(of_a.examples), len(of_b.examples))
+    of_a = replace(of_a, examples=of_a.examples[:n])
+    of_b = replace(of_b, examples=of_b.examples[:n])
+    if of_a.for_judge() != of_b.for_judge():
         raise UserError("the two runs evaluate on different prompts; give --prompts FILE")
-    return found
+    return of_a, of_b
 
 
 # Samples
 
 
-def load_model(contestant: Contestant, device: "torch.device") -> "PreTrainedModel":
-    """Load a policy or a reference, with its adapter if it has one."""
+def load_model(candidate: Candidate, device: "torch.device") -> "PreTrainedModel":
+    """Load a candidate, with its adapter if it has one."""
     from dpo.model.archives import load_archive
     from dpo.model.loading import load_model_config, load_policy
     from dpo.runs.weights import add_adapter
 
-    settings = contestant.settings
+    settings = candidate.settings
     model = load_policy(settings, load_model_config(settings.model)[0], device)
     if settings.lora is not None:
-        adapter = add_adapter(model, settings)  # with which the model is the reference still
-        if contestant.weights is not None:
-            path = str(contestant.weights)
+        adapter = add_adapter(model, settings)  # a new adapter changes nothing: the model is the reference
+        if candidate.weights is not None:
+            path = str(candidate.weights)
             adapter.load_state_dict(load_archive(path), path)
     return model
 
 
-def sample(contestant: Contestant, prompts: Prompts, like: "Settings") -> list[str]:
+def sample(candidate: Candidate, prompts: Prompts, like: "Settings") -> list[str]:
     """Return a text per prompt, sampled with the temperature, limits and seed of some settings."""
     import torch
 
@@ -178,27 +179,26 @@ def sample(contestant: Contestant, prompts: Prompts, like: "Settings") -> list[s
     from dpo.system.devices import compute_dtype, limit_onednn_cache, pick_device
 
     limit_onednn_cache()
-    settings = contestant.settings
+    settings = candidate.settings
     device = pick_device(settings.device)
     dtype = compute_dtype(settings.compute_precision, getattr(torch, settings.model.policy_dtype), device)
-    model = load_model(contestant, device)
+    model = load_model(candidate, device)
     set_quantized_dtype(model, dtype)
     sampler = replace(Sampler.of(like, prompts.tokenizer, device, dtype), stops=prompts.stops)
-    return sampler.generate(model, prompts.examples, f"sampling {contestant.name}")
+    return sampler.generate(model, prompts.examples, f"sampling {candidate.name}")
 
 
 # The command line
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run_a", type=Path, metavar="RUN_A", help="a run directory, or RUN/step-N")
     parser.add_argument("run_b", type=Path, metavar="RUN_B", help=f"another one, or {REFERENCE}")
     parser.add_argument("--judge", required=True, metavar="COMMAND", help="a command that answers A, B or tie")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help='lines {"prompt": text or messages} of JSON')
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help='JSON lines {"prompt": text or messages}')
     parser.add_argument("--n", type=int, metavar="N", help="compare on the first N prompts")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write prompts, texts and answers as JSON lines")
     options = parser.parse_args(arguments)
@@ -212,18 +212,19 @@ def compare(options: argparse.Namespace) -> Comparison:
     from utils import register_resolvers
 
     register_resolvers()
-    is_reference = str(options.run_b) == REFERENCE
-    other = find_contestant(options.run_a if is_reference else options.run_b, is_reference)
-    contestants = (find_contestant(options.run_a), other)
-    prompts = same_prompts(contestants, options.prompts, options.n)
-    like = contestants[0].settings
-    a, b = (sample(contestant, own, like) for contestant, own in zip(contestants, prompts, strict=True))
-    log_message(f"A: {contestants[0].name}\nB: {contestants[1].name}")
-    return Comparison.judged(options.judge, prompts[0].shown(), a, b)
+    a = find_candidate(options.run_a)
+    if str(options.run_b) == REFERENCE:
+        b = find_candidate(options.run_a, as_reference=True)
+    else:
+        b = find_candidate(options.run_b)
+    prompts_of_a, prompts_of_b = same_prompts(a, b, options.prompts, options.n)
+    texts_of_a = sample(a, prompts_of_a, a.settings)
+    texts_of_b = sample(b, prompts_of_b, a.settings)
+    log_message(f"A: {a.name}\nB: {b.name}")
+    return Comparison.judged(options.judge, prompts_of_a.for_judge(), texts_of_a, texts_of_b)
 
 
 def main() -> None:
-    """Run the command line."""
     guard_streams()
     options = parse_arguments()
     comparison = compare(options)

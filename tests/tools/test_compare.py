@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from dpo.reporting.comparison import Comparison, ask_judge
 from dpo.system.errors import UserError
 from tools import judges
-from tools.compare import compare, find_contestant, load_model, parse_arguments, prompts_of_file, same_prompts
+from tools.compare import compare, find_candidate, load_model, parse_arguments, prompts_of_file, same_prompts
 
 SHORT = ("n_examples=8", "n_eval_examples=8", "eval_batch_size=8", "do_first_eval=false", "max_length=100", "lr=1e-2")
 HEAD = "import sys, json\nrows = [json.loads(line) for line in sys.stdin]\n"
@@ -43,14 +43,14 @@ def trained(make_trainer):
 # Whose weights
 
 
-def weights(contestant):
-    return load_model(contestant, torch.device("cpu")).state_dict()
+def weights(candidate):
+    return load_model(candidate, torch.device("cpu")).state_dict()
 
 
 @pytest.mark.parametrize("lora", [(), ("lora=default",)], ids=["all weights", "adapter"])
 def test_the_policy_has_the_trained_weights_and_the_reference_those_of_the_start(lora, trained):
     run = trained("loss=dpo", *lora)
-    policy, reference = find_contestant(run), find_contestant(run, as_reference=True)
+    policy, reference = find_candidate(run), find_candidate(run, as_reference=True)
     assert (policy.name, reference.name) == ("dpo_tiny-gpt2", "reference of dpo_tiny-gpt2")
     found, start = weights(policy), weights(reference)
     saved = torch.load(run / "LATEST" / "policy.pt")["state"]
@@ -67,19 +67,19 @@ def test_a_policy_needs_no_more_what_its_run_started_from(trained, tmp_path):
     first = trained("loss=sft")
     second = trained("loss=dpo", f"model.archive='{first / 'LATEST' / 'policy.pt'}'")
     first.rename(tmp_path / "moved")
-    assert find_contestant(second).weights == second / "LATEST" / "policy.pt"
+    assert find_candidate(second).weights == second / "LATEST" / "policy.pt"
     with pytest.raises(UserError, match="model.archive=.*: no such file"):
-        find_contestant(second, as_reference=True)
+        find_candidate(second, as_reference=True)
 
 
 def test_a_checkpoint_of_a_run_can_be_named_and_a_run_without_one_is_refused(trained, tmp_path):
     run = trained("loss=dpo")
     for name in ("step-8", "LATEST"):
-        assert find_contestant(run / name).weights == run / name / "policy.pt"
+        assert find_candidate(run / name).weights == run / name / "policy.pt"
     with pytest.raises(UserError, match=r"step-9/policy.pt: there is no such file; give a run that has written"):
-        find_contestant(run / "step-9")
+        find_candidate(run / "step-9")
     with pytest.raises(UserError, match="not a run directory"):
-        find_contestant(tmp_path)
+        find_candidate(tmp_path)
 
 
 def test_no_tracker_of_the_run_is_needed(trained, monkeypatch):
@@ -87,7 +87,7 @@ def test_no_tracker_of_the_run_is_needed(trained, monkeypatch):
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("- wandb\n", "- trackio\n"))
     monkeypatch.setattr("dpo.settings.constraints.is_installed", lambda library: library != "trackio")
-    assert "- trackio\n" in (run / "config.yaml").read_text() and find_contestant(run).settings.trackers == []
+    assert "- trackio\n" in (run / "config.yaml").read_text() and find_candidate(run).settings.trackers == []
 
 
 # Prompts
@@ -95,11 +95,11 @@ def test_no_tracker_of_the_run_is_needed(trained, monkeypatch):
 
 def test_two_runs_on_the_same_pairs_have_the_same_prompts_each_in_its_own_tokens(trained):
     runs = [trained("loss=sft"), trained("loss=dpo", "max_prompt_length=40", "max_length=60")]
-    contestants = [find_contestant(run) for run in runs]
-    one, other = same_prompts(contestants, None, None)
-    assert one.shown() == other.shown() and len(set(one.shown())) == len(one.examples) > 4
+    candidates = [find_candidate(run) for run in runs]
+    one, other = same_prompts(*candidates, None, None)
+    assert one.for_judge() == other.for_judge() and len(set(one.for_judge())) == len(one.examples) > 4
     assert max(len(example.prompt) for example in other.examples) < max(len(example.prompt) for example in one.examples)
-    assert [len(found.examples) for found in same_prompts(contestants, None, 3)] == [3, 3]
+    assert [len(found.examples) for found in same_prompts(*candidates, None, 3)] == [3, 3]
 
 
 def test_runs_on_other_pairs_need_a_file_of_prompts(trained, tmp_path):
@@ -107,21 +107,21 @@ def test_runs_on_other_pairs_need_a_file_of_prompts(trained, tmp_path):
         row = {"prompt": "\n\nHuman: Hi.\n\nAssistant:", "chosen": " a", "rejected": " b"}
         (tmp_path / f"{split}.jsonl").write_text(f"{json.dumps(row)}\n" * 8)
     runs = [trained("loss=dpo"), trained("loss=dpo", f"datasets=['{tmp_path}']")]
-    contestants = [find_contestant(run) for run in runs]
+    candidates = [find_candidate(run) for run in runs]
     with pytest.raises(UserError, match="the two runs evaluate on different prompts; give --prompts FILE"):
-        same_prompts(contestants, None, None)
-    one, other = same_prompts(contestants, tmp_path / "test.jsonl", None)
-    assert one.shown() == other.shown() == [row["prompt"]] * 8
+        same_prompts(*candidates, None, None)
+    one, other = same_prompts(*candidates, tmp_path / "test.jsonl", None)
+    assert one.for_judge() == other.for_judge() == [row["prompt"]] * 8
 
 
 def test_a_file_holds_texts_or_messages_which_the_chat_template_renders(trained, tmp_path):
-    contestant = find_contestant(trained("loss=dpo"))
+    candidate = find_candidate(trained("loss=dpo"))
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "Name a river."}\n\n{"prompt": "Name a lake.", "chosen": " x"}\n')
-    found = prompts_of_file(path, contestant, None)
+    found = prompts_of_file(path, candidate, None)
     decoded = [found.tokenizer.decode(example.prompt) for example in found.examples]
-    assert decoded == found.shown() == ["Name a river.", "Name a lake."] and found.stops == []
-    assert prompts_of_file(path, contestant, 1).shown() == ["Name a river."]
+    assert decoded == found.for_judge() == ["Name a river.", "Name a lake."] and found.stops == []
+    assert prompts_of_file(path, candidate, 1).for_judge() == ["Name a river."]
 
 
 @pytest.mark.parametrize(
@@ -135,18 +135,18 @@ def test_a_file_holds_texts_or_messages_which_the_chat_template_renders(trained,
     ],
 )
 def test_a_row_that_is_no_prompt_is_refused_by_its_number(line, reason, trained, tmp_path):
-    contestant = find_contestant(trained("loss=dpo"))
+    candidate = find_candidate(trained("loss=dpo"))
     (tmp_path / "prompts.jsonl").write_text(f"{line}\n")
     with pytest.raises(UserError, match=re.escape(reason)):
-        prompts_of_file(tmp_path / "prompts.jsonl", contestant, None)
+        prompts_of_file(tmp_path / "prompts.jsonl", candidate, None)
 
 
 def test_prompts_that_are_truncated_are_counted(trained, tmp_path, capsys):
-    contestant = find_contestant(trained("loss=dpo"))
+    candidate = find_candidate(trained("loss=dpo"))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi"}\n' + json.dumps({"prompt": "a b c " * 100}) + "\n")
-    found = prompts_of_file(tmp_path / "prompts.jsonl", contestant, None)
+    found = prompts_of_file(tmp_path / "prompts.jsonl", candidate, None)
     assert "1 of 2 prompts are truncated for dpo_tiny-gpt2." in capsys.readouterr().out
-    assert len(found.examples[1].prompt) == contestant.settings.max_prompt_length
+    assert len(found.examples[1].prompt) == candidate.settings.max_prompt_length
 
 
 # The judge
@@ -184,7 +184,7 @@ def test_texts_of_any_kind_reach_the_judge_as_they_are():
         ("no-such-command-anywhere", "cannot be started"),
         ("", "cannot be started"),
         (judge_command("sys.exit(3)"), "failed with exit code 3"),
-        (judge_command("'A\\nB'"), "gave 2 answers to 1 lines"),
+        (judge_command("'A\\nB'"), "gave 2 answers to 1 questions"),
         (judge_command("'C'"), "line 1 of its answers is 'C', not A, B or tie"),
     ],
 )
