@@ -103,7 +103,7 @@ class DemoResult:
         if warm < MIN_WARM:
             problems.append(f"Of the policy's samples {warm:.1%} are warm; a good policy has {MIN_WARM:.0%} or more.")
         if after > before + MAX_MORE_BROKEN:
-            problems.append(f"The policy writes worse than before: {after:.1%} broken samples, {before:.1%} before.")
+            problems.append(f"The policy has more broken samples than the SFT model: {after:.1%}, {before:.1%} before.")
         return problems
 
 

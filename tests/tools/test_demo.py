@@ -80,8 +80,12 @@ REFERENCE = [WARM] * 9 + [COLD] * 10 + ["film film"]
 RUNS = {  # samples of the policy, how many are warm, cold and broken, and what its failures say
     "a policy that is good": ([WARM] * 17 + [COLD] + ["film"] * 2, [17, 1, 2], []),
     "a policy with too few warm samples": ([WARM] * 16 + [COLD] * 3 + ["film"], [16, 3, 1], ["80.0% are warm"]),
-    "a policy that breaks more": ([WARM] * 17 + ["film"] * 3, [17, 0, 3], ["15.0% broken samples, 5.0% of"]),
-    "a policy that collapsed": (["Film film film!"] * 20, [0, 0, 20], ["0.0% are warm", "100.0% broken samples"]),
+    "a policy that breaks more": (
+        [WARM] * 17 + ["film"] * 3,
+        [17, 0, 3],
+        ["broken samples than the SFT model: 15.0%"],
+    ),
+    "a policy that collapsed": (["Film film film!"] * 20, [0, 0, 20], ["0.0% are warm", "100.0%, 5.0% before"]),
 }
 
 
