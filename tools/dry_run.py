@@ -72,10 +72,10 @@ def memory_of_processes(settings: Settings, loss: Loss, inputs: Inputs) -> str:
     needed, available, place = estimate.of(longest), total_memory(device), "the memory of a GPU here"
     if device.type != "cuda":
         available, place = available // n, "its share of the memory here"
+    verdict = "fits" if needed <= available else "does not fit"
     return (
-        f"Peak memory, estimated: {needed / 1e9:.2f} GB on each of {n} processes: {estimate.fixed / 1e9:.2f} GB for "
-        f"weights, gradients, optimizer state and reference, the rest for a pass of {longest:,} tokens. That "
-        f"{'fits' if needed <= available else 'does not fit'} into {available / 1e9:.1f} GB, {place}."
+        f"Peak memory, estimated: {needed / 1e9:.2f} GB on each of {n} processes, {estimate.fixed / 1e9:.2f} GB of it "
+        f"without activations, in a pass of {longest:,} tokens. That {verdict} into {available / 1e9:.1f} GB, {place}."
     )
 
 

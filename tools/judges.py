@@ -1,10 +1,10 @@
-"""Judges for tools/compare.py: each reads lines {"prompt", "a", "b"} of JSON and writes A, B or tie for each.
+"""Judges for tools/compare.py: each reads JSON lines {"prompt", "a", "b"} and writes A, B or tie for each.
 
-python -m tools.judges demo                               the demo's own: warm beats cold, and cold beats broken
+python -m tools.judges demo                               for the demo: warm beats cold, and cold beats broken
 python -m tools.judges openai --url URL --model NAME      a chat model behind an OpenAI-compatible endpoint
 python -m tools.judges reward --model NAME                a reward model of transformers, with one score per text
 
-A prompt is a text, or a list of messages. The key of an endpoint that needs one is read from OPENAI_API_KEY.
+A prompt is a text or a list of messages. An endpoint that needs a key gets OPENAI_API_KEY.
 """
 
 import argparse
@@ -30,12 +30,12 @@ INSTRUCTION = (
     "Two answers to the same prompt follow. Decide which of them helps the user more and is more correct; do not prefer"
     " an answer for its length or its place. End your reply with one word: A, B or tie."
 )
-ATTEMPTS, PAUSE = 4, 2.0  # requests until one is given up, and seconds before the second, which double each time
+ATTEMPTS = 4  # for a request that fails
+PAUSE = 2.0  # seconds before the second attempt, doubled for each further one
 AT_ONCE = 8  # requests
 
 
 def larger(a: float, b: float) -> str:
-    """Return the answer for two scores, of which the larger one is the better."""
     return "tie" if a == b else "A" if a > b else "B"
 
 
@@ -43,7 +43,6 @@ def larger(a: float, b: float) -> str:
 
 
 def demo_judge(question: Question) -> str:
-    """Return which of two film reviews the demo's judge prefers."""
     from dpo.data.film_reviews import judge
 
     rank = ("broken", "cold", "warm")
@@ -63,21 +62,21 @@ class ChatJudge:
     pause: float = PAUSE
 
     def __call__(self, question: Question) -> str:
-        """Return the last word of the model's reply; one that is not an answer is reported and counts as a tie."""
+        """Return the last word of the model's reply; a reply without an answer is printed and counts as a tie."""
         prompt = question["prompt"]
         if not isinstance(prompt, str):
             prompt = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
         parts = {"Prompt": prompt, "Answer A": question["a"], "Answer B": question["b"]}
         text = "\n\n".join(f"<{name}>\n{part}\n</{name}>" for name, part in parts.items())
         reply = self.request([{"role": "user", "content": f"{INSTRUCTION}\n\n{text}"}])
-        word = re.findall(r"[A-Za-z]+", reply)[-1:]
-        if word[:1] in (["A"], ["B"]) or [w.lower() for w in word] == ["tie"]:
-            return word[0]
+        words = re.findall(r"[A-Za-z]+", reply)
+        if words and (words[-1] in ("A", "B") or words[-1].lower() == "tie"):
+            return words[-1]
         print(f"judge: the reply ends with no answer, which counts as a tie: {reply[-80:]!r}", file=sys.stderr)
         return "tie"
 
     def request(self, messages: list[dict[str, str]]) -> str:
-        """Return the model's reply; UserError after several failures, or at once if the request is refused."""
+        """Return the model's reply; UserError after ATTEMPTS failures, or at once if the server refuses the request."""
         body = json.dumps({"model": self.model, "messages": messages, "temperature": 0}).encode()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
@@ -97,7 +96,7 @@ class ChatJudge:
 
 
 def reward_judge(name: str, device: str) -> Callable[[Question], str]:
-    """Return a judge that prefers the text with the higher score of a reward model; UserError if it has several."""
+    """Return a judge that prefers the higher score of a reward model; UserError if the model gives several scores."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -110,7 +109,7 @@ def reward_judge(name: str, device: str) -> Callable[[Question], str]:
 
     @cache  # tools/compare.py asks about each text twice
     def score(prompt: str, answer: str) -> float:
-        """Return the score of an answer; prompt is JSON."""
+        """Score an answer; prompt is JSON."""
         turns = json.loads(prompt)
         if tokenizer.chat_template:
             turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
@@ -134,20 +133,19 @@ def reward_judge(name: str, device: str) -> Callable[[Question], str]:
 
 
 def make_judge(options: argparse.Namespace) -> tuple[Callable[[Question], str], int]:
-    """Return the judge that the command line names, and how many questions it takes at once."""
+    """Return the judge, and how many questions it is asked at once."""
     if options.kind == "openai":
         return ChatJudge(options.url, options.model, os.environ.get("OPENAI_API_KEY")), AT_ONCE
     return (demo_judge if options.kind == "demo" else reward_judge(options.model, options.device)), 1
 
 
 def answer_all(judge: Callable[[Question], str], lines: Iterable[str], at_once: int) -> Iterable[str]:
-    """Yield the judge's answer to each line, in their order."""
+    """Yield the answers to JSON lines in their order."""
     with ThreadPoolExecutor(at_once) as pool:
         yield from pool.map(judge, map(json.loads, lines))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.judges", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -163,7 +161,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main() -> None:
-    """Answer the questions on stdin."""
     guard_streams()
     judge, at_once = make_judge(parse_arguments())
     for answer in answer_all(judge, sys.stdin, at_once):

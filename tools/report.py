@@ -1,24 +1,19 @@
-"""Runs as one HTML page, and the evaluation pairs that are likely mislabelled.
+"""Writes a report of runs as an HTML page, or lists evaluation pairs with likely wrong labels.
 
-python -m tools.report RUN                write RUN/report.html, which a run also does by itself at each evaluation
-python -m tools.report RUN1 RUN2 …        write report.html here, with the runs laid over each other
-python -m tools.report RUN --suspects     list the pairs whose reward margin stayed negative, the worst first
+python -m tools.report RUN                write RUN/report.html, as the run itself does at each evaluation
+python -m tools.report RUN1 RUN2 …        write report.html here, with the curves of all runs in the same charts
+python -m tools.report RUN --suspects     list the pairs whose reward margin stayed negative, the lowest first
 """
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dpo.reporting.page import run_files, suspects, write_report
 from dpo.system.console import log_message
 from dpo.system.errors import UserError, exit_on_error
 
-if TYPE_CHECKING:
-    pass
-
 
 def main() -> None:
-    """Write a report, or list suspects."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What an evaluation shows beyond its means: displacement, length, divergence from the reference."""
+"""Metrics of a whole evaluation: displacement, length, divergence from the reference. docs/report.md explains each."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,13 +24,13 @@ from dpo.training.objectives import by_label
 from dpo.training.references import Reference
 
 QUANTILES = (5, 25, 50, 75, 95)  # percent
-# Displacement is out of the ordinary beyond both; docs/report.md has the measurements from which they were chosen.
+# Advice is given where both are exceeded; docs/report.md has the measurements from which they were chosen.
 DISPLACED_SHARE = 0.6  # of the pairs
-FALL_PER_TOKEN = 0.2  # nats by which a token of a chosen response is less likely than under the reference, in the mean
+FALL_PER_TOKEN = 0.2  # mean loss of a chosen response's tokens against the reference, in nats
 
 
 def log_ratios(policy: Logps, reference: Logps | None) -> dict[str, Tensor]:
-    """Return log pi(y) - log ref(y) of the chosen and the rejected responses, (batch,) each, in nats per response."""
+    """Return log pi(y) - log ref(y), (batch,) each for chosen and rejected, in nats per response; {} without pairs."""
     if reference is None or policy.sums.shape[1] != 2:
         return {}
     chosen, rejected = (policy.sums.detach() - reference.sums).unbind(1)
@@ -38,9 +38,9 @@ def log_ratios(policy: Logps, reference: Logps | None) -> dict[str, Tensor]:
 
 
 def lengths(batch: PackedBatch) -> dict[str, Tensor]:
-    """Return the tokens of the chosen and the rejected responses, (batch,) each; SFT's targets count as chosen.
+    """Return the numbers of tokens of chosen and rejected responses, (batch,) each; a target of SFT counts as chosen.
 
-    Of single responses with a label, those of the desirable and of the undesirable ones.
+    For single responses with a label, return those of desirable and undesirable responses.
     """
     columns = batch.lengths.float().unbind(1)
     if batch.examples[0].text.label is not None:
@@ -49,51 +49,61 @@ def lengths(batch: PackedBatch) -> dict[str, Tensor]:
 
 
 def diagnose(metrics: BatchMetrics) -> dict[str, float]:
-    """Return figures of an evaluation's pairs, docs/report.md explains each; none where there are no pairs."""
+    """Return the metrics of an evaluation of pairs; {} without pairs."""
     columns = {name: metrics.column(name).double().cpu().numpy() for name in metrics.values}
     if "rewards/margins" not in columns:
         return {}
     margins = columns["rewards/margins"]
     longer = columns["lengths/chosen"] - columns["lengths/rejected"]
     low, high = wilson_interval(int(columns["rewards/accuracies"].sum()), len(margins))
-    found = {"accuracy_low": low, "accuracy_high": high, "calibration_error": calibration_error(margins)}
-    found |= {f"margin_p{q}": float(np.percentile(margins, q)) for q in QUANTILES}
-    found["length_correlation"] = correlation(margins, longer)
+    figures = {"accuracy_low": low, "accuracy_high": high, "calibration_error": calibration_error(margins)}
+    figures |= {f"margin_p{q}": float(np.percentile(margins, q)) for q in QUANTILES}
+    figures["length_correlation"] = correlation(margins, longer)
     if "log_ratios/chosen" in columns:
-        found |= displacement(columns, metrics.examples)
-    return {f"diagnosis/{name}": value for name, value in found.items() if not math.isnan(value)}
+        figures |= displacement(columns, metrics.examples)
+    return named(figures)
+
+
+def named(figures: Mapping[str, float]) -> dict[str, float]:
+    """Return figures under their names in records, without those that are not defined."""
+    return {f"diagnosis/{name}": value for name, value in figures.items() if not math.isnan(value)}
 
 
 def displacement(columns: Mapping[str, np.ndarray], examples: Sequence[TokenizedExample]) -> dict[str, float]:
-    """Return how far the chosen responses became less likely than under the reference; arXiv 2410.08847.
+    """Measure how far the chosen responses became less likely than under the reference; arXiv 2410.08847.
 
-    The share of such pairs is also given for pairs with and without a truncated text, and for the half with the more
-    and the half with the less similar responses. NaN stands for a share of no pairs.
+    The share of such pairs is given for all pairs, for those with and without a truncated text, and for the halves with
+    more and with less similar responses. The share of no pairs is NaN.
     """
     displaced = columns["log_ratios/chosen"] < 0
     truncated = np.array([bool(example.truncated) for example in examples])
     distances = np.array([edit_distance(*example.responses) for example in examples])
     similar = distances <= np.median(distances)
-    groups = {"": truncated | True, "_truncated": truncated, "_whole": ~truncated}
-    groups |= {"_similar": similar, "_different": ~similar}
-    found = {
-        f"displaced{name}": float(displaced[group].mean()) if group.any() else math.nan
-        for name, group in groups.items()
+    groups = {
+        "displaced": np.ones_like(displaced),
+        "displaced_truncated": truncated,
+        "displaced_whole": ~truncated,
+        "displaced_similar": similar,
+        "displaced_different": ~similar,
     }
+    figures = {}
+    for name, group in groups.items():
+        figures[name] = float(displaced[group].mean()) if group.any() else math.nan
     for side in ("chosen", "rejected"):
-        per_token = columns[f"log_ratios/{side}"].sum() / columns[f"lengths/{side}"].sum()
-        found[f"{side}_log_ratio_per_token"] = float(per_token)
-    return found
+        total = columns[f"log_ratios/{side}"].sum()
+        figures[f"{side}_log_ratio_per_token"] = float(total / columns[f"lengths/{side}"].sum())
+    return figures
 
 
 def displacement_advice(metrics: Mapping[str, float]) -> str | None:
-    """Return a line with a remedy where chosen responses fell out of the ordinary, by the figures of an evaluation."""
-    share, fall = metrics.get("diagnosis/displaced", 0.0), -metrics.get("diagnosis/chosen_log_ratio_per_token", 0.0)
+    """Return a line of advice if the chosen responses of an evaluation fell further than usual."""
+    share = metrics.get("diagnosis/displaced", 0.0)
+    fall = -metrics.get("diagnosis/chosen_log_ratio_per_token", 0.0)
     if share < DISPLACED_SHARE or fall < FALL_PER_TOKEN:
         return None
     return (
         f"{share:.0%} of the chosen responses are less likely than under the reference, by {fall:.2g} nats per token, "
-        "which is more than DPO's usual fall: try loss=dpop, loss.nll_weight=1 or a lower lr"
+        "which is more than usual for DPO: try loss=dpop, loss.nll_weight=1 or a lower lr"
     )
 
 
@@ -104,9 +114,9 @@ def diagnose_samples(
     reference: Reference | None,
     split_batch: BatchSplitter,
 ) -> dict[str, float]:
-    """Return figures of what the policy sampled ("policy"): entropy, length, and divergence from the reference.
+    """Return the metrics of samples: entropy, length, and divergence from the reference.
 
-    samples["reference"] holds what the reference sampled for the same prompts, where there is a reference.
+    samples are those of "policy" and, if there is one, of "reference" for the same prompts.
     """
     metrics = BatchMetrics()
     for batch, scale, _ in split_batch(samples["policy"]):
@@ -118,12 +128,14 @@ def diagnose_samples(
             metrics.add(batch.examples, values)
     metrics = metrics.gathered(split_batch.ranks)
     columns = {name: metrics.column(name).double().numpy() for name in metrics.values}
-    found = {"sample_length": float(columns["lengths"].mean())}
-    found |= mean_per_token("entropy_per_token", -columns["policy"], columns["lengths"])
+    figures = {"sample_length": float(columns["lengths"].mean())}
+    figures |= mean_per_token("entropy_per_token", -columns["policy"], columns["lengths"])
     if "reference" in columns:
         ratios = columns["policy"] - columns["reference"]
-        found |= mean("kl", ratios) | mean_per_token("kl_per_token", ratios, columns["lengths"])
+        figures |= mean("kl", ratios)
+        figures |= mean_per_token("kl_per_token", ratios, columns["lengths"])
     if "reference" in samples:
-        own, other = (np.array([len(s.responses[0]) for s in samples[name]]) for name in ("policy", "reference"))
-        found |= mean("sample_length_difference", own - other)
-    return {f"diagnosis/{name}": value for name, value in found.items() if not math.isnan(value)}
+        lengths_of_policy = np.array([len(sample.responses[0]) for sample in samples["policy"]])
+        lengths_of_reference = np.array([len(sample.responses[0]) for sample in samples["reference"]])
+        figures |= mean("sample_length_difference", lengths_of_policy - lengths_of_reference)
+    return named(figures)

@@ -1,4 +1,4 @@
-"""Statistics of an evaluation: means with their standard errors, intervals, correlation, calibration, distances."""
+"""Statistics of an evaluation: means with standard errors, intervals, correlation, calibration, edit distance."""
 
 import math
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ Z = 1.96  # standard errors on each side of a 95% interval
 
 
 def mean(name: str, values: np.ndarray) -> dict[str, float]:
-    """Return the mean of values, (n,), and its standard error, NaN of a single value."""
+    """Return the mean of values, (n,), and its standard error, which is NaN for a single value."""
     error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
     return {name: float(values.mean()), f"{name}_stderr": error}
 
 
 def mean_per_token(name: str, sums: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
-    """Return the mean over all tokens of responses' sums, (n,), and its standard error.
+    """Return the mean over all tokens, and its standard error, given sums over responses, (n,), and their lengths.
 
-    It is a ratio of two means, whose error is that of its residuals (Cochran, Sampling Techniques, 1977, eq. 6.13).
+    The mean is a ratio of two means; its error comes from the residuals (Cochran, Sampling Techniques, 1977, eq. 6.13).
     """
     per_token = sums.sum() / lengths.sum()
     residuals = mean(name, (sums - per_token * lengths) / lengths.mean())
@@ -26,36 +26,39 @@ def mean_per_token(name: str, sums: np.ndarray, lengths: np.ndarray) -> dict[str
 
 
 def wilson_interval(hits: float, n: int) -> tuple[float, float]:
-    """Return the 95% interval of a share, by Wilson's score (1927), which stays between 0 and 1."""
-    center, spread = (hits + Z**2 / 2) / (n + Z**2), Z * math.sqrt(hits * (n - hits) / n + Z**2 / 4) / (n + Z**2)
+    """Return the 95% interval of a share, between 0 and 1: Wilson's score interval (1927)."""
+    center = (hits + Z**2 / 2) / (n + Z**2)
+    spread = Z * math.sqrt(hits * (n - hits) / n + Z**2 / 4) / (n + Z**2)
     return max(0.0, center - spread), min(1.0, center + spread)
 
 
 def calibration_error(margins: np.ndarray) -> float:
-    """Return the expected calibration error of sigmoid(|margin|) as the chance of being right; NaN if all are 0.
+    """Return the expected calibration error of sigmoid(|margin|) as the probability of being right.
 
-    arXiv 1706.04599, eq. 3, with ten bins of equal width.
+    arXiv 1706.04599, eq. 3, with ten bins of equal width. NaN if all margins are 0.
     """
     if not margins.any():
         return math.nan
-    confidence, right = 1 / (1 + np.exp(-np.abs(margins))), margins > 0
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    is_right = margins > 0
     bins = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
-    gaps = [abs(float((right[bins == b] - confidence[bins == b]).sum())) for b in range(BINS)]
+    gaps = [abs(float((is_right[bins == b] - confidence[bins == b]).sum())) for b in range(BINS)]
     return sum(gaps) / len(margins)
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Return Pearson's correlation, NaN where one of the two is constant."""
+    """Return Pearson's correlation, NaN if x or y is constant."""
     if x.std() == 0 or y.std() == 0:
         return math.nan
     return float(np.corrcoef(x, y)[0, 1])
 
 
 def edit_distance(one: Sequence[int], other: Sequence[int]) -> float:
-    """Return the Levenshtein distance of two token sequences over the length of the longer, from 0 (equal) to 1."""
-    target, steps = np.asarray(other), np.arange(len(other) + 1)
+    """Return the Levenshtein distance of two token sequences, divided by the longer length: from 0 (equal) to 1."""
+    target = np.asarray(other)
+    steps = np.arange(len(other) + 1)
     row = steps
     for i, token in enumerate(one, start=1):
-        changed = np.minimum(row[:-1] + (target != token), row[1:] + 1)  # a token replaced, or removed
-        row = np.minimum.accumulate(np.concatenate(([i], changed)) - steps) + steps  # or inserted
+        replaced_or_removed = np.minimum(row[:-1] + (target != token), row[1:] + 1)
+        row = np.minimum.accumulate(np.concatenate(([i], replaced_or_removed)) - steps) + steps  # or inserted
     return float(row[-1]) / max(len(one), len(other), 1)

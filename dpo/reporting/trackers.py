@@ -1,4 +1,4 @@
-"""What records a run beside its own files: wandb, TensorBoard, trackio."""
+"""Experiment trackers: wandb, TensorBoard, trackio."""
 
 import netrc
 import os
@@ -16,7 +16,7 @@ from dpo.system.network import is_reachable
 
 
 class Tracker:
-    """The tracker of a run without any: does nothing."""
+    """The tracker of a run without one: does nothing."""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Log metrics at a step, counted in examples."""
@@ -29,7 +29,7 @@ class Tracker:
 
 
 class Trackers(Tracker):
-    """Several trackers, each of which gets everything."""
+    """Several trackers as one."""
 
     def __init__(self, trackers: Sequence[Tracker]):
         self.trackers = trackers
@@ -48,18 +48,18 @@ class Trackers(Tracker):
 
 
 class LibraryTracker(Tracker):
-    """Sends metrics to a library; whatever that raises is printed once and never reaches the training."""
+    """Sends metrics to a library; its first error is printed and switches it off, and the training goes on."""
 
     name: str
     library: Any  # wandb, or a module with the same names
-    run: Any = None  # None: switched off
+    run: Any = None  # None if switched off
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Turn any failure of the library into one printed line, after which nothing more is sent."""
+        """Print an error of the library in one line, and switch the tracker off."""
         try:
             yield
-        except Exception as error:  # whatever it is, a broken monitor must not stop a training
+        except Exception as error:  # whatever it is: a broken tracker must not stop a training
             self.run = None
             log_message(f"{self.name}: switched off after {type(error).__name__}: {summarize_error(error)}")
 
@@ -79,30 +79,25 @@ class LibraryTracker(Tracker):
                 self.close()
 
     def send(self, metrics: dict[str, Any], step: int) -> None:
-        """Give the library some metrics."""
         self.run.log(metrics, step=step)
 
     def send_table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
-        """Give the library a table."""
         self.send({name: self.library.Table(columns=list(columns), data=[list(row) for row in rows])}, step)
 
     def close(self) -> None:
-        """End the library's run."""
         self.run.finish()
 
 
 class WandbTracker(LibraryTracker):
-    """Sends metrics to wandb."""
-
     name = "wandb"
 
     def __init__(self, run_dir: Path, settings: dict[str, Any]):
-        """Start a run with wandb.init's settings: online if there is a key and its server answers, else offline.
+        """Start a run with settings for wandb.init: online if there is a key and the server answers, else offline.
 
-        A resumed run goes on under the id that it has in the run directory.
+        A resumed run keeps its id, which is read from the run directory.
         """
         with self.guard():
-            import wandb  # slow to import, and not needed by runs that switch it off
+            import wandb  # slow to import
 
             self.library = wandb
             mode = os.environ.get("WANDB_MODE", "online")
@@ -112,21 +107,21 @@ class WandbTracker(LibraryTracker):
             settings |= {"mode": mode, "resume": "allow" if settings["id"] and mode == "online" else None}
             try:
                 self.run = wandb.init(**settings)
-            except Exception:  # the server answered once and then not in time, or refused the key
+            except Exception:  # the server did not answer in time, or refused the key
                 mode = "offline"
                 self.run = wandb.init(**settings | {"mode": mode, "resume": None})
             if mode == "offline":
                 folders = shlex.join(map(str, wandb_folders(run_dir)))
-                log_message(f"wandb: no key or no network, so it records offline; to upload it: wandb sync {folders}")
+                log_message(f"wandb: no key or no network; recording offline, upload with: wandb sync {folders}")
 
 
 def wandb_folders(run_dir: Path) -> list[Path]:
-    """Return the folders in which wandb recorded a run and its resumes, the first one first."""
+    """Return the folders in which wandb recorded a run and its resumes, oldest first."""
     return sorted((run_dir / "wandb").glob("*run-*_*-*"), key=lambda folder: folder.name.removeprefix("offline-"))
 
 
 def can_reach_wandb(wandb: ModuleType) -> bool:
-    """Return whether wandb has a key and its server answers within 2 seconds; never asks for a key."""
+    """Return whether wandb has a key and its server answers within 2 seconds, without asking the user for a key."""
     url = wandb.setup().settings.base_url
     try:
         in_netrc = netrc.netrc().authenticators(urllib.parse.urlparse(url).hostname) is not None
@@ -141,9 +136,9 @@ class TensorBoardTracker(LibraryTracker):
     name = "tensorboard"
 
     def __init__(self, run_dir: Path, resumed_at: int | None):
-        """Open a file of events; of a resumed run, what lies after the examples that it is resumed at is hidden."""
+        """Open an event file; TensorBoard hides what a resumed run recorded after the examples that it resumes at."""
         with self.guard():
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and needs an optional library
+            from torch.utils.tensorboard import SummaryWriter  # slow to import; optional
 
             purge_step = None if resumed_at is None else resumed_at + 1
             self.run = SummaryWriter(run_dir / "tensorboard", purge_step=purge_step)
@@ -162,12 +157,12 @@ class TensorBoardTracker(LibraryTracker):
 
 
 class TrackioTracker(LibraryTracker):
-    """Sends metrics and tables to trackio, which keeps them in the folder of TRACKIO_DIR, for `trackio show`."""
+    """Sends metrics and tables to trackio, which stores them in TRACKIO_DIR, for `trackio show`."""
 
     name = "trackio"
 
     def __init__(self, project: str, run_dir: Path, config: Any, is_resumed: bool):
-        """Start a run that is named as the run directory; a resumed one goes on."""
+        """Start or continue a run with the name of the run directory."""
         with self.guard():
             import trackio
 

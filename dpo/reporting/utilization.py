@@ -1,4 +1,4 @@
-"""How near updates come to the rate at which their device multiplies matrices."""
+"""Model FLOPs utilization, and the peak memory."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -12,8 +12,8 @@ from dpo.model.logps import ResponseLogps
 from dpo.system.devices import peak_memory
 from dpo.training.references import Reference
 
-SIZE = {"cpu": 512, "mps": 2048, "cuda": 8192}  # rows and columns of the products whose rate is measured
-SECONDS = 0.1  # for all products, of which the fastest counts; one takes longer where a CPU emulates bfloat16
+SIZE = {"cpu": 512, "mps": 2048, "cuda": 8192}  # rows and columns of the matrices that are multiplied to measure a rate
+SECONDS = 0.1  # of multiplying; a single product may take longer if a CPU emulates bfloat16
 
 
 def memory_use(device: torch.device, ranks: Ranks) -> dict[str, float]:
@@ -23,15 +23,15 @@ def memory_use(device: torch.device, ranks: Ranks) -> dict[str, float]:
 
 
 class Utilization:
-    """Model FLOPs utilization, as in PaLM (arXiv 2204.02311, appendix B), of the measured rate of matrix products.
+    """Model FLOPs utilization as in PaLM (arXiv 2204.02311, appendix B), of a measured rate of matrix products.
 
-    Counted are the products with weights that an update cannot do without: per weight and token 2 FLOPs in each forward
-    pass, of policy and reference, 2 for the gradient of activations, and 2 for that of a trained weight. The head's
-    count for response tokens alone. Attention, recomputed activations and padding take time without being counted.
+    Per weight and token an update needs 2 FLOPs in each forward pass, of policy and reference, 2 for the gradient of
+    activations, and 2 for the gradient of a trained weight. The head counts only for response tokens. Attention,
+    recomputed activations and padding are not counted.
     """
 
     def __init__(self, policy: ResponseLogps, reference: Reference | None, dtype: torch.dtype, n_devices: int = 1):
-        """Count the weights; dtype is that of the computation."""
+        """Count the weights; dtype is the compute dtype."""
         head = {id(parameter) for parameter in policy.head.parameters()}
         embeddings = {
             id(parameter)
@@ -43,19 +43,19 @@ class Utilization:
         self.head = self.flops(p for p in policy.parameters() if id(p) in head)
         self.body = self.flops(p for p in policy.parameters() if id(p) not in head | embeddings)
         self.device, self.dtype, self.n_devices = next(policy.parameters()).device, dtype, n_devices
-        # Of a mixture of experts a token meets a part of the weights alone.
+        # A mixture of experts uses only some of its weights for a token, and how many is not known here.
         self.is_dense = not any("experts" in name.split(".") for name, _ in policy.named_modules())
 
     def flops(self, parameters: Iterable[torch.nn.Parameter]) -> int:
-        """Return the FLOPs per token of an update's products with some parameters."""
+        """Return the FLOPs per token for some parameters in an update."""
         matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
-        sizes = [p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in matrices]  # a byte holds two of 4 bits
+        sizes = [p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in matrices]  # two weights of 4 bits
         trained = sum(size for size, p in zip(sizes, matrices, strict=True) if p.requires_grad)
         return 2 * (sum(sizes) * (self.n_passes + 1) + trained)
 
     @cached_property
     def rate(self) -> float:
-        """The device's best rate of a large matrix product, in FLOPs per second."""
+        """The best rate of a large matrix product on the device, in FLOPs per second."""
         n = SIZE[self.device.type]
         a = torch.ones(n, n, device=self.device, dtype=self.dtype)
         times: list[float] = []
