@@ -5,9 +5,8 @@ Of several processes only the memory is forecast: an estimate from the model's s
 
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,16 +24,13 @@ from dpo.settings.schema import Settings
 from dpo.system.console import log_message, prefetch, progress
 from dpo.system.devices import compute_dtype, peak_memory, read_facts, reset_peak_memory, total_memory
 from dpo.system.errors import actionable_errors
-from dpo.system.files import atomic_write, sha256
 from dpo.system.signals import Signals
-from dpo.system.state import copy_to_host, size_of, tensors_in
-from dpo.training.budgets import memory_before_loading, tokens_per_pass
+from dpo.training.budgets import copied_bytes, memory_before_loading, tokens_per_pass
 from dpo.training.objectives import Loss
 from trainers import NO_MEMORY, BasicTrainer, Inputs
 
 COUNTED = 20_000  # training examples whose tokens are counted, at most
 TIMED_UPDATES, TIMED_SECONDS = 20, 30.0  # updates are timed until one of the two is reached
-WRITTEN = 2**28  # bytes that are written to time a checkpoint
 
 
 def dry_run(settings: Settings, loss: Loss, inputs: Inputs, config: DictConfig, signals: Signals) -> None:
@@ -94,16 +90,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Seconds:
-    """What was timed.
-
-    update, first_evaluation, later_evaluation are per token, samples per evaluation and model, saving per checkpoint.
-    """
+    """What was timed: per token of an update and of an evaluation, per evaluation and model for samples."""
 
     update: float
     first_evaluation: float
     later_evaluation: float
     samples: float
-    saving: float
 
 
 def forecast(trainer: BasicTrainer, eval_batches: BatchIterator) -> None:
@@ -111,32 +103,31 @@ def forecast(trainer: BasicTrainer, eval_batches: BatchIterator) -> None:
 
     The trainer evaluates on a few examples; eval_batches are those of the run.
     """
-    device = trainer.device
+    device, settings = trainer.device, trainer.settings
     peaks = {"loading": peak_memory(device)}
     workload = read_workload(trainer)
     trainer.train_step(workload.longest)  # allocates the optimizer's state
-    saving = time_saving(trainer)
-    copy = copy_to_host(trainer.state_dict([]), {}) if copies_checkpoints(trainer) else {}
     reset_peak_memory(device)
     trainer.train_step(workload.longest)
     update = time_updates(trainer)
     peaks["an update"] = peak_memory(device)  # after several: passes of other lengths fragment the memory
-    del copy
+    if copied := copied_bytes(settings, trainer.policy, trainer.optimizer, device):
+        peaks["an update while a checkpoint is written"] = peaks["an update"] + copied
     reset_peak_memory(device)
     first, later = time_evaluations(trainer)
     peaks["an evaluation"] = peak_memory(device)
     reset_peak_memory(device)
     samples = time_samples(trainer, eval_batches)
     peaks["sampling"] = peak_memory(device)
-    parts = time_to_the_end(trainer, eval_batches, workload, Seconds(update, first, later, samples, saving))
+    parts = time_to_the_end(trainer, eval_batches, workload, Seconds(update, first, later, samples))
     listed = ", ".join(f"{what} {duration(seconds)}" for what, seconds in parts.items() if seconds)
     peak, phase = max((peak, phase) for phase, peak in peaks.items())
-    n, size = len(trainer.train_batches), trainer.settings.batch_size
-    tokens = workload.tokens / workload.examples * size
+    n_updates = len(trainer.train_batches)
+    tokens = workload.tokens / workload.examples * settings.batch_size
     log_message(
-        f"Updates: {n:,} of {size} examples, {tokens:,.0f} tokens each; {tokens * n:,.0f} tokens in all.\n"
+        f"Updates: {n_updates:,} of {settings.batch_size} examples, {tokens:,.0f} tokens each.\n"
         f"Time: {update * tokens:.3g} seconds per update, {1 / update:,.0f} tokens per second.\n"
-        f"Time to the end: {duration(sum(parts.values()))} ({listed}), besides loading and the report.\n"
+        f"Time to the end: {duration(sum(parts.values()))} ({listed}), besides loading, saving and the report.\n"
         f"Peak memory: {peak / 1e9:.2f} of {total_memory(device) / 1e9:.1f} GB, in {phase}; an update needs"
         f" {peaks['an update'] / 1e9:.2f} GB, its longest pass has {workload.longest_pass:,} tokens."
     )
@@ -162,11 +153,8 @@ def read_workload(trainer: BasicTrainer) -> Workload:
     return Workload(examples, tokens, longest, size[0])
 
 
-def count_tokens(batch: Batch) -> int:
-    return sum(map(len, batch.examples))
-
-
-# Time
+def count_tokens(*batches: Batch) -> int:
+    return sum(len(example) for batch in batches for example in batch.examples)
 
 
 def time_updates(trainer: BasicTrainer) -> float:
@@ -182,13 +170,13 @@ def time_updates(trainer: BasicTrainer) -> float:
 
 def time_evaluations(trainer: BasicTrainer) -> tuple[float, float]:
     """Return the seconds per token of a first evaluation and of later ones, which reuse the reference's numbers."""
-    tokens = sum(map(count_tokens, trainer.eval_batches.from_start()))
+    tokens = count_tokens(*trainer.eval_batches.from_start())
     start = time.perf_counter()
     trainer.evaluate()
     middle = time.perf_counter()
     trainer.evaluate()
     first, later = (middle - start) / tokens, (time.perf_counter() - middle) / tokens
-    return first, first if trainer.settings.sync_reference else later  # a reference that changes is computed anew
+    return first, first if trainer.settings.sync_reference else later  # a reference that changes is computed again
 
 
 def time_samples(trainer: BasicTrainer, eval_batches: BatchIterator) -> float:
@@ -203,46 +191,21 @@ def time_samples(trainer: BasicTrainer, eval_batches: BatchIterator) -> float:
     return (time.perf_counter() - start) * -(-len(prompts) // len(first))
 
 
-def time_saving(trainer: BasicTrainer) -> float:
-    """Return the seconds for the last checkpoint and the export, scaled from a part that is written to the run's disk.
-
-    0 if the folder cannot be written to: the run itself then ends with an error.
-    """
-    config = trainer.run.config
-    if config.debug:  # trainer.settings.debug is set in every dry run
-        return 0.0
-    states = trainer.state_dict([])
-    tensors = tensors_in(states)
-    sizes_before = accumulate((tensor.nbytes for tensor in tensors), initial=0)
-    part = [tensor for tensor, before in zip(tensors, sizes_before, strict=False) if before < WRITTEN]
-    exports_all = trainer.settings.lora is None or trainer.settings.lora.export_merged
-    exported = trainer.policy.parameters() if exports_all else tensors_in(states["policy"])
-    folder = next(folder for folder in Path(config.local_run_dir).absolute().parents if folder.exists())
-    seconds, start = 0.0, time.perf_counter()
-    with suppress(OSError), TemporaryDirectory(dir=folder, prefix=".dry-run-") as name:
-        path = Path(name, "part.pt")
-        atomic_write(path, lambda staging: torch.save(part, staging))
-        sha256(path)
-        seconds = time.perf_counter() - start
-    return seconds * (size_of(tensors) + size_of(exported)) / size_of(part)
-
-
 def time_to_the_end(
     trainer: BasicTrainer, eval_batches: BatchIterator, workload: Workload, seconds: Seconds
 ) -> dict[str, float]:
     """Return the seconds of each part of a run."""
-    settings, batches = trainer.settings, trainer.train_batches
+    batches = trainer.train_batches
     n_updates, n_evaluations = len(batches), count_evaluations(trainer)
-    n_examples = n_updates * settings.batch_size
+    n_examples = n_updates * trainer.settings.batch_size
     per_example = workload.tokens / workload.examples
-    eval_tokens = sum(map(count_tokens, eval_batches.from_start()))
-    evaluations = eval_tokens * (seconds.first_evaluation + seconds.later_evaluation * (n_evaluations - 1))
+    eval_tokens = count_tokens(*eval_batches.from_start())
+    evaluations = seconds.first_evaluation + seconds.later_evaluation * (n_evaluations - 1)
     n_samples = n_evaluations + (trainer.reference is not None)  # the reference samples once
     parts = {
         f"{n_updates:,} updates": seconds.update * per_example * n_examples,
-        f"{n_evaluations} evaluations": evaluations,
+        f"{n_evaluations} evaluations": evaluations * eval_tokens,
         "samples": seconds.samples * n_samples,
-        "saving": seconds.saving * (1 if settings.background_saves else 1 + count_saves(trainer)),
     }
     if trainer.loss.needs_reference and trainer.loss.cached_reference:
         tokens = per_example * min(batches.n_items, n_examples) + eval_tokens
@@ -255,23 +218,6 @@ def count_evaluations(trainer: BasicTrainer) -> int:
     settings, n_updates = trainer.settings, len(trainer.train_batches)
     due = (n_updates - 1) * settings.batch_size // settings.eval_every
     return int(settings.do_first_eval) + min(n_updates - 1, due) + 1
-
-
-def count_saves(trainer: BasicTrainer) -> int:
-    """Return how many checkpoints a run writes before its last one."""
-    settings = trainer.settings
-    before_last = (len(trainer.train_batches) - 1) * settings.batch_size
-    updates: set[int] = set()
-    for every in (settings.eval_every, settings.save_every):
-        if every is not None:
-            updates |= {-(-examples // settings.batch_size) for examples in range(every, before_last + 1, every)}
-    return len(updates)
-
-
-def copies_checkpoints(trainer: BasicTrainer) -> bool:
-    """Return whether a run trains beside a copy, in the same memory, from which a checkpoint is being written."""
-    saves = not trainer.run.config.debug and count_saves(trainer) > 0
-    return saves and trainer.settings.background_saves and trainer.device.type == "cpu"
 
 
 def duration(seconds: float) -> str:

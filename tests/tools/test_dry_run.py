@@ -14,13 +14,10 @@ from dpo.system.errors import UserError
 from dpo.system.signals import Signals
 from tools.dry_run import (
     Seconds,
-    copies_checkpoints,
     count_evaluations,
-    count_saves,
     duration,
     memory_of_processes,
     read_workload,
-    time_saving,
     time_to_the_end,
 )
 
@@ -41,9 +38,8 @@ SHORT = ("n_examples=16", "n_eval_examples=8", "eval_batch_size=4", "do_first_ev
     ],
     ids=["dpo", "cached", "adapter", "sft"],
 )
-def test_a_dry_run_prints_its_forecast_and_leaves_nothing(overrides, tmp_path, capsys, monkeypatch):
-    folder, copies = tmp_path / "run", []
-    monkeypatch.setattr("tools.dry_run.copy_to_host", lambda states, memo: copies.append(states) or {})
+def test_a_dry_run_prints_its_forecast_and_leaves_nothing(overrides, tmp_path, capsys):
+    folder = tmp_path / "run"
     settings = [*TINY, *SHORT, "dry_run=true", f"local_run_dir='{folder}'", f"local_dirs=['{tmp_path / 'cache'}']"]
     train.run(compose(*settings, "precision=auto", "max_tokens_per_pass=200", *overrides), Signals(), ())
     out = capsys.readouterr().out
@@ -52,10 +48,9 @@ def test_a_dry_run_prints_its_forecast_and_leaves_nothing(overrides, tmp_path, c
     assert [line.split(":")[0] for line in out.splitlines()][-4:] == titles
     assert ("the reference's log-probabilities" in out) == ("loss.precompute_reference=true" in overrides)
     assert ("samples" in out.split("Time to the end")[1]) == ("sample_during_eval=true" in overrides)
-    assert re.search(r"saving [\d.]+ seconds.*\), besides loading and the report", out)
     peaks = re.search(r"Peak memory: ([\d.]+) of .*; an update needs ([\d.]+) GB, its longest pass", out)
     assert float(peaks[1]) >= float(peaks[2]) > 0.05
-    assert len(copies) == ("background_saves=true" in overrides)
+    assert ("in an update while a checkpoint is written;" in out) == ("background_saves=true" in overrides)
 
 
 # Counts
@@ -95,56 +90,17 @@ def test_evaluations_are_counted_as_a_run_makes_them(settings, expected, make_tr
     assert len(made) == expected
 
 
-@pytest.mark.parametrize(
-    "settings, expected",
-    [
-        (["eval_every=1000", "do_first_eval=false"], 0),
-        (["eval_every=8", "do_first_eval=true"], 2),  # after 8 and 16 of 24 examples
-        (["eval_every=1000", "save_every=8"], 2),
-        (["eval_every=8", "save_every=8"], 2),
-        (["eval_every=1000", "save_every=3"], 2),  # 24 examples in 3 updates
-        (["eval_every=1000", "save_every=20"], 0),  # reached by the last update alone
-    ],
-)
-def test_checkpoints_are_counted_as_a_run_writes_them_and_copied_if_training_goes_on(settings, expected, make_trainer):
-    settings = ("loss=sft", "n_examples=24", "n_eval_examples=8", *settings)
-    trainer = make_trainer(*settings)
-    assert count_saves(trainer) == expected and not copies_checkpoints(trainer)
-    assert copies_checkpoints(make_trainer(*settings, "background_saves=true")) == (expected > 0)
-    trainer.train()
-    assert len(list(trainer.run.path.glob("step-*"))) == expected + 1
-
-
 # Time
 
 
-def test_the_time_of_a_checkpoint_is_scaled_from_a_part_of_it_and_the_export(make_trainer, monkeypatch):
-    """The first tensor took 2 s, the others take as long per byte, and the export has the weights once more."""
-    trainer = make_trainer("loss=sft", "optimizer=SGD")  # which keeps nothing beside the weights
-    sizes = [4 * parameter.numel() for parameter in trainer.policy.parameters()]
-    monkeypatch.setattr("tools.dry_run.WRITTEN", 1)
-    monkeypatch.setattr("tools.dry_run.time.perf_counter", iter([0.0, 2.0]).__next__)
-    assert time_saving(trainer) == pytest.approx(2 * 2 * sum(sizes) / sizes[0], rel=0.02)  # random states are saved too
-    assert time_saving(make_trainer("loss=sft", "debug=true")) == 0.0
-
-
-def test_the_saves_to_a_folder_that_cannot_be_written_take_no_time(make_trainer, monkeypatch):
-    def refuse(**options: object) -> None:
-        raise PermissionError
-
-    trainer = make_trainer("loss=sft")
-    monkeypatch.setattr("tools.dry_run.TemporaryDirectory", refuse)
-    assert time_saving(trainer) == 0.0
-
-
-def test_the_time_is_that_of_updates_evaluations_samples_and_checkpoints(make_trainer):
+def test_the_time_is_that_of_updates_evaluations_and_samples(make_trainer):
     """3 updates of 8 examples of 100 tokens at 0.01 s. 3 evaluations, the first at 0.001 s per token, then 0.0004.
 
-    Samples of 5 s come with each evaluation, and once from the reference; two checkpoints take 1.5 s each. A cached
-    reference takes a pass over 24 training examples and the evaluation's.
+    Samples of 5 s come with each evaluation, and once from the reference. A cached reference takes a pass over 24
+    training examples and the evaluation's.
     """
     settings = ("loss=dpo", "n_examples=24", "n_eval_examples=8", "eval_every=16")
-    seconds = Seconds(0.01, 0.001, 0.0004, 5.0, 1.5)
+    seconds = Seconds(0.01, 0.001, 0.0004, 5.0)
     for cached in (False, True):
         trainer = make_trainer(*settings, f"loss.precompute_reference={cached}")
         workload = replace(read_workload(trainer), examples=10, tokens=1000)
@@ -153,7 +109,6 @@ def test_the_time_is_that_of_updates_evaluations_samples_and_checkpoints(make_tr
             "3 updates": 24.0,
             "3 evaluations": (0.001 + 2 * 0.0004) * test,
             "samples": 4 * 5.0,
-            "saving": 2 * 1.5,
         }
         if cached:
             parts["the reference's log-probabilities"] = 0.001 * (2400 + test)
