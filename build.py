@@ -344,4 +344,5 @@ def make_tracker(settings: Settings, run: RunDir) -> Tracker:
         "tensorboard": lambda: TensorBoardTracker(run.path, start if run.resumed else None),
         "trackio": lambda: TrackioTracker(project, run.path, config, run.resumed),
     }
-    return Trackers([makers[name]() for name in settings.trackers if name != "wandb" or settings.wandb.enabled])
+    chosen = [name for name in settings.trackers if name != "wandb" or settings.wandb.enabled]
+    return Trackers({name: makers[name] for name in chosen})

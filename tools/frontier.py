@@ -87,24 +87,15 @@ def draw(chart: Chart, lines: Sequence[Line]) -> str:
     return line_chart(chart.title, lines, chart.scale, X_LABEL)
 
 
-def is_single_point(lines: Sequence[Line]) -> bool:
-    return sum(len(line.x) for line in lines) == 1
-
-
 def page(runs: Sequence[RunFiles], charts: dict[Chart, list[Line]]) -> str:
-    """Return the page of some runs; a chart with a single point is a number instead."""
-    tiles = {"runs": str(len(runs))}
-    figures = []
-    for chart, lines in charts.items():
-        if is_single_point(lines):
-            label = f"{chart.title}, at a KL of {lines[0].x[0]:.3g} nats per response"
-            tiles[label] = f"{lines[0].y[0]:.3g}"
-        else:
-            figures.append(Figure(draw(chart, lines), chart.meaning))
     return render(
         title="Reward against KL",
-        tiles=tiles,
-        charts={"Each point is an evaluation, each curve the course of a run": figures} if figures else {},
+        tiles={"runs": str(len(runs))},
+        charts={
+            "Each point is an evaluation, each curve the course of a run": [
+                Figure(draw(chart, lines), chart.meaning) for chart, lines in charts.items()
+            ]
+        },
         samples={},
         suspects=[],
         names=[run.name for run in runs],
@@ -128,10 +119,7 @@ def close_sweep(folder: Path, paths: Sequence[Path], judge: str | None = None, s
         return
     files = {folder / "frontier.html": page(runs, charts)}
     if svg is not None:
-        chart, lines = next(iter(charts.items()))
-        if is_single_point(lines):
-            raise UserError(f"--svg {svg}: {chart.title} has a single evaluation, which is no chart; lower eval_every")
-        files[svg] = draw(chart, lines)
+        files[svg] = draw(*next(iter(charts.items())))
     for path, text in files.items():
         write_page(path, text)
         log_message(f"Wrote {path}")

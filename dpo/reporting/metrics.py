@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import os
 import time
 import zlib
@@ -229,14 +230,10 @@ def make_logger(run_dir: Path, ranks: Ranks, make_tracker: Callable[[], Tracker]
 def end_of_last_line(path: Path) -> int:
     """Return the number of bytes of a file up to and including its last newline."""
     with open(path, "rb") as file:
-        start = file.seek(0, os.SEEK_END)
-        while start > 0:
-            stop, start = start, max(0, start - 2**16)
-            file.seek(start)
-            newline = file.read(stop - start).rfind(b"\n")
-            if newline >= 0:
-                return start + newline + 1
-    return 0
+        if os.fstat(file.fileno()).st_size == 0:  # which mmap refuses
+            return 0
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.rfind(b"\n") + 1
 
 
 def console_line(record: Mapping[str, float], names: Iterable[str]) -> str:

@@ -4,7 +4,7 @@ import netrc
 import os
 import shlex
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +16,7 @@ from dpo.system.network import is_reachable
 
 
 class Tracker:
-    """The tracker of a run without one: does nothing."""
+    """What a tracker does; this one does nothing."""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Log metrics at a step, counted in examples."""
@@ -29,90 +29,77 @@ class Tracker:
 
 
 class Trackers(Tracker):
-    """Several trackers as one."""
+    """Several trackers by their names; one that raises is reported once and left out from then on."""
 
-    def __init__(self, trackers: Sequence[Tracker]):
-        self.trackers = trackers
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        for tracker in self.trackers:
-            tracker.log(metrics, step)
-
-    def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
-        for tracker in self.trackers:
-            tracker.table(name, step, columns, rows)
-
-    def finish(self) -> None:
-        for tracker in self.trackers:
-            tracker.finish()
-
-
-class LibraryTracker(Tracker):
-    """Sends metrics to a library; its first error is printed and switches it off, and the training goes on."""
-
-    name: str
-    library: Any  # wandb, or a module with the same names
-    run: Any = None  # None if switched off
+    def __init__(self, makers: Mapping[str, Callable[[], Tracker]]):
+        self.trackers: dict[str, Tracker] = {}
+        for name, make in makers.items():
+            with self.guard(name):
+                self.trackers[name] = make()
 
     @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Print an error of the library in one line, and switch the tracker off."""
+    def guard(self, name: str) -> Iterator[None]:
+        """Leave a tracker out if it raises."""
         try:
             yield
         except Exception as error:  # whatever it is: a broken tracker must not stop a training
-            self.run = None
-            log_message(f"{self.name}: switched off after {type(error).__name__}: {summarize_error(error)}")
+            self.trackers.pop(name, None)
+            log_message(f"{name}: switched off after {type(error).__name__}: {summarize_error(error)}")
+
+    def for_each(self, use: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self.trackers.items()):
+            with self.guard(name):
+                use(tracker)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        if self.run is not None:
-            with self.guard():
-                self.send(metrics, step)
+        self.for_each(lambda tracker: tracker.log(metrics, step))
 
     def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
-        if self.run is not None:
-            with self.guard():
-                self.send_table(name, step, columns, rows)
+        self.for_each(lambda tracker: tracker.table(name, step, columns, rows))
 
     def finish(self) -> None:
-        if self.run is not None:
-            with self.guard():
-                self.close()
+        self.for_each(lambda tracker: tracker.finish())
 
-    def send(self, metrics: dict[str, Any], step: int) -> None:
+
+class RunTracker(Tracker):
+    """Sends metrics to a run of wandb, or of a library with the same interface."""
+
+    library: Any
+    run: Any
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
         self.run.log(metrics, step=step)
 
-    def send_table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
-        self.send({name: self.library.Table(columns=list(columns), data=[list(row) for row in rows])}, step)
+    def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
+        self.log({name: self.library.Table(columns=list(columns), data=[list(row) for row in rows])}, step)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         self.run.finish()
 
 
-class WandbTracker(LibraryTracker):
-    name = "wandb"
-
+class WandbTracker(RunTracker):
     def __init__(self, run_dir: Path, settings: dict[str, Any]):
         """Start a run with settings for wandb.init: online if there is a key and the server answers, else offline.
 
         A resumed run keeps its id, which is read from the run directory.
         """
-        with self.guard():
-            import wandb  # slow to import
+        import wandb  # slow to import
 
-            self.library = wandb
-            mode = os.environ.get("WANDB_MODE", "online")
-            mode = "offline" if mode == "online" and not can_reach_wandb(wandb) else mode
-            settings = {**settings, "dir": str(run_dir), "settings": wandb.Settings(init_timeout=3, silent=True)}
-            settings["id"] = next((folder.name.rsplit("-", 1)[1] for folder in wandb_folders(run_dir)), None)
-            settings |= {"mode": mode, "resume": "allow" if settings["id"] and mode == "online" else None}
-            try:
-                self.run = wandb.init(**settings)
-            except Exception:  # the server did not answer in time, or refused the key
-                mode = "offline"
-                self.run = wandb.init(**settings | {"mode": mode, "resume": None})
-            if mode == "offline":
-                folders = shlex.join(map(str, wandb_folders(run_dir)))
-                log_message(f"wandb: no key or no network; recording offline, upload with: wandb sync {folders}")
+        self.library = wandb
+        mode = os.environ.get("WANDB_MODE", "online")
+        mode = "offline" if mode == "online" and not can_reach_wandb(wandb) else mode
+        run_id = next((folder.name.rsplit("-", 1)[1] for folder in wandb_folders(run_dir)), None)
+        options = wandb.Settings(init_timeout=3, silent=True)
+        settings = {**settings, "dir": str(run_dir), "settings": options, "id": run_id}
+        try:
+            resume = "allow" if run_id and mode == "online" else None
+            self.run = wandb.init(**settings, mode=mode, resume=resume)
+        except Exception:  # the server did not answer in time, or refused the key
+            mode = "offline"
+            self.run = wandb.init(**settings, mode=mode)
+        if mode == "offline":
+            folders = shlex.join(map(str, wandb_folders(run_dir)))
+            log_message(f"wandb: no key or no network; recording offline, upload with: wandb sync {folders}")
 
 
 def wandb_folders(run_dir: Path) -> list[Path]:
@@ -130,42 +117,36 @@ def can_reach_wandb(wandb: ModuleType) -> bool:
     return (in_netrc or bool(os.environ.get("WANDB_API_KEY"))) and is_reachable(url)
 
 
-class TensorBoardTracker(LibraryTracker):
+class TensorBoardTracker(Tracker):
     """Writes metrics and tables into RUN/tensorboard, for `tensorboard --logdir`."""
-
-    name = "tensorboard"
 
     def __init__(self, run_dir: Path, resumed_at: int | None):
         """Open an event file; TensorBoard hides what a resumed run recorded after the examples that it resumes at."""
-        with self.guard():
-            from torch.utils.tensorboard import SummaryWriter  # slow to import; optional
+        from torch.utils.tensorboard import SummaryWriter  # slow to import; optional
 
-            purge_step = None if resumed_at is None else resumed_at + 1
-            self.run = SummaryWriter(run_dir / "tensorboard", purge_step=purge_step)
+        purge_step = None if resumed_at is None else resumed_at + 1
+        self.writer = SummaryWriter(run_dir / "tensorboard", purge_step=purge_step)
 
-    def send(self, metrics: dict[str, Any], step: int) -> None:
+    def log(self, metrics: dict[str, float], step: int) -> None:
         for name, value in metrics.items():
-            self.run.add_scalar(name, value, step)
+            self.writer.add_scalar(name, value, step)
 
-    def send_table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
+    def table(self, name: str, step: int, columns: Sequence[str], rows: Sequence[Sequence[int | str]]) -> None:
         lines = [columns, ["---"] * len(columns), *rows]
         cells = [[str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in line] for line in lines]
-        self.run.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
+        self.writer.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
 
-    def close(self) -> None:
-        self.run.close()
+    def finish(self) -> None:
+        self.writer.close()
 
 
-class TrackioTracker(LibraryTracker):
+class TrackioTracker(RunTracker):
     """Sends metrics and tables to trackio, which stores them in TRACKIO_DIR, for `trackio show`."""
-
-    name = "trackio"
 
     def __init__(self, project: str, run_dir: Path, config: Any, is_resumed: bool):
         """Start or continue a run with the name of the run directory."""
-        with self.guard():
-            import trackio
+        import trackio
 
-            self.library = trackio
-            resume = "allow" if is_resumed else "never"
-            self.run = trackio.init(project=project, name=run_dir.name, config=config, resume=resume, embed=False)
+        self.library = trackio
+        resume = "allow" if is_resumed else "never"
+        self.run = trackio.init(project=project, name=run_dir.name, config=config, resume=resume, embed=False)

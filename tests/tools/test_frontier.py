@@ -79,30 +79,6 @@ def test_the_first_chart_is_a_file_of_its_own_which_needs_no_page(tmp_path, caps
     assert f"Wrote {tmp_path / 'chart.svg'}" in capsys.readouterr().out
 
 
-def test_a_single_evaluation_is_a_number_and_no_chart_and_has_no_file(tmp_path, monkeypatch):
-    """With a second run, each has a point of its own in one chart."""
-    runs = [write_run(tmp_path / f"loss.beta={beta}", beta) for beta in (0.1, 0.5)]
-    for run in runs:
-        lines = (run.path / "metrics.jsonl").read_text().splitlines(keepends=True)
-        (run.path / "metrics.jsonl").write_text("".join(lines[-2:]))
-    monkeypatch.setattr(sys, "argv", ["frontier.py", str(runs[0].path), "--svg", str(tmp_path / "x.svg")])
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="--svg .*x.svg: Reward accuracy has a single evaluation"):
-        frontier.main()
-    assert not (tmp_path / "frontier.html").exists()
-    close_sweep(tmp_path, [runs[0].path])
-    text = (tmp_path / "frontier.html").read_text()
-    numbers = dict(reversed(pair) for pair in re.findall(r'<div class="tile"><b>(.*?)</b><span>(.*?)</span>', text))
-    assert "<svg" not in text and "Each point is an evaluation" not in text
-    assert numbers == {
-        "runs": "1",
-        "Reward accuracy, at a KL of 5 nats per response": "0.75",
-        "Reward margin, at a KL of 5 nats per response": "0.2",
-    }
-    close_sweep(tmp_path, [run.path for run in runs])
-    assert (tmp_path / "frontier.html").read_text().count("<svg") == 2
-
-
 def test_a_chart_for_a_folder_that_is_not_there_is_refused_before_a_judge_is_asked(tmp_path, monkeypatch):
     write_run(tmp_path / "loss.beta=0.1", 0.1)
     monkeypatch.setattr(
