@@ -846,7 +846,7 @@ def test_the_card_of_an_export_has_the_figures_of_the_last_evaluation_of_all_pai
     diagnosis = {k.removeprefix("diagnosis/"): v for k, v in last.items() if k.startswith("diagnosis/")}
     low, high = (diagnosis.pop(f"accuracy_{end}") for end in ("low", "high"))
     assert f"| {last['rewards_eval/accuracies']:.4g} | {low:.4g} to {high:.4g} |" in card
-    assert len(diagnosis) > 5 and all(f"| {name} | {value:.4g} |" in card for name, value in diagnosis.items())
+    assert len(diagnosis) > 5 and all(f"{name} | {value:.4g} |" in card for name, value in diagnosis.items())
 
 
 # Samples

@@ -91,12 +91,12 @@ class WandbTracker(RunTracker):
         run_id = next((folder.name.rsplit("-", 1)[1] for folder in wandb_folders(run_dir)), None)
         options = wandb.Settings(init_timeout=3, silent=True)
         settings = {**settings, "dir": str(run_dir), "settings": options, "id": run_id}
+        settings |= {"mode": mode, "resume": "allow" if run_id and mode == "online" else None}
         try:
-            resume = "allow" if run_id and mode == "online" else None
-            self.run = wandb.init(**settings, mode=mode, resume=resume)
+            self.run = wandb.init(**settings)
         except Exception:  # the server did not answer in time, or refused the key
             mode = "offline"
-            self.run = wandb.init(**settings, mode=mode)
+            self.run = wandb.init(**settings | {"mode": mode, "resume": None})
         if mode == "offline":
             folders = shlex.join(map(str, wandb_folders(run_dir)))
             log_message(f"wandb: no key or no network; recording offline, upload with: wandb sync {folders}")
