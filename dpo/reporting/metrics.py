@@ -101,26 +101,65 @@ def check_evaluation(loss: float, examples: int) -> None:
         )
 
 
+class RecordFile:
+    """A file of JSON lines that only grows, but for records that a resumed run writes again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = open(path, "a", encoding="utf-8")
+        self.drop_partial_record()
+
+    def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write rows; OSError with the name of the file if the disk does not take them."""
+        with naming_file(self.path):
+            self.file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            self.file.flush()
+
+    def size(self) -> int:
+        """Flush the file to disk and return its size in bytes."""
+        with naming_file(self.path):
+            os.fsync(self.file.fileno())
+        return os.fstat(self.file.fileno()).st_size
+
+    def cut(self, size: int) -> None:
+        """Truncate the file to an earlier size."""
+        if os.fstat(self.file.fileno()).st_size < size:
+            log_message(f"{self.path}: is shorter than when the checkpoint was written, so records are missing.")
+        else:
+            os.ftruncate(self.file.fileno(), size)
+        self.drop_partial_record()
+
+    def drop_partial_record(self) -> None:
+        """Drop a last line without a newline, left by a kill or a full disk, so that the next record starts a line."""
+        size = os.fstat(self.file.fileno()).st_size
+        if size == 0:
+            return
+        with open(self.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = content.rfind(b"\n") + 1
+        if end < size:
+            os.ftruncate(self.file.fileno(), end)
+            log_message(f"{self.path}: dropped its last record, {size - end:,} bytes of an incomplete line.")
+
+    def close(self) -> None:
+        with suppress(OSError):  # of a record that could not be written: it has been reported
+            self.file.close()
+
+
 class MetricLogger:
     """Writes every record to metrics.jsonl at once; the console and trackers get some of those of updates."""
 
     def __init__(self, run_dir: Path, tracker: Tracker, minimum_interval_secs: float = 0.0):
-        self.paths = [run_dir / name for name in ("metrics.jsonl", "samples.jsonl", "pairs.jsonl")]
-        self.file, self.samples, self.pairs = self.files = [open(path, "a", encoding="utf-8") for path in self.paths]
+        self.metrics = RecordFile(run_dir / "metrics.jsonl")
+        self.samples = RecordFile(run_dir / "samples.jsonl")
+        self.pairs = RecordFile(run_dir / "pairs.jsonl")
+        self.files = [self.metrics, self.samples, self.pairs]
         self.tracker = tracker
         self.minimum_interval_secs = minimum_interval_secs
         self.last_shown = float("-inf")
-        self.drop_partial_records()
 
     def log(self, record: dict[str, float], thin: bool = False) -> None:
-        """Log a record, which holds `examples` and `updates`; of thin ones at most one per interval is shown.
-
-        Raises OSError with the name of the file if it cannot be written.
-        """
-        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
-        with naming_file(self.paths[0]):
-            self.file.write(json.dumps(finite) + "\n")
-            self.file.flush()
+        """Log a record, which holds `examples` and `updates`; of thin ones at most one per interval is shown."""
+        self.metrics.append([{name: value if math.isfinite(value) else None for name, value in record.items()}])
         now = time.monotonic()
         if thin and now - self.last_shown < self.minimum_interval_secs:
             return
@@ -133,72 +172,48 @@ class MetricLogger:
         """Write what each model ("policy", "reference") sampled for the same prompts; print the first three.
 
         The texts go unchanged to samples.jsonl and to the trackers' tables policy_samples and reference_samples.
-        Raises OSError with the name of the file if it cannot be written.
         """
-        for model, examples_of_model in samples.items():
-            texts = [(sample.text.prompt, sample.text.responses[0]) for sample in examples_of_model]
-            with naming_file(self.paths[1]):
-                for prompt, text in texts:
-                    row = {"examples": examples, "model": model, "prompt": prompt, "sample": text}
-                    self.samples.write(json.dumps(row, ensure_ascii=False) + "\n")
-                self.samples.flush()
+        for model, drawn in samples.items():
+            texts = [(sample.text.prompt, sample.text.responses[0]) for sample in drawn]
+            self.samples.append(
+                {"examples": examples, "model": model, "prompt": prompt, "sample": text} for prompt, text in texts
+            )
             rows: list[list[int | str]] = [[examples, prompt, text] for prompt, text in texts]
             self.tracker.table(f"{model}_samples", examples, ["step", "prompt", "sample"], rows)
         for i, sample in enumerate(samples["policy"][:3]):
             lines = [f"\n--- sample {i + 1}, after {examples:,} examples ---"]
-            lines.append(f"  prompt: {printable(sample.text.prompt.strip(), indent='    ')}")
-            for model, examples_of_model in samples.items():
-                text = examples_of_model[i].text.responses[0]
-                lines.append(f"  {model}: {printable(text.strip(), indent='    ')}")
+            texts_by_name = {"prompt": sample.text.prompt}
+            texts_by_name |= {model: drawn[i].text.responses[0] for model, drawn in samples.items()}
+            lines += [f"  {name}: {printable(text.strip(), indent='    ')}" for name, text in texts_by_name.items()]
             log_message("\n".join(lines))
 
     def log_pairs(self, examples: int, metrics: BatchMetrics) -> None:
         """Append a line per evaluated pair to pairs.jsonl; nothing where there are no pairs.
 
         A checksum of the responses distinguishes the pairs of one row: their order depends on the token budget.
-        Raises OSError with the name of the file if it cannot be written.
         """
-        names = [name for name in metrics.values if name in PAIR_COLUMNS]
-        if "rewards/margins" not in names:
+        if "rewards/margins" not in metrics.values:
             return
-        with naming_file(self.paths[2]):
-            for row in metrics.rows():
-                pair = zlib.crc32(repr(row["responses"]).encode("utf-8", "backslashreplace"))
-                record = {"examples": examples, "pair": pair} | {name: row[name] for name in ("source", "row", *names)}
-                self.pairs.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self.pairs.flush()
+        records = []
+        for row in metrics.rows():
+            checksum = zlib.crc32(repr(row["responses"]).encode("utf-8", "backslashreplace"))
+            record = {"examples": examples, "pair": checksum, "source": row["source"], "row": row["row"]}
+            records.append(record | {name: value for name, value in row.items() if name in PAIR_COLUMNS})
+        self.pairs.append(records)
 
     def sizes(self) -> list[int]:
         """Flush the files to disk and return their sizes in bytes."""
-        for path, file in zip(self.paths, self.files, strict=True):
-            with naming_file(path):
-                os.fsync(file.fileno())
-        return [os.fstat(file.fileno()).st_size for file in self.files]
+        return [file.size() for file in self.files]
 
     def cut(self, sizes: list[int]) -> None:
         """Truncate the files to earlier sizes, 0 for a file without one; a resumed run writes the rest again."""
-        sizes = [*sizes, *[0] * (len(self.files) - len(sizes))]
-        for file, size in zip(self.files, sizes, strict=True):
-            if os.fstat(file.fileno()).st_size < size:
-                log_message(f"{file.name}: is shorter than when the checkpoint was written, so records are missing.")
-            else:
-                os.ftruncate(file.fileno(), size)
-        self.drop_partial_records()
-
-    def drop_partial_records(self) -> None:
-        """Drop a last line without a newline, left by a kill or a full disk, so that the next record starts a line."""
-        for path, file in zip(self.paths, self.files, strict=True):
-            end = end_of_last_line(path)
-            partial = os.fstat(file.fileno()).st_size - end
-            if partial:
-                os.ftruncate(file.fileno(), end)
-                log_message(f"{path}: dropped its last record, {partial:,} bytes of an incomplete line.")
+        for i, file in enumerate(self.files):
+            file.cut(sizes[i] if i < len(sizes) else 0)
 
     def close(self) -> None:
         """Close the files and end the trackers' runs."""
         for file in self.files:
-            with suppress(OSError):  # of a record that could not be written: it has been reported
-                file.close()
+            file.close()
         self.tracker.finish()
 
 
@@ -206,7 +221,7 @@ class NoLogger(MetricLogger):
     """The logger of all ranks but the main one: writes nothing."""
 
     def __init__(self) -> None:
-        self.paths, self.files = [], []
+        self.files = []
         self.tracker = Tracker()
 
     def log(self, record: dict[str, float], thin: bool = False) -> None:
@@ -225,15 +240,6 @@ class NoLogger(MetricLogger):
 def make_logger(run_dir: Path, ranks: Ranks, make_tracker: Callable[[], Tracker], interval: float) -> MetricLogger:
     """Return the logger of a run, which writes on the main rank only; interval: seconds between shown updates."""
     return MetricLogger(run_dir, make_tracker(), interval) if ranks.is_main else NoLogger()
-
-
-def end_of_last_line(path: Path) -> int:
-    """Return the number of bytes of a file up to and including its last newline."""
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:  # which mmap refuses
-            return 0
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.rfind(b"\n") + 1
 
 
 def console_line(record: Mapping[str, float], names: Iterable[str]) -> str:
