@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 Sums = Mapping[str, float]
 NOTHING: Sums = MappingProxyType({})
-LABELS = {"desirable": True, "undesirable": False}  # what metrics call the responses of rows with a label
 
 
 def logsigmoid(x: Tensor) -> Tensor:
@@ -260,9 +259,10 @@ def desirable_responses(like: Tensor, context: Context) -> Tensor:
 
 
 def by_label(name: str, values: Tensor, examples: Sequence[TokenizedExample]) -> Metrics:
-    """Return the values, (batch,), of the desirable and of the undesirable examples, as two metrics."""
-    sides = {side: [i for i, e in enumerate(examples) if e.text.label is label] for side, label in LABELS.items()}
-    return {f"{name}/{side}": values[chosen] for side, chosen in sides.items()}
+    """Split the values, (batch,), of examples with a label into those of desirable and of undesirable ones."""
+    desirable = [i for i, example in enumerate(examples) if example.text.label is True]
+    undesirable = [i for i, example in enumerate(examples) if example.text.label is False]
+    return {f"{name}/desirable": values[desirable], f"{name}/undesirable": values[undesirable]}
 
 
 # Options that several losses share
