@@ -795,7 +795,7 @@ def test_only_the_last_checkpoint_which_the_export_needs_is_waited_for(make_trai
 @pytest.mark.parametrize(
     "part, hint",
     [
-        ("clip_gradient", "outside of a forward pass; a smaller model or fewer parameters to train need less"),
+        ("clip_gradient", "outside of a forward pass; a smaller model or fewer trained parameters need less"),
         ("state_dict", "while saving a checkpoint; background_saves=false makes no copy of it in memory"),
     ],
 )
