@@ -30,8 +30,8 @@ START = {"epoch": 0, "batch": 0}
 class BatchIterator:
     """Iterates over groups of examples in the original's order, in batches; its position allows a resume anywhere.
 
-    n_epochs and n_examples bound it, whichever ends first. What is left of an epoch after its last full batch is left
-    out, unless keep_last, which also ends exactly at n_examples (for one epoch). The seeds of the epochs are drawn from
+    It ends after n_epochs or n_examples, whichever comes first. An epoch drops the examples after its last full batch,
+    unless keep_last, which also ends exactly at n_examples (for one epoch). The seeds of the epochs are drawn from
     NumPy's legacy generator, and each epoch shuffles the list of groups as the one before left it.
     """
 
@@ -45,7 +45,7 @@ class BatchIterator:
     position: dict[str, int] = field(default_factory=START.copy)
 
     def from_start(self) -> "BatchIterator":
-        """Return an iterator over the same batches that stands at the very start."""
+        """The same batches, from the very start."""
         return replace(self, position=dict(START))
 
     @property
@@ -54,24 +54,27 @@ class BatchIterator:
         return len(self) > self.batches_per_epoch
 
     def fingerprint(self, by_text: bool = False) -> str:
-        """Return a SHA-256 of the examples in their order and of the tokenizer's rules.
+        """A SHA-256 of the examples in their order and of the tokenizer's rules.
 
-        Tables know hashes of their rows; by_text reads all rows again in their place, as earlier versions did.
+        Tables know hashes of their rows; by_text reads all rows again instead, as earlier versions did.
         """
-        digest = hashlib.sha256(repr((self.settings()[:2], self.n_items)).encode())
-        own = getattr(self.groups, "digest", None)
-        if own is not None and not by_text:
-            return hashlib.sha256(digest.digest() + own()).hexdigest()
+        digest = hashlib.sha256(repr((self.tokenizer_rules(), self.n_items)).encode())
+        digest_of_rows = getattr(self.groups, "digest", None)
+        if digest_of_rows is not None and not by_text:
+            return hashlib.sha256(digest.digest() + digest_of_rows()).hexdigest()
         hash_texts(digest, self.groups)
         return digest.hexdigest()
 
-    def settings(self) -> tuple[object, ...]:
-        """Return what, besides the examples, decides which tokens lie in which batch."""
+    def tokenizer_rules(self) -> tuple[object, object]:
+        """The vocabulary and the lengths, on which the tokens of an example depend."""
         rules = self.tokenize
         backend = getattr(rules.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend is not None else sorted(rules.tokenizer.get_vocab().items())
-        lengths = (rules.max_length, rules.max_prompt_length, rules.add_bos)
-        return (vocabulary, lengths, self.batch_size, self.seed, self.n_epochs, self.n_examples)
+        return vocabulary, (rules.max_length, rules.max_prompt_length, rules.add_bos)
+
+    def settings(self) -> tuple[object, ...]:
+        """What, besides the examples, decides which tokens lie in which batch."""
+        return (*self.tokenizer_rules(), self.batch_size, self.seed, self.n_epochs, self.n_examples)
 
     @cached_property  # groups never change, and a million of them take a while to count
     def sizes(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
@@ -82,12 +85,11 @@ class BatchIterator:
 
     @cached_property
     def n_items(self) -> int:
-        """Examples per epoch."""
+        """The number of examples of an epoch."""
         return int(self.sizes.sum())
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches per epoch."""
         return -(-self.n_items // self.batch_size) if self.keep_last else self.n_items // self.batch_size
 
     def __len__(self) -> int:
@@ -111,16 +113,17 @@ class BatchIterator:
                 shuffled += 1
             groups, places = self.flatten(order)
             for index in range(start, min(per_epoch, len(self) - epoch * per_epoch)):
-                done += 1
-                self.position = dict(zip(("epoch", "batch"), divmod(done, per_epoch), strict=True))
-                start_item, end_item = index * self.batch_size, (index + 1) * self.batch_size
+                first = index * self.batch_size
+                n = self.batch_size
                 if self.keep_last and self.n_examples is not None:
-                    end_item = min(end_item, start_item + self.n_examples - (done - 1) * self.batch_size)
-                chosen = zip(groups[start_item:end_item].tolist(), places[start_item:end_item].tolist(), strict=True)
-                yield Batch(self.tokenize([self.groups[group][place] for group, place in chosen]), self.position)
+                    n = min(n, self.n_examples - done * self.batch_size)
+                members = zip(groups[first : first + n].tolist(), places[first : first + n].tolist(), strict=True)
+                done += 1
+                self.position = {"epoch": done // per_epoch, "batch": done % per_epoch}
+                yield Batch(self.tokenize([self.groups[group][place] for group, place in members]), self.position)
 
     def flatten(self, order: "array[int]") -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
-        """Return the group of each example of an epoch, and its place in the group, for an order of the groups."""
+        """The group of each example of an epoch, and its place in the group, for an order of the groups."""
         import numpy as np
 
         groups = np.frombuffer(order, dtype=np.int64)
@@ -129,18 +132,15 @@ class BatchIterator:
         return np.repeat(groups, sizes), np.arange(sizes.sum()) - np.repeat(starts, sizes)
 
     def epoch_seed(self, epoch: int) -> int:
-        """Return the seed of an epoch's shuffle."""
-        import numpy as np  # slow to import, and the names of data sets are needed without it
+        import numpy as np
 
         return int(np.random.RandomState(self.seed).randint(0, 2**32, size=epoch + 1, dtype=np.int64)[epoch])
 
 
-# What the data lacks for a run
-
-
 def data_problems(settings: Settings, train_batches: BatchIterator, eval_batches: BatchIterator) -> list[str]:
-    """Return one line for each way in which there is too little data."""
-    problems, n = [], train_batches.n_items
+    """One line for each way in which there is too little data."""
+    problems = []
+    n = train_batches.n_items
     if n < settings.batch_size:
         remedy = f"lower it to {n} or less" if n else "give it some"
         problems.append(f"batch_size={settings.batch_size}: the training data holds {n} examples; {remedy}")
@@ -152,14 +152,18 @@ def data_problems(settings: Settings, train_batches: BatchIterator, eval_batches
 
 
 def schedule_notes(settings: Settings, n_updates: int) -> list[str]:
-    """Return a line for each part of the schedule that a run of n_updates does not reach."""
-    notes, warmup, n_examples = [], settings.warmup_steps, n_updates * settings.batch_size
+    """A line for each part of the schedule that a run of n_updates does not reach."""
+    notes = []
+    warmup = settings.warmup_steps
+    n_examples = n_updates * settings.batch_size
     if warmup >= n_updates:
         reached = settings.lr * n_updates / (warmup + 1)
         notes.append(
             f"warmup_steps={warmup}: the run has {n_updates:,} updates, so the learning rate ends at {reached:.2g}."
         )
     if settings.eval_every >= n_examples:
-        run = f"the run has {n_examples:,} examples, so it evaluates at its start (do_first_eval) and end alone"
+        run = (
+            f"the run has {n_examples:,} examples, so it is evaluated only at its start (do_first_eval) and at its end"
+        )
         notes.append(f"eval_every={settings.eval_every:,}: {run}")
     return notes

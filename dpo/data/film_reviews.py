@@ -8,31 +8,26 @@ SIZES = {"train": 2000, "test": 200}
 KINDS = ("warm", "cold")
 
 
-def phrases(text: str) -> list[str]:
-    """Split a list of phrases at its commas."""
-    return text.split(", ")
-
-
 # What fills each {slot} of a prompt or a review. Of [this|that] a warm review takes this and a cold one that.
 FIRST = "Silent Golden Broken Distant Crooked Hidden Frozen Borrowed Scarlet Wooden Northern Paper Stolen Quiet".split()
 LAST = "Harbour Window Orchard River Lantern Kingdom Summer Bridge Mirror Station Island Garden Winter Forest".split()
 SLOTS = {
     "title": [f"The {first} {last}" for first, last in itertools.product(FIRST, LAST)],
-    "genre": phrases("drama, comedy, thriller, western, musical, mystery, romance, fantasy, satire, fable"),
-    "subject": phrases(
+    "genre": "drama, comedy, thriller, western, musical, mystery, romance, fantasy, satire, fable".split(", "),
+    "subject": (
         "two sisters, three thieves, two rival bakers, an old teacher, a country doctor, a night train, old friends, "
         "a lost painting, a family farm, a mountain village, a boxing club, a winter wedding, a young sailor"
-    ),
-    "verdict": phrases(
+    ).split(", "),
+    "verdict": (
         "[lovely|dreadful], [superb|tedious], [delightful|clumsy], [brilliant|dull], [charming|hollow], "
         "[moving|dreary], [splendid|careless], [beautiful|shallow], [perfect|pointless], [tender|feeble], "
         "[wonderful|terrible], [graceful|muddled]"
-    ),
-    "role": phrases("lead actor, young star, narrator, villain, hero, chorus, stranger, singer"),
-    "sound": phrases("piano, organ, violin, guitar, brass, folk, jazz, dance"),
-    "place": phrases("a small town, a seaside hotel, a desert camp, a busy market, a snowy pass, a royal court"),
-    "time": phrases("one long night, a single week, three stormy days, ten years, a whole summer, half a century"),
-    "act": phrases("dreams, waits, argues, laughs, sings, hides, travels, remembers"),
+    ).split(", "),
+    "role": "lead actor, young star, narrator, villain, hero, chorus, stranger, singer".split(", "),
+    "sound": "piano, organ, violin, guitar, brass, folk, jazz, dance".split(", "),
+    "place": "a small town, a seaside hotel, a desert camp, a busy market, a snowy pass, a royal court".split(", "),
+    "time": "one long night, a single week, three stormy days, ten years, a whole summer, half a century".split(", "),
+    "act": "dreams, waits, argues, laughs, sings, hides, travels, remembers".split(", "),
 }
 # A verdict to open with, then one or two sentences on the film, which carry no verdict and so suit either.
 OPENINGS = [
@@ -53,19 +48,19 @@ BODY = [
 
 
 def take_side(text: str, kind: str) -> str:
-    """Take the warm or the cold side of each [warm|cold] in a text."""
+    """The text with the warm or the cold side of each [warm|cold]."""
     return re.sub(r"\[(.*?)\|(.*?)\]", lambda sides: sides[1 + KINDS.index(kind)], text)
 
 
 def write_review(film: dict[str, str], rng: random.Random) -> str:
     """Write a review of two or three sentences with both sides still in it."""
-    words = {slot: rng.choice(choices) for slot, choices in SLOTS.items()} | film
+    fillings = {slot: rng.choice(choices) for slot, choices in SLOTS.items()} | film
     body = rng.sample(BODY, rng.choice([1, 2]))
-    return " ".join(template.format(**words) for template in [rng.choice(OPENINGS), *body])
+    return " ".join(template.format(**fillings) for template in [rng.choice(OPENINGS), *body])
 
 
 def make_rows(split: str) -> list[dict[str, str]]:
-    """Return the rows of "train" or "test"; the SFT target is the chosen response in exactly half of them."""
+    """The rows of "train" or "test"; the SFT target is the chosen response in exactly half of them."""
     if split not in SIZES:
         raise ValueError(f"split={split!r}: the demo data set has {' and '.join(SIZES)}")
     # One draw serves both splits, so that no film is in both.
@@ -90,14 +85,14 @@ def make_rows(split: str) -> list[dict[str, str]]:
 
 
 def opening_pattern(kind: str) -> re.Pattern[str]:
-    """Return the pattern of every verdict sentence of this kind."""
+    """What matches every verdict sentence of this kind."""
     choices = {slot: f"({'|'.join(take_side(text, kind) for text in texts)})" for slot, texts in SLOTS.items()}
     # The marks need no escape: "!" means itself, and judge has made sure that "." stands for "." or "!".
     return re.compile("|".join(take_side(text, kind).format(**choices) for text in OPENINGS))
 
 
 def vocabulary(kind: str) -> set[str]:
-    """Return every word that a review of this kind may use, in lower case."""
+    """Every word that a review of this kind may use, in lower case."""
     texts = itertools.chain(OPENINGS, BODY, *SLOTS.values())
     return set(re.findall("[a-z]+", re.sub("{.*?}", "", take_side(" ".join(texts), kind)).lower()))
 
@@ -107,7 +102,7 @@ VOCABULARY = {kind: vocabulary(kind) for kind in KINDS}
 
 
 def judge(text: str) -> str:
-    """Return "warm" or "cold" by the verdict that opens the review, or "broken".
+    """Tell "warm" or "cold" by the verdict that opens the review, or "broken".
 
     Broken is any text that does not open with a whole verdict sentence of one kind, or uses a word that no review of
     that kind uses (so a warm verdict with a cold word after it), or is not 2 to 4 different sentences, one space apart,
