@@ -16,9 +16,9 @@ import torch
 from omegaconf import OmegaConf
 
 from dpo.data.batches import BatchIterator, data_problems, schedule_notes
-from dpo.data.chat import Rendering
+from dpo.data.chat import RowFormatter
 from dpo.data.examples import Tokenization, bos_note
-from dpo.data.row_index import joined, score_problems, scores_of
+from dpo.data.row_index import concatenate, score_problems, scores_of
 from dpo.data.sources import is_hub_name
 from dpo.distributed.process_group import check_same, synchronize
 from dpo.distributed.ranks import Ranks
@@ -85,22 +85,22 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     lengths, add_bos = (settings.max_length, settings.max_prompt_length), settings.model.add_bos
     tokenize = Tokenization(tokenizer, *lengths, add_bos, model_config.get_text_config().vocab_size)
     sft = loss.n_responses == 1
-    rendering = Rendering(settings.prompt_format, tokenizer)
-    train, test = load_data(settings, sft, tokenize, rendering, loss.takes_labels)
-    if rendering.template is None and (note := bos_note(tokenizer, add_bos)):  # a chat template writes its own BOS
+    formatter = RowFormatter(settings.prompt_format, tokenizer)
+    train, test = load_data(settings, sft, tokenize, formatter, loss.takes_labels)
+    if formatter.template is None and (note := bos_note(tokenizer, add_bos)):  # a chat template writes its own BOS
         log_message(note)
     limits = (settings.n_epochs, settings.n_examples)
     train_batches = BatchIterator(train, tokenize, settings.batch_size, settings.seed, *limits)
     eval_batches = BatchIterator(test, tokenize, settings.eval_batch_size, 0, 1, settings.n_eval_examples, True)
     raise_problems(data_problems(settings, train_batches, eval_batches))
-    raise_problems(score_problems(joined([train, test])) if loss.needs_scores else [])
+    raise_problems(score_problems(concatenate([train, test])) if loss.needs_scores else [])
     for note in schedule_notes(settings, len(train_batches)):
         log_message(note)
     left = train_batches.n_items - train_batches.batches_per_epoch * settings.batch_size
     if left:
         n = train_batches.n_items
         log_message(f"Each epoch skips the last {left:,} of {n:,} examples, too few for a batch.")
-    stops = rendering.template.stops() if rendering.template else []
+    stops = formatter.template.stops() if formatter.template else []
     return Inputs(device, model_config, tokenizer, train_batches, eval_batches, stops)
 
 

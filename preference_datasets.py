@@ -2,7 +2,7 @@
 
 A data set is a map from a prompt to its responses, its pairs (chosen index, rejected index) and one sft_target.
 To add one: write a function like get_shp that returns such a map, as PreferenceData or as a plain dict, and name it in
-DATASETS.
+DATASETS. PreferenceData counts its rows by itself.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,19 +10,11 @@ from itertools import combinations
 from os.path import realpath
 from typing import TYPE_CHECKING, Any, get_args
 
-from dpo.data.chat import Rendering
+from dpo.data.chat import RowFormatter
 from dpo.data.examples import TextExample, Tokenization, Truncation
-from dpo.data.preferences import (
-    Entry,
-    PreferenceData,
-    as_preference_data,
-    make_groups,
-    n_left_out,
-    reading_row,
-    text_in,
-)
-from dpo.data.row_index import Reading, TableData, choose_rows, index_rows, joined
-from dpo.data.rows import ASSISTANT, DIFFERS
+from dpo.data.preferences import Entry, PreferenceData, as_preference_data, make_groups, naming_row
+from dpo.data.row_index import Reading, TableData, choose_rows, concatenate, index_rows
+from dpo.data.rows import ASSISTANT, DIFFERENT_PROMPTS, checked_text, split_dialogues
 from dpo.data.sources import Source, SplitNames, open_source
 from dpo.settings.schema import Settings
 from dpo.system.console import log_message, progress
@@ -47,37 +39,36 @@ def load_hub_split(path: str, split: str, cache_dir: str | None) -> "Dataset":
         raise UserError(f"data set {path}: cannot be fetched ({reason}); {advice}") from None
 
 
-def get_hh(split: str, silent: bool = False, cache_dir: str | None = None) -> PreferenceData:
-    """Load Anthropic's helpful-and-harmless dialogues, split train or test."""
-    rows = load_hub_split("Anthropic/hh-rlhf", split, cache_dir)
-    data = PreferenceData("keep_end")
-    for row in progress(rows, f"hh {split}", silent=silent):
-        with reading_row(data.counts, f"hh {split}"):
-            add_dialogues(data, text_in(row, "chosen"), text_in(row, "rejected"))
+def add_rows(
+    data: PreferenceData, rows: "Dataset", name: str, silent: bool, add: Callable[[PreferenceData, Any], None]
+) -> PreferenceData:
+    """Add all rows of a split to data; UserError that names the row if one has another form."""
+    for number, row in enumerate(progress(rows, name, silent=silent), start=1):
+        with naming_row(name, number):
+            add(data, row)
     return data
 
 
-def add_dialogues(data: PreferenceData, chosen: str, rejected: str) -> None:
-    """Add a pair of hh-style dialogues, which share all up to the last answer of the assistant.
+def get_hh(split: str, silent: bool = False, cache_dir: str | None = None) -> PreferenceData:
+    """Load Anthropic's helpful-and-harmless dialogues, split train or test."""
+    rows = load_hub_split("Anthropic/hh-rlhf", split, cache_dir)
+    return add_rows(PreferenceData("keep_end"), rows, f"hh {split}", silent, add_dialogues)
 
-    As in the original, both responses begin where the chosen dialogue's last answer does. UserError if there is none.
-    """
-    if ASSISTANT not in chosen:
-        raise UserError(f"the chosen dialogue has no {ASSISTANT!r}")
-    start = chosen.rfind(ASSISTANT) + len(ASSISTANT)
-    kept = data.add_pair(chosen[:start], chosen[start:], rejected[start:])
-    if kept and rejected[:start] != chosen[:start]:
-        data.counts[DIFFERS] += 1
+
+def add_dialogues(data: PreferenceData, row: Mapping[str, Any]) -> None:
+    """Add a pair of hh-style dialogues, which share all up to the last answer of the assistant."""
+    dialogues = [checked_text(row[side], side) for side in ("chosen", "rejected")]
+    prompt, (chosen, rejected), prompts_differ = split_dialogues(dialogues)
+    if data.add_pair(prompt, chosen, rejected) and prompts_differ:
+        data.counts.warn(DIFFERENT_PROMPTS)
 
 
 def get_shp(split: str, silent: bool = False, cache_dir: str | None = None) -> PreferenceData:
     """Load the Stanford Human Preferences; a row counts if one score is at least twice the other."""
     rows = load_hub_split("stanfordnlp/SHP", split, cache_dir)
-    data = PreferenceData("keep_start")
     scores: dict[str, list[float]] = {}
-    for row in progress(rows, f"shp {split}", silent=silent):
-        with reading_row(data.counts, f"shp {split}"):
-            add_shp_row(data, scores, row)
+    data = PreferenceData("keep_start")
+    add_rows(data, rows, f"shp {split}", silent, lambda data, row: add_shp_row(data, scores, row))
     for prompt, entry in data.items():
         entry["sft_target"] = best_response(entry["responses"], scores[prompt])
     return data
@@ -87,14 +78,15 @@ def add_shp_row(data: PreferenceData, scores: dict[str, list[float]], row: Mappi
     """Add one row of SHP, and its scores under its prompt."""
     low, high = sorted((row["score_A"], row["score_B"]))
     if high < 2 * low or high == 0:
-        data.counts["dropped: neither score is twice the other"] += 1
+        data.counts.drop("neither score is twice the other")
         return
-    data.counts["kept although a score is 0"] += low == 0
-    prompt = f"\n\nHuman: {text_in(row, 'history')}{ASSISTANT}"
-    responses = [f" {text_in(row, 'human_ref_A')}", f" {text_in(row, 'human_ref_B')}"]
-    pair = (0, 1) if row["labels"] == 1 else (1, 0)
-    data.accepts(row["history"], *(responses[i] for i in pair))
-    data.add(prompt, responses, [pair], responses[0])
+    if low == 0:
+        data.counts.warn("a score is 0")
+    prompt = f"\n\nHuman: {checked_text(row['history'], 'history')}{ASSISTANT}"
+    responses = [f" {checked_text(row[name], name)}" for name in ("human_ref_A", "human_ref_B")]
+    chosen, rejected = (0, 1) if row["labels"] == 1 else (1, 0)
+    data.accepts(row["history"], responses[chosen], responses[rejected])
+    data.add(prompt, responses, [(chosen, rejected)], responses[0])
     scores.setdefault(prompt, []).extend((row["score_A"], row["score_B"]))
 
 
@@ -103,32 +95,27 @@ def get_se(split: str, silent: bool = False, cache_dir: str | None = None) -> Pr
     rows = load_hub_split("HuggingFaceH4/stack-exchange-preferences", "train", cache_dir).shuffle(seed=42)
     n_test = int(len(rows) * 0.01)
     rows = rows.select(range(n_test) if split == "test" else range(n_test, len(rows)))
-    data = PreferenceData("keep_start")
-    for row in progress(rows, f"se {split}", silent=silent):
-        with reading_row(data.counts, f"se {split}"):
-            add_se_row(data, row)
-    return data
+    return add_rows(PreferenceData("keep_start"), rows, f"se {split}", silent, add_se_row)
 
 
 def add_se_row(data: PreferenceData, row: Mapping[str, Any]) -> None:
     """Add one question of StackExchange with all pairs of its answers."""
-    question = strip_html(text_in(row, "question"))
+    question = strip_html(checked_text(row["question"], "question"))
     prompt = f"\n\nHuman: {question}{ASSISTANT}"
-    responses = [f" {strip_html(text_in(answer, 'text'))}" for answer in row["answers"]]
+    responses = [f" {strip_html(checked_text(answer['text'], 'text'))}" for answer in row["answers"]]
     scores = [answer["pm_score"] for answer in row["answers"]]
     pairs = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in combinations(range(len(scores)), 2)]
-    data.counts["kept although it has one answer and so no pair"] += not pairs
+    if not pairs:
+        data.counts.warn("it has one answer and so no pair")
     for chosen, rejected in pairs:
         data.accepts(question, responses[chosen], responses[rejected])
     if prompt in data:  # as in the original, the later question's answers take the place of the earlier one's
-        data.leave_out("left out: a later row has the same question", len(data.kept_rows[prompt]))
-        data[prompt]["responses"], data[prompt]["pairs"] = [], []
-        data.rows[prompt], data.kept_rows[prompt] = [], []
+        data.drop_prompt(prompt, "a later row has the same question")
     data.add(prompt, responses, pairs, best_response(responses, scores))
 
 
 def best_response(responses: list[str], scores: list[float]) -> str:
-    """Return the response with the highest score; of equal texts the first one's score counts, as in the original."""
+    """The response with the highest score; of equal texts the first one's score counts, as in the original."""
     return max(responses, key=lambda response: scores[responses.index(response)])
 
 
@@ -153,7 +140,6 @@ def get_demo(split: str, silent: bool = False, cache_dir: str | None = None) -> 
 
     data = PreferenceData("keep_end", drop_unusable=True)
     for row in make_rows(split):
-        data.counts["read"] += 1
         data.add(row["prompt"], [row["chosen"], row["rejected"]], [(0, 1)], row["sft_target"])
     return data
 
@@ -169,7 +155,7 @@ def get_dataset(name: str, split: str, silent: bool = False, cache_dir: str | No
 
 
 def distinct_datasets(names: Iterable[str]) -> list[str]:
-    """Return the names without those that are another spelling of an earlier one: d/mix/, ./d/mix, a link to it."""
+    """The names without those that are another spelling of an earlier one: d/mix/, ./d/mix, a link to it."""
     distinct: dict[str, str] = {}
     for name in names:
         distinct.setdefault(name if name in DATASETS else realpath(name), name)
@@ -207,48 +193,49 @@ Groups = Sequence[Sequence[TextExample]]
 
 
 def load_data(
-    settings: Settings, sft: bool, tokenize: Tokenization, rendering: Rendering, labels: bool = False
+    settings: Settings, sft: bool, tokenize: Tokenization, formatter: RowFormatter, labels: bool = False
 ) -> tuple[Groups, Groups]:
-    """Load the training and the test split of all data sets, each concatenated, and log the account of their rows.
+    """Load the training and the test split of all data sets, each concatenated, and log the statistics of their rows.
 
     labels: rows of one response with a label are taken too; UserError where these and pairs come together.
     """
-    parts: dict[str, list[Groups]] = {"train": [], "test": []}
+    train: list[Groups] = []
+    test: list[Groups] = []
     paired, labelled = [], []
     for name in distinct_datasets(settings.datasets):
         if name in DATASETS:
             check_named(name, settings)
             paired.append(name)
-            loaded = {split: load_named(name, split, sft, tokenize) for split in parts}
-        else:
-            reading = Reading(
-                name,
-                columns=settings.columns.model_dump(),
-                sft=sft,
-                render=rendering,
-                tokenize=tokenize,
-                drop_inconsistent=settings.on_inconsistent == "drop",
-                labels=labels,
-            )
-            splits = SplitNames(settings.split_train, settings.split_test, sft)
-            tables = load_tables(open_source(name, splits, DATASETS), reading)
-            paired += [name for table in tables.values() if table.counts["kept"] > table.n_labelled]
-            labelled += [name for table in tables.values() if table.n_labelled]
-            loaded = {split: tables[split] for split in parts}
-        for split, groups in parts.items():
-            groups.append(loaded[split])
-    if note := rendering.note():
-        log_message(note)
+            train.append(load_named(name, "train", sft, tokenize))
+            test.append(load_named(name, "test", sft, tokenize))
+            continue
+        reading = Reading(
+            name,
+            columns=settings.columns.model_dump(),
+            sft=sft,
+            formatter=formatter,
+            tokenize=tokenize,
+            drop_inconsistent=settings.on_inconsistent == "drop",
+            labels=labels,
+        )
+        source = open_source(name, SplitNames(settings.split_train, settings.split_test, sft), DATASETS)
+        tables = load_tables(source, reading)
+        paired += [name for table in tables.values() if table.counts["kept"] > table.n_labelled]
+        labelled += [name for table in tables.values() if table.n_labelled]
+        train.append(tables["train"])
+        test.append(tables["test"])
+    if warning := formatter.warning():
+        log_message(warning)
     if paired and labelled:
         kinds = f"{labelled[0]} has rows with a label, {paired[0]} has pairs of responses"
         raise UserError(f"datasets: {kinds}; one run trains on one kind, so leave the other out")
-    return joined(parts["train"]), joined(parts["test"])
+    return concatenate(train), concatenate(test)
 
 
 def check_named(name: str, settings: Settings) -> None:
     """Raise UserError if settings ask for what a data set of DATASETS, which reads itself, cannot do."""
-    given = [f"columns.{use}" for use, column in settings.columns.model_dump().items() if column is not None]
-    given += [f"split_{split}" for split in ("train", "test") if getattr(settings, f"split_{split}") is not None]
+    given = [f"columns.{role}" for role, column in settings.columns.model_dump().items() if column is not None]
+    given += [key for key in ("split_train", "split_test") if getattr(settings, key) is not None]
     given += ["prompt_format=chat"] if settings.prompt_format == "chat" else []
     if given:
         raise UserError(f"{', '.join(given)}: datasets=[{name}] reads its own columns, splits and texts; leave it out")
@@ -258,29 +245,19 @@ def load_named(name: str, split: str, sft: bool, tokenize: Tokenization) -> Grou
     """Load one split of a data set of DATASETS, and log what was read, kept and dropped."""
     data = get_dataset(name, split)
     groups = make_groups(data, name, sft, tokenize.tokenizer.eos_token, tokenize.empty_prompts(data))
-    log_account(name, split, data.counts, len(data), data.notes)
+    log_message(f"Data {name} {split}: {data.counts.summary(len(data))}")
     return groups
 
 
 def load_tables(source: Source, reading: Reading) -> dict[str, TableData]:
-    """Read the rows of a data set's tables once, check and count them, and return the groups of both splits."""
+    """Read the rows of a data set's tables once, check and count them, and choose those of both splits."""
     index = index_rows(source.train, reading)
-    if source.test is None:
-        train, test = (choose_rows(index, split) for split in ("train", "test"))
-        notes: list[str] = []
-    else:
-        test_index = index_rows(source.test, reading)
-        train, test, notes = choose_rows(index), choose_rows(test_index), test_index.notes
-    log_account(reading.name, "train", train.counts, len(train), [*index.notes, *source.notes])
-    log_account(reading.name, "test", test.counts, len(test), notes)
-    return {"train": train, "test": test}
-
-
-def log_account(name: str, split: str, counts: Mapping[str, int], n_prompts: int, notes: Iterable[str]) -> None:
-    """Log how many rows of a data set were read, kept, and left out for each reason."""
-    left_out = n_left_out(counts)
-    reasons = [f"{n:,} {what}" for what, n in counts.items() if n and what not in ("read", "kept")]
-    head = f"Data {name} {split}: {counts.get('read', 0):,} rows read, {counts.get('kept', 0):,} kept"
-    log_message("; ".join([f"{head}, {left_out:,} not, {n_prompts:,} prompts", *reasons]))
-    for note in notes:
-        log_message(note)
+    test_index = index if source.test is None else index_rows(source.test, reading)
+    held_out = ("train", "test") if source.test is None else (None, None)
+    data = {"train": choose_rows(index, held_out[0]), "test": choose_rows(test_index, held_out[1])}
+    notes = {"train": [*index.notes, *source.notes], "test": [] if test_index is index else test_index.notes}
+    for split, table in data.items():
+        log_message(f"Data {reading.name} {split}: {table.counts.summary(len(table))}")
+        for note in notes[split]:
+            log_message(note)
+    return data

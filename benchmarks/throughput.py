@@ -104,7 +104,7 @@ class Bench:
             chosen = lengths[b * self.args.pairs : (b + 1) * self.args.pairs]
             tokens = [[[rng.randrange(self.vocabulary) for _ in range(n)] for n in triple] for triple in chosen]
             items = [TextExample(f"{b} {i}", ("", ""), "keep_end", i, "") for i in range(len(chosen))]
-            batches.append([cut(item, p, (c, r)) for item, (p, c, r) in zip(items, tokens, strict=True)])
+            batches.append([cut(item, p, [c, r]) for item, (p, c, r) in zip(items, tokens, strict=True)])
         return batches
 
     def reference(self, dtype: torch.dtype) -> ModelReference:

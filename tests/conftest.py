@@ -54,9 +54,9 @@ from transformers import (
 )
 
 from build import build_trainer, load_inputs
-from dpo.data.chat import Rendering
+from dpo.data.chat import RowFormatter
 from dpo.data.examples import Tokenization
-from dpo.data.jsonl import read_jsonl
+from dpo.data.jsonl import JsonRows
 from dpo.data.row_index import Reading, TableData
 from dpo.data.sources import SplitNames, open_source
 from dpo.runs.run_dir import RunDir
@@ -87,7 +87,7 @@ TINY = (
 
 def golden_rows(split: str) -> list[dict[str, str]]:
     """Return the dialogues of the goldens' data, split train or test."""
-    return [row for _, row in read_jsonl(GOLDENS / "data" / f"{split}.jsonl")]
+    return [row for _, row in JsonRows(GOLDENS / "data" / f"{split}.jsonl")]
 
 
 def without_measurements(record: dict) -> dict:
@@ -212,9 +212,9 @@ def read_data(name, sft=False, tokenizer=None, split_train=None, split_test=None
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(GOLDENS / "tiny-gpt2")
     lengths = (options.pop("max_length", 160), options.pop("max_prompt_length", 96), options.pop("add_bos", False))
     drop = options.pop("on_inconsistent", "refuse") == "drop"
-    render = Rendering(options.pop("prompt_format", "auto"), tokenizer)
+    formatter = RowFormatter(options.pop("prompt_format", "auto"), tokenizer)
     labels = options.pop("labels", False)
-    reading = Reading(str(name), options, sft, render, Tokenization(tokenizer, *lengths), drop, labels)
+    reading = Reading(str(name), options, sft, formatter, Tokenization(tokenizer, *lengths), drop, labels)
     return load_tables(open_source(str(name), SplitNames(split_train, split_test, sft), DATASETS), reading)
 
 

@@ -114,7 +114,7 @@ def test_no_fuzzed_data_file_gives_a_traceback_or_is_accepted_in_silence(tmp_pat
             continue
         remarks = sum(n for what, n in data.counts.items() if what not in ("read", "kept"))
         dropped = sum(n for what, n in data.counts.items() if what.startswith("dropped"))
-        assert data.counts["read"] == data.counts["kept"] + dropped
+        assert data.counts.read == data.counts["kept"] + dropped
         assert len(items) == data.counts["kept"]
         outcomes["counted" if remarks or not items else "usable"] += 1
         if not remarks and items:  # an unusual text, such as a very long one, is a text; a BOM or a blank line is none

@@ -5,6 +5,7 @@ import inspect
 import json
 import random
 import re
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -26,17 +27,14 @@ EOS = "<|endoftext|>"  # of the goldens' tokenizer
 
 
 def pair(prompt=PROMPT, chosen=" yes", rejected=" no"):
-    """Make a row of one's own data."""
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def dialogue(chosen=PROMPT + " yes", rejected=PROMPT + " no"):
-    """Make a row in the form of hh."""
     return {"chosen": chosen, "rejected": rejected}
 
 
 def write(folder, train_rows, test_rows=None):
-    """Write a data set of JSON lines."""
     folder.mkdir(parents=True)
     for split, rows in (("train", train_rows), ("test", test_rows)):
         if rows is not None:
@@ -46,22 +44,18 @@ def write(folder, train_rows, test_rows=None):
 
 
 def numbered(n):
-    """Make n rows with prompts of their own."""
     return [pair(f"prompt {i}", f" {i}") for i in range(n)]
 
 
 def counts(data):
-    """Return the counts that are not 0."""
-    return {what: n for what, n in data.counts.items() if n}
+    return {"read": data.counts.read} | {what: n for what, n in data.counts.items() if n}
 
 
 def own(tmp_path, *rows, **options):
-    """Read rows as the training split of one's own data."""
     return read_data(write(tmp_path / "data", rows, [pair()]), **options)["train"]
 
 
 def kept(data):
-    """Return (prompt, rows) of each group."""
     return {group[0].prompt: [text.row for text in group] for group in data}
 
 
@@ -119,7 +113,7 @@ def test_rows_with_eos_inside_the_text_are_dropped_and_counted(sft, dropped, tmp
     rows = [pair(), pair(chosen=f"a{EOS}"), pair(f"p{EOS}"), pair(rejected=EOS), pair(chosen=" later")]
     data = own(tmp_path, *rows, sft=sft)
     assert [text.responses[0] for group in data for text in group] == [" yes", " later"]
-    left_out = {"left out: an earlier row has the same prompt and chosen response": 1} if sft else {}
+    left_out = {"dropped: an earlier row has the same prompt and chosen response": 1} if sft else {}
     assert counts(data) == {"read": 5, "kept": 2, f"dropped: the text holds {EOS}": dropped} | left_out
 
 
@@ -226,7 +220,7 @@ def test_a_folder_without_test_file_holds_out_at_most_a_tenth_of_its_prompts(n, 
     assert set(kept(train_data)) | set(kept(test_data)) == {f"prompt {i}" for i in range(n)}
     assert [kept(data) for data in first] == [kept(data) for data in again]
     for data, other in (first, first[::-1]):
-        reason = f"left out: no test file, so {n // 10} of {n} prompts are held out as the test split"
+        reason = f"dropped: there is no test file: {n // 10} of {n} prompts are held out as the test split"
         assert counts(data) == {"read": 2 * n, "kept": 2 * len(data), reason: 2 * len(other)} or n < 10
     if n == 20:  # the same in every run, on every machine
         assert list(kept(test_data)) == ["prompt 12", "prompt 13"]
@@ -239,7 +233,7 @@ def test_a_single_file_is_a_whole_data_set_of_which_a_tenth_of_the_prompts_is_he
     content = (folder / "train.jsonl").read_bytes()
     (folder / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     train_data, test_data = read_data(folder / name).values()
-    reason = "left out: no test file, so 2 of 20 prompts are held out as the test split"
+    reason = "dropped: there is no test file: 2 of 20 prompts are held out as the test split"
     assert counts(train_data) == {"read": 20, "kept": 18, reason: 2}
     assert counts(test_data) == {"read": 20, "kept": 2, reason: 18}
     assert set(kept(train_data)) | set(kept(test_data)) == {f"prompt {i}" for i in range(20)}
@@ -296,11 +290,11 @@ def test_sft_on_ones_own_rows_with_a_prompt_trains_on_every_distinct_row(tmp_pat
         [(("1",), 1), (("2",), 2)],
         [(("1",), 5)],
     ]
-    repeated = "left out: an earlier row has the same prompt and chosen response"
+    repeated = "dropped: an earlier row has the same prompt and chosen response"
     assert counts(data) == {"read": 5, "kept": 3, repeated: 2}
 
 
-ONE_TARGET = "left out: SFT trains on one target per prompt, and a later row has the same prompt"
+ONE_TARGET = "dropped: SFT trains on one target per prompt, and a later row has the same prompt"
 
 
 def test_sft_on_dialogues_trains_on_the_last_target_of_a_prompt_and_reports_it(tmp_path, hub):
@@ -366,7 +360,7 @@ def test_hh_and_a_folder_of_the_same_rows_are_the_same_data(sft, hub):
         hub(*golden_rows(split))
         data = get_dataset("hh", split)
         groups = make_groups(data, "hh", sft, EOS)
-        assert [[text[:4] for text in group] for group in groups] == [[text[:4] for text in g] for g in mine[split]]
+        assert groups == [[replace(text, source="hh") for text in group] for group in mine[split]]
         assert counts(data) == counts(mine[split])
 
 
@@ -408,7 +402,7 @@ def test_se_keeps_what_the_original_keeps_and_counts_it(hub):
         "kept": 3,
         "kept although it has one answer and so no pair": 1,
         "kept although it repeats an earlier row": 1,
-        "left out: a later row has the same question": 1,
+        "dropped: a later row has the same question": 1,
     }
     assert data[PROMPT] == {
         "responses": [" 2, 0", " 5, 1", " 2, 2"],
@@ -428,7 +422,7 @@ def test_a_question_of_se_that_comes_again_and_again_is_kept_once(sft, hub):
     ((text,),) = make_groups(data, "se", sft, "<eos>")
     assert text.row == 3
     remark = {} if sft else {"kept although it repeats an earlier row": 2}
-    assert counts(data) == {"read": 3, "kept": 1, "left out: a later row has the same question": 2} | remark
+    assert counts(data) == {"read": 3, "kept": 1, "dropped: a later row has the same question": 2} | remark
 
 
 def test_public_names_keep_their_original_signatures():
@@ -451,7 +445,6 @@ def prepare(folder, *overrides):
 
 
 def rows_of(batches):
-    """Return the rows of each batch."""
     return [[example.text.row for example in batch.examples] for batch in batches]
 
 
@@ -498,12 +491,8 @@ def test_everything_read_kept_and_dropped_is_printed(tmp_path, capsys):
     train_batches, eval_batches = prepare(folder)
     out = capsys.readouterr().out.splitlines()
     line = next(line for line in out if line.startswith(f"Data {folder} train"))
-    assert "train: 12 rows read, 10 kept, 2 not, 8 prompts" in line
-    assert set(line.split("; ")[1:]) == {
-        "1 dropped: the prompt is empty",
-        "1 dropped: the text holds <|endoftext|>",
-        "1 kept although it repeats an earlier row",
-    }
+    reasons = "1 because the prompt is empty, 1 because the text holds <|endoftext|>"
+    assert f"12 rows read: 10 kept, 2 dropped ({reasons}); 8 prompts; 1 kept although it repeats" in line
     assert "Each epoch skips the last 2 of 10 examples, too few for a batch." in out
     assert (train_batches.n_items, len(train_batches)) == (10, 1)
     assert (eval_batches.n_items, len(eval_batches)) == (2, 1)
@@ -547,7 +536,7 @@ def test_a_plain_dict_of_a_data_set_function_trains(tmp_path, monkeypatch, capsy
     monkeypatch.setitem(preference_datasets.DATASETS, "mine", lambda split, silent, cache_dir: plain)
     train_batches = inputs_of(*TINY, "loss=dpo", "datasets=[mine]").train_batches
     assert len(train_batches) == 1
-    assert "Data mine train: 8 rows read, 8 kept, 0 not, 8 prompts" in capsys.readouterr().out
+    assert "Data mine train: 8 rows read: 8 kept; 8 prompts" in capsys.readouterr().out
 
 
 def test_what_is_ignored_of_ones_own_data_is_printed(tmp_path, capsys):
@@ -566,9 +555,8 @@ def test_a_prompt_without_a_token_is_dropped_before_training(tmp_path, monkeypat
     name = f"model.tokenizer_name_or_path='{tokenizer}'"
     train_batches, eval_batches = prepare(folder, name)
     out = capsys.readouterr().out
-    assert (
-        "train: 11 rows read, 9 kept, 2 not, 9 prompts; 2 dropped: the tokenizer turns the prompt into no token" in out
-    )
+    dropped = "2 dropped (2 because the tokenizer turns the prompt into no token)"
+    assert f"train: 11 rows read: 9 kept, {dropped}; 9 prompts" in out
     assert (train_batches.n_items, eval_batches.n_items) == (9, 1)
     assert [len(batch.examples) for batch in train_batches] == [8]
     train_batches, eval_batches = prepare(folder, name, "model.add_bos=true")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dpo.data.chat import Rendering
+    from dpo.data.chat import RowFormatter
     from dpo.data.examples import TextExample, TokenizedExample
     from dpo.settings.schema import Settings
     from dpo.training.objectives import Loss
@@ -79,14 +79,7 @@ class Prompts:
 
     def for_judge(self) -> list[Any]:
         """Return the prompts as a judge sees them: texts, or messages if a chat template renders them."""
-        return [prompt_for_judge(example.text) for example in self.examples]
-
-
-def prompt_for_judge(text: "TextExample") -> Any:
-    from dpo.data.chat import Conversation
-
-    rendered = text.truncation
-    return json.loads(rendered.prompt) if isinstance(rendered, Conversation) else text.prompt
+        return [example.text.original_prompt for example in self.examples]
 
 
 def prompts_of_run(candidate: Candidate, n: int | None) -> Prompts:
@@ -101,36 +94,35 @@ def prompts_of_run(candidate: Candidate, n: int | None) -> Prompts:
 
 def prompts_of_file(path: Path, candidate: Candidate, n: int | None) -> Prompts:
     """Return the first n prompts of a file, with a run's chat template and length limits."""
-    from dpo.data.chat import Rendering
+    from dpo.data.chat import RowFormatter
     from dpo.data.examples import Tokenization
-    from dpo.data.jsonl import read_jsonl
+    from dpo.data.jsonl import JsonRows
     from dpo.model.loading import load_model_config
 
     settings = candidate.settings
     config, tokenizer = load_model_config(settings.model)
     lengths, vocab_size = (settings.max_length, settings.max_prompt_length), config.get_text_config().vocab_size
     tokenize = Tokenization(tokenizer, *lengths, settings.model.add_bos, vocab_size)
-    rendering = Rendering(settings.prompt_format, tokenizer)
-    texts = [read_prompt(row, rendering, number, str(path)) for number, row in islice(read_jsonl(path), n)]
+    formatter = RowFormatter(settings.prompt_format, tokenizer)
+    texts = [read_prompt(row, formatter, number, str(path)) for number, row in islice(JsonRows(path), n)]
     if not texts:
         raise UserError(f"{path}: holds no prompt")
     examples = tokenize(texts)
     if n_truncated := sum(bool(example.truncated) for example in examples):
         log_message(f"{path}: {n_truncated} of {len(texts)} prompts are truncated for {candidate.name}.")
-    return Prompts(examples, tokenizer, rendering.template.stops() if rendering.template else [])
+    return Prompts(examples, tokenizer, formatter.template.stops() if formatter.template else [])
 
 
-def read_prompt(row: Any, rendering: "Rendering", number: int, source: str) -> "TextExample":
+def read_prompt(row: Any, formatter: "RowFormatter", number: int, source: str) -> "TextExample":
     """Return the prompt of a file's row, in an example with a placeholder as response; UserError names the row."""
-    from dpo.data.preferences import checked_text
-    from dpo.data.rows import Row, as_messages
+    from dpo.data.rows import Row, as_messages, checked_text
 
     try:
         prompt = row["prompt"]
         if isinstance(prompt, str):
-            return rendering(Row(checked_text(prompt, "prompt"), (".",)), number, source)
+            return formatter(Row(checked_text(prompt, "prompt"), (".",)), number, source)
         answer = {"role": "assistant", "content": "."}
-        return rendering(Row(as_messages(prompt, "prompt", "user"), (answer,)), number, source)
+        return formatter(Row(as_messages(prompt, "prompt", "user"), (answer,)), number, source)
     except (KeyError, TypeError):
         raise UserError(f'{source}, row {number}: is not {{"prompt": text or messages}}') from None
     except UserError as error:

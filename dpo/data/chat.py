@@ -3,19 +3,19 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os.path import commonprefix
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from dpo.data.examples import InconsistentRow, TextExample, Tokenization, TokenizedExample, Truncation, UnusableRow
-from dpo.data.rows import ASSISTANT, Message, Row, to_json
+from dpo.data.examples import TextExample, Tokenization
+from dpo.data.rows import ASSISTANT, InconsistentRow, Message, Row, UnusableRow, to_json
 from dpo.system.errors import UserError, summarize_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PromptFormat = Literal["auto", "chat", "text", "hh"]
-AROUND = 30  # characters shown before and after a difference
+CONTEXT = 30  # characters shown before and after a difference
 PROBE: list[Message] = [{"role": "user", "content": "probe question"}, {"role": "assistant", "content": "probe answer"}]
 
 
@@ -28,7 +28,7 @@ class ChatTemplate:
 
     tokenizer: "PreTrainedTokenizerBase"
     end_of_turn: str
-    written: bool  # whether the template writes end_of_turn by itself
+    writes_end: bool  # whether the template writes end_of_turn by itself
     special: re.Pattern[str]  # any special token, which no turn may hold
 
     @classmethod
@@ -48,20 +48,16 @@ class ChatTemplate:
             raise UserError(f"model.tokenizer_name_or_path: the chat template fails ({error})") from None
         if not before:
             raise UserError("model.tokenizer_name_or_path: the chat template does not write the assistant's turn")
-        found = special.search(after)
-        return cls(tokenizer, found[0], True, special) if found else template
-
-    @property
-    def end_of_turn_id(self) -> int:
-        """The id of the token that ends the assistant's turn."""
-        return int(self.tokenizer.convert_tokens_to_ids(self.end_of_turn))  # type: ignore[arg-type]  # of one token
+        end = special.search(after)
+        return replace(template, end_of_turn=end[0], writes_end=True) if end else template
 
     def stops(self) -> list[int]:
-        """Return the ids at which generation must stop: the end of a turn and the end of a text."""
-        return list(dict.fromkeys((self.end_of_turn_id, self.tokenizer.eos_token_id)))
+        """The ids at which generation must stop: the end of a turn and the end of a text."""
+        end_of_turn = int(self.tokenizer.convert_tokens_to_ids(self.end_of_turn))  # type: ignore[arg-type]  # one token
+        return list(dict.fromkeys((end_of_turn, self.tokenizer.eos_token_id)))
 
     def render(self, messages: Sequence[Message], tools: list[Any] | None, generate: bool) -> str:
-        """Return a conversation as text, with generate up to where the assistant's turn begins; or InconsistentRow."""
+        """Write a conversation as text, with generate up to where the assistant's turn begins; or InconsistentRow."""
         try:
             text: str = self.tokenizer.apply_chat_template(  # type: ignore[assignment]  # a text, if not tokenized
                 list(messages), tools=tools, tokenize=False, add_generation_prompt=generate
@@ -73,17 +69,17 @@ class ChatTemplate:
     def example(self, row: Row, number: int, source: str) -> TextExample:
         """Render a row of messages; UnusableRow or InconsistentRow if it cannot be trained on."""
         assert isinstance(row.prompt, list)
-        if any(self.special.search(text) for turn in (*row.prompt, *row.responses) for text in texts_in(turn)):
+        if any(map(self.special.search, texts_in([row.prompt, list(row.responses)]))):
             raise UnusableRow("a turn holds a special token")
         conversation = Conversation(to_json(row.prompt), tuple(map(to_json, row.responses)), to_json(row.tools), self)
-        prompt, *responses = conversation.rendered(row.prompt)
-        return TextExample(prompt, tuple(responses), conversation, number, source)
+        prompt, answers = conversation.render(row.prompt)
+        return ConversationExample(prompt, answers, "keep_end", number, source, conversation=conversation)
 
     def answer(self, prompt: str, whole: str, response: Message) -> str:
-        """Return what is trained on of a rendered conversation: what follows its prompt, up to the end of the turn."""
+        """What is trained on of a rendered conversation: what follows its prompt, up to the end of the turn."""
         if not whole.startswith(prompt):
             at = len(commonprefix([prompt, whole]))
-            near = [text[max(0, at - AROUND) : at + AROUND] for text in (prompt, whole)]
+            near = [text[max(0, at - CONTEXT) : at + CONTEXT] for text in (prompt, whole)]
             details = f"at character {at} the prompt has {near[0]!r}, prompt and response {near[1]!r}"
             raise InconsistentRow("the rendered prompt does not begin prompt and response", details)
         answer = whole[len(prompt) :]
@@ -91,7 +87,7 @@ class ChatTemplate:
         if content not in answer:
             raise InconsistentRow("the chat template changes the response", f"{content[:60]!r} is {answer[:60]!r}")
         check_calls(response, answer)
-        if not self.written:
+        if not self.writes_end:
             return answer.rstrip() + self.end_of_turn
         if answer.count(self.end_of_turn) != 1:
             raise InconsistentRow(f"the response has no end of turn {self.end_of_turn}, or several", repr(answer[-60:]))
@@ -100,15 +96,15 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The messages behind a rendered example, as JSON: what is rendered again where oldest turns are left out."""
+    """The messages behind an example, as JSON: what is rendered again where oldest turns are left out."""
 
     prompt: str
     responses: tuple[str, ...]
     tools: str
     template: ChatTemplate = field(repr=False, compare=False)
 
-    def rendered(self, messages: Sequence[Message]) -> list[str]:
-        """Return some messages as the prompt, and what is trained on of each response to them."""
+    def render(self, messages: Sequence[Message]) -> tuple[str, tuple[str, ...]]:
+        """Write some messages as the prompt, and what is trained on of each response to them."""
         tools = json.loads(self.tools)
         prompt, answers = self.template.render(messages, tools, True), []
         for turn in map(json.loads, self.responses):
@@ -121,78 +117,87 @@ class Conversation:
             if turn["role"] == "tool" and content not in prompt and to_json(content)[1:-1] not in prompt:
                 raise InconsistentRow("the chat template leaves out or changes what a tool returned")
             check_calls(turn, prompt)
-        if left_out := [name for name in function_names(tools) if name not in prompt]:
-            raise InconsistentRow("the chat template leaves out the tools", f"{left_out[0]!r} is not in the prompt")
-        return [prompt, *answers]
+        if missing := [name for name in function_names(tools) if name not in prompt]:
+            raise InconsistentRow("the chat template leaves out the tools", f"{missing[0]!r} is not in the prompt")
+        return prompt, tuple(answers)
 
-    def shorter(self) -> Iterator[list[str]]:
-        """Yield the rendered prompt and answers without the oldest turns, up to the next turn of the user each time."""
+    def shorter(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Yield prompt and answers without the oldest turns, up to the next turn of the user each time."""
         messages = json.loads(self.prompt)
         n_kept = int(messages[0]["role"] in ("system", "developer"))
         for start in range(n_kept + 1, len(messages)):
             if messages[start]["role"] == "user":
-                yield self.rendered([*messages[:n_kept], *messages[start:]])
+                yield self.render([*messages[:n_kept], *messages[start:]])
 
-    def tokenized(
-        self, text: TextExample, prompt: list[int], wholes: list[list[int]], rules: Tokenization
-    ) -> TokenizedExample:
-        """Return the example, without its oldest turns if it is too long.
 
-        prompt and wholes are the ids of the rendered prompt, and of it with each response. Raises InconsistentRow if
-        one does not begin with the other, UnusableRow if the last turn alone is longer than max_prompt_length.
-        Responses that are still too long are cut as those of a text are.
+@dataclass(frozen=True, slots=True)
+class ConversationExample(TextExample):
+    """A conversation as a chat template renders it, with every special token; the last one ends the response's turn.
+
+    Prompt and response are tokenized as one text, and an over-long prompt loses whole turns.
+    """
+
+    conversation: Conversation = field(kw_only=True)
+
+    is_conversation: ClassVar[bool] = True
+    shortened_by: ClassVar[str] = "oldest turns"
+
+    @property
+    def original_prompt(self) -> Any:
+        """The messages before the response."""
+        return json.loads(self.conversation.prompt)
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What its tokens depend on; caches of earlier versions hold hashes of its repr."""
+        return (self.prompt, self.responses, self.conversation)
+
+    def strings(self) -> list[str]:
+        """The texts to tokenize: the prompt, and the prompt with each response."""
+        return [self.prompt, *(self.prompt + response for response in self.responses)]
+
+    def split_ids(self, ids: list[list[int]], rules: Tokenization) -> tuple[list[int], list[list[int]]]:
+        """The ids of the prompt and of each response; InconsistentRow if the prompt's do not begin the others."""
+        prompt, *wholes = ids
+        for whole in wholes:
+            if whole[: len(prompt)] != prompt:
+                at = next(i for i, (a, b) in enumerate(zip(prompt, [*whole, -1], strict=False)) if a != b)
+                near = [rules.tokenizer.decode(some[max(0, at - 4) : at + 4]) for some in (prompt, whole)]
+                details = f"at token {at} the prompt has {near[0]!r}, prompt and response {near[1]!r}"
+                raise InconsistentRow("the prompt's tokens do not begin those of prompt and response", details)
+        return with_bos(prompt, rules), [whole[len(prompt) :] for whole in wholes]
+
+    def shorten(self, prompt: list[int], responses: list[list[int]], rules: Tokenization) -> list[int]:
+        """The prompt's ids without the oldest turns, as many as must go.
+
+        UnusableRow if the last turn alone is too long, InconsistentRow if the responses' ids would become others.
         """
-        responses = split(prompt, wholes, rules)
-        prompt, longest = with_bos(prompt, rules), max(map(len, responses))
-        shorter, strings = self.shorter(), [""]
-        while len(prompt) + longest > rules.max_length and len(prompt) > rules.max_prompt_length:
-            strings = next(shorter, [])
-            if not strings:
-                raise UnusableRow("the last turn alone is longer than max_prompt_length")
-            prompt = with_bos(rules.ids(strings[:1])[0], rules)
-        turns_left_out = len(strings) > 1
-        if turns_left_out:
-            kept, *wholes = rules.ids([strings[0], *(strings[0] + answer for answer in strings[1:])])
-            if split(kept, wholes, rules) != responses:
-                raise InconsistentRow("without its oldest turns the response has other tokens")
-        room = rules.max_length - rules.max_prompt_length
-        cut = [ids[:room] for ids in responses] if len(prompt) + longest > rules.max_length else responses
-        truncated = {
-            "oldest turns": turns_left_out,
-            "response": cut != responses,
-            "sides made equal": len(set(map(tuple, cut))) < len(set(map(tuple, responses))),
-        }
-        names = tuple(what for what, is_cut in truncated.items() if is_cut)
-        return TokenizedExample(text, prompt, tuple(cut), names)
-
-
-def split(prompt: list[int], wholes: Sequence[list[int]], rules: Tokenization) -> list[list[int]]:
-    """Return the ids that follow the prompt's in each whole; InconsistentRow if one does not begin with them."""
-    for whole in wholes:
-        if whole[: len(prompt)] != prompt:
-            at = next(i for i, (a, b) in enumerate(zip(prompt, [*whole, -1], strict=False)) if a != b)
-            near = [rules.tokenizer.decode(ids[max(0, at - 4) : at + 4]) for ids in (prompt, whole)]
-            details = f"at token {at} the prompt has {near[0]!r}, prompt and response {near[1]!r}"
-            raise InconsistentRow("the prompt's tokens do not begin those of prompt and response", details)
-    return [whole[len(prompt) :] for whole in wholes]
+        for text, answers in self.conversation.shorter():
+            prompt = with_bos(rules.ids([text])[0], rules)
+            if rules.fits(prompt, responses) or len(prompt) <= rules.max_prompt_length:
+                shorter = replace(self, prompt=text, responses=answers)
+                if shorter.split_ids(rules.ids(shorter.strings()), rules)[1] != responses:
+                    raise InconsistentRow("without its oldest turns the response has other tokens")
+                return prompt
+        raise UnusableRow("the last turn alone is longer than max_prompt_length")
 
 
 def with_bos(prompt: list[int], rules: Tokenization) -> list[int]:
-    """Return a rendered prompt with a BOS before it if model.add_bos asks for one that the template did not write."""
+    """The prompt after a BOS, if model.add_bos asks for one that the template did not write."""
     bos = rules.tokenizer.bos_token_id
     return [bos, *prompt] if rules.add_bos and prompt[:1] != [bos] else prompt
 
 
 def check_calls(turn: Message, text: str) -> None:
     """Raise InconsistentRow if a rendered text does not name the functions that a turn calls."""
-    if left_out := [name for name in function_names(turn.get("tool_calls")) if name not in text]:
-        raise InconsistentRow("the chat template leaves out a call of a tool", f"{left_out[0]!r} is called")
+    if missing := [name for name in function_names(turn.get("tool_calls")) if name not in text]:
+        raise InconsistentRow("the chat template leaves out a call of a tool", f"{missing[0]!r} is called")
 
 
 def function_names(functions: object) -> list[str]:
-    """Return the names in a list of functions or of calls, each of which has one by itself or under "function"."""
-    listed = functions if isinstance(functions, list) else []
-    inner = [item.get("function", item) for item in listed if isinstance(item, dict)]
+    """The names in a list of functions or of calls, each of which has one by itself or under "function"."""
+    items = functions if isinstance(functions, list) else []
+    inner = [item.get("function", item) for item in items if isinstance(item, dict)]
     return [item["name"] for item in inner if isinstance(item, dict) and isinstance(item.get("name"), str)]
 
 
@@ -217,31 +222,31 @@ def hh_example(row: Row, number: int, source: str) -> TextExample:
 
 
 @dataclass
-class Rendering:
-    """How rows become examples, by prompt_format; the chat template is looked at when the first row needs it."""
+class RowFormatter:
+    """Makes examples of rows, by prompt_format; the chat template is looked at when the first row needs it."""
 
     prompt_format: PromptFormat
     tokenizer: "PreTrainedTokenizerBase"
     template: ChatTemplate | None = None
-    plain: TextExample | None = None  # the first prompt of text, though the tokenizer has a chat template
+    plain_text: TextExample | None = None  # the first prompt of text, though the tokenizer has a chat template
 
-    def note(self) -> str | None:
-        """Return a line on prompts that an instruct model is not used to see, or None if there was none."""
-        if self.plain is None:
+    def warning(self) -> str | None:
+        """A line on prompts that an instruct model is not used to see, or None if there was none."""
+        if self.plain_text is None:
             return None
-        where = f"{self.plain.source}, row {self.plain.row}"
-        return f"{where}: a prompt of text is used as it is; prompt_format=chat renders it by the chat template."
+        problem = "a prompt of text is used as it is; prompt_format=chat renders it by the chat template."
+        return f"{self.plain_text.where}: {problem}"
 
-    def __call__(self, row: Row, number: int, source: str, truncation: Truncation = "keep_end") -> TextExample:
-        """Return a row as an example; UserError if the format has no place for it, UnusableRow if it has a flaw."""
+    def __call__(self, row: Row, number: int, source: str) -> TextExample:
+        """Make an example of a row; UserError if the format has no place for it, UnusableRow if it is unusable."""
         if isinstance(row.prompt, str):
             if self.prompt_format == "chat":
                 raise UserError(
                     "prompt_format=chat needs messages, or a prompt and its responses, not the text of dialogues"
                 )
-            text = TextExample(row.prompt, row.responses, truncation, number, source)
-            if self.prompt_format == "auto" and self.plain is None and self.tokenizer.chat_template:
-                self.plain = None if ASSISTANT in row.prompt else text
+            text = TextExample(row.prompt, row.responses, "keep_end", number, source)
+            if self.prompt_format == "auto" and self.plain_text is None and self.tokenizer.chat_template:
+                self.plain_text = None if ASSISTANT in row.prompt else text
             return text
         if self.prompt_format == "text":
             raise UserError("holds messages, which prompt_format=text cannot write; use auto, chat or hh")

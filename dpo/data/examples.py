@@ -3,8 +3,9 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from dpo.data.rows import UnusableRow
 from dpo.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -12,51 +13,70 @@ if TYPE_CHECKING:
 
 
 Truncation = Literal["keep_start", "keep_end"]  # the end of an over-long prompt that is kept
-EXCERPT = 8  # characters of a prompt that are tokenized to see that it has a token
+PROMPT_START = 8  # characters of a prompt that are tokenized to see that it has a token
 CHUNK = 10_000  # strings per call of the tokenizer where only their having a token matters
 
 
-class UnusableRow(UserError):
-    """A row that cannot be trained on, with the reason by which such rows are counted, and details of this one."""
-
-    def __init__(self, reason: str, details: str = ""):
-        self.reason, self.text = reason, f"{reason} ({details})" if details else reason
-        super().__init__(self.text)
-
-
-class InconsistentRow(UnusableRow):
-    """A conversation that its chat template does not render as a prompt that a response continues."""
-
-
-class Rendered(Protocol):
-    """A conversation as a chat template renders it: its texts hold every special token, an end of turn the last."""
-
-    def tokenized(
-        self, text: "TextExample", prompt: list[int], wholes: list[list[int]], rules: "Tokenization"
-    ) -> "TokenizedExample":
-        """Return the example of a prompt's ids and of those of prompt and response; UnusableRow if they misfit."""
-
-
-class TextExample(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class TextExample:
     """A prompt with one response or two (chosen, rejected), as text; row is its number in the data set.
 
-    truncation names the end of an over-long prompt that is kept; a rendered conversation loses whole turns instead.
-    scores are those of the two responses where the data set has some, chosen first; label is of one response whether
-    it is desirable, where the data set does.
+    scores are those of the two responses, chosen first, and label is whether the one response is desirable, where the
+    data set knows them. Conversations are a subclass, which is tokenized and shortened in another way.
     """
 
     prompt: str
     responses: tuple[str, ...]
-    truncation: Truncation | Rendered
+    truncation: Truncation
     row: int
     source: str
     scores: tuple[float, ...] = ()
     label: bool | None = None
 
+    is_conversation: ClassVar[bool] = False
+    shortened_by: ClassVar[str] = "prompt"  # what is counted where the prompt is shortened
+
+    @property
+    def where(self) -> str:
+        """The row, as messages name it."""
+        return f"{self.source}, row {self.row}"
+
+    @property
+    def original_prompt(self) -> Any:
+        """The prompt as the data set has it: a text, or a list of messages."""
+        return self.prompt
+
+    @property
+    def content(self) -> tuple[object, ...]:
+        """What its tokens depend on; fingerprints and caches of earlier versions hold hashes of its repr."""
+        return (self.prompt, self.responses, self.truncation)
+
+    def strings(self) -> list[str]:
+        """The texts to tokenize: one for the prompt and one for each response."""
+        return [self.prompt, *self.responses]
+
+    def split_ids(self, ids: list[list[int]], rules: "Tokenization") -> tuple[list[int], list[list[int]]]:
+        """The ids of the prompt and of each response, by those of the strings; UnusableRow if they misfit."""
+        prompt, *responses = ids
+        if not prompt and not rules.add_bos:  # nothing would predict the first response token
+            raise UnusableRow("the tokenizer turns the prompt into no token at all")
+        bos = [rules.tokenizer.bos_token_id] if rules.add_bos else []
+        return bos + prompt, [response + [rules.tokenizer.eos_token_id] for response in responses]
+
+    def shorten(self, prompt: list[int], responses: list[list[int]], rules: "Tokenization") -> list[int]:
+        """The prompt's ids, cut to max_prompt_length; a BOS at the start stays."""
+        n_bos = int(rules.add_bos)
+        room = rules.max_prompt_length - n_bos
+        start = n_bos if self.truncation == "keep_start" else len(prompt) - room
+        return prompt[:n_bos] + prompt[start : start + room]
+
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """A text example as token ids: the prompt's, and each response's with eos; truncated names what was cut."""
+    """A text example as token ids: the prompt's, and each response's with the token that ends it.
+
+    truncated names what was cut.
+    """
 
     text: TextExample
     prompt: list[int]
@@ -78,53 +98,54 @@ class Tokenization:
     vocab_size: int | None = None
 
     def __call__(self, texts: Sequence[TextExample]) -> list[TokenizedExample]:
-        """Tokenize texts in one call: prompt and responses separately, eos after each response.
+        """Tokenize texts in one call: prompt and responses separately, with an end after each response.
 
-        A rendered conversation is tokenized as a whole, and holds its end of turn. UserError that names the row if a
-        prompt has no token, if a conversation cannot be trained on, or if a token has no embedding in the model.
+        A conversation is tokenized as a whole. UserError that names the row if it cannot be trained on, or if a token
+        has no embedding in the model.
         """
-        examples = []
-        for example in self.attempt(texts):
+        examples = self.try_tokenize(texts)
+        for text, example in zip(texts, examples, strict=True):
             if isinstance(example, UnusableRow):
-                raise example
+                raise UserError(f"{text.where}: {example}")
             self.check_ids(example)
-            examples.append(example)
-        return examples
+        return [example for example in examples if not isinstance(example, UnusableRow)]
 
-    def attempt(self, texts: Sequence[TextExample]) -> list[TokenizedExample | UnusableRow]:
-        """Tokenize texts in one call, and return for each its example, or why there is none."""
-        ids = iter(self.ids([string for text in texts for string in self.strings(text)]))
+    def try_tokenize(self, texts: Sequence[TextExample]) -> list[TokenizedExample | UnusableRow]:
+        """Tokenize texts in one call: for each its example, or why there is none."""
+        ids = iter(self.ids([string for text in texts for string in text.strings()]))
         results: list[TokenizedExample | UnusableRow] = []
         for text in texts:
-            prompt, *responses = (next(ids) for _ in range(1 + len(text.responses)))
+            ids_of_text = [next(ids) for _ in range(1 + len(text.responses))]
             try:
-                if isinstance(text.truncation, str):
-                    results.append(self.tokenize_text(text, prompt, responses))
-                else:
-                    results.append(text.truncation.tokenized(text, prompt, responses, self))
+                results.append(self.truncate(text, *text.split_ids(ids_of_text, self)))
             except UnusableRow as error:
-                error.args = (f"{text.source}, row {text.row}: {error.text}",)
                 results.append(error)
         return results
 
-    def strings(self, text: TextExample) -> Iterator[str]:
-        """Yield what is tokenized of an example: its prompt, and its responses, after the prompt if it is rendered."""
-        yield text.prompt
-        before = "" if isinstance(text.truncation, str) else text.prompt
-        yield from (before + response for response in text.responses)
-
     def ids(self, strings: list[str]) -> list[list[int]]:
-        """Return the ids of some strings, without special tokens but those that the strings hold."""
+        """The ids of some strings, without special tokens but those that the strings hold."""
         if not strings:  # which tokenizers do not take
             return []
         ids: list[list[int]] = self.tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def tokenize_text(self, text: TextExample, prompt: list[int], responses: list[list[int]]) -> TokenizedExample:
-        """Return an example of text, whose responses get an eos."""
-        if not prompt and not self.add_bos:  # nothing would predict the first response token
-            raise UnusableRow("the tokenizer turns the prompt into no token at all")
-        return self.truncate(text, prompt, tuple(ids + [self.tokenizer.eos_token_id] for ids in responses))
+    def fits(self, prompt: list[int], responses: Sequence[list[int]]) -> bool:
+        """Whether the prompt with the longest response is no longer than max_length."""
+        return len(prompt) + max(map(len, responses)) <= self.max_length
+
+    def truncate(self, text: TextExample, prompt: list[int], responses: list[list[int]]) -> TokenizedExample:
+        """Cut an example that is longer than max_length: first its prompt, then, if need be, all its responses."""
+        shorter, cut = prompt, responses
+        if not self.fits(prompt, responses) and len(prompt) > self.max_prompt_length:
+            shorter = text.shorten(prompt, responses, self)
+        if not self.fits(shorter, responses):
+            cut = [response[: self.max_length - self.max_prompt_length] for response in responses]
+        truncated = {
+            text.shortened_by: len(shorter) < len(prompt),
+            "response": cut != responses,
+            "sides made equal": len(set(map(tuple, cut))) < len(set(map(tuple, responses))),
+        }
+        return TokenizedExample(text, shorter, tuple(cut), tuple(what for what, is_cut in truncated.items() if is_cut))
 
     def check_ids(self, example: TokenizedExample) -> None:
         """Raise UserError if an example holds a token beyond the model's vocabulary."""
@@ -132,79 +153,57 @@ class Tokenization:
             return
         highest = max(max(ids) for ids in (example.prompt, *example.responses))
         if highest >= self.vocab_size:
-            token = self.tokenizer.convert_ids_to_tokens(highest)
-            where = f"{example.text.source}, row {example.text.row}"
-            words = f"the model has embeddings for ids below {self.vocab_size}"
-            raise UserError(f"{where}: the text holds the token {token!r} with id {highest}, but {words}")
+            token = f"the token {self.tokenizer.convert_ids_to_tokens(highest)!r} with id {highest}"
+            limit = f"the model has embeddings for ids below {self.vocab_size}"
+            raise UserError(f"{example.text.where}: the text holds {token}, but {limit}")
 
     def empty_prompts(self, prompts: Iterable[str]) -> set[str]:
-        """Return the prompts without any token, which cannot be trained on; none if BOS is added.
+        """The prompts without any token, which cannot be trained on; none if BOS is added.
 
         To be quick, a prompt is tokenized whole only if its first characters alone have no token.
         """
         if self.add_bos:
             return set()
-        by_excerpt: dict[str, list[str]] = {}
+        by_start: dict[str, list[str]] = {}
         for prompt in prompts:
-            by_excerpt.setdefault(prompt[:EXCERPT], []).append(prompt)
-        doubtful = [prompt for excerpt in self.without_tokens(by_excerpt) for prompt in by_excerpt[excerpt]]
+            by_start.setdefault(prompt[:PROMPT_START], []).append(prompt)
+        doubtful = [prompt for start in self.without_tokens(list(by_start)) for prompt in by_start[start]]
         return set(self.without_tokens(doubtful))
 
-    def without_tokens(self, strings: Iterable[str]) -> list[str]:
-        """Return the strings that the tokenizer turns into no token."""
-        strings, empty = list(strings), []
+    def without_tokens(self, strings: list[str]) -> Iterator[str]:
+        """Yield the strings that the tokenizer turns into no token."""
         for start in range(0, len(strings), CHUNK):
             chunk = strings[start : start + CHUNK]
-            ids = self.ids(chunk)
-            empty += [string for string, tokens in zip(chunk, ids, strict=True) if not tokens]
-        return empty
-
-    def truncate(self, text: TextExample, prompt: list[int], responses: tuple[list[int], ...]) -> TokenizedExample:
-        """Cut an example that is longer than max_length: first its prompt, then, if need be, all its responses."""
-        bos = [self.tokenizer.bos_token_id] if self.add_bos else []
-        whole, distinct = (bos + prompt, responses), len(set(map(tuple, responses)))
-        longest = max(len(response) for response in responses)
-        room = self.max_prompt_length - len(bos)
-        if len(whole[0]) + longest > self.max_length and len(prompt) > room:
-            prompt = prompt[:room] if text.truncation == "keep_start" else prompt[len(prompt) - room :]
-        if len(bos + prompt) + longest > self.max_length:
-            responses = tuple(response[: self.max_length - self.max_prompt_length] for response in responses)
-        truncated = {
-            "prompt": len(bos + prompt) < len(whole[0]),
-            "response": responses != whole[1],
-            "sides made equal": len(set(map(tuple, responses))) < distinct,
-        }
-        return TokenizedExample(
-            text, bos + prompt, responses, tuple(what for what, is_cut in truncated.items() if is_cut)
-        )
+            yield from (string for string, ids in zip(chunk, self.ids(chunk), strict=True) if not ids)
 
 
 def padding_id(tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None = None) -> int:
-    """Return the id that fills padded positions, which are always masked: pad, or eos if the model has no such id."""
+    """The id that fills padded positions, which are always masked: pad, or eos if the model has no such id."""
     pad = tokenizer.pad_token_id
     fits = pad is not None and (vocab_size is None or pad < vocab_size)
     return pad if fits else tokenizer.eos_token_id
 
 
 def special_token_problems(tokenizer: "PreTrainedTokenizerBase", vocab_size: int, add_bos: bool) -> list[str]:
-    """Return one line for each special token that training uses and the tokenizer or the model lacks."""
-    problems = []
-    used = {"eos": ("model.tokenizer_name_or_path", "which ends a response")}
+    """One line for each special token that training uses and the tokenizer or the model lacks."""
+    needed = [("eos", "model.tokenizer_name_or_path", "which ends a response")]
     if add_bos:
-        used["bos"] = ("model.add_bos=true", "set it to false")
-    for name, (key, words) in used.items():
-        token_id = getattr(tokenizer, f"{name}_token_id")
+        needed.append(("bos", "model.add_bos=true", "set it to false"))
+    problems = []
+    for name, key, advice in needed:
+        token, token_id = getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")
         if token_id is None:
-            problems.append(f"{key}: the tokenizer has no {name} token, {words}")
+            problems.append(f"{key}: the tokenizer has no {name} token, {advice}")
         elif token_id >= vocab_size:
-            token = f"{name} token {getattr(tokenizer, f'{name}_token')} has id {token_id}"
-            remedy = "choose the model's own tokenizer"
-            problems.append(f"{key}: the tokenizer's {token}, but the model has {vocab_size} embeddings; {remedy}")
+            problem = (
+                f"the tokenizer's {name} token {token} has id {token_id}, but the model has {vocab_size} embeddings"
+            )
+            problems.append(f"{key}: {problem}; choose the model's own tokenizer")
     return problems
 
 
 def bos_note(tokenizer: "PreTrainedTokenizerBase", add_bos: bool) -> str | None:
-    """Return a line for the log if the tokenizer by itself adds BOS where training does not, or the other way round."""
+    """A line for the log if the tokenizer by itself adds BOS where training does not, or the other way round."""
     if tokenizer.bos_token_id is None:
         return None
     adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
@@ -218,7 +217,7 @@ def bos_note(tokenizer: "PreTrainedTokenizerBase", add_bos: bool) -> str | None:
 
 
 def hash_texts(digest: "hashlib._Hash", groups: Iterable[Iterable[TextExample]]) -> None:
-    """Update a hash by prompt, responses, truncation and label of all examples."""
+    """Update a hash by the content and the label of all examples."""
     for group in groups:
-        content = [text[:3] if text.label is None else (*text[:3], text.label) for text in group]
-        digest.update(repr(content).encode())
+        contents = [text.content if text.label is None else (*text.content, text.label) for text in group]
+        digest.update(repr(contents).encode())

@@ -1,16 +1,53 @@
-"""What is kept of a data set: its pairs by prompt, the account of its rows, and the examples that training uses."""
+"""What is kept of a data set: its pairs by prompt, the statistics of its rows, and the examples that training uses."""
 
-import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypedDict, get_args
+from typing import TypedDict, get_args
 
 from dpo.data.examples import TextExample, Truncation
+from dpo.data.rows import checked_text
 from dpo.system.errors import UserError
 
-REPEATED = "kept although it repeats an earlier row"
-ONE_TARGET = "left out: SFT trains on one target per prompt, and a later row has the same prompt"
+REPEATED = "it repeats an earlier row"
+ONE_TARGET = "SFT trains on one target per prompt, and a later row has the same prompt"
+NO_TOKEN = "the tokenizer turns the prompt into no token"
+DROPPED, WARNED = "dropped: ", "kept although "
+
+
+class RowStatistics(Counter[str]):
+    """How many rows of a data set were "kept", "dropped: WHY", and "kept although WHY"."""
+
+    @property
+    def dropped(self) -> int:
+        return sum(n for what, n in self.items() if what.startswith(DROPPED))
+
+    @property
+    def read(self) -> int:
+        return self["kept"] + self.dropped
+
+    def drop(self, why: str) -> None:
+        self[DROPPED + why] += 1
+
+    def drop_kept(self, why: str, n: int) -> None:
+        """Count n rows as dropped that were counted as kept."""
+        self["kept"] -= n
+        self[DROPPED + why] += n
+
+    def warn(self, why: str, n: int = 1) -> None:
+        """Count n rows as kept although there is something about them."""
+        self[WARNED + why] += n
+
+    def summary(self, n_prompts: int) -> str:
+        """One line for the log."""
+        reasons, others = [], [f"{n_prompts:,} prompts"]
+        for what, n in self.items():
+            if n and what.startswith(DROPPED):
+                reasons.append(f"{n:,} because {what.removeprefix(DROPPED)}")
+            elif n and what not in ("kept", "read"):  # functions of earlier versions count "read" themselves
+                others.append(f"{n:,} {what}")
+        dropped = f", {self.dropped:,} dropped ({', '.join(reasons)})" if reasons else ""
+        return "; ".join([f"{self.read:,} rows read: {self['kept']:,} kept{dropped}", *others])
 
 
 class Entry(TypedDict):
@@ -22,15 +59,14 @@ class Entry(TypedDict):
 
 
 class PreferenceData(dict[str, Entry]):
-    """A map prompt -> {"responses": [...], "pairs": [(chosen, rejected), ...], "sft_target": ...}, with its account.
+    """A map prompt -> {"responses": [...], "pairs": [(chosen, rejected), ...], "sft_target": ...}, with statistics.
 
     truncation names the end of an over-long prompt that is kept. drop_unusable asks for rows that cannot be trained on
-    to be left out; hh, shp and se keep what the original keeps.
+    to be dropped; hh, shp and se keep what the original keeps. Each row is counted by one call of add, add_pair or
+    counts.drop.
 
-    counts holds the number of rows read and kept, of those not trained on ("dropped: ..." where they are unusable,
-    "left out: ..." else), and of remarkable ones ("kept although ..."): read == kept + n_left_out(counts). notes are
-    lines to print once. rows holds the row number (from 1) of each pair of a prompt, kept_rows that of each of its
-    rows. SFT trains on sft_target.
+    rows holds the row number (from 1) of each pair of a prompt, kept_rows that of each of its rows. SFT trains on
+    sft_target.
     """
 
     def __init__(self, truncation: Truncation, drop_unusable: bool = False):
@@ -39,14 +75,14 @@ class PreferenceData(dict[str, Entry]):
             raise UserError(f"PreferenceData({truncation!r}): must be one of {', '.join(get_args(Truncation))}")
         self.truncation = truncation
         self.drop_unusable = drop_unusable
-        self.counts: Counter[str] = Counter()
-        self.notes: list[str] = []
+        self.counts = RowStatistics()
         self.rows: dict[str, list[int]] = {}
         self.kept_rows: dict[str, list[int]] = {}
         self.seen: set[tuple[str, str, str]] = set()
 
     def add(self, prompt: str, responses: Sequence[str], pairs: Iterable[tuple[int, int]], sft_target: str) -> None:
-        """Append the last read row's responses to a prompt; pairs index them; its sft_target replaces earlier ones."""
+        """Append a row's responses to a prompt; pairs index them; its sft_target replaces earlier ones."""
+        row = self.counts.read + 1
         self.counts["kept"] += 1
         entry = self.setdefault(prompt, {"responses": [], "pairs": [], "sft_target": sft_target})
         first = len(entry["responses"])
@@ -54,50 +90,43 @@ class PreferenceData(dict[str, Entry]):
         entry["responses"].extend(responses)
         entry["pairs"].extend(new_pairs)
         entry["sft_target"] = sft_target
-        row = self.counts["read"]
         self.rows.setdefault(prompt, []).extend([row] * len(new_pairs))
         self.kept_rows.setdefault(prompt, []).append(row)
 
     def add_pair(self, prompt: str, chosen: str, rejected: str) -> bool:
-        """Add the last read row's pair, whose chosen response is the sft_target; count what is remarkable.
-
-        Return whether the pair was kept.
-        """
+        """Add a row's pair, whose chosen response is the sft_target, or count it as dropped; whether it was kept."""
         if not self.accepts(prompt, chosen, rejected):
             return False
         self.add(prompt, [chosen, rejected], [(0, 1)], chosen)
         return True
 
     def accepts(self, prompt: str, chosen: str, rejected: str) -> bool:
-        """Return whether a pair can be trained on, or is kept anyway; count what is remarkable."""
-        found = flaws(prompt, (chosen, rejected))
-        if found and self.drop_unusable:
-            self.counts[f"dropped: {found[0]}"] += 1
+        """Whether a pair is kept; if not, its row is counted as dropped, else what is wrong with it is counted."""
+        errors = validation_errors(prompt, (chosen, rejected))
+        if errors and self.drop_unusable:
+            self.counts.drop(errors[0])
             return False
-        self.counts.update(f"kept although {flaw}" for flaw in found)
-        self.counts[REPEATED] += (prompt, chosen, rejected) in self.seen
+        for error in errors:
+            self.counts.warn(error)
+        self.counts.warn(REPEATED, (prompt, chosen, rejected) in self.seen)
         self.seen.add((prompt, chosen, rejected))
         return True
 
-    def leave_out(self, what: str, n: int) -> None:
-        """Count n kept rows as not trained on after all."""
-        self.counts["kept"] -= n
-        self.counts[what] += n
+    def drop_prompt(self, prompt: str, why: str) -> None:
+        """Take back all rows of a prompt, and count them as dropped."""
+        self.counts.drop_kept(why, len(self.kept_rows[prompt]))
+        self[prompt]["responses"], self[prompt]["pairs"] = [], []
+        self.rows[prompt], self.kept_rows[prompt] = [], []
 
 
-def n_left_out(counts: Mapping[str, int]) -> int:
-    """Return the number of rows that were read and are not trained on, for whatever reason."""
-    return sum(n for what, n in counts.items() if what.startswith(("dropped: ", "left out: ")))
-
-
-def flaws(prompt: str, responses: Sequence[str]) -> list[str]:
-    """Return the reasons for which a prompt and its responses cannot teach anything."""
-    problems = {
+def validation_errors(prompt: str, responses: Sequence[str]) -> list[str]:
+    """Why a prompt and its responses cannot teach anything."""
+    errors = {
         "the prompt is empty": not prompt.strip(),
         "a response is empty": not all(map(str.strip, responses)),
         "both responses are equal": len(responses) > 1 and responses[0] == responses[1],
     }
-    return [problem for problem, is_so in problems.items() if is_so]
+    return [error for error, is_so in errors.items() if is_so]
 
 
 def make_groups(
@@ -109,91 +138,53 @@ def make_groups(
     no token) always dropped. data is brought up to date with what was dropped, so call this once.
     """
     groups = []
-    for prompt in list(data):
+    for prompt, entry in list(data.items()):
+        rows = data.kept_rows[prompt]
+        examples: list[tuple[tuple[str, ...], int]] = []
         if prompt in empty_prompts:
-            data.leave_out("dropped: the tokenizer turns the prompt into no token", len(data.kept_rows[prompt]))
-            texts = []
+            data.counts.drop_kept(NO_TOKEN, len(rows))
+        elif sft:
+            examples = [((entry["sft_target"],), rows[-1])]
+            data.counts.drop_kept(ONE_TARGET, len(rows) - 1)
         else:
-            responses = sft_responses(data, prompt) if sft else pair_responses(data, prompt)
-            texts = [TextExample(prompt, texts, data.truncation, row, source) for texts, row in responses]
-            texts = handle_eos(data, texts, eos)
-        if texts or not data.drop_unusable:  # a prompt without a pair takes part in the original's shuffle
-            groups.append(texts)
+            pairs = [(entry["responses"][chosen], entry["responses"][rejected]) for chosen, rejected in entry["pairs"]]
+            examples = list(zip(pairs, data.rows[prompt], strict=True))
+        group = [TextExample(prompt, responses, data.truncation, row, source) for responses, row in examples]
+        group = handle_eos(data, group, eos)
+        if group or not data.drop_unusable:  # a prompt without a pair takes part in the original's shuffle
+            groups.append(group)
         else:
             del data[prompt]
     if sft:
-        data.counts.pop(REPEATED, None)  # of equal rows one is kept, and the others are counted as left out
+        data.counts.pop(WARNED + REPEATED, None)  # of equal rows one is kept, and the others are counted as dropped
     return groups
 
 
-def pair_responses(data: PreferenceData, prompt: str) -> list[tuple[tuple[str, str], int]]:
-    """Return ((chosen, rejected), row) for each pair of a prompt."""
-    responses, pairs = data[prompt]["responses"], data[prompt]["pairs"]
-    texts = [(responses[chosen], responses[rejected]) for chosen, rejected in pairs]
-    return list(zip(texts, data.rows[prompt], strict=True))
-
-
-def sft_responses(data: PreferenceData, prompt: str) -> list[tuple[tuple[str], int]]:
-    """Return ((target,), row) for the SFT target of a prompt; count the other rows."""
-    rows = data.kept_rows[prompt]
-    data.leave_out(ONE_TARGET, len(rows) - 1)
-    return [((data[prompt]["sft_target"],), rows[-1])]
-
-
-def handle_eos(data: PreferenceData, texts: list[TextExample], eos: str) -> list[TextExample]:
-    """Drop and count, or count alone, the texts of a prompt that hold the eos token."""
-    without = [text for text in texts if not any(eos in string for string in (text.prompt, *text.responses))]
-    n_with = len(texts) - len(without)
-    if n_with and data.drop_unusable:
-        data.leave_out(f"dropped: the text holds {eos}", n_with)
+def handle_eos(data: PreferenceData, group: list[TextExample], eos: str) -> list[TextExample]:
+    """Drop and count, or count alone, the examples of a prompt that hold the eos token."""
+    without = [text for text in group if not any(eos in string for string in text.strings())]
+    n_with = len(group) - len(without)
+    if not n_with:
+        return group
+    if data.drop_unusable:
+        data.counts.drop_kept(f"the text holds {eos}", n_with)
         return without
-    if n_with:
-        data.counts[f"kept although the text holds {eos}"] += n_with
-    return texts
-
-
-# Rows
+    data.counts.warn(f"the text holds {eos}", n_with)
+    return group
 
 
 @contextmanager
-def reading_row(counts: Counter[str], where: str, number: int | None = None) -> Iterator[None]:
-    """Count a row as read; UserError that names it if it does not have the form that the data set should have."""
-    counts["read"] += 1
+def naming_row(where: str, number: int) -> Iterator[None]:
+    """Raise UserError that names a row if it does not have the form that the data set should have."""
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:
         reason = str(error) if isinstance(error, UserError) else f"has another form ({type(error).__name__}: {error})"
-        raise UserError(f"{where}, row {number or counts['read']}: {reason}") from None
-
-
-def text_in(row: Mapping[str, Any], name: str) -> str:
-    """Return a field of a row; UserError if it is not a text that can be written as UTF-8."""
-    if name not in row:
-        raise UserError(f"{name} must be a text, not missing")
-    return checked_text(row[name], name)
-
-
-def score_in(row: Mapping[str, Any], name: str) -> float:
-    """Return a field of a row; UserError if it is not a finite number."""
-    value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, not {value!r:.40}")
-    return float(value)
-
-
-def checked_text(text: object, name: str) -> str:
-    """Return a text; UserError if it is none that can be written as UTF-8."""
-    if not isinstance(text, str):
-        raise UserError(f"{name} must be a text, not {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{name} holds half of a surrogate pair, which is not a text") from None
-    return text
+        raise UserError(f"{where}, row {number}: {reason}") from None
 
 
 def as_preference_data(value: object, name: str) -> PreferenceData:
-    """Return what a function in DATASETS returned as PreferenceData; UserError if it has neither allowed form.
+    """Make PreferenceData of what a function in DATASETS returned; UserError if it has neither allowed form.
 
     A plain map prompt -> {"responses", "pairs", "sft_target"}, as the original's functions return it, counts one row
     per prompt and keeps the start of over-long prompts, as the original does for every data set but hh.
@@ -204,8 +195,8 @@ def as_preference_data(value: object, name: str) -> PreferenceData:
         form = 'a PreferenceData or a dict {prompt: {"responses", "pairs", "sft_target"}}'
         raise UserError(f"DATASETS[{name!r}]: its function must return {form}, not {type(value).__name__}")
     data = PreferenceData("keep_start")
-    for prompt, entry in value.items():
-        with reading_row(data.counts, f"data set {name}"):
+    for number, (prompt, entry) in enumerate(value.items(), start=1):
+        with naming_row(f"data set {name}", number):
             add_entry(data, checked_text(prompt, "the prompt"), entry)
     return data
 
@@ -220,4 +211,4 @@ def add_entry(data: PreferenceData, prompt: str, entry: object) -> None:
         if not all(isinstance(index, int) and 0 <= index < len(responses) for index in pair):
             raise UserError(f"the pair {pair} must index the {len(responses)} responses")
         data.accepts(prompt, *(responses[index] for index in pair))
-    data.add(prompt, responses, pairs, text_in(entry, "sft_target"))
+    data.add(prompt, responses, pairs, checked_text(entry.get("sft_target"), "sft_target"))

@@ -5,12 +5,14 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from glob import glob
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from dpo.data.jsonl import COMPRESSED, UNREADABLE, JsonRows, open_bytes
 from dpo.system.console import on_terminal
@@ -19,35 +21,16 @@ from dpo.system.errors import UserError, summarize_error
 if TYPE_CHECKING:
     from datasets import Dataset
 
-T = TypeVar("T")
-DATA_FILE = re.compile(rf"\.(jsonl|json|csv|tsv|parquet)({'|'.join(map(re.escape, COMPRESSED))})?$")
-DATA_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt"}
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 SHARD = re.compile(r"-\d{5}-of-\d{5}.*$")
-FORMS = "a folder or file of .jsonl, .json, .csv, .tsv or .parquet, a folder of save_to_disk, or a hub data set, me/set"
 TEST_NAMES = ("test", "validation", "valid", "val", "dev", "eval", "evaluation")
-SHOWN = 8  # names in a note, at most
 USUAL = {f"{name}{kind}" for name in ("train", *TEST_NAMES) for kind in ("", "_sft", "_prefs")}  # names of splits
+MAX_NAMES = 8  # in a note
 BATCH = 100  # rows of a table that are read together, where all are read
 
 
-class Table(Protocol):
-    """Rows with numbers; iterating reads all of them, and must come before a row is read by its index from 0."""
-
-    name: str  # as messages call it
-
-    def columns(self) -> list[str]:
-        """Return the names of the columns."""
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """Yield (row number from 1, row)."""
-
-    def __getitem__(self, index: int) -> Any:
-        """Return a row."""
-
-
 class ArrowTable:
-    """A table of the datasets library, whose rows stay on disk until they are read.
+    """A table of the datasets library, whose rows stay on disk until they are read by their index from 0.
 
     Columns of JSON, in which the library keeps values of several types, are decoded; images and the like are not.
     """
@@ -61,21 +44,83 @@ class ArrowTable:
         pyarrow.default_memory_pool().release_unused()  # hundreds of megabytes, where a large file was converted
 
     def columns(self) -> list[str]:
-        """Return the names of the columns."""
         return list(self.rows.column_names)
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """Yield (row number from 1, row)."""
-        batches = self.rows.iter(batch_size=BATCH)
-        return enumerate((self.decoded(row) for batch in batches for row in batch.to_pylist()), start=1)
+        batches = (batch.to_pylist() for batch in self.rows.iter(batch_size=BATCH))
+        return enumerate(map(self.decode, chain.from_iterable(batches)), start=1)
 
     def __getitem__(self, index: int) -> Any:
-        """Return a row."""
-        return self.decoded(self.rows[index].to_pylist()[0])
+        return self.decode(self.rows[index].to_pylist()[0])
 
-    def decoded(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return a row with its columns of JSON as values."""
+    def decode(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with its columns of JSON as values."""
         return row | self.json.decode_example({name: row[name] for name in self.json}) if self.json else row
+
+
+Table = JsonRows | ArrowTable
+
+
+# Formats of files
+
+
+def open_csv(path: Path, delimiter: str) -> Table:
+    """Open a file of CSV; all its columns are text: a response may be "12", "NA" or "None"."""
+    delimiter, features = csv_form(path, delimiter)
+    return open_arrow(path, "csv", sep=delimiter, features=features, na_filter=False)
+
+
+def open_arrow(path: Path, kind: str, **options: Any) -> Table:
+    """Open a file by a loader of the datasets library; UserError that names it if it cannot be read."""
+    with reading(str(path)):
+        import datasets  # slow to import, and not needed for files of JSON
+
+        return ArrowTable(str(path), datasets.load_dataset(kind, data_files=str(path), split="train", **options))
+
+
+# A format is one line: its suffix, and what opens a file.
+FORMATS: dict[str, Callable[[Path], Table]] = {
+    ".jsonl": JsonRows,
+    ".json": JsonRows,
+    ".csv": partial(open_csv, delimiter=","),
+    ".tsv": partial(open_csv, delimiter="\t"),
+    ".parquet": partial(open_arrow, kind="parquet"),
+}
+SUFFIXES = f"{', '.join(list(FORMATS)[:-1])} or {list(FORMATS)[-1]}"
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix of a file, without that of its compression."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
+def open_file(path: Path) -> Table:
+    return FORMATS[suffix_of(path)](path)
+
+
+def csv_form(path: Path, usual: str) -> tuple[str, Any]:
+    """The delimiter of a CSV file and its columns, by its first line, where Excel may have written others.
+
+    A column without a name gets the one that pandas gives it. UserError if the file cannot be read.
+    """
+    import datasets
+
+    headers: dict[str, list[str]] = {}
+    for delimiter in (usual, ";", "\t"):
+        try:
+            with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
+                headers[delimiter] = next(csv.reader(file, delimiter=delimiter), [])
+        except (UnicodeDecodeError, *UNREADABLE, csv.Error) as error:
+            remedy = "; save it as UTF-8, which Excel calls CSV UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+            raise UserError(f"{path}, row 0: cannot be read ({summarize_error(error)}){remedy}") from None
+    delimiter, header = max(headers.items(), key=lambda item: len(item[1]))  # of equals the first
+    names = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"{path}, row 0: its first line must name the columns, each once, not {join_names(names)}")
+    return delimiter, datasets.Features(dict.fromkeys(names, datasets.Value("string")))
+
+
+# Data sets and their splits
 
 
 @dataclass
@@ -95,32 +140,37 @@ class SplitNames:
     test: str | None
     sft: bool
 
-    def choose(self, found: Collection[str], where: str) -> tuple[str, str | None]:
-        """Return the names of the training and the test split; UserError if there is none to train on."""
+    def choose(self, names: Collection[str], where: str) -> list[str]:
+        """Choose the training split and the test split, if there is one; UserError if there is none to train on."""
         kinds = ("", "_sft", "_prefs") if self.sft else ("", "_prefs", "_sft")
         usual = {
             "train": [f"train{kind}" for kind in kinds],
             "test": [f"{name}{kind}" for kind in kinds for name in TEST_NAMES],
         }
-        chosen: dict[str, str | None] = {}
+        chosen: list[str] = []
         for split, given in (("train", self.train), ("test", self.test)):
-            if given is not None and given not in found:
-                raise UserError(f"split_{split}={given}: {where} has no such split; it has {listed(sorted(found))}")
-            chosen[split] = given or next((name for name in usual[split] if name in found), None)
-        train, test = chosen["train"], chosen["test"]
-        if train is None:
-            forms = "train.jsonl, .json, .csv, .tsv or .parquet"
-            names = f"set split_train to one of {listed(sorted(found))}"
-            have = f"{names}, or give files as a glob, datasets=['FOLDER/*.jsonl']" if found else "add one"
-            raise UserError(f"datasets=[{where}]: there is no {forms}; {have}")
-        if train == test:
-            raise UserError(f"split_train, split_test: {where} would be trained and evaluated on {train}; set another")
-        return train, test
+            if given is not None and given not in names:
+                raise UserError(f"split_{split}={given}: {where} has no such split; it has {join_names(sorted(names))}")
+            candidates = [name for name in usual[split] if name in names] if given is None else [given]
+            if split == "train" and not candidates:
+                remedy = f"set split_train to one of {join_names(sorted(names))}, " if names else "add one"
+                remedy += "or give files as a glob, datasets=['FOLDER/*.jsonl']" if names else ""
+                raise UserError(f"datasets=[{where}]: there is no train{SUFFIXES}; {remedy}")
+            chosen += candidates[:1]
+        if len(chosen) > len(set(chosen)):
+            problem = f"{where} would be trained and evaluated on {chosen[0]}; set another"
+            raise UserError(f"split_train, split_test: {problem}")
+        return chosen
+
+    def check_none(self, where: str) -> None:
+        """Raise UserError if a split is given for data that has none."""
+        if self.train or self.test:
+            raise UserError(f"split_train, split_test: {where} has no splits; leave them out")
 
 
 def is_hub_name(name: str) -> bool:
-    """Return whether a name is that of a hub data set, me/set or me/set:config, and no path on this machine."""
-    return HUB_NAME.fullmatch(name) is not None and not Path(name).exists() and not DATA_FILE.search(name)
+    """Whether a name is that of a hub data set, me/set or me/set:config, and no path on this machine."""
+    return HUB_NAME.fullmatch(name) is not None and not Path(name).exists() and suffix_of(Path(name)) not in FORMATS
 
 
 def open_source(name: str, splits: SplitNames, known: Collection[str] = ()) -> Source:
@@ -130,121 +180,63 @@ def open_source(name: str, splits: SplitNames, known: Collection[str] = ()) -> S
     """
     path = Path(os.path.expanduser(name))  # which leaves ~ in place where there is no such home
     if path.is_dir():
-        is_saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-        return open_saved(path, splits) if is_saved else open_folder(path, splits)
-    files = [path] if path.is_file() else sorted(Path(found) for found in glob(str(path), recursive=True))
-    if files and all(DATA_FILE.search(file.name) and file.is_file() for file in files):
-        if splits.train or splits.test:
-            raise UserError(f"split_train, split_test: {name} has no splits; leave them out, or give a folder")
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # which save_to_disk wrote
+            return open_datasets(str(path), splits, lambda datasets: datasets.load_from_disk(str(path)))
+        return open_folder(path, splits)
+    files = [path] if path.is_file() else sorted(map(Path, glob(str(path), recursive=True)))
+    if files and all(suffix_of(file) in FORMATS and file.is_file() for file in files):
+        splits.check_none(name)
         return Source([open_file(file) for file in files])
     if is_hub_name(name):
-        return open_hub(name, splits)
-    if DATA_FILE.search(name):
+        repository, _, config = name.partition(":")
+        advice = "; give the path of a local folder, or try datasets=[demo], which needs no download"
+        return open_datasets(name, splits, lambda datasets: datasets.load_dataset(repository, config or None), advice)
+    if suffix_of(path) in FORMATS:
         raise UserError(f"datasets=[{name}]: there is no such file")
-    raise UserError(f"datasets=[{name}]: neither a known data set ({', '.join(known)}) nor {FORMS}")
+    forms = f"a folder or file of {SUFFIXES}, a folder of save_to_disk, or a hub data set, me/set"
+    raise UserError(f"datasets=[{name}]: neither a known data set ({', '.join(known)}) nor {forms}")
 
 
-def open_file(path: Path) -> Table:
-    """Open one file by its suffix; UserError that names it if it cannot be read."""
-    match = DATA_FILE.search(path.name)
-    assert match is not None
-    if match[1] in ("jsonl", "json"):
-        return JsonRows(path)
-    options: dict[str, Any] = {}
-    if match[1] in ("csv", "tsv"):
-        delimiter, columns = csv_form(path, "\t" if match[1] == "tsv" else ",")
-        options = {"sep": delimiter, "features": columns, "na_filter": False}
-    kind = "csv" if match[1] == "tsv" else match[1]
-    with reading(str(path)):
-        import datasets  # slow to import, and not needed for files of JSON
-
-        rows = datasets.load_dataset(kind, data_files=str(path), split="train", **options)
-        return ArrowTable(str(path), rows)
-
-
-def csv_form(path: Path, usual: str) -> tuple[str, Any]:
-    """Return the delimiter of a CSV file and its columns, by its first line, where Excel may have written others.
-
-    All columns are text: a response may be "12", "NA" or "None". One without a name gets the one that pandas gives it.
-    """
-    import datasets
-
-    lines = {delimiter: read_header(path, delimiter) for delimiter in (usual, ";", "\t")}
-    delimiter = max(lines, key=lambda each: len(lines[each]))  # of equals the first
-    names = [name or f"Unnamed: {i}" for i, name in enumerate(lines[delimiter])]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"{path}, row 0: its first line must name the columns, each once, not {listed(names)}")
-    return delimiter, datasets.Features(dict.fromkeys(names, datasets.Value("string")))
-
-
-def read_header(path: Path, delimiter: str) -> list[str]:
-    """Return the cells of the first line of a CSV file; UserError if it cannot be read."""
-    try:
-        with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
-            return next(csv.reader(file, delimiter=delimiter), [])
-    except UnicodeDecodeError as error:
-        remedy = "save it as UTF-8, which Excel calls CSV UTF-8"
-        raise UserError(f"{path}, row 0: cannot be read ({summarize_error(error)}); {remedy}") from None
-    except (*UNREADABLE, csv.Error) as error:
-        raise UserError(f"{path}, row 0: cannot be read ({summarize_error(error)})") from None
-
-
-def open_saved(folder: Path, splits: SplitNames) -> Source:
-    """Open a folder that save_to_disk wrote."""
-    with reading(str(folder)):
-        import datasets
-
-        found = datasets.load_from_disk(str(folder))
-    return from_datasets(found, str(folder), splits)
-
-
-def open_hub(name: str, splits: SplitNames) -> Source:
-    """Load a hub data set, me/set or me/set:config, from the hub or its cache on this machine."""
-    path, _, config = name.partition(":")
-    advice = "; give the path of a local folder, or try datasets=[demo], which needs no download"
+def open_datasets(name: str, splits: SplitNames, load: Callable[[Any], Any], advice: str = "") -> Source:
+    """Open what the datasets library loads: a table, or tables by the names of splits."""
     with reading(f"data set {name}", advice):
         import datasets
 
-        found = datasets.load_dataset(path, config or None)
-    return from_datasets(found, name, splits)
-
-
-def from_datasets(found: Any, name: str, splits: SplitNames) -> Source:
-    """Return the splits of what the datasets library loaded: a table, or tables by the names of splits."""
-    if not isinstance(found, dict):
-        if splits.train or splits.test:
-            raise UserError(f"split_train, split_test: {name} has no splits; leave them out")
-        return Source([ArrowTable(name, found)])
-    train, test = splits.choose(found, name)
-    tables = {split: [ArrowTable(f"{name} {split}", found[split])] for split in (train, test) if split is not None}
-    return Source(list(tables[train]), None if test is None else list(tables[test]), split_notes(name, train, test))
+        loaded = load(datasets)
+    if not isinstance(loaded, dict):
+        splits.check_none(name)
+        return Source([ArrowTable(name, loaded)])
+    chosen = splits.choose(loaded, name)
+    tables: list[list[Table]] = [[ArrowTable(f"{name} {split}", loaded[split])] for split in chosen]
+    return Source(tables[0], tables[1] if tables[1:] else None, split_notes(name, chosen))
 
 
 def open_folder(folder: Path, splits: SplitNames) -> Source:
     """Open a folder of files named by their splits, as train.jsonl, data/train-00000-of-00002.parquet, test/a.csv."""
     places = [folder, *(path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != ".")]
-    found: dict[str, list[Path]] = {}
+    files: dict[str, list[Path]] = {}  # of each split
     subsets: dict[Path, None] = {}  # folders with splits of their own
     for place in places:
         for path in sorted(place.iterdir()):
-            if path.is_file() and DATA_FILE.search(path.name) and path.name[0] != ".":
-                own = SHARD.sub("", path.name.partition(".")[0])
-                is_named = place == folder or place.name == "data"
-                if not is_named and own in USUAL and place.name not in USUAL:
-                    subsets[place] = None
-                else:
-                    found.setdefault(own if is_named else place.name, []).append(path)
-    if subsets and not USUAL & found.keys() and splits.train is None:
+            if not (path.is_file() and suffix_of(path) in FORMATS and path.name[0] != "."):
+                continue
+            split = SHARD.sub("", path.name.partition(".")[0])
+            is_named_by_file = place == folder or place.name == "data"
+            if not is_named_by_file and split in USUAL and place.name not in USUAL:
+                subsets[place] = None
+            else:
+                files.setdefault(split if is_named_by_file else place.name, []).append(path)
+    if subsets and not USUAL & files.keys() and splits.train is None:
         raise UserError(f"datasets=[{folder}]: give its folders, as datasets=[{','.join(map(str, subsets))}]")
-    train, test = splits.choose(found, str(folder))
-    used = [path for split in (train, test) if split is not None for path in found[split]]
-    for split in filter(None, (train, test)):
-        whole = [path.name for path in found[split] if path.name.partition(".")[0] == split]
+    chosen = splits.choose(files, str(folder))
+    for split in chosen:
+        whole = [path.name for path in files[split] if path.name.partition(".")[0] == split]
         if len(whole) > 1:
             raise UserError(f"datasets=[{folder}]: holds both {whole[0]} and {whole[1]}; remove one")
-    notes = [*split_notes(str(folder), train, test), *note_ignored_files(folder, used)]
-    tables = {split: [open_file(path) for path in found[split]] for split in (train, test) if split is not None}
-    return Source(tables[train], None if test is None else tables[test], notes)
+    read = [path for split in chosen for path in files[split]]
+    tables = [[open_file(path) for path in files[split]] for split in chosen]
+    notes = split_notes(str(folder), chosen) + note_ignored_files(folder, read)
+    return Source(tables[0], tables[1] if tables[1:] else None, notes)
 
 
 @contextmanager
@@ -268,42 +260,44 @@ def reading(what: str, advice: str = "") -> Iterator[None]:
 # What is said of splits, files and columns
 
 
-def split_notes(name: str, train: str, test: str | None) -> list[str]:
-    """Return a line that names the splits, or nothing if they have the names that this program gives them."""
-    if train == "train" and test in (None, "test"):
-        return []
-    return [f"{name}: training on the split {train}, evaluating on {test or 'a held-out share of it'}"]
+def split_notes(name: str, chosen: Sequence[str]) -> list[str]:
+    """A line that names the splits, or nothing if they have the names that this program gives them."""
+    test = chosen[1] if len(chosen) > 1 else "a held-out share of it"
+    usual = chosen in (["train"], ["train", "test"])
+    return [] if usual else [f"{name}: training on the split {chosen[0]}, evaluating on {test}"]
 
 
 def note_ignored_files(folder: Path, read: Collection[Path]) -> list[str]:
-    """Return a line that lists the data files of a folder other than those that are read, or nothing."""
-    paths = [path for path in folder.iterdir() if DATA_SUFFIXES & set(path.suffixes) and path.is_file()]
-    ignored = [escaped(path.name) for path in sorted(paths) if path not in read and path.name[0] != "."]
-    names = [escaped(path.relative_to(folder).as_posix()) for path in sorted(read)]
-    return [f"{folder}: files ignored: {listed(ignored)}; read: {listed(names)}"] if ignored else []
+    """A line that lists the data files of a folder other than those that are read, or nothing."""
+    suffixes = {*FORMATS, ".arrow", ".txt"}
+    paths = [path for path in folder.iterdir() if suffixes & set(path.suffixes) and path.is_file()]
+    ignored = [escape(path.name) for path in sorted(paths) if path not in read and path.name[0] != "."]
+    names = [escape(path.relative_to(folder).as_posix()) for path in sorted(read)]
+    return [f"{folder}: files ignored: {join_names(ignored)}; read: {join_names(names)}"] if ignored else []
 
 
-def note_columns(name: str, columns: Mapping[str, str], n_rows: Counter[str], used: Sequence[str]) -> list[str]:
-    """Return a line on columns that were found by another name than their use, and one on those that are not read.
+def note_columns(name: str, columns: Mapping[str, str], n_rows: Counter[str], roles: Sequence[str]) -> list[str]:
+    """A line on columns that have another name than their role, and one on those that are not read.
 
-    n_rows holds for each column in how many rows it occurs, used the uses of columns that are read.
+    n_rows holds for each column in how many rows it occurs, roles those of the columns that are read.
     """
     notes = []
-    others = [f"{use} is the column {escaped(columns[use])}" for use in used if columns.get(use, use) != use]
-    if others:
-        notes.append(f"{name}: {listed(others)}")
-    read = [columns[use] for use in used if use in columns]
-    ignored = [f"{escaped(column)} (in {n:,} rows)" for column, n in sorted(n_rows.items()) if column not in read]
+    renamed = [f"{role} is the column {escape(columns[role])}" for role in roles if columns.get(role, role) != role]
+    if renamed:
+        notes.append(f"{name}: {join_names(renamed)}")
+    read = [columns[role] for role in roles if role in columns]
+    ignored = [f"{escape(column)} (in {n:,} rows)" for column, n in sorted(n_rows.items()) if column not in read]
     if ignored:
-        notes.append(f"{name}: columns ignored: {listed(ignored)}; {', '.join(map(escaped, read))} are read")
+        notes.append(f"{name}: columns ignored: {join_names(ignored)}; {', '.join(map(escape, read))} are read")
     return notes
 
 
-def escaped(name: str) -> str:
-    """Return a name without line breaks and other characters that could not be printed."""
+def escape(name: str) -> str:
+    """The name without line breaks and other characters that could not be printed."""
     return repr(name)[1:-1]
 
 
-def listed(names: Sequence[str]) -> str:
-    """Join the first names of a list, with the number of those that are left."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+def join_names(names: Sequence[str]) -> str:
+    """The first names of a list, with the number of the others."""
+    n_others = len(names) - MAX_NAMES
+    return ", ".join(names[:MAX_NAMES]) + (f" and {n_others:,} more" if n_others > 0 else "")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ class Sampler:
                     responses = self.generate_batch(model, [example.prompt for example in batch])
                     texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
                     samples += [
-                        TokenizedExample(example.text._replace(responses=(text,)), example.prompt, (response,))
+                        TokenizedExample(replace(example.text, responses=(text,)), example.prompt, (response,))
                         for example, text, response in zip(batch, texts, responses, strict=True)
                     ]
         return samples

@@ -4,6 +4,7 @@ Defaults, units and meanings stand only in config/*.yaml; a field here declares 
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -53,20 +54,29 @@ class WandbSettings(Group):
     project: Text
 
 
-class ColumnSettings(Group):
-    """The keys below `columns`."""
+@dataclass(frozen=True)
+class Column:
+    """How the column of a role is found and read."""
 
-    prompt: Text | None
-    input: Text | None
-    chosen: Text | None
-    rejected: Text | None
-    completion: Text | None
-    label: Text | None
-    messages: Text | None
-    system: Text | None
-    tools: Text | None
-    score_chosen: Text | None
-    score_rejected: Text | None
+    names: tuple[str, ...] = ()  # in lower case; without names it is read only where the user gives one
+    takes_first: bool = False  # of several candidates the first is read; else the user must choose
+    is_number: bool = False  # a number, which goes to the field of this name of an example
+
+
+class ColumnSettings(Group):
+    """The keys below `columns`, one for each role."""
+
+    prompt: Annotated[Text | None, Column(("prompt", "question", "instruction", "input"))]
+    input: Annotated[Text | None, Column()]
+    chosen: Annotated[Text | None, Column(("chosen", "response_j"))]
+    rejected: Annotated[Text | None, Column(("rejected", "response_k"))]
+    completion: Annotated[Text | None, Column(("completion", "response"), takes_first=True)]
+    label: Annotated[Text | None, Column(("label",))]
+    messages: Annotated[Text | None, Column(("messages", "conversations", "conversation"), takes_first=True)]
+    system: Annotated[Text | None, Column(("system",))]
+    tools: Annotated[Text | None, Column(("tools",))]
+    score_chosen: Annotated[Text | None, Column()]
+    score_rejected: Annotated[Text | None, Column()]
 
 
 class ModelSettings(Group):

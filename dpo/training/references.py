@@ -297,7 +297,7 @@ class CachedReference(Reference):
 
 def digest_of(example: TextExample) -> int:
     """Return 64 bits by which an example is known, without its scores, which change no log-probability."""
-    content = repr(tuple(example)[:5]).encode()
+    content = repr((*example.content, example.row, example.source)).encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 

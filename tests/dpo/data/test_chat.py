@@ -7,9 +7,9 @@ from chat_families import CHATML, END, FAMILIES, SYSTEM, TURNS, answer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo.data.chat import ChatTemplate, Rendering
-from dpo.data.examples import InconsistentRow, Tokenization, UnusableRow
-from dpo.data.rows import Row
+from dpo.data.chat import ChatTemplate, RowFormatter
+from dpo.data.examples import TextExample, Tokenization
+from dpo.data.rows import InconsistentRow, Row, UnusableRow
 from dpo.system.errors import UserError
 
 TOKENIZERS = {name: family.tokenizer() for name, family in FAMILIES.items()}
@@ -17,13 +17,11 @@ families = pytest.mark.parametrize("name", FAMILIES)
 
 
 def whole_ids(tokenizer, turns):
-    """Render a whole conversation and tokenize it once, as transformers does."""
     return list(tokenizer.apply_chat_template(turns, tokenize=True)["input_ids"])
 
 
 def example_of(tokenizer, prompt, *answers, lengths=(400, 300), add_bos=False, **keys):
-    """Render and tokenize a conversation with its responses."""
-    text = Rendering("auto", tokenizer)(Row(prompt, tuple(map(answer, answers)), **keys), 1, "data")
+    text = RowFormatter("auto", tokenizer)(Row(prompt, tuple(map(answer, answers)), **keys), 1, "data")
     return Tokenization(tokenizer, *lengths, add_bos)([text])[0]
 
 
@@ -105,12 +103,10 @@ def test_any_conversation_has_one_end_of_turn_to_train_on_and_no_prompt_token(na
 
 
 def row_of(*texts, **keys):
-    """Make a row of one turn of the user with its answers."""
     return Row([{"role": "user", "content": "Hi."}], tuple(map(answer, texts)), **keys)
 
 
 def chatml(template=CHATML):
-    """Make ChatML's tokenizer with another template."""
     return replace(FAMILIES["ChatML"], template=template).tokenizer()
 
 
@@ -147,7 +143,7 @@ def test_tokens_that_join_prompt_and_response_are_refused():
     plain = chatml("{%- for m in messages %}{{ m.content }}{% endfor -%}")
     pieces = [plain.convert_tokens_to_ids(token) for token in ("i", "in")]
     assert None not in pieces and plain("in", add_special_tokens=False)["input_ids"] == [pieces[1]]
-    with pytest.raises(InconsistentRow) as caught:
+    with pytest.raises(UserError) as caught:
         example_of(plain, [{"role": "user", "content": "i"}], "n")
     words = "data, row 1: the prompt's tokens do not begin those of prompt and response (at token 0 the prompt has 'i'"
     assert str(caught.value).startswith(words)
@@ -157,7 +153,7 @@ def test_an_answer_gets_an_end_where_the_template_writes_none():
     plain = chatml("{%- for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor -%}"
                    "{%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif -%}")  # fmt: skip
     template = ChatTemplate.of(plain)
-    assert (template.end_of_turn, template.written) == (END, False)
+    assert (template.end_of_turn, template.writes_end) == (END, False)
     example = example_of(plain, row_of().prompt, "Yes.")
     assert example.text.responses == (f"Yes.{END}",)
     assert example.responses[0][-1] == plain.eos_token_id and example.responses[0].count(plain.eos_token_id) == 1
@@ -182,7 +178,7 @@ def test_a_tokenizer_without_a_template_is_refused():
     tokenizer = FAMILIES["ChatML"].tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="the tokenizer has no chat template; .* prompt_format=hh"):
-        Rendering("auto", tokenizer)(row_of("Yes."), 1, "data")
+        RowFormatter("auto", tokenizer)(row_of("Yes."), 1, "data")
 
 
 def test_a_template_that_fails_on_any_conversation_or_writes_no_answer_is_refused():
@@ -211,7 +207,7 @@ WITH_CALLS = CHATML.replace("m.content", f"m.content + ({NAMES})")
 
 
 def test_a_call_of_a_tool_is_trained_on():
-    example = Rendering("auto", chatml(WITH_CALLS))(Row(TURNS[:1], (CALL, answer("Yes."))), 1, "data")
+    example = RowFormatter("auto", chatml(WITH_CALLS))(Row(TURNS[:1], (CALL, answer("Yes."))), 1, "data")
     assert example.responses == ("clock<|im_end|>", "Yes.<|im_end|>")
 
 
@@ -226,7 +222,7 @@ def test_a_call_of_a_tool_is_trained_on():
 def test_a_template_that_has_no_place_for_tools_is_not_trained_on_in_silence(row, reason):
     """Of a call alone an empty turn would be trained on."""
     with pytest.raises(InconsistentRow, match=f"the chat template leaves out {reason}"):
-        Rendering("auto", TOKENIZERS["ChatML"])(row, 1, "data")
+        RowFormatter("auto", TOKENIZERS["ChatML"])(row, 1, "data")
 
 
 def test_what_a_tool_returned_may_be_written_as_json_and_not_left_out():
@@ -242,7 +238,6 @@ def test_what_a_tool_returned_may_be_written_as_json_and_not_left_out():
 
 
 def sizes(name, turns):
-    """Return the number of tokens of a prompt."""
     return len(example_of(TOKENIZERS[name], turns, "Yes.").prompt)
 
 
@@ -271,7 +266,7 @@ def test_a_conversation_loses_no_more_turns_than_it_must():
 
 def test_a_last_turn_that_is_longer_than_a_prompt_may_be_is_never_cut_in_two():
     turns = [*TURNS[:2], {"role": "user", "content": "Tell me more. " * 20}]
-    with pytest.raises(UnusableRow, match="data, row 1: the last turn alone is longer than max_prompt_length"):
+    with pytest.raises(UserError, match="data, row 1: the last turn alone is longer than max_prompt_length"):
         example_of(TOKENIZERS["ChatML"], turns, "Yes.", lengths=(60, 40))
 
 
@@ -281,19 +276,20 @@ def test_a_last_turn_that_is_longer_than_a_prompt_may_be_is_never_cut_in_two():
 def test_hh_writes_turns_as_humans_and_assistants_and_eos_comes_after_the_response():
     tokenizer = TOKENIZERS["ChatML"]
     row = Row(TURNS, (answer("Yes."), answer("No.")))
-    text = Rendering("hh", tokenizer)(row, 1, "data")
+    text = RowFormatter("hh", tokenizer)(row, 1, "data")
     prompt = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Bye?\n\nAssistant:"
     assert (text.prompt, text.responses, text.truncation) == (prompt, (" Yes.", " No."), "keep_end")
     with pytest.raises(UserError, match="prompt_format=hh writes turns of user and assistant alone"):
-        Rendering("hh", tokenizer)(Row([SYSTEM, *TURNS], row.responses), 1, "data")
+        RowFormatter("hh", tokenizer)(Row([SYSTEM, *TURNS], row.responses), 1, "data")
 
 
 def test_texts_stay_as_they_are_and_text_refuses_messages():
     tokenizer = TOKENIZERS["ChatML"]
     texts = Row("Hi.", ("Yes.", "No."))
     for chosen in ("auto", "text", "hh"):
-        assert Rendering(chosen, tokenizer)(texts, 1, "data")[:5] == ("Hi.", ("Yes.", "No."), "keep_end", 1, "data")
+        expected = TextExample("Hi.", ("Yes.", "No."), "keep_end", 1, "data")
+        assert RowFormatter(chosen, tokenizer)(texts, 1, "data") == expected
     with pytest.raises(UserError, match="prompt_format=text cannot write"):
-        Rendering("text", tokenizer)(row_of("Yes."), 1, "data")
+        RowFormatter("text", tokenizer)(row_of("Yes."), 1, "data")
     with pytest.raises(UserError, match="prompt_format=chat needs messages"):
-        Rendering("chat", tokenizer)(Row("\n\nHuman: Hi.\n\nAssistant:", (" a",), every_target=False), 1, "data")
+        RowFormatter("chat", tokenizer)(Row("\n\nHuman: Hi.\n\nAssistant:", (" a",), every_target=False), 1, "data")

@@ -112,7 +112,6 @@ def walk(sizes, batch_size, seed=0, **limits):
 
 
 def rows_of(batches):
-    """Return the rows of each batch."""
     return [[example.text.row for example in batch.examples] for batch in batches]
 
 
@@ -317,8 +316,6 @@ def test_padding_is_the_tokenizers_pad_or_eos_where_the_model_has_no_such_id(pad
 
 
 class NamedLetters(Letters):
-    """Letters that knows its tokens' names."""
-
     def convert_ids_to_tokens(self, token_id):
         return f"<{chr(token_id)}>"
 

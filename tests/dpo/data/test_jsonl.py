@@ -4,17 +4,16 @@ import gzip
 
 import pytest
 
-from dpo.data.jsonl import read_jsonl
+from dpo.data.jsonl import JsonRows
 from dpo.system.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
 
 
 def read(tmp_path, content, name="train.jsonl"):
-    """Write a file and return its rows with their numbers."""
     path = tmp_path / name
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    return list(read_jsonl(path))
+    return list(JsonRows(path))
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz"])

@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.data.batches import BatchIterator
-from dpo.data.chat import Rendering
+from dpo.data.chat import RowFormatter
 from dpo.data.examples import TextExample
-from dpo.data.preferences import n_left_out
-from dpo.data.row_index import RowIndex, first_of_each, hashes_of, joined, scores_of
+from dpo.data.row_index import RowIndex, concatenate, first_of_each, hashes_of, scores_of
 from dpo.data.rows import Row
 from dpo.system.errors import UserError
 
@@ -26,13 +25,11 @@ TOKENIZER = FAMILIES["ChatML"].tokenizer()
 
 
 def lines(path: Path, *rows) -> Path:
-    """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def chat(i, **fields):
-    """Make a pair of conversations."""
     turns = [SYSTEM, *TURNS[:2], {"role": "user", "content": f"Say {i}."}]
     return {"chosen": [*turns, answer(f"{i}.")], "rejected": [*turns, answer("No.")]} | fields
 
@@ -45,8 +42,7 @@ def read(folder, *rows, **options):
 
 
 def counts(data):
-    """Return the counts that are not 0."""
-    return {what: n for what, n in data.counts.items() if n}
+    return {"read": data.counts.read} | {what: n for what, n in data.counts.items() if n}
 
 
 # Conversations
@@ -75,7 +71,7 @@ def test_sft_trains_on_each_distinct_last_turn(tmp_path):
     rows = [{"messages": chat(i)["chosen"]} for i in (1, 2, 1)]
     data = read(tmp_path, *rows, sft=True)
     assert [text.responses for group in data for text in group] == [("1.<|im_end|>",), ("2.<|im_end|>",)]
-    assert counts(data)["left out: an earlier row has the same prompt and chosen response"] == 1
+    assert counts(data)["dropped: an earlier row has the same prompt and chosen response"] == 1
 
 
 def strict_template(text):
@@ -130,7 +126,7 @@ def test_scores_are_known_without_reading_rows_again(tmp_path, monkeypatch):
     expected = [text.scores for group in data for text in group]
     assert len(expected) == 6 and expected[:2] == [(2.5, 0.0), (3.0, 2.5)]
     monkeypatch.setattr(RowIndex, "example", None)
-    assert list(scores_of(data)) == expected and list(scores_of(joined([other, data]))) == [(), *expected]
+    assert list(scores_of(data)) == expected and list(scores_of(concatenate([other, data]))) == [(), *expected]
 
 
 def test_a_last_turn_that_is_too_long_is_dropped_and_counted_before_training(tmp_path):
@@ -158,10 +154,10 @@ def test_it_is_said_that_a_prompt_of_text_is_not_rendered_where_there_is_a_templ
         (TOKENIZER, "text", (text,), None),
         (tiny_tokenizer("gpt2"), "auto", (text,), None),
     ):
-        rendering = Rendering(prompt_format, tokenizer)
+        formatter = RowFormatter(prompt_format, tokenizer)
         for number, row in enumerate(rows, start=2):
-            rendering(row, number, "data")
-        assert rendering.note() == expected
+            formatter(row, number, "data")
+        assert formatter.warning() == expected
 
 
 def test_nothing_is_said_of_columns_where_no_row_is_used(tmp_path, capsys):
@@ -172,14 +168,13 @@ def test_nothing_is_said_of_columns_where_no_row_is_used(tmp_path, capsys):
 def test_texts_and_conversations_may_be_mixed(tmp_path):
     text = {"prompt": "Hi.", "chosen": "a", "rejected": "b"}
     data = read(tmp_path, text, chat(1))
-    assert [type(group[0].truncation).__name__ for group in data] == ["str", "Conversation"]
+    assert [group[0].is_conversation for group in data] == [False, True]
 
 
 # Rows of one response with a label
 
 
 def labelled(prompt, completion, label):
-    """Make a row of one response with a label."""
     return {"prompt": prompt, "completion": completion, "label": label}
 
 
@@ -214,7 +209,7 @@ def test_labels_are_read_from_every_kind_of_table_and_belong_to_its_fingerprint(
         data = read_data(path, tokenizer=TOKENIZER, labels=True)
         found = {text.prompt: text.label for split in data.values() for group in split for text in group}
         assert found == {row["prompt"]: row["label"] for row in rows}
-        for groups in (data["train"], joined([data["train"], data["test"]])):
+        for groups in (data["train"], concatenate([data["train"], data["test"]])):
             prints.append(BatchIterator(groups, data["train"].rows.reading.tokenize, 1, n_epochs=1).fingerprint())
     assert prints[:2] == prints[4:] and not set(prints[:2]) & set(prints[2:4])
 
@@ -228,7 +223,8 @@ def test_examples_are_read_again_from_a_table_as_they_were_checked(tmp_path):
     mine = read_data(lines(tmp_path / "a.jsonl", *rows), tokenizer=TOKENIZER)
     saved = read_data(tmp_path / "saved", tokenizer=TOKENIZER)
     for split in ("train", "test"):
-        assert [text[:4] for group in mine[split] for text in group] == [t[:4] for g in saved[split] for t in g]
+        read_again = [replace(text, source="") for group in saved[split] for text in group]
+        assert [replace(text, source="") for group in mine[split] for text in group] == read_again
 
 
 def test_a_row_in_memory_costs_numbers_alone(tmp_path):
@@ -243,11 +239,11 @@ def test_several_data_sets_are_one_sequence(tmp_path):
     first, second = (
         read_data(lines(tmp_path / f"{n}.jsonl", *map(chat, range(n))), tokenizer=TOKENIZER) for n in (11, 5)
     )
-    groups = joined([first["train"], second["train"], first["test"]])
+    groups = concatenate([first["train"], second["train"], first["test"]])
     assert len(groups) == 10 + 5 + 1
-    by_index = [groups[i][0][:4] for i in range(16)]
-    assert by_index == [group[0][:4] for group in groups]
-    assert by_index[10:15] == [group[0][:4] for group in second["train"]]
+    by_index = [groups[i][0] for i in range(16)]
+    assert by_index == [group[0] for group in groups]
+    assert by_index[10:15] == [group[0] for group in second["train"]]
     batches = BatchIterator(groups, list, 4, n_epochs=1)
     assert sorted(text.row for batch in batches for text in batch.examples) == sorted(t.row for g in groups for t in g)
 
@@ -262,7 +258,7 @@ def test_the_fingerprint_tells_conversations_apart(tmp_path):
     assert prints[0] == prints[1] == prints[3] != prints[2]
     other = FAMILIES["Phi"].tokenizer()
     other.chat_template = CHATML + " "
-    data.rows.reading.render.template = replace(data.rows.reading.render.template, tokenizer=other)
+    data.rows.reading.formatter.template = replace(data.rows.reading.formatter.template, tokenizer=other)
     assert data.digest() != read(tmp_path, chat(1)).digest() != read(tmp_path, chat(2)).digest()
 
 
@@ -286,7 +282,7 @@ def test_rows_need_not_be_read_again_for_a_fingerprint_and_that_of_earlier_versi
     same.rows.tables = (None,)
     texts = [[TextExample("p", ("a", "b"), "keep_end", 1, "hh")]]
     mixtures = ([same, saved], [saved, same], [same, same, saved], [same, texts], [texts, texts])
-    assert len({joined(parts).digest() for parts in mixtures}) == len(mixtures)
+    assert len({concatenate(parts).digest() for parts in mixtures}) == len(mixtures)
 
 
 def test_hashes_and_first_values():
@@ -314,9 +310,9 @@ def test_rows_read_are_rows_kept_and_rows_left_out_in_every_mode(tmp_path_factor
     lines(folder / "train.jsonl", *table)
     if not hold_out:
         lines(folder / "test.jsonl")
-    for data in read_data(folder, sft=sft, tokenizer=TOKENIZER).values():
+    for split, data in read_data(folder, sft=sft, tokenizer=TOKENIZER).items():
         assert data.counts["kept"] == sum(map(len, data))
-        assert data.counts["read"] == data.counts["kept"] + n_left_out(data.counts)
+        assert data.counts.read == (len(table) if hold_out or split == "train" else 0)
         assert min(data.counts.values(), default=0) >= 0
 
 
@@ -324,7 +320,6 @@ def test_rows_read_are_rows_kept_and_rows_left_out_in_every_mode(tmp_path_factor
 
 
 def spoil_message(turn, draw):
-    """Spoil one message."""
     values = (None, 3, "hi", [], [turn], {}, {"role": "user"}, {"content": "a"}, {"role": None, "content": "a"})
     changes = (
         {"role": "bot"},
@@ -341,7 +336,6 @@ def spoil_message(turn, draw):
 
 
 def spoil_turns(turns, draw):
-    """Spoil the turns of a conversation."""
     i = draw.randint(6)
     at = int(draw.randint(len(turns)))
     return (
@@ -355,7 +349,6 @@ def spoil_turns(turns, draw):
 
 
 def spoil_row(row, draw):
-    """Spoil a row of conversations."""
     side = ("chosen", "rejected")[draw.randint(2)]
     kind = draw.randint(4)
     if kind == 0:
@@ -407,7 +400,7 @@ def test_no_malformed_table_gives_a_traceback_or_is_accepted_in_silence(tmp_path
             assert path.name in str(error) and len(str(error).splitlines()) == 1, error
             assert f"row {row}" in str(error), (i, str(error)[:200])
             continue
-        assert len(kept) == data.counts["kept"] and data.counts["read"] == 6
+        assert len(kept) == data.counts["kept"] and data.counts.read == 6
         outcomes["counted" if data.counts["kept"] < 6 else "usable"] += 1
         if data.counts["kept"] == 6:  # long text is text, and a table drops or converts what its columns cannot hold
             assert is_same or path.suffix == ".parquet" or "x" * 1000 in str(kept), i

@@ -2,8 +2,9 @@
 
 import pytest
 
-from dpo.data.examples import UnusableRow
-from dpo.data.rows import Row, find_columns, parse_row
+from dpo.data import rows
+from dpo.data.rows import Row, UnusableRow, find_columns, parse_row
+from dpo.settings.schema import Column
 from dpo.system.errors import UserError
 
 USER = {"role": "user", "content": "Hi."}
@@ -12,8 +13,11 @@ YES, NO = ({"role": "assistant", "content": text} for text in ("Yes.", "No."))
 
 
 def parse(row, sft=False, labels=False, **given):
-    """Parse a row whose columns are found by their names."""
     return parse_row(row, find_columns(row, given, "data"), sft, labels=labels)
+
+
+def sides(row):
+    return row.prompt, row.responses
 
 
 # The usual forms
@@ -69,12 +73,12 @@ def test_system_and_tools_columns_go_with_the_conversation():
     row = {"system": "Be brief.", "tools": '[{"name": "clock"}]', "chosen": [USER, YES], "rejected": [USER, NO]}
     found = parse(row)
     assert (found.prompt, found.tools) == ([SYSTEM, USER], [{"name": "clock"}])
-    assert found.used == {"chosen", "rejected", "system", "tools"}
+    assert found.columns_read == {"chosen", "rejected", "system", "tools"}
     assert parse(row | {"system": None, "tools": None}).prompt == [USER]
     listed = parse(row | {"tools": [{"name": "clock", "at": None}]})
     assert listed.tools == [{"name": "clock"}]
     texts = parse({"prompt": "Hi.", "chosen": "a", "rejected": "b", "system": "Be brief."})
-    assert texts.used == {"prompt", "chosen", "rejected"}
+    assert texts.columns_read == {"prompt", "chosen", "rejected"}
 
 
 SCORES = {"score_chosen": "first", "score_rejected": "second"}
@@ -84,7 +88,7 @@ def test_of_two_responses_the_one_with_the_higher_score_is_the_chosen_one():
     row = {"prompt": "Hi.", "chosen": "a", "rejected": "b"}
     assert parse(row | {"first": 2, "second": 1.5}, **SCORES).responses == ("a", "b")
     found = parse(row | {"first": "-1", "second": "3.5"}, **SCORES)  # a CSV file has texts
-    assert (found.responses, found.scores) == (("b", "a"), (3.5, -1.0))
+    assert (found.responses, found.extras["scores"]) == (("b", "a"), (3.5, -1.0))
     with pytest.raises(UnusableRow, match="both scores are equal"):
         parse(row | {"first": 1, "second": 1.0}, **SCORES)
     for score in (None, "much", float("nan")):
@@ -108,20 +112,20 @@ def test_of_two_responses_the_one_with_the_higher_score_is_the_chosen_one():
 def test_a_completion_or_messages_may_have_a_label(row, prompt, response):
     for label in (True, False):
         found = parse(row | {"label": label}, labels=True)
-        assert (found.prompt, found.responses, found.label) == (prompt, (response,), label)
-        assert found.used >= {"label"}
+        assert (found.prompt, found.responses, found.extras.get("label")) == (prompt, (response,), label)
+        assert found.columns_read >= {"label"}
 
 
 def test_sft_trains_on_desirable_responses_alone_and_reads_no_label_of_another_kind():
     row = {"prompt": "Hi.", "completion": "a"}
     for label in (True, 1, "True"):
         found = parse(row | {"label": label}, sft=True)
-        assert (found.responses, found.label) == (("a",), None) and "label" in found.used
+        assert (found.responses, found.extras.get("label")) == (("a",), None) and "label" in found.columns_read
     for label in (False, 0, "false"):
         with pytest.raises(UnusableRow, match="^the response is labelled undesirable$"):
             parse(row | {"label": label}, sft=True)
     for label in ("math", 3, None):
-        assert "label" not in parse(row | {"label": label}, sft=True).used
+        assert "label" not in parse(row | {"label": label}, sft=True).columns_read
         with pytest.raises(UserError, match="label must be true or false"):
             parse(row | {"label": label}, sft=True, label="label")
     pair = {"prompt": "Hi.", "chosen": "a", "rejected": "b", "label": False}
@@ -132,7 +136,7 @@ def test_a_label_is_true_or_false_1_or_0_or_their_text():
     values = {True: (True, 1, "true", "True", "1"), False: (False, 0, "false", "FALSE ", "0")}
     for label, written in values.items():
         for value in written:
-            assert parse({"prompt": "Hi.", "completion": "a", "label": value}, labels=True).label is label
+            assert parse({"prompt": "Hi.", "completion": "a", "label": value}, labels=True).extras["label"] is label
     for value in (None, "", "good", 2, 0.5, [True]):
         with pytest.raises(UserError, match="^label must be true or false, not "):
             parse({"prompt": "Hi.", "completion": "a", "label": value}, labels=True)
@@ -141,9 +145,9 @@ def test_a_label_is_true_or_false_1_or_0_or_their_text():
 def test_a_pair_stays_a_pair_whatever_label_it_has_unless_the_labels_column_is_given():
     row = {"prompt": "Hi.", "chosen": "a", "rejected": "b", "completion": "c", "label": 0}
     assert parse(row, labels=True).responses == parse(row).responses == ("a", "b")
-    assert parse(row, labels=True).label is None
+    assert parse(row, labels=True).extras == {}
     found = parse(row, labels=True, label="label")
-    assert (found.responses, found.label) == (("c",), False)
+    assert (found.responses, found.extras.get("label")) == (("c",), False)
 
 
 def test_one_response_is_refused_by_a_loss_of_pairs_and_without_a_label_by_a_loss_of_labels():
@@ -214,7 +218,7 @@ def test_alpacas_input_follows_the_instruction_where_its_column_is_given():
     with pytest.raises(UserError, match="set columns.prompt=NAME, or columns.input=input to read it after the"):
         parse(row, sft=True)
     found = parse(row, sft=True, input="input")
-    assert (found.prompt, found.responses) == ("Add.\n1 and 2", ("3",)) and found.used >= {"prompt", "input"}
+    assert (found.prompt, found.responses) == ("Add.\n1 and 2", ("3",)) and found.columns_read >= {"prompt", "input"}
     assert parse(row | {"input": ""}, sft=True, input="input").prompt == "Add."
     pair = {"instruction": "Add.", "input": "1 and 2", "chosen": "3", "rejected": "4"}
     assert parse(pair, input="input").prompt == "Add.\n1 and 2"
@@ -309,16 +313,28 @@ def test_sft_names_all_columns_that_it_could_train_on():
 def test_texts_that_are_rendered_as_turns_take_system_and_tools_along():
     row = {"system": "Be brief.", "question": "Hi.", "chosen": "Yes.", "rejected": "No.", "tools": [{"name": "clock"}]}
     found = parse_row(row, find_columns(row, {}, "data"), sft=False, chat=True)
-    assert found[:2] == ([SYSTEM, USER], (YES, NO)) and found.tools == [{"name": "clock"}]
-    assert found.used == {"prompt", "chosen", "rejected", "system", "tools"}
-    assert parse(row)[:2] == ("Hi.", ("Yes.", "No.")) and parse(row).used == {"prompt", "chosen", "rejected"}
+    assert (found.prompt, found.responses) == ([SYSTEM, USER], (YES, NO)) and found.tools == [{"name": "clock"}]
+    assert found.columns_read == {"prompt", "chosen", "rejected", "system", "tools"}
+    assert sides(parse(row)) == ("Hi.", ("Yes.", "No.")) and parse(row).columns_read == {"prompt", "chosen", "rejected"}
     pair = {"prompt": "Hi.", "completion": "Yes."}
-    assert parse_row(pair, find_columns(pair, {}, "data"), sft=True, chat=True)[:2] == ([USER], (YES,))
+    assert sides(parse_row(pair, find_columns(pair, {}, "data"), sft=True, chat=True)) == ([USER], (YES,))
 
 
 def test_two_rows_are_told_apart_by_all_that_a_template_sees():
     rows = [Row([USER], (YES, NO)), Row([SYSTEM, USER], (YES, NO)), Row([USER], (YES, NO), tools=[{"name": "clock"}])]
-    assert len({row.texts()[0] for row in rows}) == 3
-    assert rows[0].texts()[1] == ("Yes.", "No.")
+    assert len({row.texts[0] for row in rows}) == 3
+    assert rows[0].texts[1] == ("Yes.", "No.")
     calls = YES | {"tool_calls": [{"name": "clock"}]}
-    assert Row([USER], (calls, YES)).texts()[1][0] != "Yes."
+    assert Row([USER], (calls, YES)).texts[1][0] != "Yes."
+
+
+def test_a_further_column_of_numbers_goes_to_the_example(monkeypatch):
+    """As Column(is_number=True) in ColumnSettings declares it; no column of today is one."""
+    monkeypatch.setitem(rows.COLUMNS, "weight", Column(is_number=True))
+    monkeypatch.setattr(rows, "NUMBERS", ["weight"])
+    row = {"prompt": "Hi.", "chosen": "a", "rejected": "b", "w": "2.5"}
+    parsed = parse(row, weight="w")
+    assert parsed.extras == {"weight": 2.5} and "weight" in parsed.columns_read
+    assert parse(row).extras == {}
+    with pytest.raises(UserError, match="w must be a finite number, not 'nan'"):
+        parse(row | {"w": "nan"}, weight="w")

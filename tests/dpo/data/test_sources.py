@@ -15,14 +15,21 @@ import pytest
 from conftest import golden_rows, read_data, without_measurements
 
 from dpo.data.rows import ASSISTANT
-from dpo.data.sources import SplitNames, csv_form, is_hub_name, listed, note_columns, note_ignored_files, open_source
+from dpo.data.sources import (
+    SplitNames,
+    csv_form,
+    is_hub_name,
+    join_names,
+    note_columns,
+    note_ignored_files,
+    open_source,
+)
 from dpo.system.errors import UserError
 
 ANY = SplitNames(None, None, sft=False)
 
 
 def pairs(n, start=0):
-    """Make rows of text."""
     return [{"prompt": f"Say {i}.", "chosen": f" {i}.", "rejected": " no."} for i in range(start, start + n)]
 
 
@@ -31,7 +38,6 @@ OPENERS[".zst"] = lambda path, mode: pyarrow.output_stream(str(path), compressio
 
 
 def write(path, rows):
-    """Write rows into a file of the kind that its suffixes name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = path.name.split(".")[1]
     if kind == "parquet":
@@ -50,7 +56,6 @@ def write(path, rows):
 
 
 def texts(data):
-    """Return prompt, responses and row of all examples."""
     return [(text.prompt, text.responses, text.row) for group in data for text in group]
 
 
@@ -97,7 +102,6 @@ def test_a_glob_reads_its_files_in_order_and_names_each_in_errors(tmp_path):
 
 
 def splits_of(source):
-    """Return the names of the tables of both splits, without their folder."""
     names = [None if tables is None else [Path(t.name).name for t in tables] for tables in (source.train, source.test)]
     return tuple(names)
 
@@ -124,9 +128,9 @@ def test_splits_of_a_folder_are_found_by_their_usual_names(files, expected, tmp_
 
 def test_sft_prefers_the_splits_that_are_made_for_it():
     found = ["train_prefs", "train_sft", "test_prefs", "test_sft"]
-    assert SplitNames(None, None, sft=True).choose(found, "x") == ("train_sft", "test_sft")
-    assert SplitNames(None, None, sft=False).choose(found, "x") == ("train_prefs", "test_prefs")
-    assert SplitNames("train_sft", "test_prefs", sft=False).choose(found, "x") == ("train_sft", "test_prefs")
+    assert SplitNames(None, None, sft=True).choose(found, "x") == ["train_sft", "test_sft"]
+    assert SplitNames(None, None, sft=False).choose(found, "x") == ["train_prefs", "test_prefs"]
+    assert SplitNames("train_sft", "test_prefs", sft=False).choose(found, "x") == ["train_sft", "test_prefs"]
 
 
 @pytest.mark.parametrize(
@@ -286,7 +290,7 @@ def test_a_compressed_file_that_is_cut_is_refused_and_two_files_in_a_row_are_rea
     content = write(tmp_path / f"a.jsonl.{suffix}", pairs(10)).read_bytes()
     (tmp_path / f"twice.jsonl.{suffix}").write_bytes(content + content)
     data = read_data(tmp_path / f"twice.jsonl.{suffix}")
-    assert data["train"].counts["read"] == 20
+    assert data["train"].counts.read == 20
     for name in ("cut.jsonl", "cut.json"):
         (tmp_path / f"{name}.{suffix}").write_bytes(content[:-4])
         with pytest.raises(UserError, match=rf"{name}\.{suffix}, after row \d+: cannot be read"):
@@ -369,4 +373,4 @@ def test_a_note_is_one_short_line_whatever_the_names():
     names = [f"{i:02}\n\x1b[31merror: forged" for i in range(30)]
     (line,) = note_columns("data", COLUMNS, Counter(names), ())
     assert line.isprintable() and line.count("forged") == 8 and "and 22 more" in line
-    assert listed(["a", "b"]) == "a, b"
+    assert join_names(["a", "b"]) == "a, b"

@@ -230,26 +230,26 @@ def test_equal_pairs_of_different_rows_have_numbers_of_their_own_and_one_row_has
 
 
 def test_the_order_of_the_examples_counts_for_the_key_and_their_scores_do_not():
-    scored = [example._replace(scores=(2.0, 1.0)) for example in texts(1, 2)]
+    scored = [replace(example, scores=(2.0, 1.0)) for example in texts(1, 2)]
     orders = [CachedReference(examples, 2).order for examples in (texts(1, 2), texts(2, 1), scored)]
     assert orders[0] == orders[2] != orders[1]
 
 
 def test_a_corrupt_cache_is_computed_again(tmp_path):
-    cache = CachedReference(["a", "b"], 2)
+    cache = CachedReference(texts(1, 2), 2)
     cache.sums = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     path = tmp_path / "reference.pt"
     cache.save(path, "key")
-    other = CachedReference(["a", "b"], 2)
+    other = CachedReference(texts(1, 2), 2)
     assert not other.load(path, "another key") and other.sums.isnan().all()
-    assert not CachedReference(["a"], 2).load(path, "key")
+    assert not CachedReference(texts(1), 2).load(path, "key")
     assert other.load(path, "key") and torch.equal(other.sums, cache.sums)
     content, number = path.read_bytes(), cache.sums.numpy().tobytes()
     at = content.index(number)
     cut_off = [content[: int(share * len(content))] for share in (0.3, 0.6, 0.9, 0.99)]
     for damaged in (content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :], content[:-1], *cut_off):
         path.write_bytes(damaged)
-        assert not CachedReference(["a", "b"], 2).load(path, "key")
+        assert not CachedReference(texts(1, 2), 2).load(path, "key")
 
 
 class Touching:
@@ -263,7 +263,7 @@ class Touching:
 
 
 def test_a_cache_that_holds_code_is_computed_again_and_the_code_never_runs(tmp_path):
-    cache = CachedReference(["a"], 2)
+    cache = CachedReference(texts(1), 2)
     cache.save(tmp_path / "reference.pt", "key")
     content = torch.load(tmp_path / "reference.pt")
     torch.save(content | {"more": Touching(tmp_path / "touched")}, tmp_path / "reference.pt")
@@ -273,7 +273,7 @@ def test_a_cache_that_holds_code_is_computed_again_and_the_code_never_runs(tmp_p
 def test_a_cache_that_cannot_be_written_is_one_line_and_stops_nothing(tmp_path, capsys):
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "reference.pt"
-    CachedReference(["a"], 2).save(path, "key")
+    CachedReference(texts(1), 2).save(path, "key")
     line = rf"{re.escape(str(path))}: cannot be written \(.*\), so it may be computed again\.\n"
     assert re.fullmatch(line, capsys.readouterr().out)
 
