@@ -45,7 +45,7 @@ class Candidate:
 
 
 def find_candidate(path: Path, as_reference: bool = False) -> Candidate:
-    """Return the policy or the reference of RUN or RUN/step-N; UserError if it has no weights."""
+    """The policy or the reference of RUN or RUN/step-N; UserError if it has no weights."""
     from omegaconf import OmegaConf
 
     from dpo.settings.run_config import read_run_config
@@ -78,12 +78,12 @@ class Prompts:
     stops: list[int]
 
     def for_judge(self) -> list[Any]:
-        """Return the prompts as a judge sees them: texts, or messages if a chat template renders them."""
+        """The prompts as a judge sees them: texts, or messages if a chat template renders them."""
         return [example.text.original_prompt for example in self.examples]
 
 
 def prompts_of_run(candidate: Candidate, n: int | None) -> Prompts:
-    """Return the first n distinct prompts of a run's evaluation data."""
+    """The first n distinct prompts of a run's evaluation data."""
     from build import load_inputs
     from dpo.model.sampling import distinct_prompts
 
@@ -93,7 +93,7 @@ def prompts_of_run(candidate: Candidate, n: int | None) -> Prompts:
 
 
 def prompts_of_file(path: Path, candidate: Candidate, n: int | None) -> Prompts:
-    """Return the first n prompts of a file, with a run's chat template and length limits."""
+    """The first n prompts of a file, with a run's chat template and length limits."""
     from dpo.data.chat import RowFormatter
     from dpo.data.examples import Tokenization
     from dpo.data.jsonl import JsonRows
@@ -114,7 +114,7 @@ def prompts_of_file(path: Path, candidate: Candidate, n: int | None) -> Prompts:
 
 
 def read_prompt(row: Any, formatter: "RowFormatter", number: int, source: str) -> "TextExample":
-    """Return the prompt of a file's row, in an example with a placeholder as response; UserError names the row."""
+    """The prompt of a file's row, in an example with a placeholder as response; UserError names the row."""
     from dpo.data.rows import Row, as_messages, checked_text
 
     try:
@@ -130,7 +130,7 @@ def read_prompt(row: Any, formatter: "RowFormatter", number: int, source: str) -
 
 
 def same_prompts(a: Candidate, b: Candidate, file: Path | None, n: int | None) -> tuple[Prompts, Prompts]:
-    """Return the same prompts for both candidates, of a file or of their evaluation data; UserError if these differ."""
+    """The same prompts for both candidates, of a file or of their evaluation data; UserError if these differ."""
     if file is not None:
         return prompts_of_file(file, a, n), prompts_of_file(file, b, n)
     of_a = prompts_of_run(a, n)
@@ -163,7 +163,7 @@ def load_model(candidate: Candidate, device: "torch.device") -> "PreTrainedModel
 
 
 def sample(candidate: Candidate, prompts: Prompts, like: "Settings") -> list[str]:
-    """Return a text per prompt, sampled with the temperature, limits and seed of some settings."""
+    """A text per prompt, sampled with the temperature, limits and seed of some settings."""
     import torch
 
     from dpo.model.loading import set_quantized_dtype

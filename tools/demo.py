@@ -45,7 +45,7 @@ MAX_MORE_BROKEN = 0.05  # share of samples in addition to the SFT model's
 
 
 def overrides(stage: str, base: Path) -> list[str]:
-    """Return the overrides of the demo's "sft" or "dpo" run, whose run directory is BASE/STAGE."""
+    """The overrides of the demo's "sft" or "dpo" run, whose run directory is BASE/STAGE."""
     archive = [f"model.archive='{base / 'sft' / 'LATEST' / 'policy.pt'}'"] if stage == "dpo" else []
     return [*STAGES[stage], *SHARED, *archive, f"local_run_dir='{base / stage}'"]
 
@@ -87,16 +87,16 @@ class DemoResult:
         return cls(evaluation["rewards_eval/accuracies"], evaluation["rewards_eval/margins"], samples)
 
     def counts(self, model: str) -> dict[str, int]:
-        """Return how many of a model's samples are "warm", "cold" and "broken"."""
+        """How many of a model's samples are "warm", "cold" and "broken"."""
         counts = Counter(map(judge, self.samples[model].values()))
         return {verdict: counts[verdict] for verdict in VERDICTS}
 
     def share(self, model: str, verdict: str) -> float:
-        """Return the share of a model's samples with a verdict."""
+        """The share of a model's samples with a verdict."""
         return self.counts(model)[verdict] / max(1, len(self.samples[model]))
 
     def problems(self) -> list[str]:
-        """Return a sentence for each reason why the policy is not good."""
+        """A sentence for each reason why the policy is not good."""
         warm = self.share("policy", "warm")
         before, after = self.share("reference", "broken"), self.share("policy", "broken")
         problems = []

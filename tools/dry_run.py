@@ -158,7 +158,7 @@ def count_tokens(*batches: Batch) -> int:
 
 
 def time_updates(trainer: BasicTrainer) -> float:
-    """Return the seconds per token of the first updates, including what the training loop waits for."""
+    """The seconds per token of the first updates, including what the training loop waits for."""
     tokens, start = 0, time.perf_counter()
     for batch in prefetch(islice(trainer.train_batches.from_start(), TIMED_UPDATES)):
         trainer.train_step(batch)
@@ -169,7 +169,7 @@ def time_updates(trainer: BasicTrainer) -> float:
 
 
 def time_evaluations(trainer: BasicTrainer) -> tuple[float, float]:
-    """Return the seconds per token of a first evaluation and of later ones, which reuse the reference's numbers."""
+    """The seconds per token of a first evaluation and of later ones, which reuse the reference's numbers."""
     tokens = count_tokens(*trainer.eval_batches.from_start())
     start = time.perf_counter()
     trainer.evaluate()
@@ -180,7 +180,7 @@ def time_evaluations(trainer: BasicTrainer) -> tuple[float, float]:
 
 
 def time_samples(trainer: BasicTrainer, eval_batches: BatchIterator) -> float:
-    """Return the seconds for the samples of one model at an evaluation, scaled from the first batch of prompts."""
+    """The seconds for the samples of one model at an evaluation, scaled from the first batch of prompts."""
     settings = trainer.settings
     if not settings.sample_during_eval:
         return 0.0
@@ -194,7 +194,7 @@ def time_samples(trainer: BasicTrainer, eval_batches: BatchIterator) -> float:
 def time_to_the_end(
     trainer: BasicTrainer, eval_batches: BatchIterator, workload: Workload, seconds: Seconds
 ) -> dict[str, float]:
-    """Return the seconds of each part of a run."""
+    """The seconds of each part of a run."""
     batches = trainer.train_batches
     n_updates, n_evaluations = len(batches), count_evaluations(trainer)
     n_examples = n_updates * trainer.settings.batch_size
@@ -214,7 +214,7 @@ def time_to_the_end(
 
 
 def count_evaluations(trainer: BasicTrainer) -> int:
-    """Return how many evaluations a run makes: a first one, those due before an update, and the last."""
+    """How many evaluations a run makes: a first one, those due before an update, and the last."""
     settings, n_updates = trainer.settings, len(trainer.train_batches)
     due = (n_updates - 1) * settings.batch_size // settings.eval_every
     return int(settings.do_first_eval) + min(n_updates - 1, due) + 1

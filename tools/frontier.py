@@ -25,7 +25,7 @@ Points = tuple[list[float], list[float]]  # KL, and what it is compared with, of
 
 
 def labels(runs: Sequence[RunFiles]) -> list[str]:
-    """Return for each run the settings by which it differs from the others, without the seed."""
+    """For each run the settings by which it differs from the others, without the seed."""
     if len(runs) == 1:
         return [runs[0].name]
     differing = {key: values for key, values in settings(runs).items() if key not in NAMES}
@@ -34,7 +34,7 @@ def labels(runs: Sequence[RunFiles]) -> list[str]:
 
 
 def summary(runs: Sequence[RunFiles]) -> list[str]:
-    """Return a line per run with the headline metrics of its last evaluation."""
+    """A line per run with the headline metrics of its last evaluation."""
     return [f"{run.path.name}: {format_values(run.evaluation, HEADLINES) or 'no evaluation'}" for run in runs]
 
 
@@ -43,13 +43,13 @@ def evaluations_with_kl(run: RunFiles) -> list[Record]:
 
 
 def points(run: RunFiles, metric: str) -> Points:
-    """Return the KL and a metric of each evaluation that has both."""
+    """The KL and a metric of each evaluation that has both."""
     records = [record for record in evaluations_with_kl(run) if record.get(metric) is not None]
     return [record["diagnosis/kl"] for record in records], [record[metric] for record in records]
 
 
 def win_rates(run: RunFiles, command: str) -> Points:
-    """Return the KL of each evaluation, and how often a judge prefers its samples to the reference's."""
+    """The KL of each evaluation, and how often a judge prefers its samples to the reference's."""
     from dpo.reporting.comparison import Comparison, prompt_scores
 
     texts: dict[tuple[int, str], dict[str, str]] = defaultdict(dict)
@@ -71,7 +71,7 @@ def win_rates(run: RunFiles, command: str) -> Points:
 
 
 def curves(runs: Sequence[RunFiles], judge: str | None = None) -> dict[Chart, list[Line]]:
-    """Return the curves of each chart: reward against KL; no chart if no run has recorded a KL."""
+    """The curves of each chart: reward against KL; no chart if no run has recorded a KL."""
     by_chart = {chart: [points(run, metric) for run in runs] for chart, metric in CHARTS.items()}
     if judge is not None:
         by_chart = {WIN_RATE: [win_rates(run, judge) for run in runs]} | by_chart

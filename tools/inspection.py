@@ -117,13 +117,13 @@ def response_names(example: TextExample) -> tuple[str, ...]:
 
 
 def without_limits(example: TokenizedExample, batches: BatchIterator) -> TokenizedExample:
-    """Return the example as it would be without max_length and max_prompt_length."""
+    """The example as it would be without max_length and max_prompt_length."""
     unlimited = replace(batches.tokenize, max_length=2**31, max_prompt_length=2**31 - 1)
     return unlimited([example.text])[0] if example.truncated else example
 
 
 def lost_tokens(whole: list[int], kept: list[int]) -> list[int]:
-    """Return the tokens that a truncated prompt lacks; they lie between a common start and a common end."""
+    """The tokens that a truncated prompt lacks; they lie between a common start and a common end."""
     n = len(whole) - len(kept)
     start = next((i for i, pair in enumerate(zip(whole, kept, strict=False)) if pair[0] != pair[1]), len(kept))
     return whole[start : start + n]

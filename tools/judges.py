@@ -62,7 +62,7 @@ class ChatJudge:
     pause: float = PAUSE
 
     def __call__(self, question: Question) -> str:
-        """Return the last word of the model's reply; a reply without an answer is printed and counts as a tie."""
+        """The last word of the model's reply; a reply without an answer is printed and counts as a tie."""
         prompt = question["prompt"]
         if not isinstance(prompt, str):
             prompt = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
@@ -76,7 +76,7 @@ class ChatJudge:
         return "tie"
 
     def request(self, messages: list[dict[str, str]]) -> str:
-        """Return the model's reply; UserError after ATTEMPTS failures, or at once if the server refuses the request."""
+        """The model's reply; UserError after ATTEMPTS failures, or at once if the server refuses the request."""
         body = json.dumps({"model": self.model, "messages": messages, "temperature": 0}).encode()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
@@ -96,7 +96,7 @@ class ChatJudge:
 
 
 def reward_judge(name: str, device: str) -> Callable[[Question], str]:
-    """Return a judge that prefers the higher score of a reward model; UserError if the model gives several scores."""
+    """A judge that prefers the higher score of a reward model; UserError if the model gives several scores."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -133,7 +133,7 @@ def reward_judge(name: str, device: str) -> Callable[[Question], str]:
 
 
 def make_judge(options: argparse.Namespace) -> tuple[Callable[[Question], str], int]:
-    """Return the judge, and how many questions it is asked at once."""
+    """The judge, and how many questions it is asked at once."""
     if options.kind == "openai":
         return ChatJudge(options.url, options.model, os.environ.get("OPENAI_API_KEY")), AT_ONCE
     return (demo_judge if options.kind == "demo" else reward_judge(options.model, options.device)), 1

@@ -31,7 +31,7 @@ def prompt_scores(answers: Sequence[str], swapped: Sequence[str]) -> list[float]
 
 
 def win_rate(scores: Sequence[float]) -> Rate:
-    """Return the mean of the prompts' scores; a tie counts half.
+    """The mean of the prompts' scores; a tie counts half.
 
     Wilson's interval takes each prompt as one trial, since its two answers are not independent. It is too wide if there
     are many ties: scores of one half vary less than wins and losses.
@@ -71,7 +71,7 @@ def length_controlled(scores: Sequence[float], lengths: Sequence[int], other_len
 
 
 def ask_judge(command: str, questions: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the judge's answer to each question, A, B or tie; UserError if it fails or answers otherwise."""
+    """The judge's answer to each question, A, B or tie; UserError if it fails or answers otherwise."""
     text = "".join(f"{json.dumps(question)}\n" for question in questions)
     try:
         done = subprocess.run(shlex.split(command), input=text, stdout=subprocess.PIPE, encoding="utf-8")
@@ -111,13 +111,13 @@ class Comparison:
         return cls(prompts, a, b, answers[: len(prompts)], answers[len(prompts) :])
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a row per prompt for people to read."""
+        """A row per prompt for people to read."""
         names = ("prompt", "a", "b", "answer_ab", "answer_ba")
         columns = (self.prompts, self.a, self.b, self.answers, self.swapped)
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
     def summary(self) -> list[str]:
-        """Return the result in lines for the console."""
+        """The result in lines for the console."""
         n = len(self.prompts)
         scores = prompt_scores(self.answers, self.swapped)
         lengths_of_a = [len(text) for text in self.a]

@@ -38,7 +38,7 @@ def log_ratios(policy: Logps, reference: Logps | None) -> dict[str, Tensor]:
 
 
 def lengths(batch: PackedBatch) -> dict[str, Tensor]:
-    """Return the numbers of tokens of chosen and rejected responses, (batch,) each; a target of SFT counts as chosen.
+    """The numbers of tokens of chosen and rejected responses, (batch,) each; a target of SFT counts as chosen.
 
     For single responses with a label, return those of desirable and undesirable responses.
     """
@@ -49,7 +49,7 @@ def lengths(batch: PackedBatch) -> dict[str, Tensor]:
 
 
 def diagnose(metrics: BatchMetrics) -> dict[str, float]:
-    """Return the metrics of an evaluation of pairs; {} without pairs."""
+    """The metrics of an evaluation of pairs; {} without pairs."""
     columns = {name: metrics.column(name).double().cpu().numpy() for name in metrics.values}
     if "rewards/margins" not in columns:
         return {}
@@ -96,7 +96,7 @@ def displacement(columns: Mapping[str, np.ndarray], examples: Sequence[Tokenized
 
 
 def displacement_advice(metrics: Mapping[str, float]) -> str | None:
-    """Return a line of advice if the chosen responses of an evaluation fell further than usual."""
+    """A line of advice if the chosen responses of an evaluation fell further than usual."""
     share = metrics.get("diagnosis/displaced", 0.0)
     fall = -metrics.get("diagnosis/chosen_log_ratio_per_token", 0.0)
     if share < DISPLACED_SHARE or fall < FALL_PER_TOKEN:
@@ -114,7 +114,7 @@ def diagnose_samples(
     reference: Reference | None,
     split_batch: BatchSplitter,
 ) -> dict[str, float]:
-    """Return the metrics of samples: entropy, length, and divergence from the reference.
+    """The metrics of samples: entropy, length, and divergence from the reference.
 
     samples are those of "policy" and, if there is one, of "reference" for the same prompts.
     """

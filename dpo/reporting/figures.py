@@ -90,7 +90,7 @@ def scatter_chart(
 
 
 def new_figure(width: float = 4.6, height: float = 2.6) -> "Figure":
-    """Return an empty figure of a size in inches."""
+    """An empty figure of a size in inches."""
     from matplotlib.figure import Figure  # slow to import
 
     return Figure(figsize=(width, height))
@@ -133,7 +133,7 @@ def write_ticks_in_full(axes: "Axes", x: Iterable[float]) -> None:
 
 
 def to_svg(figure: "Figure", label: str) -> str:
-    """Return a figure as an <svg> element, which may also be a file; texts stay texts, label is for screen readers."""
+    """A figure as an <svg> element, which may also be a file; texts stay texts, label is for screen readers."""
     import matplotlib
 
     file = io.StringIO()

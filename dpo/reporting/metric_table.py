@@ -10,7 +10,7 @@ Split = Literal["train", "eval"]
 
 
 def record_name(name: str, split: str) -> str:
-    """Return the original's name for a split's mean: rewards_train/chosen for rewards/chosen, loss/train for loss."""
+    """The original's name for a split's mean: rewards_train/chosen for rewards/chosen, loss/train for loss."""
     kind, slash, side = name.partition("/")
     return f"{kind}_{split}/{side}" if slash else f"{kind}/{split}"
 
@@ -96,7 +96,7 @@ PAIR_COLUMNS = frozenset(metric.name for metric in METRICS if metric.pairs)
 
 
 def interval(record: Mapping[str, Any], name: str) -> tuple[float, float] | None:
-    """Return the 95% interval of a metric of a record, if one was recorded."""
+    """The 95% interval of a metric of a record, if one was recorded."""
     low, high = "diagnosis/accuracy_low", "diagnosis/accuracy_high"
     if name == "rewards_eval/accuracies" and low in record:
         return record[low], record[high]

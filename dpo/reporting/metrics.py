@@ -56,11 +56,11 @@ class BatchMetrics:
         return merged
 
     def column(self, name: str) -> torch.Tensor:
-        """Return a metric of all examples, (examples,)."""
+        """A metric of all examples, (examples,)."""
         return torch.cat(self.values[name])
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a dict per example for JSON: its source, row and texts, and the metrics that all examples have."""
+        """A dict per example for JSON: its source, row and texts, and the metrics that all examples have."""
         columns = {name: torch.cat(parts).tolist() for name, parts in self.values.items()}
         rows = []
         for i, example in enumerate(self.examples):
@@ -238,7 +238,7 @@ class NoLogger(MetricLogger):
 
 
 def make_logger(run_dir: Path, ranks: Ranks, make_tracker: Callable[[], Tracker], interval: float) -> MetricLogger:
-    """Return the logger of a run, which writes on the main rank only; interval: seconds between shown updates."""
+    """The logger of a run, which writes on the main rank only; interval: seconds between shown updates."""
     return MetricLogger(run_dir, make_tracker(), interval) if ranks.is_main else NoLogger()
 
 

@@ -37,7 +37,7 @@ class Outcome:
 
 
 def model_card(settings: Settings, loss: Loss, outcome: Outcome) -> str:
-    """Return the card as Markdown with a front matter in YAML."""
+    """The card as Markdown with a front matter in YAML."""
     from huggingface_hub import ModelCard, ModelCardData
 
     lora = settings.lora
@@ -88,7 +88,7 @@ def earlier_stage(archive: Path) -> str:
 
 
 def public_name(name: str) -> str:
-    """Return a name on the Hub as it is, and the last part of a path."""
+    """A name on the Hub as it is, and the last part of a path."""
     return name if is_hub_name(name) or "/" not in name else Path(name).name
 
 
@@ -98,7 +98,7 @@ def interval_text(metrics: Mapping[str, float], name: str) -> str:
 
 
 def training_settings(settings: Settings, loss: Loss) -> dict[str, Any]:
-    """Return the settings of the training, without any path, as {dotted key: value}."""
+    """The settings of the training, without any path, as {dotted key: value}."""
     values: dict[str, Any] = {f"loss.{key}": value for key, value in loss.model_dump().items()}
     values |= {key: getattr(settings, key) for key in TRAINING}
     values["model.policy_dtype"] = settings.model.policy_dtype

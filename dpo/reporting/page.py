@@ -63,7 +63,7 @@ class RunFiles:
 
 
 def run_files(path: Path) -> RunFiles:
-    """Return the files of a run; UserError if the folder is not a run directory."""
+    """The files of a run; UserError if the folder is not a run directory."""
     from dpo.settings.run_config import find_run_dir
 
     files = RunFiles(find_run_dir(path))
@@ -88,7 +88,7 @@ class Suspect:
 
 
 def suspects(pairs: Iterable[Record]) -> list[Suspect]:
-    """Return the suspects among the lines of pairs.jsonl, the lowest margin first."""
+    """The suspects among the lines of pairs.jsonl, the lowest margin first."""
     margins: dict[tuple[str, int, int], list[float]] = defaultdict(list)
     numbers: dict[tuple[str, int], dict[int, int]] = defaultdict(dict)  # of the pairs of a row, by their checksums
     for pair in pairs:
@@ -124,7 +124,7 @@ class Curve(NamedTuple):
 
 
 def curves_by_chart() -> dict[Chart, list[Curve]]:
-    """Return the curves of each chart, in the order of METRICS."""
+    """The curves of each chart, in the order of METRICS."""
     charts: dict[Chart, list[Curve]] = defaultdict(list)
     for metric in METRICS:
         if metric.chart is None:
@@ -160,7 +160,7 @@ def update_report(path: Path) -> None:
 
 
 def page(runs: Sequence[RunFiles]) -> str:
-    """Return the page as HTML that needs neither a network nor JavaScript."""
+    """The page as HTML that needs neither a network nor JavaScript."""
     from dpo.reporting.diagnosis import displacement_advice
 
     several = len(runs) > 1
@@ -186,7 +186,7 @@ def page(runs: Sequence[RunFiles]) -> str:
 
 
 def names_of(runs: Sequence[RunFiles]) -> list[str]:
-    """Return the names of runs; their folders if names are equal, their paths if folders are equal."""
+    """The names of runs; their folders if names are equal, their paths if folders are equal."""
     choices = [[run.name for run in runs], [run.path.name for run in runs], [str(run.path) for run in runs]]
     return next((names for names in choices if len(set(names)) == len(names)), choices[-1])
 
@@ -200,7 +200,7 @@ def render(**values: Any) -> str:
 
 
 def headlines(run: RunFiles) -> dict[str, str]:
-    """Return the numbers at the top of a run's page by their labels."""
+    """The numbers at the top of a run's page by their labels."""
     newest = run.metrics[-1] if run.metrics else {}
     numbers = {name: f"{newest.get(name, 0):,}" for name in ("examples", "updates")}
     for chart, curves in CURVES.items():
@@ -211,7 +211,7 @@ def headlines(run: RunFiles) -> dict[str, str]:
 
 
 def number(chart: Chart, line: "Line", run: RunFiles) -> dict[str, str]:
-    """Return the last value of a line by a label with its interval and, for an older value, its place in the run."""
+    """The last value of a line by a label with its interval and, for an older value, its place in the run."""
     is_share = chart.scale == "share"
     label = [chart.title, line.label]
     if line.x[-1] != run.metrics[-1]["examples"]:
@@ -224,7 +224,7 @@ def number(chart: Chart, line: "Line", run: RunFiles) -> dict[str, str]:
 
 
 def figures_and_numbers(runs: Sequence[RunFiles], names: Sequence[str]) -> tuple[list[Figure], dict[str, str]]:
-    """Return a figure for each chart with a metric that was recorded more than once, and the others as numbers.
+    """A figure for each chart with a metric that was recorded more than once, and the others as numbers.
 
     Several runs are compared by their evaluations, if one of them has more than one.
     """
@@ -248,7 +248,7 @@ def figures_and_numbers(runs: Sequence[RunFiles], names: Sequence[str]) -> tuple
 
 
 def line_of(run: RunFiles, curve: Curve, name: str = "") -> "Line | None":
-    """Return a curve of a run, labelled with the run's name if one is given; None if the run has no such metric."""
+    """A curve of a run, labelled with the run's name if one is given; None if the run has no such metric."""
     from dpo.reporting.figures import Line
 
     records = [record for record in run.metrics if record.get(curve.metric) is not None]
@@ -287,7 +287,7 @@ def pair_figures(run: RunFiles) -> dict[str, list[Figure]]:
 
 
 def samples_by_prompt(run: RunFiles) -> dict[str, dict[str, str]]:
-    """Return for each prompt the sample of the reference, and those of the policy by when they were drawn."""
+    """For each prompt the sample of the reference, and those of the policy by when they were drawn."""
     texts: dict[str, dict[str, str]] = defaultdict(dict)
     for sample in run.samples:
         column = "reference" if sample["model"] == "reference" else f"after {sample['examples']:,}"
@@ -300,7 +300,7 @@ def samples_by_prompt(run: RunFiles) -> dict[str, dict[str, str]]:
 
 
 def settings(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
-    """Return the settings of a run, or those that differ between several."""
+    """The settings of a run, or those that differ between several."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     values = {key: [str(run.settings.get(key, "")) for run in runs] for key in keys}
     return {key: row for key, row in values.items() if len(runs) == 1 or len(set(row)) > 1}

@@ -10,13 +10,13 @@ Z = 1.96  # standard errors on each side of a 95% interval
 
 
 def mean(name: str, values: np.ndarray) -> dict[str, float]:
-    """Return the mean of values, (n,), and its standard error, which is NaN for a single value."""
+    """The mean of values, (n,), and its standard error, which is NaN for a single value."""
     error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
     return {name: float(values.mean()), f"{name}_stderr": error}
 
 
 def mean_per_token(name: str, sums: np.ndarray, lengths: np.ndarray) -> dict[str, float]:
-    """Return the mean over all tokens, and its standard error, given sums over responses, (n,), and their lengths.
+    """The mean over all tokens, and its standard error, given sums over responses, (n,), and their lengths.
 
     The mean is a ratio of two means; its error comes from the residuals (Cochran, Sampling Techniques, 1977, eq. 6.13).
     """
@@ -26,14 +26,14 @@ def mean_per_token(name: str, sums: np.ndarray, lengths: np.ndarray) -> dict[str
 
 
 def wilson_interval(hits: float, n: int) -> tuple[float, float]:
-    """Return the 95% interval of a share, between 0 and 1: Wilson's score interval (1927)."""
+    """The 95% interval of a share, between 0 and 1: Wilson's score interval (1927)."""
     center = (hits + Z**2 / 2) / (n + Z**2)
     spread = Z * math.sqrt(hits * (n - hits) / n + Z**2 / 4) / (n + Z**2)
     return max(0.0, center - spread), min(1.0, center + spread)
 
 
 def calibration_error(margins: np.ndarray) -> float:
-    """Return the expected calibration error of sigmoid(|margin|) as the probability of being right.
+    """The expected calibration error of sigmoid(|margin|) as the probability of being right.
 
     arXiv 1706.04599, eq. 3, with ten bins of equal width. NaN if all margins are 0.
     """
@@ -54,7 +54,7 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def edit_distance(one: Sequence[int], other: Sequence[int]) -> float:
-    """Return the Levenshtein distance of two token sequences, divided by the longer length: from 0 (equal) to 1."""
+    """The Levenshtein distance of two token sequences, divided by the longer length: from 0 (equal) to 1."""
     target = np.asarray(other)
     steps = np.arange(len(other) + 1)
     row = steps

@@ -103,12 +103,12 @@ class WandbTracker(RunTracker):
 
 
 def wandb_folders(run_dir: Path) -> list[Path]:
-    """Return the folders in which wandb recorded a run and its resumes, oldest first."""
+    """The folders in which wandb recorded a run and its resumes, oldest first."""
     return sorted((run_dir / "wandb").glob("*run-*_*-*"), key=lambda folder: folder.name.removeprefix("offline-"))
 
 
 def can_reach_wandb(wandb: ModuleType) -> bool:
-    """Return whether wandb has a key and its server answers within 2 seconds, without asking the user for a key."""
+    """Whether wandb has a key and its server answers within 2 seconds, without asking the user for a key."""
     url = wandb.setup().settings.base_url
     try:
         in_netrc = netrc.netrc().authenticators(urllib.parse.urlparse(url).hostname) is not None

@@ -47,7 +47,7 @@ class Utilization:
         self.is_dense = not any("experts" in name.split(".") for name, _ in policy.named_modules())
 
     def flops(self, parameters: Iterable[torch.nn.Parameter]) -> int:
-        """Return the FLOPs per token for some parameters in an update."""
+        """The FLOPs per token for some parameters in an update."""
         matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
         sizes = [p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in matrices]  # two weights of 4 bits
         trained = sum(size for size, p in zip(sizes, matrices, strict=True) if p.requires_grad)
@@ -66,7 +66,7 @@ class Utilization:
         return 2 * n**3 / min(times)
 
     def __call__(self, examples: Sequence[TokenizedExample], seconds: float) -> dict[str, float]:
-        """Return an update's throughput as metrics."""
+        """An update's throughput as metrics."""
         tokens = sum(map(len, examples))
         rates = {"examples_per_second": len(examples) / seconds, "tokens_per_second": tokens / seconds}
         if not self.is_dense:

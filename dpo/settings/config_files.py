@@ -97,7 +97,7 @@ def _read_option(path: Path) -> Option:
 
 
 def _load(path: Path) -> tuple[list[str], yaml.Node | None]:
-    """Return a YAML file's lines and its syntax tree, which knows their numbers; None for an empty file."""
+    """A YAML file's lines and its syntax tree, which knows their numbers; None for an empty file."""
     text = path.read_text(encoding="utf-8")
     return text.splitlines(), yaml.compose(text, Loader=yaml.SafeLoader)
 

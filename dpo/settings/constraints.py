@@ -151,7 +151,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def combination_problems(valid: Mapping[str, Any]) -> list[str]:
-    """Return one line per combination that is refused; `valid` holds the settings that are right by themselves."""
+    """One line per combination that is refused; `valid` holds the settings that are right by themselves."""
     values = {**valid, "WORLD_SIZE": os.environ.get("WORLD_SIZE") or "1"}
     problems = []
     for keys, is_broken, message in RULES:

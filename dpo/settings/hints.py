@@ -142,7 +142,7 @@ HYDRA_FLAG = re.compile(r"--(config|experimental|hydra|shell)|-(cp|cn|cd|sc)$") 
 def argument_problems(
     arguments: Sequence[str], known: Collection[str], options: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Return one line per argument of a command line that no config can take.
+    """One line per argument of a command line that no config can take.
 
     known    the dotted names of all settings
     options  the names of each group's files
@@ -165,7 +165,7 @@ def argument_problems(
 
 
 def suggest(key: str, value: str | None, known: Collection[str]) -> str:
-    """Return the line for a key that does not exist or that the chosen loss does not have.
+    """The line for a key that does not exist or that the chosen loss does not have.
 
     value is what was typed after the equals sign, None if that is unknown.
     """
@@ -196,7 +196,7 @@ def suggest(key: str, value: str | None, known: Collection[str]) -> str:
 
 
 def suggest_option(group: str, name: str, options: Sequence[str]) -> str:
-    """Return the line for a file that a group, as model or loss, does not have."""
+    """The line for a file that a group, as model or loss, does not have."""
     problem = f"{group}={name}: there is no such file in config/{group}/; choose one of {' '.join(options)}"
     if group == "loss" and name.lower() in OTHER_LOSSES:
         return f"{problem}; use loss={OTHER_LOSSES[name.lower()]}"

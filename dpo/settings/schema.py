@@ -218,7 +218,7 @@ GroupT = TypeVar("GroupT", bound=BaseModel)
 def validate(
     values: Mapping[str, Any], defaults: Mapping[str, Any], losses: Mapping[str, type[LossT]]
 ) -> tuple[Settings, LossT]:
-    """Return the typed settings and the loss of {dotted key: value}; UserError with one line per problem.
+    """The typed settings and the loss of {dotted key: value}; UserError with one line per problem.
 
     Missing keys take their defaults: a model's or loss's own YAML file, or an earlier version's run, may lack some.
     """
