@@ -63,15 +63,15 @@ def memory_of_processes(settings: Settings, loss: Loss, inputs: Inputs) -> str:
         examples = batch.examples
         for share in balance(list(map(len, examples)), n // tensor):
             part = [examples[i] for i in share]
-            passes = packer(part, settings.gradient_accumulation_steps)
-            longest = max([longest, *(one.n_tokens for one in passes)])
+            microbatches = packer(part, settings.gradient_accumulation_steps)
+            longest = max([longest, *(one.n_tokens for one in microbatches)])
     needed, available, place = estimate.of(longest), total_memory(device), "the memory of a GPU here"
     if device.type != "cuda":
         available, place = available // n, "its share of the memory here"
     verdict = "fits" if needed <= available else "does not fit"
     return (
         f"Peak memory, estimated: {needed / 1e9:.2f} GB on each of {n} processes, {estimate.fixed / 1e9:.2f} GB of it "
-        f"without activations, in a pass of {longest:,} tokens. That {verdict} into {available / 1e9:.1f} GB, {place}."
+        f"without activations, in a microbatch of {longest:,} tokens. That {verdict} into {available / 1e9:.1f} GB, {place}."
     )
 
 
@@ -80,12 +80,12 @@ def memory_of_processes(settings: Settings, loss: Loss, inputs: Inputs) -> str:
 
 @dataclass(frozen=True)
 class Workload:
-    """Some of a run's training batches: their examples and tokens, and the batch with the longest forward pass."""
+    """Some of a run's training batches: their examples and tokens, and the batch with the longest microbatch."""
 
     examples: int
     tokens: int
     longest: Batch
-    longest_pass: int  # tokens
+    longest_microbatch: int  # tokens
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def forecast(trainer: BasicTrainer, eval_batches: BatchIterator) -> None:
     reset_peak_memory(device)
     trainer.train_step(workload.longest)
     update = time_updates(trainer)
-    peaks["an update"] = peak_memory(device)  # after several: passes of other lengths fragment the memory
+    peaks["an update"] = peak_memory(device)  # after several: microbatches of other lengths fragment the memory
     if copied := copied_bytes(settings, trainer.policy, trainer.optimizer, device):
         peaks["an update while a checkpoint is written"] = peaks["an update"] + copied
     reset_peak_memory(device)
@@ -129,7 +129,7 @@ def forecast(trainer: BasicTrainer, eval_batches: BatchIterator) -> None:
         f"Time: {update * tokens:.3g} seconds per update, {1 / update:,.0f} tokens per second.\n"
         f"Time to the end: {duration(sum(parts.values()))} ({listed}), besides loading, saving and the report.\n"
         f"Peak memory: {peak / 1e9:.2f} of {total_memory(device) / 1e9:.1f} GB, in {phase}; an update needs"
-        f" {peaks['an update'] / 1e9:.2f} GB, its longest pass has {workload.longest_pass:,} tokens."
+        f" {peaks['an update'] / 1e9:.2f} GB, its longest microbatch has {workload.longest_microbatch:,} tokens."
     )
 
 

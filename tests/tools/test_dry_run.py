@@ -48,7 +48,7 @@ def test_a_dry_run_prints_its_forecast_and_leaves_nothing(overrides, tmp_path, c
     assert [line.split(":")[0] for line in out.splitlines()][-4:] == titles
     assert ("the reference's log-probabilities" in out) == ("loss.precompute_reference=true" in overrides)
     assert ("samples" in out.split("Time to the end")[1]) == ("sample_during_eval=true" in overrides)
-    peaks = re.search(r"Peak memory: ([\d.]+) of .*; an update needs ([\d.]+) GB, its longest pass", out)
+    peaks = re.search(r"Peak memory: ([\d.]+) of .*; an update needs ([\d.]+) GB, its longest microbatch", out)
     assert float(peaks[1]) >= float(peaks[2]) > 0.05
     assert ("in an update while a checkpoint is written;" in out) == ("background_saves=true" in overrides)
 
@@ -56,7 +56,7 @@ def test_a_dry_run_prints_its_forecast_and_leaves_nothing(overrides, tmp_path, c
 # Counts
 
 
-def test_the_workload_counts_tokens_and_finds_the_longest_pass(make_trainer, monkeypatch):
+def test_the_workload_counts_tokens_and_finds_the_longest_microbatch(make_trainer, monkeypatch):
     trainer = make_trainer("loss=dpo", "max_tokens_per_pass=300", "max_length=100", "max_prompt_length=60")
     batches = list(trainer.train_batches.from_start())
     workload = read_workload(trainer)
@@ -64,7 +64,7 @@ def test_the_workload_counts_tokens_and_finds_the_longest_pass(make_trainer, mon
     assert (workload.examples, workload.tokens) == (len(examples), sum(map(len, examples)))
     sizes = [one.n_tokens for batch in batches for one in trainer.packer(batch.examples)]
     of_longest = [one.n_tokens for one in trainer.packer(workload.longest.examples)]
-    assert workload.longest_pass == max(sizes) == max(of_longest) <= 300
+    assert workload.longest_microbatch == max(sizes) == max(of_longest) <= 300
     monkeypatch.setattr("tools.dry_run.COUNTED", 17)
     first = read_workload(trainer)
     assert (first.examples, first.tokens) == (16, sum(sum(map(len, batch.examples)) for batch in batches[:2]))
@@ -140,7 +140,7 @@ def test_a_peak_is_seen_and_can_be_counted_anew():
 
 
 def memory(*overrides):
-    """Return what is printed for several processes: total GB, GB of weights and so on, tokens of the longest pass."""
+    """What is printed for several processes: total GB, GB of weights and so on, tokens of the longest microbatch."""
     settings = (*TINY, "loss=dpo", "max_tokens_per_pass=300", "dry_run=true", *overrides)
     line = memory_of_processes(*validated(*settings), inputs_of(*settings))
     pattern = r"Peak memory, estimated: ([\d.]+) GB on each of .*, ([\d.]+) GB of it .* pass of ([\d,]+) tokens"
