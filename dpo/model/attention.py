@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -126,6 +127,16 @@ def flex_mask(segments: torch.Tensor) -> "BlockMask":
     return BlockMask.from_kv_blocks(*listed(some & ~full), *listed(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod)
 
 
+@dataclass(frozen=True)
+class BranchLengths:
+    """The lengths of the prompt and the responses of each example in a row.
+
+    An object, since torch.compile would compile anew for each other tuple.
+    """
+
+    examples: tuple[tuple[int, ...], ...]
+
+
 @torch.compiler.disable  # compiled, it would be another function for every number of examples
 def packed_attention(
     module: torch.nn.Module,
@@ -133,26 +144,27 @@ def packed_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    branch_lengths: BranchLengths | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend example by example: cost grows with the sum of the squared lengths, not with the square of their sum.
 
-    query, key, value are (1, heads, seq, d) and the mask (1, 1, seq, seq). Where the mask carries no branch_lengths,
-    those of a PackedBatch, this is torch's attention.
+    query, key, value are (1, heads, seq, d) and the mask (1, 1, seq, seq). branch_lengths is an
+    argument of the model's forward pass, which transformers hands on. Without it this is torch's attention.
     """
-    examples = getattr(attention_mask, "branch_lengths", None)
-    if attention_mask is None or examples is None:
+    if attention_mask is None or branch_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    sizes, parts = list(map(sum, examples)), []
+    sizes = [sum(lengths) for lengths in branch_lengths.examples]
+    outputs = []
     split = (states.split(sizes, dim=2) for states in (query, key, value))  # slices' gradients would be whole tensors
-    for lengths, end, q, k, v in zip(examples, accumulate(sizes), *split, strict=True):
+    for lengths, end, q, k, v in zip(branch_lengths.examples, accumulate(sizes), *split, strict=True):
         own = slice(end - sum(lengths), end)
         mask = attention_mask[:, :, own, own]
         if query.device.type == "cpu":
-            parts.append(cpu_attention(q, k, v, mask, lengths, **kwargs))
+            outputs.append(cpu_attention(q, k, v, mask, lengths, **kwargs))
         else:
-            parts.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
-    return torch.cat(parts, dim=1), None
+            outputs.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
 
 
 def cpu_attention(

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from dpo.model.attention import additive_mask, flex_inputs
+from dpo.model.attention import BranchLengths, additive_mask, flex_inputs
 from dpo.model.packing import PackedBatch
 
 # Up to this many bytes of logits, counted as float32, are kept for the backward pass. Beyond, all are recomputed there,
@@ -159,9 +159,9 @@ def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
     if batch.segments is not None and model.config._attn_implementation == "flex_attention":
         inputs = flex_inputs(inputs, batch.segments)
     elif batch.segments is not None:
-        mask = inputs["attention_mask"] = additive_mask(batch.segments, model.dtype)
-        # for packed_attention; models pass a 4D mask on as it is
-        mask.branch_lengths = batch.branch_lengths  # type: ignore[attr-defined]
+        inputs["attention_mask"] = additive_mask(batch.segments, model.dtype)  # models pass a 4D mask on as it is
+        if model.config._attn_implementation == "packed":
+            inputs["branch_lengths"] = BranchLengths(batch.branch_lengths)  # for packed_attention
     if getattr(model.config, "output_router_logits", False):  # only for a loss of their own, which misreads a 4D mask
         inputs["output_router_logits"] = False
     return inputs | {"use_cache": False}

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from tiny_models import EXACT, EXAMPLES, make_examples, sums_of_logps, tiny
+from torch._dynamo.testing import CompileCounter
 
 from dpo.model import attention
 from dpo.model.attention import BRANCHED, FLEX_BLOCK, additive_mask, cpu_attention, flex_inputs, use_attention
+from dpo.model.loading import recompute_activations
 from dpo.model.logps import ResponseLogps
 from dpo.model.packing import LAYOUTS
 
@@ -77,6 +79,35 @@ def test_responses_that_attend_apart_have_the_log_probabilities_of_rows_of_their
     padded = sums_of_logps(module, EXAMPLES, "padded")
     use_attention(module.model, "packed")
     torch.testing.assert_close(sums_of_logps(module, EXAMPLES, "shared_prefix"), padded, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["plain", "compiled", "with activation checkpointing"])
+def test_layers_attend_example_by_example_and_are_compiled_once(how, monkeypatch):
+    lengths, attend = [], attention.cpu_attention
+
+    def spy(query, key, value, mask, branches, **kwargs):
+        lengths.append(branches)
+        return attend(query, key, value, mask, branches, **kwargs)
+
+    monkeypatch.setattr(attention, "cpu_attention", spy)
+    torch.compiler.reset()
+    module = ResponseLogps.wrap(tiny("Llama"))
+    use_attention(module.model, "packed")
+    graphs = CompileCounter()
+    for layer in module.model.model.layers if how == "compiled" else ():
+        layer.compile(backend=graphs, dynamic=True)
+    if how == "with activation checkpointing":
+        module.train()
+        recompute_activations(module.model)
+    compiled = set()
+    for examples in (EXAMPLES, EXAMPLES[:1], EXAMPLES[1:]):
+        lengths.clear()
+        module(LAYOUTS["shared_prefix"].pack(examples)).sum().backward()
+        n_passes = 4 if how == "with activation checkpointing" else 2  # two layers, in the backward pass once more
+        assert lengths.count((4, 2, 8)) == (n_passes if EXAMPLES[1] in examples else 0)
+        assert len(lengths) == n_passes * len(examples)
+        compiled.add(graphs.frame_count)
+    assert len(compiled) == 1
 
 
 # Flex attention
