@@ -279,10 +279,7 @@ def peak_of_pass(policy: ResponseLogps, batch: PackedBatch, dtype: torch.dtype) 
 
 @contextmanager
 def training_state(settings: Settings, policy: ResponseLogps, device: torch.device) -> Iterator[Optimizer]:
-    """Hold what lies beside activations in training, an optimizer's state, and compute as in training; undo both.
-
-    Training also adds gradients in place (dpo/model/accumulation.py), so that it needs a little less.
-    """
+    """Hold what lies beside activations in training, an optimizer's state, and compute as in training; undo both."""
     states, was_training = random_states(), policy.training
     optimizer = stepped_optimizer(settings, policy)
     policy.train()
