@@ -168,7 +168,7 @@ def load_on_main(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir, dt
     float32_head = loss.needs_reference and loss.cached_reference and dtype != torch.float32
     policy = ResponseLogps.wrap(model, float32_head)
     examples = next(iter(inputs.eval_batches.from_start())).examples
-    choice = choose_layout(policy, [policy], examples, settings.layout, settings.max_length, dtype, known)
+    choice = choose_layout(policy, examples, settings.layout, settings.max_length, dtype, known)
     set_quantized_dtype(model, dtype)
     n_shards = 1 if settings.ddp else run.ranks.world_size // settings.replicate
     estimate = partial(pass_memory, policy, settings, loss, dtype, choice, n_shards)

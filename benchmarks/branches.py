@@ -4,7 +4,7 @@
 
 Lengths are those of prompt, chosen and rejected in tokens. Each is one pass of a reference and one pass of a policy,
 forward and backward, with random weights of SmolLM2-135M's shape in float32. Both ways run in turn in one process.
-Writes a Markdown table of medians to stdout. BRANCHED of dpo/model/attention.py is the number of tokens that follows.
+Writes a Markdown table of medians to stdout. MIN_BRANCHED_TOKENS of dpo/model/attention.py follows from it.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in WAYS}
         for repeat in range(args.repeats + 1):
             for name in list(WAYS)[:: 1 if repeat % 2 else -1]:
-                attention.BRANCHED = WAYS[name]
+                attention.MIN_BRANCHED_TOKENS = WAYS[name]
                 start = time.perf_counter()
                 with torch.no_grad():
                     response_logps(module, batch)

@@ -53,14 +53,16 @@ def test_cudnn_attention_is_off_and_flex_attention_is_tried_first():
 def test_the_shared_prefix_is_exact_on_a_gpu(name, kind):
     model = tiny_on_gpu(name)
     use_attention(model, kind)
-    assert LayoutCheck(ResponseLogps.wrap(model), EXAMPLES, "shared_prefix", 64).problem(torch.bfloat16) is None
+    assert LayoutCheck(ResponseLogps.wrap(model), EXAMPLES, "shared_prefix", 64).find_problem(torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("name", NOT_EXACT)
 def test_models_that_cannot_take_the_shared_prefix_fall_back_on_a_gpu(name):
     model = tiny(name).to(pick_device("cuda"))
     use_attention(model, "packed")
-    assert LayoutCheck(ResponseLogps.wrap(model), EXAMPLES, "shared_prefix", 64).problem(torch.bfloat16) is not None
+    assert (
+        LayoutCheck(ResponseLogps.wrap(model), EXAMPLES, "shared_prefix", 64).find_problem(torch.bfloat16) is not None
+    )
 
 
 @pytest.mark.parametrize("kind", ["flex_attention", "packed"])

@@ -421,7 +421,7 @@ def test_the_whole_batch_pass_of_an_evaluation_heeds_signals_and_names_the_setti
         raise MemoryError
 
     monkeypatch.setattr(trainer.reference, "logps", no_memory)
-    with pytest.raises(RunError, match="in a pass of .* lower max_tokens_per_pass, which is 1000"):
+    with pytest.raises(RunError, match="in a microbatch of .* lower max_tokens_per_pass, which is 1000"):
         trainer.evaluate()
 
 

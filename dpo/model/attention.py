@@ -18,13 +18,14 @@ from dpo.system.devices import DeviceFacts
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-# On a CPU, in examples of at least this many tokens, each response attends apart from the others, so that less of what
-# the mask hides is computed; in shorter ones more calls cost as much as that saves (benchmarks/README.md).
-BRANCHED = 384
+# On a CPU, each response of an example of at least this many tokens attends in a call of its own, so that less of what
+# the mask hides is computed. In shorter examples the calls cost as much as that saves (benchmarks/README.md).
+MIN_BRANCHED_TOKENS = 384
+FLEX_BLOCK = 128  # tokens: rows are padded to whole blocks of flex attention's mask, so that kernels need no edges
 
 
 def attention_kinds(facts: DeviceFacts) -> list[str]:
-    """Return the kinds of attention to try on a device for rows that hold several examples, the fastest first.
+    """List the kinds of attention to try on a device for rows that hold several examples, the fastest first.
 
     Flex attention is compiled by Triton; torch tests it from compute capability 8.0 on (test_flex_attention.py).
     """
@@ -57,9 +58,9 @@ def torch_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def visible(segments: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Return whether a query attends to a key: in its example, not later, and in the prompt or in its own response.
+    """Whether a query attends to a key: in its example, not later, and in the prompt or in its own response.
 
-    segments is that of a PackedBatch; query and key are positions in the row that broadcast together.
+    segments is that of a PackedBatch. query and key are positions in the row that broadcast together.
     """
     examples, branches = segments
     shared = (branches[key] == 0) | (branches[key] == branches[query])
@@ -67,41 +68,37 @@ def visible(segments: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> t
 
 
 def additive_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the mask (1, 1, seq, seq), 0 where a query attends to a key and hugely negative elsewhere.
+    """Make the mask (1, 1, seq, seq), 0 where a query attends to a key and hugely negative elsewhere.
 
-    It is not boolean, since models with eager attention add it, and of the queries' dtype, since torch misreads
-    others. It holds no infinities, which some models multiply; all dtypes but float16 hold bfloat16's lowest number.
+    It is not boolean, since models with eager attention add it. It has the queries' dtype, since torch misreads others.
+    It has no infinities, since some models multiply it; all dtypes but float16 can represent bfloat16's lowest number.
     """
     order = torch.arange(segments.shape[1], device=segments.device)
-    seen = visible(segments, order[:, None], order)
-    return torch.where(seen, 0.0, torch.finfo(torch.bfloat16).min).to(dtype)[None, None]
-
-
-FLEX_BLOCK = 128  # tokens: rows are filled to whole blocks of flex attention's mask, so that kernels need no edges
+    is_visible = visible(segments, order[:, None], order)
+    return torch.where(is_visible, 0.0, torch.finfo(torch.bfloat16).min).to(dtype)[None, None]
 
 
 def flex_inputs(inputs: dict[str, torch.Tensor], segments: torch.Tensor) -> dict[str, Any]:
-    """Return the inputs with a block mask, filled up by tokens that attend to themselves alone, and nothing to them.
+    """Pad the inputs to whole blocks and add a block mask. Padding tokens attend only to themselves.
 
-    A token that attends to nothing would depend on how a kernel divides by 0. There are at least two blocks, since one
-    alone would be compiled for that shape.
+    A token that attends to nothing would depend on how a kernel divides by 0. There are at least two blocks, since a
+    single one would be compiled for its own shape.
     """
     n = segments.shape[1]
-    missing = max(-n % FLEX_BLOCK, 2 * FLEX_BLOCK - n)
-    example = torch.full((missing,), n, device=segments.device)  # after all others, each token a branch of its own
-    branches = torch.arange(1, missing + 1, device=segments.device)
+    n_padding = max(-n % FLEX_BLOCK, 2 * FLEX_BLOCK - n)
+    example = torch.full((n_padding,), n, device=segments.device)  # after all others, each token a branch of its own
+    branches = torch.arange(1, n_padding + 1, device=segments.device)
     segments = torch.cat((segments, torch.stack((example, branches))), dim=1)
-    return {name: F.pad(value, (0, missing)) for name, value in inputs.items()} | {
-        "attention_mask": flex_mask(segments)
-    }
+    padded = {name: F.pad(value, (0, n_padding)) for name, value in inputs.items()}
+    return padded | {"attention_mask": flex_mask(segments)}
 
 
 def flex_mask(segments: torch.Tensor) -> "BlockMask":
-    """Return the mask of `visible` for flex attention, with nothing of size (seq, seq) on the way.
+    """Make the mask of `visible` for flex attention without a tensor of size (seq, seq).
 
-    Of each block of queries and keys it is known from their first and last examples and branches whether no query
-    attends to a key, so that it is skipped, or each one to each, so that it is computed without a mask. Examples, and
-    the branches of one, come in ascending order.
+    The first and last examples and branches of a block show whether none of its queries attends to any of its keys, so
+    that it is skipped, or all to all, so that it needs no mask. This holds since examples, and the branches of an
+    example, come in ascending order.
     """
     from torch.nn.attention.flex_attention import BlockMask  # only a GPU needs it
 
@@ -109,29 +106,30 @@ def flex_mask(segments: torch.Tensor) -> "BlockMask":
     (example, branch), (last_example, last_branch) = blocks.amin(-1), blocks.amax(-1)
     order = torch.arange(len(example), device=segments.device)
     query, key = order[:, None], order
-    alone = example == last_example  # blocks with tokens of one example
-    same = alone[query] & alone[key] & (example[query] == example[key])
-    apart = same & (branch[key] > 0) & (last_branch[key] < branch[query])
-    some = (key <= query) & (last_example[key] >= example[query]) & ~apart
-    one_branch = (branch[key] == last_branch[query]) & (last_branch[key] == branch[query])
-    full = (key < query) & same & ((last_branch[key] == 0) | one_branch)
+    has_one_example = example == last_example
+    same_example = has_one_example[query] & has_one_example[key] & (example[query] == example[key])
+    other_responses = same_example & (branch[key] > 0) & (last_branch[key] < branch[query])
+    needed = (key <= query) & (last_example[key] >= example[query]) & ~other_responses
+    same_branch = (branch[key] == last_branch[query]) & (last_branch[key] == branch[query])
+    full = (key < query) & same_example & ((last_branch[key] == 0) | same_branch)
 
-    def listed(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return how many keys' blocks each queries' block has, and their indices, first those that are chosen."""
+    def list_blocks(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # the number of chosen key blocks for each query block, and the indices of all of them, chosen ones first
         chosen = chosen.int()[None, None]
         return chosen.sum(-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).int()
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return visible(segments, q, k)
 
-    return BlockMask.from_kv_blocks(*listed(some & ~full), *listed(full), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod)
+    masked_blocks, full_blocks = list_blocks(needed & ~full), list_blocks(full)
+    return BlockMask.from_kv_blocks(*masked_blocks, *full_blocks, BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod)
 
 
 @dataclass(frozen=True)
 class BranchLengths:
     """The lengths of the prompt and the responses of each example in a row.
 
-    An object, since torch.compile would compile anew for each other tuple.
+    It is an object, since torch.compile would compile anew for each tuple of other numbers.
     """
 
     examples: tuple[tuple[int, ...], ...]
@@ -149,8 +147,8 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend example by example: cost grows with the sum of the squared lengths, not with the square of their sum.
 
-    query, key, value are (1, heads, seq, d) and the mask (1, 1, seq, seq). branch_lengths is an
-    argument of the model's forward pass, which transformers hands on. Without it this is torch's attention.
+    query, key, value are (1, heads, seq, d) and the mask (1, 1, seq, seq). branch_lengths is an argument of the model's
+    forward pass, which transformers passes on to here. Without it this is torch's attention.
     """
     if attention_mask is None or branch_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -158,8 +156,8 @@ def packed_attention(
     outputs = []
     split = (states.split(sizes, dim=2) for states in (query, key, value))  # slices' gradients would be whole tensors
     for lengths, end, q, k, v in zip(branch_lengths.examples, accumulate(sizes), *split, strict=True):
-        own = slice(end - sum(lengths), end)
-        mask = attention_mask[:, :, own, own]
+        tokens = slice(end - sum(lengths), end)
+        mask = attention_mask[:, :, tokens, tokens]
         if query.device.type == "cpu":
             outputs.append(cpu_attention(q, k, v, mask, lengths, **kwargs))
         else:
@@ -177,20 +175,23 @@ def cpu_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Attend in one example in at least float32, with as many key heads as there are; the result is (1, seq, heads, d).
+    """Attend in one example, computed in at least float32; the result is (1, seq, heads, d) in the values' dtype.
 
-    lengths are those of its prompt and responses. The result is of the values' dtype. For sequences of some hundred
-    tokens torch's kernel is slower in bfloat16, and repeated keys would only be stored.
+    lengths are those of the prompt and the responses. For sequences of some hundred tokens torch's kernel is slower in
+    bfloat16. Keys are not repeated for grouped queries.
     """
     dtype = torch.promote_types(value.dtype, torch.float32)
     attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True)
     q, k, v, mask = (tensor.to(dtype) for tensor in (query, key, value, mask))
     with torch.autocast("cpu", enabled=False):
-        out = branched(attend, q, k, v, mask, lengths) if q.shape[2] >= BRANCHED else attend(q, k, v, attn_mask=mask)
+        if q.shape[2] >= MIN_BRANCHED_TOKENS:
+            out = attend_by_branch(attend, q, k, v, mask, lengths)
+        else:
+            out = attend(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).to(value.dtype)
 
 
-def branched(
+def attend_by_branch(
     attend: Callable[..., torch.Tensor],
     query: torch.Tensor,
     key: torch.Tensor,
@@ -202,9 +203,11 @@ def branched(
     rows = [lengths[0] + lengths[1], *lengths[2:]]
     queries, masks = query.split(rows, dim=2), mask.split(rows, dim=2)
     keys, values = key.split(lengths, dim=2), value.split(lengths, dim=2)
-    parts = [attend(queries[0], torch.cat(keys[:2], 2), torch.cat(values[:2], 2), is_causal=True)]
-    for i, (own, seen) in enumerate(zip(queries[1:], masks[1:], strict=True), start=2):
-        both = ((keys, 2), (values, 2), (seen.split(lengths, dim=3), 3))  # of the prompt and of the response
-        k, v, m = (torch.cat((part[0], part[i]), dim) for part, dim in both)
-        parts.append(attend(own, k, v, attn_mask=m))
-    return torch.cat(parts, 2)
+    outputs = [attend(queries[0], torch.cat(keys[:2], 2), torch.cat(values[:2], 2), is_causal=True)]
+    for i, (response, response_mask) in enumerate(zip(queries[1:], masks[1:], strict=True), start=2):
+        columns = response_mask.split(lengths, dim=3)
+        k = torch.cat((keys[0], keys[i]), 2)
+        v = torch.cat((values[0], values[i]), 2)
+        m = torch.cat((columns[0], columns[i]), 3)
+        outputs.append(attend(response, k, v, attn_mask=m))
+    return torch.cat(outputs, 2)

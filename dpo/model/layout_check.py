@@ -1,4 +1,4 @@
-"""The check that a layout gives the log-probabilities of the padded one, before a run uses it."""
+"""The check, before a run uses a layout, that it gives the log-probabilities of the padded one."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,44 +30,38 @@ class LayoutChoice:
 
 def choose_layout(
     policy: ResponseLogps,
-    models: Sequence[ResponseLogps],
     examples: Sequence[TokenizedExample],
     layout: str,
     max_length: int,
     dtype: torch.dtype,
     known: LayoutChoice | None = None,
 ) -> LayoutChoice:
-    """Return `layout`, or "padded" where the policy computes other log-probabilities with it.
+    """Choose `layout`, or "padded" where the policy computes other log-probabilities with it.
 
-    Tries the device's kinds of attention, the fastest first, and leaves all `models` (the policy and perhaps the
-    reference) with the one that was chosen. The examples lend their tokens to the check; dtype is that of the forward
-    passes of training. known is the result of an earlier check of the same model, layout, max_length, device and
-    versions, which is then not repeated.
+    Tries the device's kinds of attention, the fastest first, and leaves the policy with the one that was chosen. The
+    check takes tokens from the examples; dtype is that of the forward passes of training. known is the result of an
+    earlier check of the same model, layout, max_length, device and versions, which is then not repeated.
     """
-    if layout == "padded" or known is not None:
-        choice = known or LayoutChoice("padded", policy.model.config._attn_implementation)
-        use_attention_in(models, choice.attention)
-        return choice
+    model = policy.model
+    if known is not None:
+        use_attention(model, known.attention)
+        return known
+    if layout == "padded":
+        return LayoutChoice("padded", model.config._attn_implementation)
     check = LayoutCheck(policy, examples, layout, max_length)
     for kind in attention_kinds(read_facts(check.device)):
         try:
-            use_attention_in(models, kind)
+            use_attention(model, kind)
         except (ValueError, ImportError) as error:  # this kind of model has no such attention
             log_message(f"Attention is not {kind}: {summarize_error(error)}")
             continue
-        problem = check.problem(dtype)
+        problem = check.find_problem(dtype)
         if problem is None:
-            return LayoutChoice(layout, policy.model.config._attn_implementation)
+            return LayoutChoice(layout, model.config._attn_implementation)
         log_message(f"layout={layout} cannot be used with {kind} attention: {problem}.")
     log_message("Using layout=padded.")
-    use_attention_in(models, "sdpa")
-    return LayoutChoice("padded", policy.model.config._attn_implementation)
-
-
-def use_attention_in(models: Sequence[ResponseLogps], kind: str) -> None:
-    """Switch all models to a kind of attention."""
-    for wrapped in models:
-        use_attention(wrapped.model, kind)
+    use_attention(model, "sdpa")
+    return LayoutChoice("padded", model.config._attn_implementation)
 
 
 def recorded_layout(environment: Mapping[str, Any], device: torch.device) -> LayoutChoice | None:
@@ -81,9 +75,9 @@ def recorded_layout(environment: Mapping[str, Any], device: torch.device) -> Lay
 class LayoutCheck:
     """Compares the log-probabilities of a layout with those of the padded one, which it computes once.
 
-    The comparison is done in float32 without TF32, on two short examples and a long one in one pass. The long one has
-    max_length tokens: a sliding window shows only there. Its last response alone is compared, which is as much as the
-    padded layout need compute for it. Then the short examples pass forward and backward as in training.
+    The comparison is in float32 without TF32, on two short examples and a long one in one microbatch. The long one has
+    max_length tokens, since a sliding window shows only there. Of it only the last response is compared, so that the
+    padded layout computes it once. Then the short examples run forward and backward as in training.
     """
 
     def __init__(self, policy: ResponseLogps, examples: Sequence[TokenizedExample], layout: str, max_length: int):
@@ -97,41 +91,39 @@ class LayoutCheck:
         with float32_parameters(policy.model):
             self.expected = torch.cat([self.padded(self.short), self.padded([last])])
 
-    def problem(self, dtype: torch.dtype) -> str | None:
-        """Return None if the layout changes nothing, else a short reason why it cannot be used.
-
-        Logs the difference, also that of the short examples with the forward pass computed in dtype.
-        """
+    def find_problem(self, dtype: torch.dtype) -> str | None:
+        """Return why the layout cannot be used, or None after logging how far it rounds in float32 and in dtype."""
         step = "in float32"
         try:
             with float32_parameters(self.policy.model):
                 worst = self.difference([*self.short, self.long], self.expected)
             if not worst <= TOLERANCE:
                 return f"log-probabilities differ by up to {worst:.2g} nats per token from those of layout=padded"
-            found = f"layout={self.layout}: within {worst:.1g} nats per token of layout=padded in float32"
+            agreement = f"layout={self.layout}: within {worst:.1g} nats per token of layout=padded in float32"
             step = f"in {dtype}, forward and backward"
-            rounding = self.train_pass(dtype)
-            found += f", {rounding:.1g} in {dtype}" if dtype != torch.float32 else ""
+            rounding = self.try_training(dtype)
+            if dtype != torch.float32:
+                agreement += f", {rounding:.1g} in {dtype}"
         except Exception as error:  # a model that takes no such mask or no position ids fails in many ways
             if is_out_of_memory(error):
                 raise
             return f"the model fails with it {step} ({type(error).__name__}: {summarize_error(error)})"
-        log_message(f"{found}.")
+        log_message(f"{agreement}.")
         return None
 
-    def train_pass(self, dtype: torch.dtype) -> float:
-        """Pass the short examples forward and backward, computed in dtype; return the difference from padded ones.
+    def try_training(self, dtype: torch.dtype) -> float:
+        """Run the short examples forward and backward in dtype; return the difference from the padded layout.
 
-        The gradient is that of the second parameter alone: it lies in the first layer or before it, so that it
-        passes through the attention of all, and costs half of what that of the embeddings, the first, would. It is not
-        kept, and in evaluation mode no random number is drawn.
+        The gradient is only that of the second parameter. It lies in the first layer or before it, so that the gradient
+        goes through the attention of all layers, at half the cost of that of the first parameter, the embeddings. It
+        is not kept, and in evaluation mode no random number is drawn.
         """
         was_training, model = self.policy.training, self.policy.model
         self.policy.eval()
         try:
             with autocast(model.dtype, dtype, self.device):
                 actual = self.policy(LAYOUTS[self.layout].pack(self.short).to(self.device))
-                rounding = 0.0 if dtype == torch.float32 else self.apart(actual, self.padded(self.short))
+                rounding = 0.0 if dtype == torch.float32 else largest_difference(actual, self.padded(self.short))
             torch.autograd.grad(actual.sum(), self.policy.trained_parameters()[:2][-1:], allow_unused=True)
         finally:
             self.policy.train(was_training)
@@ -139,40 +131,38 @@ class LayoutCheck:
 
     @torch.no_grad()
     def padded(self, examples: Sequence[TokenizedExample]) -> Tensor:
-        """Return the log-probability of each response token, (n,), in the padded layout and torch's own attention."""
+        """Compute the log-probability of each response token, (n,), in the padded layout and torch's own attention."""
         with torch_attention(self.policy.model):
             return self.policy(LAYOUTS["padded"].pack(examples).to(self.device))
 
     @torch.no_grad()
     def difference(self, examples: Sequence[TokenizedExample], expected: Tensor) -> float:
-        """Return the largest difference, in nats, of a token's log-probability in the layout from the expected one.
+        """Compute the largest difference, in nats, of a token's log-probability in the layout from the expected one.
 
-        Of the last example, only as many tokens are compared as are expected.
+        Of the last example only the tokens at its end are compared for which there is an expected value.
         """
         actual = self.policy(LAYOUTS[self.layout].pack(examples).to(self.device))
         skipped = len(actual) - len(expected)
         n_before = len(actual) - sum(map(len, examples[-1].responses))
-        return self.apart(torch.cat([actual[:n_before], actual[n_before + skipped :]]), expected)
+        return largest_difference(torch.cat([actual[:n_before], actual[n_before + skipped :]]), expected)
 
-    @staticmethod
-    def apart(actual: Tensor, expected: Tensor) -> float:
-        """Return the largest difference of two tensors' numbers."""
-        return (actual.detach() - expected).abs().max().item()
+
+def largest_difference(actual: Tensor, expected: Tensor) -> float:
+    return (actual.detach() - expected).abs().max().item()
 
 
 def resize(example: TokenizedExample, n_tokens: int, max_length: int) -> TokenizedExample:
-    """Return the example with responses of 8, 7, ... tokens and a prompt that fills the first of them up to n_tokens.
+    """Give an example responses of 8, 7, ... tokens, and a prompt that makes n_tokens with the first of them.
 
-    Tokens are repeated where there are too few: a response of one token would be predicted by its prompt alone.
+    Tokens are repeated where there are too few: a response of one token would be predicted from its prompt alone.
     """
-    most = max(1, max_length // 2)
-    responses = tuple(cycle(response, min(8 - k, most)) for k, response in enumerate(example.responses))
+    longest = max(1, max_length // 2)
+    responses = tuple(cycle(response, min(8 - k, longest)) for k, response in enumerate(example.responses))
     n_prompt = max(1, min(n_tokens, max_length) - len(responses[0]))
     return replace(example, prompt=cycle(example.prompt, n_prompt), responses=responses)
 
 
 def cycle(tokens: list[int], n: int) -> list[int]:
-    """Return n tokens by repeating those given."""
     return (tokens * (n // len(tokens) + 1))[:n]
 
 

@@ -1,10 +1,11 @@
-"""Loading a tokenizer and a policy, copying the reference, and what is done to a model before it trains."""
+"""Loading the tokenizer and the policy, copying the reference, and preparing a model for training."""
 
 import copy
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +33,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 
 def skip_unreachable_hub(names: Mapping[str, bool]) -> None:
-    """Use what is cached, without the hub client's minutes of retries, if a hub is needed and cannot be reached.
+    """Use the hub's cache, without minutes of retries, if the hub is needed and cannot be reached.
 
     names maps each model or data set to whether it may come from the hub.
     """
@@ -46,7 +47,7 @@ def skip_unreachable_hub(names: Mapping[str, bool]) -> None:
 
 
 def fetch(what: str, name: str, load: Callable[[], T]) -> T:
-    """Call load; UserError in one line that names what could not be fetched and what helps."""
+    """Call load; UserError that names what could not be loaded if it fails."""
     try:
         return load()
     except Exception as error:  # a corrupt or foreign folder makes transformers raise nearly anything
@@ -58,10 +59,12 @@ def fetch(what: str, name: str, load: Callable[[], T]) -> T:
 
 def load_model_config(settings: ModelSettings) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """Load the model's config, with everything random off, and the tokenizer."""
-    name, tokenizer_name = settings.name_or_path, settings.tokenizer_name_or_path or settings.name_or_path
-    config = fetch("model.name_or_path", name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=False))
-    load = lambda: AutoTokenizer.from_pretrained(tokenizer_name, trust_remote_code=False)  # noqa: E731
-    tokenizer = fetch("model.tokenizer_name_or_path", tokenizer_name, load)
+    name = settings.name_or_path
+    tokenizer_name = settings.tokenizer_name_or_path or name
+    load_config = partial(AutoConfig.from_pretrained, name, trust_remote_code=False)
+    load_tokenizer = partial(AutoTokenizer.from_pretrained, tokenizer_name, trust_remote_code=False)
+    config = fetch("model.name_or_path", name, load_config)
+    tokenizer = fetch("model.tokenizer_name_or_path", tokenizer_name, load_tokenizer)
     disable_randomness(config)
     return config, tokenizer
 
@@ -69,13 +72,14 @@ def load_model_config(settings: ModelSettings) -> tuple[PreTrainedConfig, PreTra
 def model_problems(
     settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> list[str]:
-    """Return one line for each way in which the settings, the model, the tokenizer and the device do not fit."""
+    """Check that the settings, the model, the tokenizer and the device fit together; one line for each misfit."""
     problems = []
     if settings.lora is not None and settings.lora.quantize and device.type == "mps":
         problems.append(f"lora.quantize={settings.lora.quantize}: has no kernels for MPS; set device=cpu")
     text_config = config.get_text_config()
-    positions, name = max_positions(text_config), settings.model.name_or_path
+    positions = max_positions(text_config)
     if positions and settings.max_length > positions:
+        name = settings.model.name_or_path
         problems.append(f"max_length={settings.max_length}: {name} has {positions} positions; lower it")
     if problem := rope_problem(config, settings.max_length):
         problems.append(problem)
@@ -85,7 +89,7 @@ def model_problems(
 
 
 def target_problem(config: PreTrainedConfig, targets: str | list[str]) -> str | None:
-    """Return the line for names in lora.targets that a model, made here without its weights, does not have."""
+    """Check that a model of this config, made without weights, has the layers in lora.targets."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     try:
@@ -96,52 +100,61 @@ def target_problem(config: PreTrainedConfig, targets: str | list[str]) -> str | 
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """Return how many positions a model has, or None where there is no such limit."""
+    """The number of positions that a model has, or None where there is no such limit."""
     values = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
     return next((value for value in values if isinstance(value, int)), None)
 
 
 def load_policy(settings: Settings, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
     """Load the policy with dropout off; UserError if a tensor of the model is missing or does not fit."""
-    dtype, name = getattr(torch, settings.model.policy_dtype), settings.model.name_or_path
     if settings.model.from_scratch:
         torch.manual_seed(settings.seed)
-        policy = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        dtype = getattr(torch, settings.model.policy_dtype)
+        policy: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
-
-        def load() -> tuple[PreTrainedModel, dict[str, Any]]:
-            return AutoModelForCausalLM.from_pretrained(  # type: ignore[return-value]  # annotated for the model alone
-                name,
-                config=config,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that they are in the info, by name
-                trust_remote_code=False,
-                **quantization(settings, device),
-            )
-
-        policy, info = fetch("model.name_or_path", name, load)
-        info["unexpected_keys"] = unexpected_tensors(policy, name, info["unexpected_keys"])
-        wrong = [f"{kind.removesuffix('_keys')} {sorted(map(str, info[kind]))}" for kind in info if info[kind]]
-        if wrong:
-            raise UserError(f"model.name_or_path={name}: its weights do not fit its config: {'; '.join(wrong)}")
+        policy = load_pretrained(settings, config, device)
     keep_weights_unpacked(policy)
     for module in policy.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     if settings.model.archive:
-        state, setting = load_archive(settings.model.archive), f"model.archive={settings.model.archive}"
-        (merge_adapter if is_adapter(state) else load_weights)(policy, state, setting)
+        state = load_archive(settings.model.archive)
+        setting = f"model.archive={settings.model.archive}"
+        if is_adapter(state):
+            merge_adapter(policy, state, setting)
+        else:
+            load_weights(policy, state, setting)
     if settings.activation_checkpointing and not policy.supports_gradient_checkpointing:
         raise UserError("activation_checkpointing=true: this kind of model does not support it; set it to false")
     check_deterministic(policy)
     return policy.to(device) if settings.lora is None or settings.lora.quantize is None else policy
 
 
-def quantization(settings: Settings, device: torch.device) -> dict[str, Any]:
-    """Return the arguments with which from_pretrained quantizes weights as it loads them, for lora.quantize=nf4.
+def load_pretrained(settings: Settings, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+    """Load a model with from_pretrained; UserError if a tensor of the model is missing or does not fit."""
+    name = settings.model.name_or_path
+    load = partial(
+        AutoModelForCausalLM.from_pretrained,
+        name,
+        config=config,
+        dtype=getattr(torch, settings.model.policy_dtype),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they are in the info, by name
+        trust_remote_code=False,
+        **quantization(settings, device),
+    )
+    model, info = fetch("model.name_or_path", name, load)
+    info["unexpected_keys"] = unexpected_tensors(model, name, info["unexpected_keys"])
+    wrong = [f"{kind.removesuffix('_keys')} {sorted(map(str, info[kind]))}" for kind in info if info[kind]]
+    if wrong:
+        raise UserError(f"model.name_or_path={name}: its weights do not fit its config: {'; '.join(wrong)}")
+    return model
 
-    NF4 with quantized constants, arXiv 2305.14314. Products are in float32 until `load_models` knows their dtype.
+
+def quantization(settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Arguments with which from_pretrained quantizes weights as it loads them, for lora.quantize=nf4.
+
+    NF4 with quantized constants, arXiv 2305.14314. Products are in float32 until `set_quantized_dtype` changes it.
     """
     if settings.lora is None or settings.lora.quantize is None:
         return {}
@@ -150,7 +163,7 @@ def quantization(settings: Settings, device: torch.device) -> dict[str, Any]:
 
 
 def set_quantized_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Let bitsandbytes' layers, if there are any, compute in a dtype."""
+    """Let bitsandbytes' layers, if there are any, compute in dtype."""
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.compute_dtype = dtype  # type: ignore[assignment]  # a plain attribute
@@ -168,21 +181,21 @@ def keep_weights_unpacked(model: PreTrainedModel) -> None:
 
 
 def unexpected_tensors(model: PreTrainedModel, name: str, unexpected: Iterable[str]) -> list[str]:
-    """Return the tensors of a checkpoint that belong to the model but are not in it; log those of other parts.
+    """Find a checkpoint's unexpected tensors in parts that the model has; log those of other parts, which are ignored.
 
     Other parts are heads that this architecture does not load, such as `mtp` for the prediction of several tokens.
     """
+    parts = {key.partition(".")[0] for key in model.state_dict()}
     unexpected = [key for key in unexpected if not DROPPABLE.search(key)]
-    own = {key.partition(".")[0] for key in model.state_dict()}
-    others = Counter(key.partition(".")[0] for key in unexpected if key.partition(".")[0] not in own)
-    if others:
-        counts = ", ".join(f"{part} ({n:,})" for part, n in others.items())
+    ignored = Counter(key.partition(".")[0] for key in unexpected if key.partition(".")[0] not in parts)
+    if ignored:
+        counts = ", ".join(f"{part} ({n:,})" for part, n in ignored.items())
         log_message(f"model.name_or_path={name}: tensors of parts that are not loaded are ignored: {counts}")
-    return [key for key in unexpected if key.partition(".")[0] in own]
+    return [key for key in unexpected if key.partition(".")[0] in parts]
 
 
 def copy_reference(policy: M, dtype: str | None, clone: Callable[[M], M] = copy.deepcopy) -> M:
-    """Copy the policy as it is before training, with parameters of a dtype (None: its own) and no gradient."""
+    """Copy the policy before training, with parameters of a dtype (None: its own) that need no gradient."""
     reference = clone(policy).eval().requires_grad_(False)
     if dtype is not None:
         for parameter in reference.parameters():  # buffers such as rotary frequencies stay in float32
@@ -191,9 +204,9 @@ def copy_reference(policy: M, dtype: str | None, clone: Callable[[M], M] = copy.
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile a model's layers at their first call: one kernel for all layers and rows of all lengths.
+    """Compile a model's layers at their first call, once for all layers and rows of all lengths.
 
-    Parameters and their names stay as they are. Raises UserError if the model is not made of transformers' layers.
+    Parameters keep their names. UserError if the model is not made of transformers' layers.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
@@ -233,21 +246,24 @@ def configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 @torch.no_grad()
 def is_random(model: PreTrainedModel) -> bool:
-    """Return whether two forward passes in training mode differ by the random seed.
+    """Whether two forward passes in training mode with different random seeds differ.
 
     Call it while the model is on the CPU, where nothing else makes two passes differ.
     """
     ids = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().get_parameter("weight").shape[0]
     was_training = model.training
     model.train()
+    outputs = []
     with torch.random.fork_rng():
-        outputs = [model(input_ids=ids, use_cache=False).logits for seed in range(2) if torch.manual_seed(seed)]
+        for seed in range(2):
+            torch.manual_seed(seed)
+            outputs.append(model(input_ids=ids, use_cache=False).logits)
     model.train(was_training)
     return not torch.equal(*outputs)
 
 
 def check_deterministic(model: PreTrainedModel) -> None:
-    """Raise UserError if the model computes with random numbers in training mode, naming the settings to look at."""
+    """Raise UserError if the model computes with random numbers in training mode, naming its suspicious settings."""
     if is_random(model):
         keys = [key for part in configs(model.config) for key in vars(part) if SUSPICIOUS.search(key)]
         raise UserError(
@@ -260,22 +276,22 @@ def check_deterministic(model: PreTrainedModel) -> None:
 
 
 def rope_problem(config: PreTrainedConfig, max_length: int) -> str | None:
-    """Return a line if a model's rotary frequencies depend on the longest example of a pass, given max_length tokens.
+    """Check that rotary frequencies do not depend on the longest example of a microbatch, up to max_length tokens.
 
-    The log-probability of a response would then depend on its neighbours.
+    Else the log-probability of a response would depend on the other examples.
     """
     limit = rope_limit(config)
     if limit is None or max_length <= limit:
         return None
     return (
-        f"max_length={max_length}: this model changes its rotary frequencies for all tokens of a pass in which one"
-        f" example is longer than {limit} tokens, so log-probabilities would depend on which examples share a"
-        f" pass; set max_length to {limit} or less"
+        f"max_length={max_length}: this model changes its rotary frequencies for all tokens of a microbatch in which"
+        f" one example is longer than {limit} tokens, so log-probabilities would depend on the other examples;"
+        f" set max_length to {limit} or less"
     )
 
 
 def rope_limit(config: PreTrainedConfig) -> int | None:
-    """Return the number of tokens beyond which rotary frequencies depend on a pass's length; None if they never do."""
+    """The number of tokens above which rotary frequencies depend on a microbatch's length, or None."""
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or {}
     per_layer_type = [value for value in parameters.values() if isinstance(value, dict)]

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from dpo.model.attention import BranchLengths, additive_mask, flex_inputs
 from dpo.model.packing import PackedBatch
 
-# Up to this many bytes of logits, counted as float32, are kept for the backward pass. Beyond, all are recomputed there,
-# in chunks of this size, but of at least CHUNK_TOKENS tokens: smaller products with a large vocabulary are slow.
-CHUNK_BYTES, CHUNK_TOKENS = 2**28, 128
+# Up to this many bytes of logits, counted as float32, are kept for the backward pass. More are recomputed there, in
+# chunks of this size, but of at least CHUNK_TOKENS tokens: smaller products with a large vocabulary are slow.
+CHUNK_BYTES = 2**28
+CHUNK_TOKENS = 128
 # Bytes of float32 softmax at a time: what a CPU's cache holds; elsewhere more, so that there are few kernel launches.
 FLOAT32_BYTES = {"cpu": 2**22, "mps": 2**25, "cuda": 2**25}
 
@@ -40,7 +41,7 @@ class Logps:
     def from_tokens(cls, tokens: Tensor, lengths: Tensor, sizes: Sequence[int] | None = None) -> "Logps":
         """Sum the tokens' log-probabilities (n,) over responses of the given lengths (batch, n_responses).
 
-        sizes: the same lengths, flat, as numbers of the host; reading them from a device would wait for it.
+        sizes: the same lengths, flat, as Python integers where they are known, since reading them from a device waits.
         """
         parts = tokens.split(lengths.flatten().tolist() if sizes is None else list(sizes))
         sums = pad_sequence(parts, batch_first=True).sum(1)  # segment_reduce runs on CPU and CUDA alone
@@ -52,7 +53,6 @@ class Logps:
         return self.sums / self.lengths
 
     def detach(self) -> "Logps":
-        """Return the same numbers without their gradient."""
         tokens = None if self.tokens is None else self.tokens.detach()
         return replace(self, sums=self.sums.detach(), tokens=tokens)
 
@@ -60,18 +60,18 @@ class Logps:
 class ResponseLogps(torch.nn.Module):
     """Computes the log-probability of each response token with a causal language model.
 
-    Body and head are called as submodules inside this module's forward, so call the module, never its forward: hooks of
-    a wrapped root (FSDP2, DDP, compile) then always run. The head is looked up at each call and no parameter is kept
-    elsewhere, so parameters may be replaced (fully_shard) and modules wrapped (LoRA) at any time.
+    Call the module, never its forward, so that hooks of a wrapped root (FSDP2, DDP, compile) run. The head is looked up
+    at each call and no parameter is kept elsewhere, so parameters may be replaced (fully_shard) and modules wrapped
+    (LoRA) at any time.
     """
 
     def __init__(self, model: PreTrainedModel, separate_head: bool = False, float32_head: bool = False):
         """Wrap a model.
 
-        separate_head: call the head on the hidden states of the response tokens alone, some tokens at a time; right
-        only where the head alone turns the last hidden states into logits (see wrap). float32_head: compute logits in
-        float32 whatever the body's dtype; most of what sharing a pass with other examples moves a bfloat16
-        log-probability by is the logits' own rounding. It needs a separate head and does nothing without one.
+        separate_head: call the head on the hidden states of response tokens only, some tokens at a time. This is right
+        where the head alone turns the last hidden states into logits (see wrap).
+        float32_head: compute logits in float32 whatever the body's dtype. Most of the difference that other examples in
+        a microbatch make to a bfloat16 log-probability is the logits' own rounding. No effect without a separate head.
         with_collisions, an attribute, asks for the log of the sum of pi^2 beside each token's log-probability.
         """
         super().__init__()
@@ -87,20 +87,20 @@ class ResponseLogps(torch.nn.Module):
 
     @property
     def head(self) -> torch.nn.Module:
-        """The model's output embeddings, which turn hidden states into logits."""
+        """The output embeddings, which turn hidden states into logits."""
         return self.model.get_output_embeddings()
 
     def trained_parameters(self) -> list[torch.nn.Parameter]:
-        """Return the parameters that are not frozen: all of them, or those of an adapter."""
+        """All parameters that are not frozen."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def set_requires_gradient_sync(self, requires_gradient_sync: bool) -> None:
-        """Do nothing; where several devices share the module, FSDP's method of this name is called instead."""
+        """Do nothing. FSDP replaces this method where several devices share the module."""
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Return the log-probability of each response token, (n,), response after response, in at least float32.
+        """Compute the log-probability of each response token, (n,), response after response, in at least float32.
 
-        With collisions, (2, n): their log below.
+        With collisions the result is (2, n), their log in the second row.
         """
         if not self.separate_head:
             return self.token_logps(response_logits(self.model, batch), batch.targets)
@@ -109,19 +109,19 @@ class ResponseLogps(torch.nn.Module):
         size = max(CHUNK_TOKENS, CHUNK_BYTES // (4 * self.head.get_parameter("weight").shape[0]))
         if len(hidden) <= size:
             return self.token_logps(self.logits(hidden), batch.targets)
-        parts = [
+        chunks = [
             checkpoint(lambda h, t: self.token_logps(self.logits(h), t), h, t, use_reentrant=False)
             for h, t in zip(hidden.split(size), batch.targets.split(size), strict=True)
         ]
-        return torch.cat(parts, dim=-1)
+        return torch.cat(chunks, dim=-1)
 
     def token_logps(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return what forward returns, of logits (n, vocabulary) and targets (n,)."""
+        """What forward returns, from logits (n, vocabulary) and targets (n,)."""
         logps = target_logps(logits, targets)
         return torch.stack((logps, log_collisions(logits))) if self.with_collisions else logps
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the head's logits (n, vocabulary) of hidden states (n, d)."""
+        """The head's logits (n, vocabulary) for hidden states (n, d)."""
         head = self.head
         if not self.float32_head:
             return head(hidden)
@@ -131,7 +131,7 @@ class ResponseLogps(torch.nn.Module):
 
 
 def response_logps(module: ResponseLogps, batch: PackedBatch) -> Logps:
-    """Return the log-probabilities of a batch's responses, with their gradient."""
+    """Compute the log-probabilities of a batch's responses, with their gradient."""
     sizes = [len(response) for example in batch.examples for response in example.responses]
     tokens = module(batch)
     if tokens.dim() == 1:
@@ -141,9 +141,9 @@ def response_logps(module: ResponseLogps, batch: PackedBatch) -> Logps:
 
 @torch.no_grad()
 def has_separate_head(model: PreTrainedModel) -> bool:
-    """Return whether a model's output embeddings alone turn its last hidden states into its logits.
+    """Whether a model's output embeddings alone turn its last hidden states into its logits.
 
-    Some models scale or cap their logits; a forward pass over a few tokens shows it.
+    Some models scale or cap their logits, which a forward pass over a few tokens shows.
     """
     head = model.get_output_embeddings()
     if head is None or model.base_model is model:
@@ -154,7 +154,6 @@ def has_separate_head(model: PreTrainedModel) -> bool:
 
 
 def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
-    """Return the arguments of a model's forward pass."""
     inputs: dict[str, Any] = dict(batch.inputs)
     if batch.segments is not None and model.config._attn_implementation == "flex_attention":
         inputs = flex_inputs(inputs, batch.segments)
@@ -168,7 +167,7 @@ def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
 
 
 def response_logits(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Return the model's logits that predict the response tokens, (n, vocabulary), and compute few others."""
+    """Compute the model's logits that predict the response tokens, (n, vocabulary), and few others."""
     width = batch.inputs["input_ids"].shape[1]
     columns, kept = torch.unique(batch.sources % width, return_inverse=True)
     logits = model(**model_inputs(model, batch), logits_to_keep=columns).logits
@@ -176,40 +175,40 @@ def response_logits(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 
 def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return logit minus logsumexp of each target, (n,), from logits (n, vocabulary), in at least float32."""
+    """Compute logit minus logsumexp of each target, (n,), from logits (n, vocabulary), in at least float32."""
     return TargetLogps.apply(logits, targets)
 
 
 @torch.no_grad()
 def log_collisions(logits: Tensor) -> Tensor:
-    """Return the log of the sum of the squared probabilities, (n,), of logits (n, vocabulary), in at least float32."""
+    """Compute the log of the sum of squared probabilities, (n,), of logits (n, vocabulary), in at least float32."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    parts = logits.split(max(1, FLOAT32_BYTES[logits.device.type] // (4 * logits.shape[1])))
-    return torch.cat([(2 * part.log_softmax(1, dtype=dtype)).logsumexp(1) for part in parts])
+    chunks = logits.split(max(1, FLOAT32_BYTES[logits.device.type] // (4 * logits.shape[1])))
+    return torch.cat([(2 * chunk.log_softmax(1, dtype=dtype)).logsumexp(1) for chunk in chunks])
 
 
 class TargetLogps(torch.autograd.Function):
-    """The gradient of target_logps is g (1 - softmax) at the target and -g softmax elsewhere.
+    """target_logps with less memory. Its gradient is g (1 - softmax) at the target and -g softmax elsewhere.
 
-    Autograd would keep the log-softmax of all tokens in float32, and hold two gradients of that size; this computes in
-    float32 a few tokens at a time, and writes the gradient over the logits, which nothing else needs by then.
+    Autograd would keep the log-softmax of all tokens in float32 and hold two gradients of that size. This computes
+    a few tokens at a time in float32, and overwrites the logits with their gradient, since nothing needs them then.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the log-probabilities, and keep the logits in their own dtype."""
         ctx.save_for_backward(logits, targets)
         dtype = torch.promote_types(logits.dtype, torch.float32)
         ctx.size = max(1, FLOAT32_BYTES[logits.device.type] // (4 * logits.shape[1]))
-        parts = zip(logits.split(ctx.size), targets.split(ctx.size), strict=True)
-        return torch.cat([part.log_softmax(1, dtype=dtype).gather(1, t[:, None])[:, 0] for part, t in parts])
+        chunks = zip(logits.split(ctx.size), targets.split(ctx.size), strict=True)
+        return torch.cat([chunk.log_softmax(1, dtype=dtype).gather(1, t[:, None])[:, 0] for chunk, t in chunks])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient of the logits, in their dtype and memory."""
         logits, targets = ctx.saved_tensors
-        columns = (logits, targets[:, None], grad[:, None])
-        for part, t, g in zip(*(column.split(ctx.size) for column in columns), strict=True):
-            part.copy_(part.softmax(1, dtype=grad.dtype).mul_(-g).scatter_add_(1, t, g))
+        for start in range(0, len(logits), ctx.size):
+            chunk = logits[start : start + ctx.size]
+            t = targets[start : start + ctx.size, None]
+            g = grad[start : start + ctx.size, None]
+            chunk.copy_(chunk.softmax(1, dtype=grad.dtype).mul_(-g).scatter_add_(1, t, g))
         return logits, None

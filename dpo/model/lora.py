@@ -1,8 +1,7 @@
 """LoRA: low-rank adapters of a frozen model, computed by peft: their shape, how they are read, switched and merged.
 
-dpo/runs/weights.py adds one to a run's policy, and saves it.
-
-peft is imported where it is called: that takes seconds, and training all weights does without it.
+dpo/runs/weights.py adds one to a run's policy and saves it. peft is imported where it is called, since that takes
+seconds and training all weights does without it.
 """
 
 import json
@@ -32,16 +31,20 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=Tensor)
 
 
-# What an adapter is like
-
 PREFIX = "base_model.model."  # of the names in peft's files
 BASE = "base_checksum"  # in the metadata of the files that are written here
-KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")  # peft's ways to begin that leave the model's weights alone
+KEEPS_BASE = (
+    True,
+    False,
+    "gaussian",
+    "orthogonal",
+    "eva",
+)  # peft's initializations that leave the model's weights alone
 
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """What decides how an adapter's matrices are used; targets are the full names of the adapted linear layers."""
+    """What decides how an adapter's matrices are used. targets are the full names of the adapted linear layers."""
 
     r: int
     alpha: int
@@ -52,7 +55,6 @@ class AdapterShape:
     def peft_config(
         self, model: PreTrainedModel, dropout: float = 0.0, init: Literal["gaussian"] | bool = True
     ) -> "LoraConfig":
-        """Return peft's config of such an adapter of a model."""
         from peft import LoraConfig
 
         layer = model.get_submodule(self.targets[0])
@@ -73,7 +75,7 @@ class AdapterShape:
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Return the names of the linear layers in a model's blocks; where no blocks are known, of all but its head."""
+    """Names of the linear layers in a model's blocks, or of all but its head where its blocks are not known."""
     blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
     head = model.get_output_embeddings()
     return [
@@ -84,20 +86,20 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
 
 
 def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> tuple[str, ...]:
-    """Return the full names of the layers that lora.targets means; UserError if one of its names fits no layer."""
+    """Find the full names of the layers that lora.targets names; UserError if a name fits no layer."""
     layers = linear_layers(model)
     names = last_parts(layers) if targets == "auto" else targets
     unknown = [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
     if unknown or not layers:
-        found = ", ".join(last_parts(layers)) or "none"
+        existing = ", ".join(last_parts(layers)) or "none"
         raise UserError(
-            f"lora.targets: no linear layer of this model's blocks is called {', '.join(unknown)}; there are {found}"
+            f"lora.targets: no linear layer of this model's blocks is called {', '.join(unknown)}; there are {existing}"
         )
     return tuple(layer for layer in layers if f".{layer}".endswith(tuple(f".{name}" for name in names)))
 
 
 def last_parts(layers: Sequence[str]) -> list[str]:
-    """Return the last part of each layer's name, each once."""
+    """The distinct last parts of layers' names."""
     return list(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
 
 
@@ -106,7 +108,7 @@ def last_parts(layers: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter read from a file: its shape, and its weights under the names of peft's files without their prefix.
+    """An adapter read from a file. Its weights have the names of peft's files, without their prefix.
 
     base is the checksum of the frozen weights that it belongs to, or None if another tool wrote the file.
     """
@@ -117,7 +119,7 @@ class StoredAdapter:
 
 
 def read_adapter(folder: str) -> StoredAdapter:
-    """Read the adapter in a folder of peft's format; UserError unless it is LoRA of linear layers alone."""
+    """Read the adapter in a folder of peft's format; UserError unless it is LoRA of linear layers only."""
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
@@ -138,31 +140,27 @@ def read_adapter(folder: str) -> StoredAdapter:
     return StoredAdapter(shape, weights, base)
 
 
-def check_shape(settings: LoraSettings, own: AdapterShape, stored: AdapterShape) -> None:
-    """Raise UserError with the settings to add if those of a run are not those that an adapter was made with."""
+def check_shape(settings: LoraSettings, shape: AdapterShape, stored: AdapterShape) -> None:
+    """Raise UserError with the settings to add if a run's adapter has another shape than the stored one."""
     wrong = [
         f"lora.{name}={str(value).lower()}"
         for name, value in asdict(stored).items()
-        if name != "targets" and value != getattr(own, name)
+        if name != "targets" and value != getattr(shape, name)
     ]
-    if set(own.targets) != set(stored.targets):
+    if set(shape.targets) != set(stored.targets):
         wrong.append(f"lora.targets=[{','.join(last_parts(stored.targets))}]")
     if wrong:
         raise UserError(f"lora.path={settings.path}: was made with other settings; add {' '.join(wrong)}")
 
 
-def shape_of(settings: LoraSettings, targets: tuple[str, ...]) -> AdapterShape:
-    """Return the shape of a new adapter."""
-    return AdapterShape(settings.r, settings.alpha, settings.use_rslora, settings.use_dora, targets)
-
-
 # Adapters in a model
 
-POLICY, REFERENCE = "default", "reference"  # what peft's layers call the adapter that trains, and its frozen copy
+POLICY = "default"  # peft's name of the adapter that trains
+REFERENCE = "reference"  # and of its frozen copy
 
 
 def inject(model: PreTrainedModel, configs: dict[str, "PeftConfig"]) -> "LoraModel":
-    """Put adapters into a model in place, in float32, the last of them in use; return what peft manages them with."""
+    """Add float32 adapters to a model in place and use the last of them; return peft's wrapper, which can merge it."""
     from peft import LoraModel
 
     first, *others = configs
@@ -177,59 +175,58 @@ def inject(model: PreTrainedModel, configs: dict[str, "PeftConfig"]) -> "LoraMod
 
 
 def use_adapter(layers: Iterable["LoraLayer"], name: str) -> None:
-    """Let layers compute with the adapter of a name; without any if they have none of that name.
+    """Let layers compute with the adapter of this name, or without one if they have none of this name.
 
-    peft's own switches also set requires_grad of parameters, which FSDP2 reads once, at its first forward pass.
+    peft's own switches also set requires_grad of parameters, which FSDP2 reads only at its first forward pass.
     """
     for layer in layers:
         layer._active_adapter = [name]
 
 
 def adapted_layers(model: PreTrainedModel) -> dict[str, "LoraLayer"]:
-    """Return peft's layers by the names of the linear layers that they wrap."""
+    """peft's layers by the names of the linear layers that they wrap."""
     from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def adapter_parameters(model: PreTrainedModel, adapter: str) -> dict[str, Parameter]:
-    """Return the parameters of one adapter under the names of peft's files, without their prefix."""
+    """The parameters of one adapter under the names of peft's files, without their prefix."""
     return adapter_tensors(dict(model.named_parameters()), adapter)
 
 
 def adapter_tensors(state: Mapping[str, T], adapter: str) -> dict[str, T]:
-    """Return, of the tensors of a model's state_dict, those of one adapter, as adapter_parameters names them."""
-    kept = re.compile(rf"(.*\.lora_[AB])\.{adapter}(\.weight)|(.*\.lora_magnitude_vector)\.{adapter}\.weight")
-    found = ((kept.fullmatch(name), tensor) for name, tensor in state.items())
-    return {"".join(filter(None, match.groups())): tensor for match, tensor in found if match}
+    """The tensors of one adapter among those of a model's state_dict, named as by adapter_parameters."""
+    pattern = re.compile(rf"(.*\.lora_[AB])\.{adapter}(\.weight)|(.*\.lora_magnitude_vector)\.{adapter}\.weight")
+    matches = ((pattern.fullmatch(name), tensor) for name, tensor in state.items())
+    return {"".join(filter(None, match.groups())): tensor for match, tensor in matches if match}
 
 
 @torch.no_grad()
-def copy_weights(own: Mapping[str, Parameter], stored: Mapping[str, Tensor], setting: str) -> None:
+def copy_weights(parameters: Mapping[str, Parameter], stored: Mapping[str, Tensor], setting: str) -> None:
     """Copy stored weights into an adapter; UserError that names the setting and each tensor that does not fit."""
-    check_fit(own, stored, setting)
-    for name, parameter in own.items():
+    check_fit(parameters, stored, setting)
+    for name, parameter in parameters.items():
         parameter.copy_(stored[name])
 
 
 def reference_weights(model: PreTrainedModel) -> dict[str, Any]:
-    """Return all weights of a model but those of the adapter that trains."""
+    """All weights of a model except those of the adapter that trains."""
     trained = re.compile(rf"\.lora_\w+\.{POLICY}\b")
     return {name: value for name, value in model.state_dict().items() if not trained.search(name)}
 
 
-def check_base(stored: str | None, own: str, setting: str) -> None:
+def check_base(stored: str | None, checksum: str, setting: str) -> None:
     """Raise UserError if an adapter is known to belong to other weights than those of the model."""
-    if stored not in (None, own):
-        remedy = "or model.name_or_path=RUN/base if that run has this folder"
+    if stored not in (None, checksum):
         raise UserError(
             f"{setting}: this adapter was trained on other weights; give the model.name_or_path and model.policy_dtype"
-            f" of its run, {remedy}"
+            " of its run, or model.name_or_path=RUN/base if that run has this folder"
         )
 
 
 def merge_adapter(model: PreTrainedModel, state: dict[str, Any], setting: str) -> None:
-    """Merge the adapter in a LoRA run's checkpoint into the model that it was trained on; UserError for another one."""
+    """Merge the adapter in a LoRA run's checkpoint into its base model; UserError if the model is another one."""
     if not is_installed("peft"):
         raise UserError(f"{setting}: holds an adapter, which needs the library peft; pip install peft")
     check_base(state["base"], weights_checksum(model.state_dict()), setting)

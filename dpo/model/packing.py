@@ -1,4 +1,4 @@
-"""From tokenized examples to forward passes: the two layouts, and the token budget of a pass."""
+"""From tokenized examples to microbatches: the two layouts, and the token budget."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -12,15 +12,15 @@ from dpo.system.errors import actionable_errors
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """The tensors of one forward pass over some examples of a batch.
+    """The tensors of a microbatch: some examples of a batch, computed in one forward pass.
 
     inputs           input_ids (rows, seq), with attention_mask or, where they restart, position_ids of the same shape
     sources          (n,) flat position in (rows, seq) from whose output each response token is predicted
     targets          (n,) the response tokens, response after response
     lengths          (examples, n_responses) how many of the n tokens each response has
     examples         the examples, in this order
-    segments         (2, seq) for a row that holds several examples, from which its attention mask is made: the index of
-                     each token's example, and of its branch in it (0: the prompt, 1 and up: the responses); else None
+    segments         (2, seq) for a row that holds several examples, from which the attention mask is made: the index of
+                     each token's example, and of its branch (0: the prompt, 1 and up: the responses); else None
     branch_lengths   for such a row, the lengths of the prompt and the responses of each example; else empty
     """
 
@@ -34,12 +34,10 @@ class PackedBatch:
 
     @property
     def n_tokens(self) -> int:
-        """The tokens that a model computes, padding included."""
+        """The number of tokens that a model computes, padding included."""
         return self.inputs["input_ids"].numel()
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """Return the batch with its tensors on a device."""
-
         def move(value: torch.Tensor) -> torch.Tensor:
             return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
 
@@ -57,9 +55,9 @@ class PackedBatch:
 
 
 def padded(examples: Sequence[TokenizedExample]) -> PackedBatch:
-    """Lay out one sequence per row, all first responses before all second, padded on the right: the original's way.
+    """Lay out one sequence per row, first responses before second ones, padded on the right: the original's way.
 
-    Padding is masked by position, so its id does not matter; 0 exists in every vocabulary.
+    Padding is masked by position, so its id does not matter. 0 exists in every vocabulary.
     """
     n, n_responses = len(examples), len(examples[0].responses)
     rows = [example.prompt + example.responses[k] for k in range(n_responses) for example in examples]
@@ -94,13 +92,13 @@ def shared_prefix(examples: Sequence[TokenizedExample]) -> PackedBatch:
             positions += range(n_prompt, n_prompt + len(response))
     inputs = {"input_ids": torch.tensor([tokens]), "position_ids": torch.tensor([positions])}
     lengths = torch.tensor([length for example in branches for length in example])
-    numbers = [(i, k) for i, example in enumerate(branches) for k in range(len(example))]
-    segments = torch.tensor(numbers).T.repeat_interleave(lengths, dim=1)
+    indices = [(i, k) for i, example in enumerate(branches) for k in range(len(example))]
+    segments = torch.tensor(indices).T.repeat_interleave(lengths, dim=1)
     return replace(pack(inputs, sources, examples), segments=segments, branch_lengths=tuple(branches))
 
 
 def pack(inputs: dict[str, torch.Tensor], sources: list[int], examples: Sequence[TokenizedExample]) -> PackedBatch:
-    """Make a packed batch whose sources follow the responses example by example."""
+    """Make a packed batch; sources are in the order of the examples' responses."""
     targets = [token for example in examples for response in example.responses for token in response]
     lengths = [[len(response) for response in example.responses] for example in examples]
     return PackedBatch(inputs, torch.tensor(sources), torch.tensor(targets), torch.tensor(lengths), tuple(examples))
@@ -111,14 +109,13 @@ def pack(inputs: dict[str, torch.Tensor], sources: list[int], examples: Sequence
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to lay examples out (pack), and how many tokens the model computes for some of them (cost)."""
+    """A way to lay out examples (pack), and the number of tokens that the model computes for them (cost)."""
 
     pack: Callable[[Sequence[TokenizedExample]], PackedBatch]
     cost: Callable[[Sequence[TokenizedExample]], int]
 
 
 def padded_cost(examples: Sequence[TokenizedExample]) -> int:
-    """Count the tokens of a padded pass."""
     widest = max(len(example.prompt) + max(map(len, example.responses)) for example in examples)
     return widest * len(examples) * len(examples[0].responses)
 
@@ -130,30 +127,32 @@ LAYOUTS = {
 
 
 def make_microbatches(examples: Sequence[TokenizedExample], layout: str, max_tokens: int) -> Iterator[PackedBatch]:
-    """Yield forward passes of at most max_tokens tokens, few of them; an example that is longer passes alone.
+    """Yield few microbatches of at most max_tokens tokens each; an example that is longer gets one of its own.
 
-    Examples that fit into one pass keep their order; else the longest come first, which packs tightest and pads least.
+    Examples that fit into one microbatch keep their order. Otherwise the longest come first, since that packs tightest
+    and pads least.
     """
     kind = LAYOUTS[layout]
-    order = list(range(len(examples)))
     if kind.cost(examples) > max_tokens:
-        order.sort(key=lambda i: -len(examples[i]))
-    bins: list[list[int]] = []
-    for i in order:
-        fits = (b for b in bins if kind.cost([examples[j] for j in [*b, i]]) <= max_tokens)
-        chosen = next(fits, None)
-        if chosen is None:
-            bins.append(chosen := [])
-        chosen.append(i)
+        examples = sorted(examples, key=len, reverse=True)
+    bins: list[list[TokenizedExample]] = []
+    for example in examples:
+        for chosen in bins:
+            if kind.cost([*chosen, example]) <= max_tokens:
+                chosen.append(example)
+                break
+        else:
+            bins.append([example])
     for chosen in bins:
-        yield kind.pack([examples[i] for i in chosen])
+        yield kind.pack(chosen)
 
 
 def balance(lengths: Sequence[int], n_ranks: int) -> list[list[int]]:
-    """Return the indices of the examples of each rank, such that the ranks have nearly equal numbers of tokens.
+    """Choose the indices of each rank's examples, so that all ranks have nearly equal numbers of tokens.
 
-    The longest example goes first, each to the rank with the fewest tokens (of those, with the fewest examples): the
-    largest sum is at most 4/3 - 1/(3 n) of the best one (Graham, Bounds on multiprocessing timing anomalies, 1969).
+    Examples are assigned from the longest on, each to the rank with the fewest tokens (of those, with the fewest
+    examples). The largest sum is at most 4/3 - 1/(3 n) of the best (Graham, Bounds on multiprocessing timing anomalies,
+    1969).
     """
     shares: list[list[int]] = [[] for _ in range(n_ranks)]
     totals = [0] * n_ranks
@@ -166,22 +165,23 @@ def balance(lengths: Sequence[int], n_ranks: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Packer:
-    """How a run's batches become forward passes: the layout, the token budget of a pass, and the device."""
+    """How a run's batches become microbatches: the layout, the token budget of each, and the device."""
 
     layout: str
     max_tokens: int
     device: torch.device
 
-    def __call__(self, examples: Sequence[TokenizedExample], n_parts: int = 1) -> Iterator[PackedBatch]:
-        """Yield the microbatches of a batch, which is split into n_parts equal parts first, on the device."""
-        size = -(-len(examples) // n_parts)
+    def __call__(self, examples: Sequence[TokenizedExample], n_equal: int = 1) -> Iterator[PackedBatch]:
+        """Yield the microbatches of a batch on the device; n_equal equal parts are made of it first."""
+        size = -(-len(examples) // n_equal)
         for start in range(0, len(examples), size):
             for batch in make_microbatches(examples[start : start + size], self.layout, self.max_tokens):
                 yield batch.to(self.device)
 
     def memory_hint(self, batch: PackedBatch) -> AbstractContextManager[None]:
-        """Return a context in which a lack of memory names the microbatch and the settings that make it smaller."""
-        n, longest = len(batch.examples), max(map(len, batch.examples))
+        """A context in which running out of memory names the microbatch and the settings that make it smaller."""
+        n = len(batch.examples)
+        longest = max(map(len, batch.examples))
         smaller = f"max_tokens_per_pass, which is {self.max_tokens}" if n > 1 else "max_length in a new run"
-        size = f"in a pass of {batch.n_tokens:,} tokens, {n} examples, the longest of {longest:,} tokens"
+        size = f"in a microbatch of {batch.n_tokens:,} tokens, {n} examples, the longest of {longest:,} tokens"
         return actionable_errors(f"{size}; lower {smaller}, or set activation_checkpointing=true")

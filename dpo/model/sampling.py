@@ -1,4 +1,4 @@
-"""Generating texts: one continuation per prompt, with a random state of its own."""
+"""Sampling texts: one continuation per prompt, with random numbers of its own."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,7 +36,7 @@ class Sampler:
     def of(
         cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype
     ) -> "Sampler":
-        """Return the sampler that a run's settings describe."""
+        """Make the sampler that a run's settings describe."""
         return cls(
             tokenizer=tokenizer,
             device=device,
@@ -50,17 +50,18 @@ class Sampler:
         )
 
     def generate(self, model: PreTrainedModel, prompts: Sequence[TokenizedExample], title: str) -> list[str]:
-        """Return one sampled continuation per prompt, the same for the same model and seed."""
+        """Sample one continuation per prompt, the same for the same model and seed."""
         return [sample.text.responses[0] for sample in self.sample(model, prompts, title)]
 
     @torch.no_grad()
     def sample(self, model: PreTrainedModel, prompts: Sequence[TokenizedExample], title: str) -> list[TokenizedExample]:
-        """Return each prompt with one sampled continuation as its response, the same for the same model and seed.
+        """Sample one response per prompt, the same for the same model and seed; return the prompts with them.
 
-        A response has the token that ended it, if it did end; its text has no special tokens.
+        The token ids of a response include the one that ended it, if any. Its text has no special tokens.
         """
         model.eval()
-        size, samples = self.batch_size, []
+        size = self.batch_size
+        samples = []
         batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
         devices = [self.device] if self.device.type == "cuda" else []
         hint = f"while sampling for {min(size, len(prompts))} prompts at a time; lower eval_batch_size"
@@ -78,8 +79,9 @@ class Sampler:
         return samples
 
     def generate_batch(self, model: PreTrainedModel, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """Return the continuations of token ids, padded on the left; padding is masked by position."""
-        width, pad_id = max(map(len, prompts)), padding_id(self.tokenizer, model.config.get_text_config().vocab_size)
+        """Sample continuations of token ids. Prompts are padded on the left, and masked by position."""
+        width = max(map(len, prompts))
+        pad_id = padding_id(self.tokenizer, model.config.get_text_config().vocab_size)
         ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         inputs = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
@@ -88,7 +90,6 @@ class Sampler:
         return [up_to_stop(row, config.eos_token_id) for row in output[:, width:].tolist()]
 
     def generation_config(self, prompt_length: int, pad_id: int) -> GenerationConfig:
-        """Return the settings of generation after prompts of a length in tokens."""
         return GenerationConfig(
             do_sample=True,
             temperature=self.temperature,
@@ -101,29 +102,31 @@ class Sampler:
 
 
 def up_to_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
-    """Return ids up to the first stop, that included: what follows in a batch of longer texts is padding."""
-    return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids)) + 1]
+    """Cut ids after the first stop: what follows in a batch of longer texts is padding."""
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    return ids[: end + 1]
 
 
 def add_stops(config: GenerationConfig, stops: Sequence[int]) -> None:
     """Add ids to those at which a model's own settings end a text."""
-    own = config.eos_token_id
-    known = [own] if isinstance(own, int) else list(own or ())
-    config.eos_token_id = list(dict.fromkeys((*known, *stops)))
+    existing = config.eos_token_id
+    existing = [existing] if isinstance(existing, int) else list(existing or ())
+    config.eos_token_id = list(dict.fromkeys((*existing, *stops)))
 
 
 @contextmanager
 def default_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Set aside the settings that came with the model, such as a repetition penalty, which generate would mix in."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    """Set aside the settings that came with the model, such as a repetition penalty, which generate would apply."""
+    original = model.generation_config
+    model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = original
 
 
 def distinct_prompts(batches: BatchIterator, n: int) -> list[TokenizedExample]:
-    """Return the first n examples of the iterator's epoch that have different prompts."""
+    """The first n examples of the iterator's epoch with different prompts."""
     prompts: dict[str, TokenizedExample] = {}
     for batch in batches.from_start():
         for example in batch.examples:

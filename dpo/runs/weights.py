@@ -32,7 +32,6 @@ from dpo.model.lora import (
     inject,
     last_parts,
     read_adapter,
-    shape_of,
     use_adapter,
 )
 from dpo.runs.export import export_model, save_card, save_generation_config, save_model, save_tokenizer
@@ -109,7 +108,9 @@ def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeigh
     settings = run_settings.lora
     assert settings is not None
     torch.manual_seed(run_settings.seed)
-    base, shape = weights_checksum(model.state_dict()), shape_of(settings, find_targets(model, settings.targets))
+    base = weights_checksum(model.state_dict())
+    targets = find_targets(model, settings.targets)
+    shape = AdapterShape(settings.r, settings.alpha, settings.use_rslora, settings.use_dora, targets)
     stored = None if settings.path is None else read_adapter(settings.path)
     if stored is not None:
         check_shape(settings, shape, stored.shape)

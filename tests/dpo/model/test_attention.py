@@ -6,7 +6,14 @@ from tiny_models import EXACT, EXAMPLES, make_examples, sums_of_logps, tiny
 from torch._dynamo.testing import CompileCounter
 
 from dpo.model import attention
-from dpo.model.attention import BRANCHED, FLEX_BLOCK, additive_mask, cpu_attention, flex_inputs, use_attention
+from dpo.model.attention import (
+    FLEX_BLOCK,
+    MIN_BRANCHED_TOKENS,
+    additive_mask,
+    cpu_attention,
+    flex_inputs,
+    use_attention,
+)
 from dpo.model.loading import recompute_activations
 from dpo.model.logps import ResponseLogps
 from dpo.model.packing import LAYOUTS
@@ -28,9 +35,9 @@ def calls(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("branched", [1, BRANCHED])
+@pytest.mark.parametrize("branched", [1, MIN_BRANCHED_TOKENS])
 def test_attention_on_a_cpu_is_computed_in_float32_also_in_a_bfloat16_run(branched, make_trainer, monkeypatch, calls):
-    monkeypatch.setattr(attention, "BRANCHED", branched)
+    monkeypatch.setattr(attention, "MIN_BRANCHED_TOKENS", branched)
     trainer = make_trainer("loss=dpo", "precision=bfloat16")
     calls.clear()  # of the check of the layout, which uses torch's own attention
     trainer.train_step(next(iter(trainer.train_batches)))
@@ -50,8 +57,8 @@ def states_of(branches):
 def test_responses_that_attend_apart_attend_to_what_the_mask_shows(branches, scaling, monkeypatch):
     states, mask = states_of(branches)
     found = []
-    for branched in (1, BRANCHED):
-        monkeypatch.setattr(attention, "BRANCHED", branched)
+    for branched in (1, MIN_BRANCHED_TOKENS):
+        monkeypatch.setattr(attention, "MIN_BRANCHED_TOKENS", branched)
         own = [state.clone().requires_grad_() for state in states]
         out = cpu_attention(*own, mask, branches, scaling=scaling)
         (out * torch.arange(out.numel()).view(out.shape).sin()).sum().backward()
@@ -61,20 +68,20 @@ def test_responses_that_attend_apart_attend_to_what_the_mask_shows(branches, sca
 
 
 def test_responses_attend_apart_in_long_examples_alone(calls):
-    for length in (BRANCHED - 1, BRANCHED):
+    for length in (MIN_BRANCHED_TOKENS - 1, MIN_BRANCHED_TOKENS):
         branches = [length - 7, 3, 4]
         states, mask = states_of(branches)
         cpu_attention(*states, mask, branches)
     assert [call[:2] for call in calls] == [
-        (BRANCHED - 1, BRANCHED - 1),
-        (BRANCHED - 4, BRANCHED - 4),
-        (4, BRANCHED - 3),
+        (MIN_BRANCHED_TOKENS - 1, MIN_BRANCHED_TOKENS - 1),
+        (MIN_BRANCHED_TOKENS - 4, MIN_BRANCHED_TOKENS - 4),
+        (4, MIN_BRANCHED_TOKENS - 3),
     ]
 
 
 @pytest.mark.parametrize("name", EXACT)
 def test_responses_that_attend_apart_have_the_log_probabilities_of_rows_of_their_own(name, monkeypatch):
-    monkeypatch.setattr(attention, "BRANCHED", 1)
+    monkeypatch.setattr(attention, "MIN_BRANCHED_TOKENS", 1)
     module = ResponseLogps.wrap(tiny(name))
     padded = sums_of_logps(module, EXAMPLES, "padded")
     use_attention(module.model, "packed")

@@ -17,7 +17,7 @@ from dpo.model.packing import make_microbatches
 def layout_chosen_for(model, examples=EXAMPLES, max_length=64):
     """Return the layout that training uses for a model where shared_prefix is asked for."""
     module = ResponseLogps.wrap(model)
-    return choose_layout(module, [module], examples, "shared_prefix", max_length, torch.float32).layout
+    return choose_layout(module, examples, "shared_prefix", max_length, torch.float32).layout
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -75,13 +75,13 @@ class Failing(ResponseLogps):
 def test_a_kind_of_attention_that_fails_in_bfloat16_or_backward_is_not_used(fails_in, monkeypatch, capsys):
     module, tried = Failing(tiny("Llama"), True), []
 
-    def switch(models, kind):
+    def switch(model, kind):
         tried.append(kind)
         module.fails_in = fails_in if kind == "flex_attention" else ""
 
     monkeypatch.setattr(layout_check, "attention_kinds", lambda facts: ["flex_attention", "packed"])
-    monkeypatch.setattr(layout_check, "use_attention_in", switch)
-    choice = choose_layout(module, [module], EXAMPLES, "shared_prefix", 64, torch.bfloat16)
+    monkeypatch.setattr(layout_check, "use_attention", switch)
+    choice = choose_layout(module, EXAMPLES, "shared_prefix", 64, torch.bfloat16)
     assert choice.layout == "shared_prefix" and tried == ["flex_attention", "packed"]
     why = "the model fails with it in torch.bfloat16, forward and backward (RuntimeError: no kernel)"
     assert f"layout=shared_prefix cannot be used with flex_attention attention: {why}." in capsys.readouterr().out
@@ -91,14 +91,14 @@ def test_a_check_that_is_out_of_memory_in_its_backward_pass_ends_the_run():
     module = Failing(tiny("Llama"), True)
     module.fails_in = "memory"
     with pytest.raises(RuntimeError, match="CUDA out of memory"):
-        choose_layout(module, [module], EXAMPLES, "shared_prefix", 64, torch.float32)
+        choose_layout(module, EXAMPLES, "shared_prefix", 64, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_checks_backward_pass_leaves_no_gradient_and_draws_no_random_number(dtype):
     module = ResponseLogps(tiny("Llama", attention_dropout=0.5), True).train()
     state = torch.get_rng_state()
-    assert choose_layout(module, [module], EXAMPLES, "shared_prefix", 64, dtype).layout == "shared_prefix"
+    assert choose_layout(module, EXAMPLES, "shared_prefix", 64, dtype).layout == "shared_prefix"
     assert torch.equal(torch.get_rng_state(), state) and module.training
     assert all(parameter.grad is None for parameter in module.parameters())
 
@@ -121,7 +121,7 @@ def test_one_token_that_differs_by_a_few_thousandths_of_a_nat_is_found_and_round
     module, chosen = Shifted(tiny("Llama"), True), []
     module.token = token
     for module.shift in (1e-6, 2e-3, math.nan):
-        chosen.append(choose_layout(module, [module], EXAMPLES, "shared_prefix", 64, torch.float32).layout)
+        chosen.append(choose_layout(module, EXAMPLES, "shared_prefix", 64, torch.float32).layout)
     assert chosen == ["shared_prefix", "padded", "padded"]
 
 
@@ -144,16 +144,14 @@ def test_the_check_computes_little_more_than_twice_the_longest_example():
     examples, tokens = make_examples([(300, 200, 12)] * 8), []
     module = ResponseLogps(tiny("Llama", max_position_embeddings=512), True)
     module.register_forward_pre_hook(lambda module, args: tokens.append(args[0].inputs["input_ids"].numel()))
-    choose_layout(module, [module], examples, "shared_prefix", 512, torch.float32)
+    choose_layout(module, examples, "shared_prefix", 512, torch.float32)
     assert 2 * 512 <= sum(tokens) <= 2 * 512 + 192
 
 
 def test_a_check_that_was_made_before_is_not_repeated():
-    policy, reference = ResponseLogps(tiny("Llama"), True), ResponseLogps(tiny("Llama"), True)
-    models = [policy, reference]
-    known = choose_layout(policy, models, EXAMPLES, "shared_prefix", 64, torch.float32)
-    for module in models:
-        use_attention(module.model, "sdpa")
-        module.register_forward_pre_hook(lambda *_: pytest.fail("computed"))
-    assert choose_layout(policy, models, EXAMPLES, "shared_prefix", 64, torch.float32, known) == known
-    assert [module.model.config._attn_implementation for module in models] == [known.attention] * 2
+    policy = ResponseLogps(tiny("Llama"), True)
+    known = choose_layout(policy, EXAMPLES, "shared_prefix", 64, torch.float32)
+    use_attention(policy.model, "sdpa")
+    policy.register_forward_pre_hook(lambda *_: pytest.fail("computed"))
+    assert choose_layout(policy, EXAMPLES, "shared_prefix", 64, torch.float32, known) == known
+    assert policy.model.config._attn_implementation == known.attention

@@ -87,10 +87,10 @@ def test_all_tensors_of_a_pass_are_on_the_packers_device(layout):
         (2, "14 tokens, 2 examples, the longest of 9 tokens; lower max_tokens_per_pass, which is 1000"),
     ],
 )
-def test_a_lack_of_memory_names_the_pass_and_the_setting_that_makes_it_smaller(n, where):
+def test_a_lack_of_memory_names_the_microbatch_and_the_setting_that_makes_it_smaller(n, where):
     packer = Packer("shared_prefix", 1000, torch.device("cpu"))
     (part,) = packer(PAIRS[:n])
-    line = f"out of memory in a pass of {where}, or set activation_checkpointing=true (MemoryError)"
+    line = f"out of memory in a microbatch of {where}, or set activation_checkpointing=true (MemoryError)"
     with pytest.raises(RunError, match=f"^{re.escape(line)}$"), packer.memory_hint(part):
         raise MemoryError
 
