@@ -51,7 +51,7 @@ from dpo.system.devices import autocast, compute_dtype, float32_products, limit_
 from dpo.system.errors import actionable_errors, raise_problems
 from dpo.system.signals import Signals
 from dpo.system.threads import set_threads
-from dpo.training.budgets import fit_budget, has_second_model, pass_memory, tokens_per_pass
+from dpo.training.budgets import estimate_memory, fit_budget, has_second_model, resolve_max_tokens
 from dpo.training.first_update import check_first_margin
 from dpo.training.objectives import Loss
 from dpo.training.optimizers import bfloat16_note, optimizer_problems
@@ -171,8 +171,8 @@ def load_on_main(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir, dt
     choice = choose_layout(policy, examples, settings.layout, settings.max_length, dtype, known)
     set_quantized_dtype(model, dtype)
     n_shards = 1 if settings.ddp else run.ranks.world_size // settings.replicate
-    estimate = partial(pass_memory, policy, settings, loss, dtype, choice, n_shards)
-    max_tokens = tokens_per_pass(settings.max_tokens_per_pass, read_facts(device), estimate)
+    estimate = partial(estimate_memory, policy, settings, loss, dtype, choice, n_shards)
+    max_tokens = resolve_max_tokens(settings.max_tokens_per_pass, read_facts(device), estimate)
     return Models(policy, adapter, Packer(choice.layout, max_tokens, device), dtype)
 
 

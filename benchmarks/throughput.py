@@ -36,7 +36,7 @@ from dpo.model.loading import compile_layers, recompute_activations
 from dpo.model.logps import ResponseLogps, response_logps
 from dpo.model.packing import LAYOUTS, PackedBatch, make_microbatches
 from dpo.system.devices import autocast, limit_onednn_cache, peak_memory, pick_device, read_facts, reset_peak_memory
-from dpo.training.budgets import MOST
+from dpo.training.budgets import MAX_AUTO_TOKENS
 from dpo.training.references import CachedReference, ModelReference, Reference
 from losses import preference_loss
 
@@ -219,7 +219,7 @@ def peak_alone(number: int) -> float:
 
 def ways(args: argparse.Namespace, device: torch.device) -> list[Way]:
     """The rows of the table."""
-    budget = MOST[device.type] if args.max_tokens is None else args.max_tokens
+    budget = MAX_AUTO_TOKENS[device.type] if args.max_tokens is None else args.max_tokens
     padded = Way("padded, float32", update, max_tokens=budget)
     packed = replace(padded, name="shared_prefix, float32", layout="shared_prefix")
     bf16 = replace(packed, name="shared_prefix, bfloat16", dtype=torch.bfloat16)

@@ -25,7 +25,7 @@ from dpo.system.console import log_message, prefetch, progress
 from dpo.system.devices import compute_dtype, peak_memory, read_facts, reset_peak_memory, total_memory
 from dpo.system.errors import actionable_errors
 from dpo.system.signals import Signals
-from dpo.training.budgets import copied_bytes, memory_before_loading, tokens_per_pass
+from dpo.training.budgets import copied_bytes, estimate_before_loading, resolve_max_tokens
 from dpo.training.objectives import Loss
 from trainers import NO_MEMORY, BasicTrainer, Inputs
 
@@ -55,8 +55,8 @@ def memory_of_processes(settings: Settings, loss: Loss, inputs: Inputs) -> str:
     replicate, tensor = mesh_sizes(settings, n)
     device = inputs.device
     dtype = compute_dtype(settings.compute_precision, getattr(torch, settings.model.policy_dtype), device)
-    estimate = memory_before_loading(inputs.model_config, settings, loss, dtype, n // replicate)
-    budget = tokens_per_pass(settings.max_tokens_per_pass, read_facts(device), lambda: estimate)
+    estimate = estimate_before_loading(inputs.model_config, settings, loss, dtype, n // replicate)
+    budget = resolve_max_tokens(settings.max_tokens_per_pass, read_facts(device), lambda: estimate)
     packer = Packer(settings.layout, budget, torch.device("cpu"))
     longest = 0
     for batch in first_batches(inputs.train_batches):

@@ -16,7 +16,7 @@ from dpo.model.packing import LAYOUTS, make_microbatches
 from dpo.settings.schema import Settings
 from dpo.system.console import printable, progress, write_text
 from dpo.system.devices import compute_dtype, read_facts
-from dpo.training.budgets import memory_before_loading, tokens_per_pass
+from dpo.training.budgets import estimate_before_loading, resolve_max_tokens
 from dpo.training.objectives import Loss
 from trainers import Inputs
 
@@ -43,8 +43,8 @@ def inspect_inputs(settings: Settings, loss: Loss, inputs: Inputs) -> None:
         inputs.tokenizer, with_ids=settings.inspect_ids, in_color=sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )
     dtype = compute_dtype(settings.compute_precision, getattr(torch, settings.model.policy_dtype), inputs.device)
-    estimate = partial(memory_before_loading, inputs.model_config, settings, loss, dtype)
-    max_tokens = tokens_per_pass(settings.max_tokens_per_pass, read_facts(inputs.device), estimate)
+    estimate = partial(estimate_before_loading, inputs.model_config, settings, loss, dtype)
+    max_tokens = resolve_max_tokens(settings.max_tokens_per_pass, read_facts(inputs.device), estimate)
     train = inputs.train_batches
     print_text("", f"Tokens: {', '.join(printer.paint(name, name) for name in KINDS)}")
     for example in islice(chain.from_iterable(batch.examples for batch in train.from_start()), settings.inspect):

@@ -16,14 +16,14 @@ from dpo.system.errors import UserError
 from dpo.system.state import random_states
 from dpo.training import budgets
 from dpo.training.budgets import (
-    PassMemory,
+    MemoryEstimate,
     auto_budget,
     copied_bytes,
-    heaviest_part,
+    estimate_memory,
+    heaviest_examples,
     largest_budget,
-    pass_memory,
-    peak_of_pass,
-    tokens_per_pass,
+    peak_of_microbatch,
+    resolve_max_tokens,
     training_state,
 )
 from dpo.training.optimizers import stepped_optimizer
@@ -58,7 +58,7 @@ def estimated(shape, kind="flex", *overrides, trained=True, n_shards=1):
         model = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=getattr(torch, settings.model.policy_dtype))
     model.requires_grad_(trained)
     module = ResponseLogps(model, separate_head=True)
-    return pass_memory(module, settings, loss, torch.bfloat16, KINDS[kind], n_shards)
+    return estimate_memory(module, settings, loss, torch.bfloat16, KINDS[kind], n_shards)
 
 
 def gpu(memory_gb):
@@ -79,7 +79,7 @@ MEASURED = [
 
 @pytest.mark.parametrize("shape, kind, n_tokens, peak", MEASURED)
 def test_the_estimate_lies_above_what_was_measured_by_less_than_a_half(shape, kind, n_tokens, peak):
-    assert peak * GB <= estimated(shape, kind).of(n_tokens) <= 1.5 * peak * GB
+    assert peak * GB <= estimated(shape, kind).at(n_tokens) <= 1.5 * peak * GB
 
 
 BUDGETS = [
@@ -99,14 +99,14 @@ def test_a_gpus_passes_have_as_many_tokens_as_fit(shape, memory, tokens):
     facts, need = gpu(memory), estimated(shape)
     assert auto_budget(facts, need) == tokens
     share = 0.9 * memory * GB
-    assert need.of(tokens) <= share or tokens == budgets.LEAST
-    assert need.of(tokens + budgets.LEAST) > share or tokens == budgets.MOST["cuda"]
+    assert need.at(tokens) <= share or tokens == budgets.TOKEN_STEP
+    assert need.at(tokens + budgets.TOKEN_STEP) > share or tokens == budgets.MAX_AUTO_TOKENS["cuda"]
 
 
 def test_as_many_tokens_as_fit_are_found_also_where_memory_grows_with_their_square():
-    need = PassMemory(fixed=100.0, per_token=2.0, per_square=0.5)
-    assert need.of(10) == 170 and need.most_tokens(170) == 10 and need.most_tokens(169) == 9
-    assert PassMemory(100.0, 2.0).most_tokens(171) == 35 and need.most_tokens(50) == 0
+    need = MemoryEstimate(fixed=100.0, per_token=2.0, per_square=0.5)
+    assert need.at(10) == 170 and need.max_tokens(170) == 10 and need.max_tokens(169) == 9
+    assert MemoryEstimate(100.0, 2.0).max_tokens(171) == 35 and need.max_tokens(50) == 0
 
 
 def test_settings_that_need_less_memory_are_estimated_to_need_less():
@@ -118,13 +118,13 @@ def test_settings_that_need_less_memory_are_estimated_to_need_less():
         "model.policy_dtype=bfloat16": estimated("Pythia-2.8B", "flex", "model.policy_dtype=bfloat16"),
         "four devices": estimated("Pythia-2.8B", "flex", "trainer=FSDPTrainer", "reduce_every_pass=true", n_shards=4),
     }
-    assert {name: need.of(n) < plain.of(n) for name, need in less.items()} == dict.fromkeys(less, True)
+    assert {name: need.at(n) < plain.at(n) for name, need in less.items()} == dict.fromkeys(less, True)
     more = {
         "optimizer=AdamW": estimated("Pythia-2.8B", "flex", "optimizer=AdamW"),
         "a mask": estimated("Pythia-2.8B", "packed"),
         "all weights of attention": estimated("Pythia-2.8B", "eager"),
     }
-    assert {name: need.of(n) > plain.of(n) for name, need in more.items()} == dict.fromkeys(more, True)
+    assert {name: need.at(n) > plain.at(n) for name, need in more.items()} == dict.fromkeys(more, True)
 
 
 def test_eager_attention_keeps_its_weights_for_whole_rows():
@@ -141,21 +141,23 @@ def test_inspecting_on_a_gpu_estimates_from_the_config_alone(monkeypatch, capsys
     monkeypatch.setattr(inspection, "read_facts", lambda device: gpu(24))
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("loads weights"))
     inspection.inspect_inputs(settings, loss, build.load_inputs(settings, loss))
-    assert "max_tokens_per_pass=auto: passes of up to 32,768 tokens; by an estimate" in capsys.readouterr().out
+    assert "max_tokens_per_pass=auto: microbatches of up to 32,768 tokens; by an estimate" in capsys.readouterr().out
 
 
 def test_an_estimate_is_made_for_a_gpu_alone_and_a_number_is_kept(capsys):
     def estimate():
-        return PassMemory(GB, 2e6)
+        return MemoryEstimate(GB, 2e6)
 
     for kind, tokens in (("cpu", 768), ("mps", 2048)):
-        assert tokens_per_pass("auto", DeviceFacts(kind, GB), lambda: pytest.fail("estimated")) == tokens
-    assert tokens_per_pass(5, gpu(1), lambda: pytest.fail("estimated")) == 5
-    assert tokens_per_pass("fit", gpu(25), estimate) == 10_240 and capsys.readouterr().out == ""
-    assert tokens_per_pass("auto", gpu(25), estimate) == 10_240  # (0.9 * 25 - 1) GB / 2 MB = 10,750
-    said = "max_tokens_per_pass=auto: passes of up to 10,240 tokens; by an estimate, training needs 21.5 of 22.5 GB"
+        assert resolve_max_tokens("auto", DeviceFacts(kind, GB), lambda: pytest.fail("estimated")) == tokens
+    assert resolve_max_tokens(5, gpu(1), lambda: pytest.fail("estimated")) == 5
+    assert resolve_max_tokens("fit", gpu(25), estimate) == 10_240 and capsys.readouterr().out == ""
+    assert resolve_max_tokens("auto", gpu(25), estimate) == 10_240  # (0.9 * 25 - 1) GB / 2 MB = 10,750
+    said = (
+        "max_tokens_per_pass=auto: microbatches of up to 10,240 tokens; by an estimate, training needs 21.5 of 22.5 GB"
+    )
     assert capsys.readouterr().out == f"{said} with them.\n"
-    assert tokens_per_pass("auto", gpu(1), estimate) == 1_024
+    assert resolve_max_tokens("auto", gpu(1), estimate) == 1_024
     assert "3.0 of 0.9 GB with them; set activation_checkpointing=true" in capsys.readouterr().out
 
 
@@ -166,7 +168,7 @@ def test_a_gpus_number_is_recorded_for_a_resumed_run_and_a_cpus_is_not(make_trai
     capsys.readouterr()
     trainer = make_trainer("loss=dpo", "max_tokens_per_pass=auto")
     assert trainer.packer.max_tokens == trainer.run.config.max_tokens_per_pass == 32_768
-    assert "max_tokens_per_pass=auto: passes of up to 32,768 tokens; by an estimate" in capsys.readouterr().out
+    assert "max_tokens_per_pass=auto: microbatches of up to 32,768 tokens; by an estimate" in capsys.readouterr().out
 
 
 # The search
@@ -208,11 +210,11 @@ def test_a_fitted_run_is_bit_for_bit_one_with_that_number_of_tokens(make_trainer
 
     monkeypatch.setattr(budgets, "available_memory", lambda device: 1_000_000)  # of which 0.8 may be used: 800 tokens
     with monkeypatch.context() as patched:
-        patched.setattr(budgets, "peak_of_pass", tokens_as_bytes)
+        patched.setattr(budgets, "peak_of_microbatch", tokens_as_bytes)
         fitted = make_trainer(*FIT)
     budget = fitted.packer.max_tokens
     assert 600 <= budget <= 800 and fitted.run.config.max_tokens_per_pass == budget
-    passes = fitted.packer(heaviest_part(fitted.train_batches, 1, "shared_prefix"))
+    passes = fitted.packer(heaviest_examples(fitted.train_batches, 1, "shared_prefix"))
     assert max(one.n_tokens for one in passes) == budget  # no other batch fills a pass further
     plain = make_trainer(*FIT, f"max_tokens_per_pass={budget}")
     for trainer in (fitted, plain):
@@ -224,12 +226,14 @@ def test_a_fitted_run_is_bit_for_bit_one_with_that_number_of_tokens(make_trainer
 
 @pytest.mark.parametrize("share, budget", [(0.8, "most"), (1e-9, 1)], ids=["plenty", "none"])
 def test_real_passes_decide(share, budget, make_trainer, monkeypatch, capsys):
-    monkeypatch.setitem(budgets.SHARE, "cpu", share)
+    monkeypatch.setitem(budgets.USABLE_SHARE, "cpu", share)
     trainer = make_trainer(*FIT)
-    most = sum(map(len, heaviest_part(trainer.train_batches, 1, "shared_prefix")))
+    most = sum(map(len, heaviest_examples(trainer.train_batches, 1, "shared_prefix")))
     assert trainer.packer.max_tokens == (most if budget == "most" else budget)
     line = (
-        f"max_tokens_per_pass={most}: its passes need" if budget == "most" else "not even the smallest pass fits into 0"
+        f"max_tokens_per_pass={most}: its microbatches need"
+        if budget == "most"
+        else "not even the smallest microbatch fits into 0"
     )
     assert line in capsys.readouterr().out
 
@@ -247,7 +251,7 @@ def test_the_copy_from_which_a_checkpoint_is_written_needs_memory_of_a_cpu(make_
 def test_the_heaviest_part_of_a_batch_is_found(make_trainer):
     batches = make_trainer("loss=dpo").train_batches
     halves = [part for b in batches.from_start() for part in (b.examples[:4], b.examples[4:])]
-    assert sum(map(len, heaviest_part(batches, 2, "shared_prefix"))) == max(sum(map(len, part)) for part in halves)
+    assert sum(map(len, heaviest_examples(batches, 2, "shared_prefix"))) == max(sum(map(len, part)) for part in halves)
 
 
 def recomputes(model) -> bool:
@@ -272,7 +276,7 @@ def test_the_search_leaves_no_trace(optimizer, make_trainer, monkeypatch):
         assert policy.training and all(p.grad is not None for p in policy.trained_parameters())
         n_states = sum(len(part.state) for part in getattr(made[0], "parts", made))
         assert n_states == len(policy.trained_parameters()) and recomputes(policy.model)
-        peak_of_pass(policy, next(trainer.packer(next(iter(trainer.train_batches)).examples)), torch.float32)
+        peak_of_microbatch(policy, next(trainer.packer(next(iter(trainer.train_batches)).examples)), torch.float32)
         assert torch.rand(3).sum() > 0  # draws, as an adapter's dropout does
     assert not recomputes(policy.model)
     assert not policy.training and all(parameter.grad is None for parameter in policy.parameters())
@@ -291,9 +295,9 @@ def test_a_pass_without_memory_needs_infinitely_much_and_other_errors_are_raised
         monkeypatch.setattr(budgets, "response_logps", fail)
         if expected is None:
             with pytest.raises(RuntimeError, match="shape"):
-                peak_of_pass(trainer.policy, batch, torch.float32)
+                peak_of_microbatch(trainer.policy, batch, torch.float32)
         else:
-            assert peak_of_pass(trainer.policy, batch, torch.float32) == expected
+            assert peak_of_microbatch(trainer.policy, batch, torch.float32) == expected
 
 
 def test_a_device_whose_peak_cannot_be_measured_is_refused(make_trainer, monkeypatch):
