@@ -170,9 +170,8 @@ def weight_bytes(model: PreTrainedModel, settings: Settings, loss: Loss, dtype: 
     casts = 2 * sum(matrices.values()) * is_mixed
     second = 0
     if has_second_model(settings, loss):
-        second = (
-            stored - 2 * sum(n for key, n in matrices.items() if key not in shared) * is_mixed
-        )  # store_linear_weights
+        halved = sum(n for key, n in matrices.items() if key not in shared) * is_mixed  # by store_linear_weights
+        second = stored - 2 * halved
         if settings.model.reference_dtype is not None:
             second = numbers * getattr(torch, settings.model.reference_dtype).itemsize
     held = stored + second + trained * (1 + max(1, count_moments(settings.optimizer)))

@@ -1,4 +1,4 @@
-"""What is checked in the first update: that policy and reference start equal, and that every gradient arrives."""
+"""Checks of the first update: policy and reference start equal, and every trained parameter gets a gradient."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -16,21 +16,22 @@ from dpo.system.console import log_message
 from dpo.system.errors import UserError, summarize_error
 from dpo.training.references import OTHER_WAYS, Reference
 
-SHOWN = 5  # names in a message
+MAX_NAMES = 5  # in a message
 
 
 def has_dropout(policy: nn.Module) -> bool:
-    """Return whether a policy computes with random numbers in training, as with an adapter's dropout."""
+    """Whether a policy computes with random numbers in training, as with an adapter's dropout."""
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules())
 
 
 def check_first_margin(policy: Logps, logps: Logps, reference: Reference) -> None:
-    """Raise UserError unless a policy that has made no update gives the log-probabilities of its reference.
+    """Raise UserError unless a policy before its first update gives the log-probabilities of its reference.
 
-    logps are the reference's of the same batch; its start_tolerance says how far they may be apart.
+    logps are the reference's for the same batch. They may differ by its start_tolerance.
     """
-    apart = (policy.sums.detach() - logps.sums).abs()
-    largest, per_token = apart.max().item(), (apart.sum() / policy.lengths.sum()).item()
+    differences = (policy.sums.detach() - logps.sums).abs()
+    largest = differences.max().item()
+    per_token = (differences.sum() / policy.lengths.sum()).item()
     if largest > 0 and per_token > reference.start_tolerance:  # NaN is reported by the check of the loss
         raise UserError(
             f"the policy starts up to {largest:.2g} nats per response from its reference, although both have the same"
@@ -39,16 +40,14 @@ def check_first_margin(policy: Logps, logps: Logps, reference: Reference) -> Non
 
 
 def check_gradients(policy: ResponseLogps, compute_logps: Callable[[], Tensor], ranks: Ranks) -> bool:
-    """Check that a backward pass has given every trained parameter a gradient; call it before the optimizer steps.
+    """Check that every trained parameter has a gradient; call it before the optimizer steps.
 
     A parameter without one is either not used (an expert that no token was routed to, a vision tower) or cut off by an
-    operation that has no backward pass. The two are told apart by an experiment: the parameter is changed, and the
-    log-probabilities of the same batch are computed again. compute_logps computes them, without a gradient.
-
-    The matrix B of a LoRA adapter also counts as cut off if its gradient is exactly 0.
+    operation without a backward pass. To tell which, the parameter is changed, and compute_logps computes the
+    log-probabilities of the same batch again. Matrix B of a LoRA adapter also counts as cut off if its gradient is 0.
 
     Returns False if the whole gradient is 0, which shows nothing: the next update has to be checked.
-    Raises UserError that names parameters that change the log-probabilities and have no gradient.
+    UserError that names the parameters that change the log-probabilities and have no gradient.
     """
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     with_gradient = set().union(*ranks.gather({name for name, each in trained.items() if has_gradient(each)}))
@@ -76,13 +75,13 @@ def check_gradients(policy: ResponseLogps, compute_logps: Callable[[], Tensor], 
 
 
 def has_gradient(parameter: Parameter) -> bool:
-    """Return whether this rank holds a gradient of a parameter that is not exactly 0 everywhere."""
+    """Whether this rank holds a gradient of the parameter that is not 0 everywhere."""
     return parameter.grad is not None and bool(local(parameter.grad).any())
 
 
 @torch.no_grad()
 def change_logps(policy: ResponseLogps, parameters: Iterable[Parameter], compute_logps: Callable[[], Tensor]) -> bool:
-    """Return whether log-probabilities change where parameters do, which get their values back."""
+    """Whether log-probabilities change with the parameters, which get their values back."""
     weights = [local(parameter) for parameter in parameters]
     values = [weight.clone() for weight in weights]
     was_training = policy.training
@@ -93,30 +92,28 @@ def change_logps(policy: ResponseLogps, parameters: Iterable[Parameter], compute
     for weight in weights:
         generator = torch.Generator(weight.device).manual_seed(0)  # training's own generators stay as they are
         weight.add_(torch.randn(weight.shape, generator=generator, device=weight.device))
-    changed = is_repeatable and not torch.equal(before, compute_logps())
+    is_changed = is_repeatable and not torch.equal(before, compute_logps())
     reshard(policy)
     for weight, value in zip(weights, values, strict=True):
         weight.copy_(value)
     policy.train(was_training)
-    return changed
+    return is_changed
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of a tensor that this rank holds."""
-    part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-    return part
+    """The shard of a tensor that this rank holds, or all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def shorten(names: Iterable[str]) -> str:
-    """Return names in one line, few of many."""
     names = list(names)
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
 
 
 @contextmanager
 def strict_autograd() -> Iterator[None]:
-    """Turn torch's warning of an operation without a backward pass, whose gradient would be lost, into a UserError."""
+    """Turn torch's warning about an operation without a backward pass, which loses gradients, into a UserError."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*an autograd kernel was not registered")
         try:

@@ -1,10 +1,10 @@
 """Optimizers: torch.optim's own for float32 parameters, and the same with stochastic rounding for bfloat16 ones.
 
-Muon takes the matrices of layers and leaves the rest to AdamW; AdamW8bit is that of torchao or bitsandbytes.
+Muon is for the matrices of layers, with AdamW for the rest. AdamW8bit is torchao's or bitsandbytes'.
 
 bfloat16 has 8 significant bits: the distance to the next number (an ulp) is 2^-8 to 2^-7 of a weight. Rounding to
-nearest loses every update below half of that, which at usual learning rates is nearly every one. Stochastic rounding
-goes to either neighbour with a probability such that the mean of the result is the exact number.
+nearest loses every update below half an ulp, which at usual learning rates is nearly all of them. Stochastic rounding
+picks one of the two neighbours so that the mean of the result is the exact number.
 """
 
 import copy
@@ -24,16 +24,17 @@ from dpo.model.logps import ResponseLogps
 from dpo.settings.schema import Settings
 from dpo.system.errors import summarize_error
 
-CHUNK = {"cpu": 2**20, "mps": 2**22, "cuda": 2**24}  # weights stepped at a time, in about seven float32 temporaries
-STEP_IS_NOT_LR = ("SGD", "Adadelta")  # the others divide by the size of the gradient, so that lr is the size of a step
+CHUNK = {"cpu": 2**20, "mps": 2**22, "cuda": 2**24}  # weights stepped at a time, with about seven float32 temporaries
+STEP_IS_NOT_LR = ("SGD", "Adadelta")  # the others divide by the size of the gradient, so that a step has the size of lr
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
     """What an optimizer gets besides its learning rate.
 
-    arguments of its constructor; weight_decay for matrices alone, where None is the optimizer's own default, for all
-    parameters; embeddings are the weights that Muon leaves to AdamW, with all that are no matrices.
+    arguments     of its constructor
+    weight_decay  of matrices only; None: the optimizer's own default, for all parameters
+    embeddings    the weights that Muon leaves to AdamW, besides all that are no matrices
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -42,7 +43,6 @@ class OptimizerOptions:
 
     @classmethod
     def of(cls, settings: Settings, policy: torch.nn.Module) -> "OptimizerOptions":
-        """Return the options that settings choose for a policy."""
         layers = [module for module in policy.modules() if isinstance(module, torch.nn.Embedding)]
         heads = [policy.head] if isinstance(policy, ResponseLogps) else []
         embeddings = [parameter for module in (*layers, *heads) for parameter in module.parameters()]
@@ -55,18 +55,19 @@ PLAIN = OptimizerOptions()
 def make_optimizer(
     name: str, parameters: Iterable[Parameter], lr: float, options: OptimizerOptions = PLAIN
 ) -> Optimizer:
-    """Return the optimizer called name, which rounds stochastically if any parameter is in bfloat16."""
-    parameters, kind = list(parameters), optimizer_class(name)
-    groups = decay_groups(parameters, options.weight_decay)
+    """Make an optimizer, which rounds stochastically if any parameter is in bfloat16."""
+    parameters = list(parameters)
     if name == "Muon":
         return make_muon(parameters, lr, options)
+    kind = optimizer_class(name)
+    groups = decay_groups(parameters, options.weight_decay)
     if name != "AdamW8bit" and any(parameter.dtype == torch.bfloat16 for parameter in parameters):
         return StochasticRoundingOptimizer(partial(kind, **options.arguments), groups, lr)
     return kind(groups, lr=lr, **options.arguments)
 
 
 def stepped_optimizer(settings: Settings, policy: ResponseLogps) -> Optimizer:
-    """Return an optimizer of a policy after a first step, which changes no weight; gradients of 0 remain."""
+    """Make a policy's optimizer and take a step that changes no weight; gradients of 0 remain."""
     parameters = policy.trained_parameters()
     optimizer = make_optimizer(settings.optimizer, parameters, 0.0, OptimizerOptions.of(settings, policy))
     for parameter in parameters:
@@ -76,9 +77,9 @@ def stepped_optimizer(settings: Settings, policy: ResponseLogps) -> Optimizer:
 
 
 def optimizer_class(name: str) -> Callable[..., Optimizer]:
-    """Return the class of an optimizer; ImportError for AdamW8bit where neither torchao nor bitsandbytes is installed.
+    """Find the class of an optimizer; ImportError for AdamW8bit if neither torchao nor bitsandbytes is installed.
 
-    torchao's stores weights in bfloat16 with stochastic rounding, as this module does.
+    torchao's rounds bfloat16 weights stochastically, as this module does.
     """
     if name != "AdamW8bit":
         return getattr(torch.optim, name)
@@ -92,7 +93,7 @@ def optimizer_class(name: str) -> Callable[..., Optimizer]:
 
 
 def decay_groups(parameters: Sequence[Parameter], weight_decay: float | None) -> list[Any]:
-    """Return the parameters for a constructor: as they are, or in groups in which matrices alone decay."""
+    """Parameters for an optimizer's constructor. With weight_decay they are in groups, and only matrices decay."""
     if weight_decay is None:
         return list(parameters)
     matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
@@ -102,15 +103,16 @@ def decay_groups(parameters: Sequence[Parameter], weight_decay: float | None) ->
 
 
 def make_muon(parameters: Sequence[Parameter], lr: float, options: OptimizerOptions) -> Optimizer:
-    """Return Muon for the matrices of layers, with AdamW for embeddings, the head and all that are no matrices.
+    """Make Muon for the matrices of layers, with AdamW for embeddings, the head and all that are no matrices.
 
     Muon's steps are scaled to the size of AdamW's, so that one learning rate suits both, unless its adjust_lr_fn is
     given: arXiv 2502.16982.
     """
-    left = {id(parameter) for parameter in options.embeddings}
-    matrices = [parameter for parameter in parameters if parameter.dim() == 2 and id(parameter) not in left]
-    taken = {id(parameter) for parameter in matrices}
-    others = [parameter for parameter in parameters if id(parameter) not in taken]
+    embeddings = {id(parameter) for parameter in options.embeddings}
+    matrices, others = [], []
+    for parameter in parameters:
+        is_matrix = parameter.dim() == 2 and id(parameter) not in embeddings
+        (matrices if is_matrix else others).append(parameter)
     arguments = {"adjust_lr_fn": "match_rms_adamw"} | dict(options.arguments)
     muon = torch.optim.Muon(decay_groups(matrices, options.weight_decay), lr=lr, **arguments)
     if not others:  # all weights of an adapter are matrices
@@ -119,7 +121,7 @@ def make_muon(parameters: Sequence[Parameter], lr: float, options: OptimizerOpti
 
 
 def optimizer_problems(settings: Settings) -> list[str]:
-    """Return a line if the chosen optimizer is not there, or for each of optimizer_args that it does not take."""
+    """Check that the chosen optimizer is installed and takes optimizer_args; one line for each problem."""
     name, arguments = settings.optimizer, dict(settings.optimizer_args or {})
     try:
         kind = optimizer_class(name)
@@ -127,13 +129,13 @@ def optimizer_problems(settings: Settings) -> list[str]:
         return [f"optimizer={name}: needs torchao or bitsandbytes; pip install torchao, or use optimizer=AdamW"]
     if settings.model.policy_dtype == "bfloat16" and name == "AdamW8bit" and not isinstance(kind, partial):
         return [f"optimizer={name}: bitsandbytes loses small updates of bfloat16 parameters; pip install torchao"]
-    taken = [key for key in inspect.signature(kind).parameters if key not in ("params", "lr", "weight_decay")]
+    known = [key for key in inspect.signature(kind).parameters if key not in ("params", "lr", "weight_decay")]
     problems = []
     for key, value in arguments.items():
         if key in ("lr", "weight_decay"):
             problems.append(f"optimizer_args.{key}={value}: is a setting of its own; use {key}={value}")
-        elif key not in taken:
-            problems.append(f"optimizer_args.{key}: {name} has no such argument; it takes {', '.join(taken)}")
+        elif key not in known:
+            problems.append(f"optimizer_args.{key}: {name} has no such argument; it takes {', '.join(known)}")
     if not problems:
         try:
             kind([Parameter(torch.zeros(2, 2))], lr=settings.lr, **arguments)
@@ -150,17 +152,14 @@ class CombinedOptimizer(Optimizer):
         super().__init__([group for part in parts for group in part.param_groups], {})  # the very dicts of the parts
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
-        """Update all parameters that have a gradient."""
         assert closure is None
         for part in self.parts:
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the parts."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the states of the parts."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
@@ -169,9 +168,9 @@ class CombinedOptimizer(Optimizer):
 class StochasticRoundingOptimizer(Optimizer):
     """An elementwise optimizer of torch.optim that computes in float32 and rounds the results stochastically.
 
-    Weights and moments stay in the parameters' dtype; float32 copies exist of one chunk at a time. The noise is drawn
-    from the global generator of each parameter's device, so that a run which restores its state goes on bit for bit.
-    Parameters in float32 are updated as torch.optim does it.
+    Weights and moments stay in the parameters' dtype, with float32 copies of one chunk at a time. The noise comes from
+    the global generator of each parameter's device, so that a run that restores its state continues bit for bit.
+    float32 parameters are updated as by torch.optim.
     """
 
     def __init__(self, kind: Callable[..., Optimizer], parameters: Iterable[Any], lr: float):
@@ -180,7 +179,6 @@ class StochasticRoundingOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
-        """Update the parameters that have a gradient."""
         assert closure is None, "a closure would need gradients in float32"
         for group in self.param_groups:
             options = {key: value for key, value in group.items() if key != "params"}
@@ -189,7 +187,7 @@ class StochasticRoundingOptimizer(Optimizer):
                     self._step_parameter(parameter, options)
 
     def _step_parameter(self, parameter: Parameter, options: dict[str, Any]) -> None:
-        """Update a parameter chunk by chunk, each by a fresh inner optimizer that is handed its part of the state."""
+        """Update a parameter chunk by chunk, each by a new inner optimizer with its slice of the state."""
         weights, gradients = torch.atleast_1d(parameter.detach()), torch.atleast_1d(parameter.grad)
         state = self.state[parameter]  # empty before the first step
         moments = {key: value for key, value in state.items() if has_shape(value, weights.shape)}
@@ -216,7 +214,7 @@ class StochasticRoundingOptimizer(Optimizer):
         state.update(after)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state without the casts of torch.optim, which would round counters to the parameters' dtype."""
+        """Load a state without torch.optim's casts, which would round counters to the parameters' dtype."""
         super().load_state_dict(state_dict | {"state": {}})
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, values in state_dict["state"].items():
@@ -229,22 +227,22 @@ class StochasticRoundingOptimizer(Optimizer):
 
 
 def has_shape(value: Any, shape: torch.Size) -> bool:
-    """Return whether a value of an optimizer's state holds one number per weight."""
+    """Whether a value of an optimizer's state holds one number per weight."""
     return isinstance(value, Tensor) and value.shape == shape
 
 
 def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return float32 values in a parameter's dtype, stochastically rounded if that is bfloat16."""
+    """Convert float32 values to a parameter's dtype, with stochastic rounding to bfloat16."""
     return stochastic_round(values) if dtype == torch.bfloat16 else values.to(dtype)
 
 
 def stochastic_round(values: Tensor) -> Tensor:
-    """Round float32 values of any shape to bfloat16, up or down at random such that the mean is the exact value.
+    """Round float32 values of any shape to bfloat16, up or down at random so that the mean is the exact value.
 
-    Finite values beyond bfloat16's largest number become that number; infinities and NaN stay.
+    Finite values above bfloat16's largest number become that number; infinities and NaN stay.
     """
-    # bfloat16 is the upper half of float32's bits: add 16 random bits to the lower half, then cut that off. Where none
-    # are added, larger values than the largest are cut down to it, and infinities and NaN (quiet ones) stay.
+    # bfloat16 is the upper half of float32's bits: add 16 random bits to the lower half, then cut that off. No bits are
+    # added to values from bfloat16's largest number on, so that they are cut down to it; infinities and NaN stay.
     bits = torch.empty_like(values, dtype=torch.int32).random_().bitwise_and_(0xFFFF)
     bits.mul_(values.abs() < torch.finfo(torch.bfloat16).max)
     return bits.add_(values.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32).to(torch.bfloat16)
@@ -252,13 +250,13 @@ def stochastic_round(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def movable_share(parameters: Iterable[Tensor], lr: float) -> float:
-    """Return the share of weights, 0 to 1, of which half an ulp is at most lr.
+    """The share of weights, 0 to 1, that a step of size lr can change when the result is rounded to nearest.
 
-    These are the weights that a step of size lr can change when the result is rounded to nearest.
+    These are the weights with half an ulp of at most lr.
     """
     movable = total = 0
     for parameter in parameters:
-        # Half an ulp of w is 2^floor(log2 |w|) times that of 1, so w counts if |w| is below this power of two.
+        # Half an ulp of w is 2^floor(log2 |w|) times half an ulp of 1, so w counts if |w| is below this power of two.
         _, exponent = math.frexp(abs(lr) / (torch.finfo(parameter.dtype).eps / 2))
         chunks = parameter.detach().flatten().split(CHUNK[parameter.device.type])
         movable += sum(int((weights.abs() < 2.0**exponent).count_nonzero()) for weights in chunks)
@@ -267,13 +265,14 @@ def movable_share(parameters: Iterable[Tensor], lr: float) -> float:
 
 
 def bfloat16_note(parameters: Iterable[Parameter], lr: float, optimizer_name: str) -> str | None:
-    """Return a line on what training bfloat16 parameters at lr amounts to, or None if there are none."""
+    """Describe what training bfloat16 parameters at lr means; None if there are none."""
     parameters = [parameter for parameter in parameters if parameter.dtype == torch.bfloat16]
     if not parameters:
         return None
     step = "step" if optimizer_name not in STEP_IS_NOT_LR else "change"
     lost = 1 - movable_share(parameters, lr)
-    more = extra_bytes(parameters, optimizer_name) / 1e9
+    # weights, gradients and moments take 2 bytes more each
+    more = 2 * (2 + count_moments(optimizer_name)) * sum(parameter.numel() for parameter in parameters) / 1e9
     return (
         f"model.policy_dtype=bfloat16: a {step} of lr={lr:g} is below the rounding of {lost:.1%} of the "
         "weights, so updates are rounded stochastically; "
@@ -281,13 +280,8 @@ def bfloat16_note(parameters: Iterable[Parameter], lr: float, optimizer_name: st
     )
 
 
-def extra_bytes(parameters: Sequence[Parameter], optimizer_name: str) -> int:
-    """Return the bytes that weights, gradients and moments of bfloat16 parameters need more in float32."""
-    return 2 * (2 + count_moments(optimizer_name)) * sum(parameter.numel() for parameter in parameters)
-
-
 def count_moments(optimizer_name: str) -> int:
-    """Return how many numbers an optimizer keeps per weight in the weight's dtype; AdamW8bit has its own of 8 bits."""
+    """The number of values that an optimizer keeps per weight in the weight's dtype; AdamW8bit's have 8 bits."""
     if optimizer_name == "AdamW8bit":
         return 0
     probe = torch.nn.Parameter(torch.zeros(2, 2))
