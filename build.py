@@ -118,7 +118,7 @@ def build_trainer(
     if settings.compile:
         compile_models(models)
     seed_generators(settings.seed, run.ranks)
-    log_bfloat16(settings, models, run.ranks)
+    log_bfloat16(settings, models)
     check_fingerprints(loss, inputs, models, run)
     set_token_budget(settings, inputs, models, run)
     run.create()
@@ -197,11 +197,9 @@ def seed_generators(seed: int, ranks: Ranks) -> None:
     torch.manual_seed(seed + ranks.data_rank)
 
 
-def log_bfloat16(settings: Settings, models: Models, ranks: Ranks) -> None:
-    """Warn if bfloat16 parameters would lose updates to rounding."""
-    note = partial(bfloat16_note, models.policy.trained_parameters(), settings.lr, settings.optimizer)
-    if text := ranks.run_on_main(note):
-        log_message(text)
+def log_bfloat16(settings: Settings, models: Models) -> None:
+    if note := bfloat16_note(models.policy.trained_parameters(), settings.optimizer):
+        log_message(note)
 
 
 def check_fingerprints(loss: Loss, inputs: Inputs, models: Models, run: RunDir) -> None:

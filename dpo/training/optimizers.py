@@ -9,7 +9,6 @@ picks one of the two neighbours so that the mean of the result is the exact numb
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +24,6 @@ from dpo.settings.schema import Settings
 from dpo.system.errors import summarize_error
 
 CHUNK = {"cpu": 2**20, "mps": 2**22, "cuda": 2**24}  # weights stepped at a time, with about seven float32 temporaries
-STEP_IS_NOT_LR = ("SGD", "Adadelta")  # the others divide by the size of the gradient, so that a step has the size of lr
 
 
 @dataclass(frozen=True)
@@ -248,35 +246,15 @@ def stochastic_round(values: Tensor) -> Tensor:
     return bits.add_(values.view(torch.int32)).bitwise_and_(-0x10000).view(torch.float32).to(torch.bfloat16)
 
 
-@torch.no_grad()
-def movable_share(parameters: Iterable[Tensor], lr: float) -> float:
-    """The share of weights, 0 to 1, that a step of size lr can change when the result is rounded to nearest.
-
-    These are the weights with half an ulp of at most lr.
-    """
-    movable = total = 0
-    for parameter in parameters:
-        # Half an ulp of w is 2^floor(log2 |w|) times half an ulp of 1, so w counts if |w| is below this power of two.
-        _, exponent = math.frexp(abs(lr) / (torch.finfo(parameter.dtype).eps / 2))
-        chunks = parameter.detach().flatten().split(CHUNK[parameter.device.type])
-        movable += sum(int((weights.abs() < 2.0**exponent).count_nonzero()) for weights in chunks)
-        total += parameter.numel()
-    return movable / total if total else 1.0
-
-
-def bfloat16_note(parameters: Iterable[Parameter], lr: float, optimizer_name: str) -> str | None:
-    """Describe what training bfloat16 parameters at lr means; None if there are none."""
-    parameters = [parameter for parameter in parameters if parameter.dtype == torch.bfloat16]
-    if not parameters:
+def bfloat16_note(parameters: Iterable[Parameter], optimizer_name: str) -> str | None:
+    """Describe what training bfloat16 parameters means; None if there are none."""
+    n = sum(parameter.numel() for parameter in parameters if parameter.dtype == torch.bfloat16)
+    if not n:
         return None
-    step = "step" if optimizer_name not in STEP_IS_NOT_LR else "change"
-    lost = 1 - movable_share(parameters, lr)
-    # weights, gradients and moments take 2 bytes more each
-    more = 2 * (2 + count_moments(optimizer_name)) * sum(parameter.numel() for parameter in parameters) / 1e9
+    more = 2 * (2 + count_moments(optimizer_name)) * n / 1e9  # weight, gradient and moments take 2 bytes more each
     return (
-        f"model.policy_dtype=bfloat16: a {step} of lr={lr:g} is below the rounding of {lost:.1%} of the "
-        "weights, so updates are rounded stochastically; "
-        f"model.policy_dtype=float32 trains exactly and needs {more:.2g} GB more"
+        "model.policy_dtype=bfloat16: most updates are smaller than the rounding of the weights, so they are rounded"
+        f" stochastically; model.policy_dtype=float32 trains exactly and needs {more:.2g} GB more"
     )
 
 

@@ -13,7 +13,7 @@ from dpo.distributed.ranks import Ranks
 from dpo.distributed.splitting import BatchSplitter, Microbatch
 from dpo.model.packing import LAYOUTS
 from dpo.training import precomputation
-from dpo.training.precomputation import merge
+from dpo.training.precomputation import merge_pairs
 from dpo.training.references import CachedReference
 
 SHARED = "each response is computed once"
@@ -45,20 +45,20 @@ def precompute(make_trainer, tmp_path):
 
 def test_each_response_to_a_prompt_is_kept_once_in_the_order_of_the_pairs():
     pairs = [respond([1], [2], [3]), respond([1], [4, 5], [2]), respond([9], [2], [3])]
-    merged = list(merge(pairs, "shared_prefix", 100))
+    merged = list(merge_pairs(pairs, "shared_prefix", 100))
     assert [(one.prompt, one.responses) for one in merged] == [([1], ([2], [3], [4, 5])), ([9], ([2], [3]))]
 
 
 def test_a_merged_example_has_no_more_tokens_than_a_pass_unless_it_holds_a_single_response():
     pairs = [respond([1], [2], [3]), respond([1], [4, 5], [6, 7, 8, 9])]
-    assert [one.responses for one in merge(pairs, "shared_prefix", 4)] == [([2], [3]), ([4, 5],), ([6, 7, 8, 9],)]
-    assert [one.responses for one in merge(pairs, "shared_prefix", 5)] == [([2], [3], [4, 5]), ([6, 7, 8, 9],)]
+    assert [one.responses for one in merge_pairs(pairs, "shared_prefix", 4)] == [([2], [3]), ([4, 5],), ([6, 7, 8, 9],)]
+    assert [one.responses for one in merge_pairs(pairs, "shared_prefix", 5)] == [([2], [3], [4, 5]), ([6, 7, 8, 9],)]
 
 
 def test_a_padded_merged_example_fits_into_a_pass_with_its_padding():
     """Three rows of 1 + 2 tokens, or two of 1 + 4."""
     pairs = [respond([1], [2], [3]), respond([1], [4, 5], [6, 7, 8, 9])]
-    assert [one.responses for one in merge(pairs, "padded", 9)] == [([2], [3], [4, 5]), ([6, 7, 8, 9],)]
+    assert [one.responses for one in merge_pairs(pairs, "padded", 9)] == [([2], [3], [4, 5]), ([6, 7, 8, 9],)]
 
 
 # Caches
@@ -75,14 +75,13 @@ def test_shared_responses_are_computed_once_and_get_the_numbers_of_a_second_mode
     trainer = precompute(rankings, f"layout={layout}")
     cost = LAYOUTS[layout].cost
     pairs = trainer.train_batches.tokenize([text for group in trainer.train_batches.groups for text in group])
-    merged = list(merge(pairs, layout, 300))
+    merged = list(merge_pairs(pairs, layout, 300))
     share = sum(cost([one]) for one in merged) / sum(cost([pair]) for pair in pairs)
     assert len(pairs) == 18 and sum(len(one.responses) for one in merged) == 12 and share < 0.5
     out = capsys.readouterr().out
-    assert f"{SHARED}, beside the others of its prompt: about {share:.0%} of the pairs' tokens" in out
-    assert "other passes move a log-probability by" in out
+    assert f"{SHARED}, together with the others of its prompt: about {share:.0%} of the pairs' tokens" in out
     n = sum(len(batch.lengths.flatten()) for batch in passes)
-    assert n == 12 + 2 * 4 + 2 * 4  # then the evaluation's pairs, and those whose rounding is printed
+    assert n == 12 + 2 * 4  # then the evaluation's pairs
     assert max(batch.n_tokens for batch in passes) <= 300
     live = make_trainer("loss=dpo", *SHORT, rankings, f"layout={layout}").reference
     assert isinstance(trainer.reference, CachedReference)
@@ -107,7 +106,7 @@ def test_merged_examples_and_the_passes_of_training_have_caches_of_their_own(pre
     capsys.readouterr()
     precompute(rankings)
     assert "taken from" in capsys.readouterr().out
-    monkeypatch.setattr(precomputation, "WORTHWHILE", 0.0)
+    monkeypatch.setattr(precomputation, "MAX_MERGED_SHARE", 0.0)
     precompute(rankings)
     assert "taken from" not in capsys.readouterr().out
 
@@ -121,7 +120,7 @@ def test_pairs_are_merged_in_parts_and_examples_with_as_many_responses_share_pas
     )
     whole = precompute(rankings, "max_tokens_per_pass=100000").reference.sums
     assert passes[0].lengths.shape == (3, 4)
-    monkeypatch.setattr(precomputation, "MERGED", 5)
+    monkeypatch.setattr(precomputation, "PAIRS_MERGED", 5)
     torch.testing.assert_close(precompute(rankings).reference.sums, whole, rtol=0, atol=1e-3)
 
 

@@ -20,7 +20,7 @@ from dpo.distributed.splitting import BatchSplitter, Microbatch
 from dpo.model.archives import load_archive
 from dpo.model.loading import copy_reference
 from dpo.model.logps import ResponseLogps, response_logps
-from dpo.model.packing import Packer, make_microbatches
+from dpo.model.packing import Packer
 from dpo.training.precomputation import Precomputation
 from dpo.training.references import AdapterReference, CachedReference, ModelReference, sums_of_logps
 from utils import local_dir
@@ -171,7 +171,6 @@ def test_each_example_is_computed_once_if_a_batch_needs_it_in_parts_as_large_as_
 ):
     """8 rows are one batch of 6, in halves, and 2 that come in a later epoch's; the evaluation has 4."""
     passes = []
-    monkeypatch.setattr(Precomputation, "log_rounding", lambda self, reference: None)
     compute = lambda policy, batch: passes.append(len(batch.examples)) or response_logps(policy, batch)  # noqa: E731
     monkeypatch.setattr("dpo.training.precomputation.response_logps", compute)
     settings = ("batch_size=6", "gradient_accumulation_steps=2", "max_tokens_per_pass=100000")
@@ -184,22 +183,6 @@ def test_a_cache_in_the_shared_folder_is_readable_and_named_by_its_key(precomput
     precompute()
     files = list(Path(local_dir([str(home)]), "reference_cache").iterdir())
     assert files and all(len(path.stem) == 64 and path.suffix == ".pt" for path in files)
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_later_epochs_report_how_far_other_passes_move_the_cached_numbers(precision, make_trainer, home, capsys):
-    settings = (*CACHED, f"datasets=['{home / 'data'}']", f"local_dirs=['{home}']", f"precision={precision}")
-    make_trainer(*settings)
-    assert "other passes move" not in capsys.readouterr().out
-    trainer = make_trainer(*settings, "n_epochs=2")
-    line = re.search(r"other passes move a log-probability by (\S+) nats, at most (\S+)\.\n", capsys.readouterr().out)
-    apart = []
-    with torch.no_grad(), trainer.autocast():
-        for example in next(iter(trainer.train_batches.from_start())).examples[:8]:
-            (batch,) = make_microbatches([example], trainer.packer.layout, 1)
-            alone = response_logps(trainer.policy, batch).sums
-            apart += (alone - trainer.reference.logps(batch).sums).abs().flatten().tolist()
-    assert [line[1], line[2]] == [f"{sum(apart) / len(apart):.2g}", f"{max(apart):.2g}"]
 
 
 def texts(*rows):
