@@ -1,8 +1,8 @@
 """Writing, verifying and finding checkpoints.
 
-A checkpoint is a folder step-N. It is written under another name, flushed to disk, and renamed when it is whole; none
-of its files is ever written again. Its manifest lists the SHA-256 of each, as `sha256sum --check MANIFEST` reads it,
-and ends with the SHA-256 of these lines. metrics.json and hf/ may be added later; no resume reads them.
+A checkpoint is a folder step-N. It is written under another name, flushed to disk, and renamed when it is complete. Its
+files never change. Its manifest lists the SHA-256 of each, as `sha256sum --check MANIFEST` reads it, and ends with the
+SHA-256 of these lines. metrics.json and hf/ may be added later; no resume reads them.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from dpo.system.errors import RunError, UserError, is_out_of_memory, summarize_e
 from dpo.system.files import MANIFEST, atomic_dir, atomic_write, free_name, fsync, link_or_copy, naming_file, sha256
 
 PARTS = ("policy", "optimizer", "scheduler", "run")
-SHARDED = ("scheduler", "run")  # the parts of a checkpoint whose tensors are in shards
+SHARDED = ("scheduler", "run")  # the parts that a checkpoint with shards has besides them
 INDEX = ".metadata"  # of the shards
 
 
@@ -40,11 +40,11 @@ def save_checkpoint(
 ) -> Path:
     """Write RUN/step-N/NAME.pt for each of PARTS, as a dict of step_idx, state and metrics, and point LATEST at it.
 
-    Where the ranks of a run have written the tensors, states["shards"] is the folder from which their files are taken,
-    and states["digests"] has the SHA-256 of each. An evaluation's metrics are in metrics.json too. A step that is there
-    already, from which a stopped run went on, is the same and stays. All but the newest `keep` are removed (None:
-    none), perhaps but for the weights of evaluations. RunError, with earlier checkpoints intact, if the disk does not
-    take it.
+    If ranks have written tensors, states["shards"] is the folder with their files, which are moved from there, and
+    states["digests"] has the SHA-256 of each. An evaluation's metrics are in metrics.json too. An existing step, from
+    which a stopped run continued, is the same and stays.
+    All but the newest `keep` checkpoints are removed (None: no checkpoint is). keep_policies keeps the weights of
+    evaluations. RunError if the disk does not take the checkpoint; earlier ones are intact.
     """
     final = run_dir / f"step-{step}"
 
@@ -75,13 +75,13 @@ def save_checkpoint(
 
 
 def write_metrics(folder: Path, metrics: dict[str, float]) -> None:
-    """Write an evaluation's metrics into a checkpoint, whole or not at all."""
     atomic_write(folder / "metrics.json", (json.dumps(metrics) + "\n").encode())
 
 
 def point_latest(run_dir: Path, name: str) -> None:
-    """Make LATEST lead to a checkpoint, at no moment to none."""
-    link, latest = run_dir / ".staging-LATEST", run_dir / "LATEST"
+    """Point LATEST at a checkpoint, atomically."""
+    link = run_dir / ".staging-LATEST"
+    latest = run_dir / "LATEST"
     if latest.is_dir() and not latest.is_symlink():  # the run was copied by a tool that follows links
         latest.rename(free_name(run_dir / "LATEST-copied"))
     link.unlink(missing_ok=True)
@@ -91,17 +91,17 @@ def point_latest(run_dir: Path, name: str) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, renamed first, so that a half-removed one is never taken for one."""
+    """Remove a checkpoint. It is renamed first, so that a half-removed one is never read."""
     doomed = folder.with_name(f".doomed-{folder.name}")
     try:
         folder.rename(doomed)
         shutil.rmtree(doomed)
-    except OSError as error:  # no reason to stop a training; what is left goes when the run is resumed
+    except OSError as error:  # no reason to stop training; a resume removes what is left
         log_message(f"{folder}: cannot be removed ({error.strerror})")
 
 
 def keep_policy(folder: Path) -> None:
-    """Keep a checkpoint's weights and metrics as RUN/policies/step-N.pt and .json, where the disk allows as links."""
+    """Keep a checkpoint's weights and metrics as RUN/policies/step-N.pt and .json, by hard links if possible."""
     kept = folder.parent / "policies"
     kept.mkdir(exist_ok=True)
     for name, ending in (("metrics.json", "json"), ("policy.pt", "pt")):
@@ -112,13 +112,13 @@ def keep_policy(folder: Path) -> None:
 
 
 def find_corruption(folder: Path) -> str | None:
-    """Return None if a checkpoint holds what its manifest lists, all of PARTS among it, else what is wrong with it."""
+    """Return what is wrong with a checkpoint, or None if it holds what its manifest lists, with all of PARTS."""
     try:
         text = (folder / MANIFEST).read_bytes().decode("ascii")
     except (OSError, UnicodeDecodeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
-    lines, _, own = text.rpartition("# ")
-    if own != hashlib.sha256(lines.encode()).hexdigest() + "\n":
+    lines, _, digest_of_lines = text.rpartition("# ")
+    if digest_of_lines != hashlib.sha256(lines.encode()).hexdigest() + "\n":
         return f"{MANIFEST} is damaged"
     listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())}
     missing = {f"{name}.pt" for name in (SHARDED if INDEX in listed else PARTS)} - set(listed)
@@ -137,19 +137,19 @@ def find_corruption(folder: Path) -> str | None:
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | str:
-    """Return the state of each of PARTS, plain numbers and tensors alone, or what is wrong with the checkpoint.
+    """Read the state of each of PARTS, only plain values and tensors; or return what is wrong with the checkpoint.
 
-    Shards are left to whoever shares them out: their state is the folder that they are in.
+    Shards are not read: states["shards"] is their folder.
     """
     problem = find_corruption(folder)
     if problem:
         return problem
     try:
         in_shards = f"  {INDEX}\n" in (folder / MANIFEST).read_text(encoding="ascii")
-        names = SHARDED if in_shards else PARTS
-        read = {name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True) for name in names}
-        states = {name: part["state"] for name, part in read.items()}
-        return states | {"shards": folder} if in_shards else states
+        states: dict[str, Any] = {"shards": folder} if in_shards else {}
+        for name in SHARDED if in_shards else PARTS:
+            states[name] = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)["state"]
+        return states
     except Exception as error:  # a forged file, which torch refuses in many ways
         if is_out_of_memory(error):
             raise
@@ -157,16 +157,16 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | str:
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest valid checkpoint and its states, or None if the run never wrote one.
+    """Read the newest valid checkpoint: its folder and states, or None if the run never wrote one.
 
-    A damaged one is named and set aside, and the one before it taken; RunError if all are damaged or gone.
+    A damaged one is logged and renamed, and the one before it used; RunError if all are damaged or gone.
     """
     damaged: list[Path] = []
     for folder in checkpoints(run_dir):
         states = read_checkpoint(folder)
         if not isinstance(states, str):
             point_latest(run_dir, folder.name)
-            for other in damaged:  # so that the run can write this step again
+            for other in damaged:  # so that the run can write these steps again
                 other.rename(free_name(other.with_name(f"damaged-{other.name}")))
             return folder, states
         log_message(f"{folder} is not used: {states}.")
@@ -177,7 +177,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def clear_leftovers(run_dir: Path) -> None:
-    """Remove what a killed process left half-written or half-removed."""
+    """Remove files and folders that a killed process left half-written or half-removed."""
     for pattern in (".staging-*", ".doomed-*", "step-*/.staging-*", "policies/.staging-*"):
         for path in run_dir.glob(pattern):
             if path.is_dir() and not path.is_symlink():
@@ -188,7 +188,7 @@ def clear_leftovers(run_dir: Path) -> None:
 
 @contextmanager
 def fitting(run_dir: Path) -> Iterator[None]:
-    """Turn what goes wrong with states of another form than `state_dict` gives them into a RunError."""
+    """Turn errors from loading states of an unexpected form into a RunError."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:

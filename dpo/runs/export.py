@@ -1,4 +1,4 @@
-"""The export: a model and its tokenizer as from_pretrained opens them, in transformers 5 and 4, and its upload."""
+"""The export for from_pretrained, in transformers 5 and 4: a model and its tokenizer; its upload to the Hub."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def export_model(
 def save_model(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
 ) -> None:
-    """Save a model, with other weights than its own if some are given, and its tokenizer."""
+    """Save a model, with `weights` in place of its own if given, and its tokenizer."""
     save_generation_config(folder, model)
     model.save_pretrained(folder, state_dict=weights)
     rewrite(folder / "config.json", add_rope_of_transformers_4)
@@ -44,7 +44,7 @@ def save_model(
 
 
 def save_generation_config(folder: Path, model: PreTrainedModel) -> None:
-    """Save a model's settings of generation, or its stops alone where transformers refuses to write the others."""
+    """Save a model's generation settings, or only its stops if transformers refuses to write the others."""
     try:
         model.generation_config.save_pretrained(folder)
     except ValueError:  # some that came with the model
@@ -55,21 +55,19 @@ def save_generation_config(folder: Path, model: PreTrainedModel) -> None:
 
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Save a tokenizer."""
     tokenizer.save_pretrained(folder)
     rewrite(folder / "tokenizer_config.json", use_tokenizer_keys_of_transformers_4)
 
 
 def save_card(folder: Path, card: str) -> None:
-    """Save the text of a model card."""
     with naming_file(folder / "README.md"):
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def upload(folder: Path, repository: str | None) -> None:
-    """Upload an export to a repository on the Hub, a private one if it is new; nothing for None.
+    """Upload an export to a repository on the Hub, which is made private if it is new; do nothing for None.
 
-    What goes wrong is printed in one line, since the export on disk loses nothing by it.
+    A failure is printed in one line and raises nothing, since the export is on disk.
     """
     if repository is None:
         return
@@ -89,17 +87,16 @@ def upload(folder: Path, repository: str | None) -> None:
 
 
 def upload_later(folder: Path, repository: str | None) -> None:
-    """Upload the export of a run that had ended, and name the repository in its card; nothing for None."""
+    """Upload the export of a run that ended before, with the repository's name in its card; do nothing for None."""
     card = folder / "README.md"
     if repository is not None and card.is_file():
         text = card.read_text(encoding="utf-8")
-        found = re.sub(r'(from_pretrained\(")[^"]*', lambda match: match[1] + repository, text)
-        save_card(folder, found)
+        save_card(folder, re.sub(r'(from_pretrained\(")[^"]*', lambda match: match[1] + repository, text))
     upload(folder, repository)
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a file of JSON in place by a function of its content."""
+    """Change the content of a JSON file in place."""
     content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
     with naming_file(path):
@@ -107,10 +104,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def use_tokenizer_keys_of_transformers_4(config: dict[str, Any]) -> None:
-    """Name the class and the special tokens as transformers 4 does, which 5 reads too.
-
-    What 5 adds about the folder that the tokenizer came from is left out.
-    """
+    """Name class and special tokens as transformers 4 does, which 5 reads too, and drop keys that only 5 has."""
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
@@ -122,11 +116,11 @@ def use_tokenizer_keys_of_transformers_4(config: dict[str, Any]) -> None:
 def add_rope_of_transformers_4(config: dict[str, Any]) -> None:
     """Write the settings of rotary embeddings also under the keys of transformers 4, which ignores rope_parameters.
 
-    Without them it would compute with its defaults, and other numbers, without a word.
+    Without them it would silently compute other numbers, with its defaults.
     """
     rope = config.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)
-    if "rope_theta" not in rope:  # no rotary embeddings, or some that transformers 4 does not know
+    if "rope_theta" not in rope:  # no rotary embeddings, or a kind that transformers 4 does not know
         return
     in_neox = config["model_type"] == "gpt_neox"
     config["rotary_emb_base" if in_neox else "rope_theta"] = rope["rope_theta"]

@@ -1,7 +1,7 @@
 """Sharded tensors on disk: every rank writes and reads its own part, by torch.distributed.checkpoint (DCP).
 
-DCP keeps its index as a pickle, which could execute anything. It is read here by an unpickler that knows the classes of
-an index and nothing else, and only tensors are stored, so that a stranger's checkpoint stays as harmless as any other.
+DCP stores its index as a pickle, which could execute anything. Here an unpickler reads it that accepts only the classes
+of an index, and only tensors are stored, so that a stranger's checkpoint stays harmless.
 """
 
 import pickle
@@ -35,11 +35,11 @@ CLASSES = {
 
 
 class IndexUnpickler(pickle.Unpickler):
-    """Reads DCP's index; UnpicklingError for a name of anything that no index holds."""
+    """Reads DCP's index; UnpicklingError for a class that does not belong in an index."""
 
     def find_class(self, module: str, name: str) -> Any:
         module = "pathlib" if module == "pathlib._local" else module  # as Python 3.13 names it
-        if (module, name) == ("builtins", "getattr"):  # by which Python 3.11.2, Debian's, pickles a member of an enum
+        if (module, name) == ("builtins", "getattr"):  # as Python 3.11.2, Debian's, pickles a member of an enum
             return enum_member
         if name not in CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} does not belong in an index of tensors")
@@ -47,17 +47,17 @@ class IndexUnpickler(pickle.Unpickler):
 
 
 def enum_member(kind: Any, name: str) -> Enum:
-    """Return a member of an enum; UnpicklingError for an attribute of anything else."""
+    """getattr for members of an enum; UnpicklingError for anything else."""
     if not (isinstance(kind, EnumType) and name in kind.__members__):
         raise pickle.UnpicklingError(f"the attribute {name} of {kind!r} does not belong in an index of tensors")
     return kind[name]
 
 
 class IndexReader(FileSystemReader):
-    """DCP's reader of a folder, with an index that is read without executing anything."""
+    """DCP's reader of a folder, which reads the index without executing anything."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the index of a checkpoint that holds tensors alone; UnpicklingError if it holds anything else."""
+        """Read the index of a checkpoint; UnpicklingError if it holds anything but tensors."""
         with open(Path(self.path) / INDEX, "rb") as file:
             index = IndexUnpickler(file).load()
         entries = index.state_dict_metadata.values() if isinstance(index, Metadata) else [None]
@@ -69,7 +69,7 @@ class IndexReader(FileSystemReader):
 
 
 def save_shards(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> dict[str, str]:
-    """Write tensors into a new folder, each rank its own parts; return {file: SHA-256}.
+    """Write tensors into a new folder, each rank its shards; return {file: SHA-256}.
 
     RunError that names the rank and the reason if a disk does not take them.
     """
@@ -85,15 +85,16 @@ def save_shards(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> dict[
         rank, (cause, _) = next(iter(sorted(error.failures.items())))
         message = f"{folder.parent}: rank {rank} cannot write its part of a checkpoint ({summarize_error(cause)})"
         raise RunError(f"{message}; earlier checkpoints are intact", "disk") from None
-    own = [path for path in folder.iterdir() if path.name.startswith(f"__{ranks.rank}_")]
-    parts = ranks.gather({path.name: sha256(path) for path in own})
-    return {name: digest for part in parts for name, digest in part.items()}
+    digests: dict[str, str] = {}
+    for of_rank in ranks.gather({path.name: sha256(path) for path in folder.glob(f"__{ranks.rank}_*")}):
+        digests |= of_rank
+    return digests
 
 
 def load_shards(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Read tensors in place, each rank its own parts, whatever the number of ranks that wrote them.
+    """Read tensors in place, each rank its shards, whatever the number of ranks that wrote them.
 
-    RuntimeError if the folder lacks one of them or has it in another shape.
+    RuntimeError if the folder lacks a tensor or has it in another shape.
     """
     reader = IndexReader(folder)
     try:

@@ -1,4 +1,4 @@
-"""What a run trains, as its checkpoints and its export hold it: all weights, or an adapter."""
+"""What checkpoints and the export hold of the policy: all weights, or LoRA's adapter."""
 
 import copy
 import json
@@ -45,63 +45,59 @@ if TYPE_CHECKING:
 
 
 class TrainedWeights(Protocol):
-    """What a run trains, as its checkpoints and its export hold it."""
+    """What checkpoints and the export hold of the policy."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the model's own tensors that a checkpoint holds, by name; of a sharded model its shards."""
+        """The model's tensors that a checkpoint holds, by name; those of a sharded model are shards."""
 
     def tensors_to_export(self) -> dict[str, Tensor]:
-        """Return the model's own tensors that `export` reads, under the names of its state_dict."""
+        """The model's tensors that `export` reads, under the names of its state_dict."""
 
     def state_dict(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
-        """Return what a checkpoint holds of the policy, with whole tensors in place of a sharded model's own."""
+        """What a checkpoint holds of the policy, with `tensors`, whole ones, in place of a sharded model's."""
 
     def load_state_dict(self, state: dict[str, Any], setting: str) -> None:
-        """Take the state of a checkpoint; UserError that names the setting if it does not fit."""
+        """Load the state of a checkpoint; UserError that names the setting if it does not fit."""
 
     def export(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, weights: dict[str, Tensor] | None = None
     ) -> None:
         """Write RUN/step-N/hf, for from_pretrained, unless it is there; RunError if the disk does not take it.
 
-        card is the text of its README.md; weights are whole tensors in place of a sharded model's tensors_to_export.
+        card is the text of its README.md. weights are whole tensors in place of a sharded model's tensors_to_export.
         """
 
 
 class AllWeights:
-    """All weights of a model, of which none is frozen."""
+    """All weights of a model."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the model's weights under its own names."""
         return self.model.state_dict(keep_vars=True)
 
     tensors_to_export = tensors
 
     def state_dict(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
-        """Return the model's weights, or those given in their place."""
         return self.model.state_dict() if tensors is None else tensors
 
     def load_state_dict(self, state: dict[str, Any], setting: str) -> None:
-        """Copy weights into the model; UserError that names the setting and each tensor that does not fit."""
         load_weights(self.model, state, setting)
 
     def export(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, weights: dict[str, Tensor] | None = None
     ) -> None:
-        """Write the model, with weights in place of its own, its tokenizer and its card into a new folder."""
         export_model(folder, self.model, tokenizer, weights, card)
 
 
 # LoRA
 
-SMALL_LR = 1e-5  # below it, advice is given
+SMALL_LR = 1e-5  # a run with a smaller lr is warned
 
 
 def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeights":
-    """Freeze a model and add an adapter: a new one from the run's seed, or that of lora.path with a frozen copy of it.
+    """Freeze a model and add an adapter: a new one from the run's seed, or that of lora.path and a frozen copy of it.
 
     UserError if the settings do not fit the model or the adapter of lora.path.
     """
@@ -127,20 +123,23 @@ def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeigh
     for parameter in trained.values():
         parameter.requires_grad_(True)
     for layer in adapted_layers(model).values():
-        # Autocast casts what each product takes, while DoRA and bfloat16 weights need inputs in the adapter's float32.
+        # Autocast casts the inputs of products, while DoRA and bfloat16 weights need inputs in the adapter's float32.
         layer.cast_input_dtype_enabled = settings.use_dora or model.dtype != torch.float32
-    n, total = (sum(parameter.numel() for parameter in group) for group in (trained.values(), model.parameters()))
-    what = f"r={shape.r}, alpha={shape.alpha}, {len(shape.targets)} layers ({', '.join(last_parts(shape.targets))})"
-    log_message(f"LoRA: {what}; {n:,} of {total:,} parameters are trained.")
+    n = sum(parameter.numel() for parameter in trained.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    log_message(
+        f"LoRA: r={shape.r}, alpha={shape.alpha}, {len(targets)} layers ({', '.join(last_parts(targets))});"
+        f" {n:,} of {total:,} parameters are trained."
+    )
     if run_settings.lr < SMALL_LR:
         advice = "an adapter usually needs 10 to 100 times the learning rate of all weights; try lr=5e-5"
         log_message(f"LoRA: lr={run_settings.lr:g} may be too low: {advice}.")
-    copied = None if stored is None else weights_checksum(adapter_parameters(model, REFERENCE))
-    return AdapterWeights(model, shape, base, copied, base_name(run_settings.model), settings.export_merged)
+    start = None if stored is None else weights_checksum(adapter_parameters(model, REFERENCE))
+    return AdapterWeights(model, shape, base, start, base_name(run_settings.model), settings.export_merged)
 
 
 def base_name(settings: ModelSettings) -> str | None:
-    """Return what from_pretrained opens to get a run's frozen weights, or None if nothing that exists holds them."""
+    """The name or path with which from_pretrained opens a run's frozen weights; None if they are in no such place."""
     if settings.archive is not None or settings.from_scratch:
         return None
     folder = Path(settings.name_or_path)
@@ -149,18 +148,18 @@ def base_name(settings: ModelSettings) -> str | None:
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """The adapter of a model, which alone is trained: checkpoints hold it, and the export has it in peft's format."""
+    """The adapter of a frozen model. Checkpoints hold only the adapter, and the export has it in peft's format."""
 
     model: PreTrainedModel
     shape: AdapterShape
     base: str  # checksum of the frozen weights
     path: str | None  # checksum of the adapter of lora.path
-    base_name: str | None  # what from_pretrained opens to get the frozen weights
+    base_name: str | None  # name or path with which from_pretrained opens the frozen weights
     export_merged: bool
 
     @cached_property
     def layers(self) -> dict[str, "LoraLayer"]:
-        """Return peft's layers by the names of the linear layers that they wrap."""
+        """peft's layers by the names of the linear layers that they wrap."""
         return adapted_layers(self.model)
 
     def fingerprints(self) -> dict[str, str]:
@@ -170,7 +169,7 @@ class AdapterWeights:
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Compute without the adapter, or with the frozen copy of what lora.path had."""
+        """Compute without the adapter, or with the frozen copy of the adapter of lora.path."""
         use_adapter(self.layers.values(), REFERENCE)
         try:
             yield
@@ -178,39 +177,37 @@ class AdapterWeights:
             use_adapter(self.layers.values(), POLICY)
 
     def describe_reference(self) -> str:
-        """Return in words what the reference is."""
         if self.path is not None:
             return "the base model with a frozen copy of the adapter of lora.path"
         return "the base model, which is the policy with its adapter off"
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the weights of the adapter that trains."""
         return {name: parameter.detach() for name, parameter in adapter_parameters(self.model, POLICY).items()}
 
     def tensors_to_export(self) -> dict[str, Tensor]:
-        """Return the weights of the adapter, with those of the model where these are exported too."""
+        """The weights of the adapter, and of the model if they are exported too."""
         state = self.model.state_dict(keep_vars=True)
         if self.base_name is None or self.export_merged:
             return state
         return {name: value for name, value in state.items() if f".{POLICY}." in name}
 
     def state_dict(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
-        """Return the adapter's shape and weights, and the checksum of the frozen weights that it belongs to."""
+        """The adapter's shape and weights, and the checksum of the frozen weights that it belongs to."""
         weights = self.tensors() if tensors is None else tensors
         return {"adapter": asdict(self.shape), "base": self.base, "weights": weights}
 
     def load_state_dict(self, state: dict[str, Any], setting: str) -> None:
-        """Copy the weights of a checkpoint; UserError that names the setting and each tensor that does not fit."""
         copy_weights(adapter_parameters(self.model, POLICY), state["weights"], setting)
 
     def export(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, weights: dict[str, Tensor] | None = None
     ) -> None:
-        """Write RUN/step-N/hf in peft's format, with the merged model in hf/merged if that is asked for.
+        """Write RUN/step-N/hf in peft's format, with the merged model in hf/merged if export_merged is set.
 
-        Frozen weights that from_pretrained finds nowhere else, as those of model.archive, go to RUN/base.
+        Frozen weights that from_pretrained finds nowhere else, such as those of model.archive, go to RUN/base.
         """
-        state, base_name = weights or self.model.state_dict(), self.base_name
+        state = weights or self.model.state_dict()
+        base_name = self.base_name
         if base_name is None:
             base_folder = folder.parent.parent / "base"
             base_name = str(base_folder)
@@ -219,8 +216,9 @@ class AdapterWeights:
         def write(staging: Path) -> None:
             config = self.shape.peft_config(self.model).to_dict() | {"base_model_name_or_path": base_name}
             config |= {"inference_mode": True, "target_modules": self.short_targets()}
-            own = {f"{PREFIX}{name}": value.contiguous() for name, value in adapter_tensors(state, POLICY).items()}
-            save_file(own, staging / "adapter_model.safetensors", metadata={"format": "pt", BASE: self.base})
+            tensors = adapter_tensors(state, POLICY)
+            adapter = {f"{PREFIX}{name}": value.contiguous() for name, value in tensors.items()}
+            save_file(adapter, staging / "adapter_model.safetensors", metadata={"format": "pt", BASE: self.base})
             with naming_file(staging / "adapter_config.json"):
                 (staging / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             save_tokenizer(staging, tokenizer)
@@ -234,7 +232,7 @@ class AdapterWeights:
             atomic_dir(folder, write)
 
     def short_targets(self) -> list[str]:
-        """Return the last parts of the adapted layers' names, or whole names where other layers share a last part."""
+        """The last parts of the adapted layers' names, or whole names if other layers share a last part."""
         linear = (name for name, module in self.model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D)))
         names = {name.removesuffix(".base_layer") for name in linear if ".lora_" not in name}
         parts = last_parts(self.shape.targets)
@@ -242,17 +240,17 @@ class AdapterWeights:
         return parts if alike == set(self.shape.targets) else list(self.shape.targets)
 
     def merged_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights of the model that computes what base and adapter compute together, given both."""
+        """The weights of one model that computes what base and adapter compute together."""
         merged = base_weights(state)
         for name, adapted in self.layers.items():
-            layer: Any = copy.deepcopy(adapted)  # taking the adapter out of a weight again would round it
-            own = {key.removeprefix(f"{name}."): state[key].clone() for key in state if key.startswith(f"{name}.")}
-            layer.load_state_dict(own, assign=True)  # whole ones, where the model has shards
+            layer: Any = copy.deepcopy(adapted)  # to take the adapter out of a weight again would round it
+            whole = {key.removeprefix(f"{name}."): state[key].clone() for key in state if key.startswith(f"{name}.")}
+            layer.load_state_dict(whole, assign=True)
             layer.merge(adapter_names=[POLICY])
             merged[f"{name}.weight"] = layer.get_base_layer().get_parameter("weight").detach().cpu()
         return merged
 
 
 def base_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return, of an adapted model's weights, the frozen ones under the names that they have without an adapter."""
+    """The frozen weights of an adapted model, under the names that they have without an adapter."""
     return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}

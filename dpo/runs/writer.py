@@ -1,4 +1,4 @@
-"""Writing checkpoints while the training waits, or in the background from a copy in host memory."""
+"""Writing checkpoints while training waits, or in the background from a copy in host memory."""
 
 import os
 import sys
@@ -20,13 +20,13 @@ from dpo.system.errors import Stopped, actionable_errors, exit_code_of, summariz
 from dpo.system.state import copy_to_host
 
 SAVING = "while saving a checkpoint; background_saves=false makes no copy of it in memory"
-PATIENCE = 15.0  # seconds that a rank which has failed waits for a checkpoint before the others hear of it
+FAILURE_TIMEOUT = 15.0  # seconds that a failed rank waits for a checkpoint before it ends and the others notice
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, one at a time; in the background, a thread of every rank writes from a copy.
+    """Writes a run's checkpoints, one at a time. In the background, a thread of every rank writes from a copy.
 
-    As a context it ends when nothing is being written any more.
+    As a context manager it waits at its end for what is being written.
     """
 
     def __init__(self, path: Path, ranks: Ranks, settings: Settings):
@@ -38,9 +38,9 @@ class CheckpointWriter:
         self.error: BaseException | None = None
 
     def write(self, step: int, states: dict[str, Any], metrics: dict[str, float], blocking: bool = False) -> None:
-        """Write a checkpoint, after the one before; return when it is on disk, or when the states are copied.
+        """Write a checkpoint after the previous one; return when it is on disk, or when the states are copied.
 
-        RunError if this one or the one before cannot be written.
+        RunError if this or the previous one cannot be written.
         """
         self.wait()
         if blocking or not self.in_background:
@@ -51,7 +51,7 @@ class CheckpointWriter:
         self.thread.start()
 
     def save(self, step: int, states: dict[str, Any], metrics: dict[str, float]) -> Path:
-        """Write a checkpoint, each rank its shards where states has some, and return its folder."""
+        """Write a checkpoint, each rank its shards if states has some, and return its folder."""
         with actionable_errors(SAVING):
             if "shards" in states:
                 folder = self.path / ".staging-shards"
@@ -60,7 +60,7 @@ class CheckpointWriter:
             return self.ranks.run_on_main(partial(save_checkpoint, self.path, step, states, metrics, *self.keep))
 
     def run(self, step: int, states: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Write a checkpoint in the background."""
+        """Write a checkpoint in a thread."""
         start = time.monotonic()
         if self.gpu is not None:
             torch.cuda.set_device(self.gpu)  # a thread begins with the first one
@@ -71,13 +71,13 @@ class CheckpointWriter:
             self.error = error  # raised in the main thread
 
     def check(self) -> None:
-        """Raise what went wrong in the background; do not wait for what is being written."""
+        """Raise an error of the background thread, without waiting for it."""
         if self.error is not None:
             error, self.error = self.error, None
             raise error
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait until nothing is being written any more, or some seconds, and raise what went wrong."""
+        """Wait for the background thread, at most timeout seconds, and raise its error."""
         if self.thread is not None:
             self.thread.join(timeout)
             self.thread = None
@@ -93,7 +93,7 @@ class CheckpointWriter:
             self.wait()
         elif isinstance(error, Exception):
             try:
-                self.wait(None if self.ranks.world_size == 1 else PATIENCE)
+                self.wait(None if self.ranks.world_size == 1 else FAILURE_TIMEOUT)
             except Exception as other:  # the training's own failure is the one to raise
                 log_message(summarize_error(other))
         elif self.thread is not None and self.thread.is_alive():  # a second Ctrl-C

@@ -103,7 +103,7 @@ def test_a_training_that_is_stopped_fails_with_its_checkpoint(writer, monkeypatc
 
 
 def test_a_rank_that_fails_does_not_wait_for_long(writer, gate, monkeypatch):
-    monkeypatch.setattr(writer_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(writer_module, "FAILURE_TIMEOUT", 0.1)
     writer.ranks = SimpleNamespace(world_size=2, run_on_main=lambda work: work())
     with pytest.raises(ValueError, match="mine"), writer:
         writer.write(8, states(1.0), {})
