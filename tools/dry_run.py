@@ -65,7 +65,7 @@ def memory_of_processes(settings: Settings, loss: Loss, inputs: Inputs) -> str:
             part = [examples[i] for i in share]
             microbatches = packer(part, settings.gradient_accumulation_steps)
             longest = max([longest, *(one.n_tokens for one in microbatches)])
-    needed, available, place = estimate.of(longest), total_memory(device), "the memory of a GPU here"
+    needed, available, place = estimate.at(longest), total_memory(device), "the memory of a GPU here"
     if device.type != "cuda":
         available, place = available // n, "its share of the memory here"
     verdict = "fits" if needed <= available else "does not fit"

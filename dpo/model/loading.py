@@ -127,13 +127,13 @@ def load_policy(settings: Settings, config: PreTrainedConfig, device: torch.devi
     if settings.activation_checkpointing and not policy.supports_gradient_checkpointing:
         raise UserError("activation_checkpointing=true: this kind of model does not support it; set it to false")
     check_deterministic(policy)
-    return policy.to(device) if settings.lora is None or settings.lora.quantize is None else policy
+    is_placed = settings.lora is not None and settings.lora.quantize is not None
+    return policy if is_placed else policy.to(device)  # type: ignore[arg-type]  # a decorator hides its arguments
 
 
 def load_pretrained(settings: Settings, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
-    """Load a model with from_pretrained; UserError if a tensor of the model is missing or does not fit."""
     name = settings.model.name_or_path
-    load = partial(
+    load: Callable[[], tuple[PreTrainedModel, dict[str, Any]]] = partial(  # type: ignore[assignment]  # by its arguments
         AutoModelForCausalLM.from_pretrained,
         name,
         config=config,
@@ -163,7 +163,6 @@ def quantization(settings: Settings, device: torch.device) -> dict[str, Any]:
 
 
 def set_quantized_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Let bitsandbytes' layers, if there are any, compute in dtype."""
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.compute_dtype = dtype  # type: ignore[assignment]  # a plain attribute
@@ -237,7 +236,6 @@ def disable_randomness(config: PreTrainedConfig) -> None:
 
 
 def configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Yield a config and those nested in it."""
     yield config
     for value in list(vars(config).values()):
         if isinstance(value, PreTrainedConfig):

@@ -52,10 +52,6 @@ class Logps:
         """The mean log-probability per token, (batch, n_responses)."""
         return self.sums / self.lengths
 
-    def detach(self) -> "Logps":
-        tokens = None if self.tokens is None else self.tokens.detach()
-        return replace(self, sums=self.sums.detach(), tokens=tokens)
-
 
 class ResponseLogps(torch.nn.Module):
     """Computes the log-probability of each response token with a causal language model.
@@ -87,11 +83,9 @@ class ResponseLogps(torch.nn.Module):
 
     @property
     def head(self) -> torch.nn.Module:
-        """The output embeddings, which turn hidden states into logits."""
         return self.model.get_output_embeddings()
 
     def trained_parameters(self) -> list[torch.nn.Parameter]:
-        """All parameters that are not frozen."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def set_requires_gradient_sync(self, requires_gradient_sync: bool) -> None:
@@ -121,7 +115,6 @@ class ResponseLogps(torch.nn.Module):
         return torch.stack((logps, log_collisions(logits))) if self.with_collisions else logps
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head's logits (n, vocabulary) for hidden states (n, d)."""
         head = self.head
         if not self.float32_head:
             return head(hidden)
@@ -131,7 +124,6 @@ class ResponseLogps(torch.nn.Module):
 
 
 def response_logps(module: ResponseLogps, batch: PackedBatch) -> Logps:
-    """Compute the log-probabilities of a batch's responses, with their gradient."""
     sizes = [len(response) for example in batch.examples for response in example.responses]
     tokens = module(batch)
     if tokens.dim() == 1:

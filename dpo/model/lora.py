@@ -99,7 +99,6 @@ def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> tuple[
 
 
 def last_parts(layers: Sequence[str]) -> list[str]:
-    """The distinct last parts of layers' names."""
     return list(dict.fromkeys(layer.rpartition(".")[2] for layer in layers))
 
 
@@ -211,7 +210,6 @@ def copy_weights(parameters: Mapping[str, Parameter], stored: Mapping[str, Tenso
 
 
 def reference_weights(model: PreTrainedModel) -> dict[str, Any]:
-    """All weights of a model except those of the adapter that trains."""
     trained = re.compile(rf"\.lora_\w+\.{POLICY}\b")
     return {name: value for name, value in model.state_dict().items() if not trained.search(name)}
 

@@ -36,7 +36,6 @@ class Sampler:
     def of(
         cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype
     ) -> "Sampler":
-        """Make the sampler that a run's settings describe."""
         return cls(
             tokenizer=tokenizer,
             device=device,
@@ -50,7 +49,7 @@ class Sampler:
         )
 
     def generate(self, model: PreTrainedModel, prompts: Sequence[TokenizedExample], title: str) -> list[str]:
-        """Sample one continuation per prompt, the same for the same model and seed."""
+        """The texts that `sample` draws."""
         return [sample.text.responses[0] for sample in self.sample(model, prompts, title)]
 
     @torch.no_grad()
@@ -126,7 +125,6 @@ def default_generation_config(model: PreTrainedModel) -> Iterator[None]:
 
 
 def distinct_prompts(batches: BatchIterator, n: int) -> list[TokenizedExample]:
-    """The first n examples of the iterator's epoch with different prompts."""
     prompts: dict[str, TokenizedExample] = {}
     for batch in batches.from_start():
         for example in batch.examples:

@@ -96,7 +96,6 @@ def upload_later(folder: Path, repository: str | None) -> None:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the content of a JSON file in place."""
     content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
     with naming_file(path):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -15,25 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
+from dpo.model import lora
 from dpo.model.archives import load_weights, weights_checksum
-from dpo.model.lora import (
-    BASE,
-    POLICY,
-    PREFIX,
-    REFERENCE,
-    AdapterShape,
-    adapted_layers,
-    adapter_parameters,
-    adapter_tensors,
-    check_base,
-    check_shape,
-    copy_weights,
-    find_targets,
-    inject,
-    last_parts,
-    read_adapter,
-    use_adapter,
-)
 from dpo.runs.export import export_model, save_card, save_generation_config, save_model, save_tokenizer
 from dpo.settings.schema import ModelSettings, Settings
 from dpo.system.console import log_message
@@ -44,20 +27,27 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 
-class TrainedWeights(Protocol):
-    """What checkpoints and the export hold of the policy."""
+class AllWeights:
+    """All weights of a model, as checkpoints and the export hold them."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
 
     def tensors(self) -> dict[str, Tensor]:
         """The model's tensors that a checkpoint holds, by name; those of a sharded model are shards."""
+        return self.model.state_dict(keep_vars=True)
 
     def tensors_to_export(self) -> dict[str, Tensor]:
         """The model's tensors that `export` reads, under the names of its state_dict."""
+        return self.model.state_dict(keep_vars=True)
 
     def state_dict(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
         """What a checkpoint holds of the policy, with `tensors`, whole ones, in place of a sharded model's."""
+        return self.model.state_dict() if tensors is None else tensors
 
     def load_state_dict(self, state: dict[str, Any], setting: str) -> None:
         """Load the state of a checkpoint; UserError that names the setting if it does not fit."""
+        load_weights(self.model, state, setting)
 
     def export(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, weights: dict[str, Tensor] | None = None
@@ -66,28 +56,6 @@ class TrainedWeights(Protocol):
 
         card is the text of its README.md. weights are whole tensors in place of a sharded model's tensors_to_export.
         """
-
-
-class AllWeights:
-    """All weights of a model."""
-
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self.model.state_dict(keep_vars=True)
-
-    tensors_to_export = tensors
-
-    def state_dict(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
-        return self.model.state_dict() if tensors is None else tensors
-
-    def load_state_dict(self, state: dict[str, Any], setting: str) -> None:
-        load_weights(self.model, state, setting)
-
-    def export(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, weights: dict[str, Tensor] | None = None
-    ) -> None:
         export_model(folder, self.model, tokenizer, weights, card)
 
 
@@ -105,36 +73,37 @@ def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeigh
     assert settings is not None
     torch.manual_seed(run_settings.seed)
     base = weights_checksum(model.state_dict())
-    targets = find_targets(model, settings.targets)
-    shape = AdapterShape(settings.r, settings.alpha, settings.use_rslora, settings.use_dora, targets)
-    stored = None if settings.path is None else read_adapter(settings.path)
+    targets = lora.find_targets(model, settings.targets)
+    shape = lora.AdapterShape(settings.r, settings.alpha, settings.use_rslora, settings.use_dora, targets)
+    stored = None if settings.path is None else lora.read_adapter(settings.path)
     if stored is not None:
-        check_shape(settings, shape, stored.shape)
-        check_base(stored.base, base, f"lora.path={settings.path}")
-    configs: dict[str, PeftConfig] = {} if stored is None else {REFERENCE: shape.peft_config(model)}
-    configs[POLICY] = shape.peft_config(model, settings.dropout, True if settings.init == "kaiming" else "gaussian")
-    inject(model, configs)
+        lora.check_shape(settings, shape, stored.shape)
+        lora.check_base(stored.base, base, f"lora.path={settings.path}")
+    configs: dict[str, PeftConfig] = {} if stored is None else {lora.REFERENCE: shape.peft_config(model)}
+    init: Literal["gaussian"] | bool = True if settings.init == "kaiming" else "gaussian"
+    configs[lora.POLICY] = shape.peft_config(model, settings.dropout, init)
+    lora.inject(model, configs)
     model.eval()  # until training begins, an adapter's dropout is off
     if stored is not None:
         for name in configs:
-            copy_weights(adapter_parameters(model, name), stored.weights, f"lora.path={settings.path}")
-    trained = adapter_parameters(model, POLICY)
+            lora.copy_weights(lora.adapter_parameters(model, name), stored.weights, f"lora.path={settings.path}")
+    trained = lora.adapter_parameters(model, lora.POLICY)
     model.requires_grad_(False)
     for parameter in trained.values():
         parameter.requires_grad_(True)
-    for layer in adapted_layers(model).values():
+    for layer in lora.adapted_layers(model).values():
         # Autocast casts the inputs of products, while DoRA and bfloat16 weights need inputs in the adapter's float32.
         layer.cast_input_dtype_enabled = settings.use_dora or model.dtype != torch.float32
     n = sum(parameter.numel() for parameter in trained.values())
     total = sum(parameter.numel() for parameter in model.parameters())
     log_message(
-        f"LoRA: r={shape.r}, alpha={shape.alpha}, {len(targets)} layers ({', '.join(last_parts(targets))});"
+        f"LoRA: r={shape.r}, alpha={shape.alpha}, {len(targets)} layers ({', '.join(lora.last_parts(targets))});"
         f" {n:,} of {total:,} parameters are trained."
     )
     if run_settings.lr < SMALL_LR:
         advice = "an adapter usually needs 10 to 100 times the learning rate of all weights; try lr=5e-5"
         log_message(f"LoRA: lr={run_settings.lr:g} may be too low: {advice}.")
-    start = None if stored is None else weights_checksum(adapter_parameters(model, REFERENCE))
+    start = None if stored is None else weights_checksum(lora.adapter_parameters(model, lora.REFERENCE))
     return AdapterWeights(model, shape, base, start, base_name(run_settings.model), settings.export_merged)
 
 
@@ -151,7 +120,7 @@ class AdapterWeights:
     """The adapter of a frozen model. Checkpoints hold only the adapter, and the export has it in peft's format."""
 
     model: PreTrainedModel
-    shape: AdapterShape
+    shape: lora.AdapterShape
     base: str  # checksum of the frozen weights
     path: str | None  # checksum of the adapter of lora.path
     base_name: str | None  # name or path with which from_pretrained opens the frozen weights
@@ -160,7 +129,7 @@ class AdapterWeights:
     @cached_property
     def layers(self) -> dict[str, "LoraLayer"]:
         """peft's layers by the names of the linear layers that they wrap."""
-        return adapted_layers(self.model)
+        return lora.adapted_layers(self.model)
 
     def fingerprints(self) -> dict[str, str]:
         """Checksums of the frozen weights, which a resumed run must find again."""
@@ -170,11 +139,11 @@ class AdapterWeights:
     @contextmanager
     def as_reference(self) -> Iterator[None]:
         """Compute without the adapter, or with the frozen copy of the adapter of lora.path."""
-        use_adapter(self.layers.values(), REFERENCE)
+        lora.use_adapter(self.layers.values(), lora.REFERENCE)
         try:
             yield
         finally:
-            use_adapter(self.layers.values(), POLICY)
+            lora.use_adapter(self.layers.values(), lora.POLICY)
 
     def describe_reference(self) -> str:
         if self.path is not None:
@@ -182,14 +151,15 @@ class AdapterWeights:
         return "the base model, which is the policy with its adapter off"
 
     def tensors(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in adapter_parameters(self.model, POLICY).items()}
+        trained = lora.adapter_parameters(self.model, lora.POLICY)
+        return {name: parameter.detach() for name, parameter in trained.items()}
 
     def tensors_to_export(self) -> dict[str, Tensor]:
         """The weights of the adapter, and of the model if they are exported too."""
         state = self.model.state_dict(keep_vars=True)
         if self.base_name is None or self.export_merged:
             return state
-        return {name: value for name, value in state.items() if f".{POLICY}." in name}
+        return {name: value for name, value in state.items() if f".{lora.POLICY}." in name}
 
     def state_dict(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
         """The adapter's shape and weights, and the checksum of the frozen weights that it belongs to."""
@@ -197,7 +167,7 @@ class AdapterWeights:
         return {"adapter": asdict(self.shape), "base": self.base, "weights": weights}
 
     def load_state_dict(self, state: dict[str, Any], setting: str) -> None:
-        copy_weights(adapter_parameters(self.model, POLICY), state["weights"], setting)
+        lora.copy_weights(lora.adapter_parameters(self.model, lora.POLICY), state["weights"], setting)
 
     def export(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, weights: dict[str, Tensor] | None = None
@@ -216,9 +186,9 @@ class AdapterWeights:
         def write(staging: Path) -> None:
             config = self.shape.peft_config(self.model).to_dict() | {"base_model_name_or_path": base_name}
             config |= {"inference_mode": True, "target_modules": self.short_targets()}
-            tensors = adapter_tensors(state, POLICY)
-            adapter = {f"{PREFIX}{name}": value.contiguous() for name, value in tensors.items()}
-            save_file(adapter, staging / "adapter_model.safetensors", metadata={"format": "pt", BASE: self.base})
+            tensors = lora.adapter_tensors(state, lora.POLICY)
+            adapter = {f"{lora.PREFIX}{name}": value.contiguous() for name, value in tensors.items()}
+            save_file(adapter, staging / "adapter_model.safetensors", metadata={"format": "pt", lora.BASE: self.base})
             with naming_file(staging / "adapter_config.json"):
                 (staging / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             save_tokenizer(staging, tokenizer)
@@ -235,7 +205,7 @@ class AdapterWeights:
         """The last parts of the adapted layers' names, or whole names if other layers share a last part."""
         linear = (name for name, module in self.model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D)))
         names = {name.removesuffix(".base_layer") for name in linear if ".lora_" not in name}
-        parts = last_parts(self.shape.targets)
+        parts = lora.last_parts(self.shape.targets)
         alike = {name for name in names if name.rpartition(".")[2] in parts}
         return parts if alike == set(self.shape.targets) else list(self.shape.targets)
 
@@ -246,7 +216,7 @@ class AdapterWeights:
             layer: Any = copy.deepcopy(adapted)  # to take the adapter out of a weight again would round it
             whole = {key.removeprefix(f"{name}."): state[key].clone() for key in state if key.startswith(f"{name}.")}
             layer.load_state_dict(whole, assign=True)
-            layer.merge(adapter_names=[POLICY])
+            layer.merge(adapter_names=[lora.POLICY])
             merged[f"{name}.weight"] = layer.get_base_layer().get_parameter("weight").detach().cpu()
         return merged
 
@@ -254,3 +224,6 @@ class AdapterWeights:
 def base_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The frozen weights of an adapted model, under the names that they have without an adapter."""
     return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
+
+
+TrainedWeights = AllWeights | AdapterWeights

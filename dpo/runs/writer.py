@@ -60,7 +60,6 @@ class CheckpointWriter:
             return self.ranks.run_on_main(partial(save_checkpoint, self.path, step, states, metrics, *self.keep))
 
     def run(self, step: int, states: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Write a checkpoint in a thread."""
         start = time.monotonic()
         if self.gpu is not None:
             torch.cuda.set_device(self.gpu)  # a thread begins with the first one

@@ -53,7 +53,6 @@ class MemoryEstimate:
         return self.fixed + self.per_token * n_tokens + self.per_square * n_tokens**2
 
     def max_tokens(self, limit: float) -> int:
-        """The most tokens that fit into a limit in bytes."""
         room = max(0.0, limit - self.fixed)
         return int(2 * room / (self.per_token + math.sqrt(self.per_token**2 + 4 * self.per_square * room)))
 

@@ -20,7 +20,6 @@ MAX_NAMES = 5  # in a message
 
 
 def has_dropout(policy: nn.Module) -> bool:
-    """Whether a policy computes with random numbers in training, as with an adapter's dropout."""
     return any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules())
 
 

@@ -107,7 +107,8 @@ def make_muon(parameters: Sequence[Parameter], lr: float, options: OptimizerOpti
     given: arXiv 2502.16982.
     """
     embeddings = {id(parameter) for parameter in options.embeddings}
-    matrices, others = [], []
+    matrices: list[Parameter] = []
+    others: list[Parameter] = []
     for parameter in parameters:
         is_matrix = parameter.dim() == 2 and id(parameter) not in embeddings
         (matrices if is_matrix else others).append(parameter)

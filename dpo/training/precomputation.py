@@ -89,7 +89,6 @@ class Precomputation:
         return sum(cost([one]) for one in merged) / sum(cost([pair]) for pair in pairs)
 
     def compute(self, reference: CachedReference, merged_share: float) -> None:
-        """Compute the log-probabilities of all examples that the run will use."""
         train = self.train_batches
         if merged_share <= MAX_MERGED_SHARE:
             log_message(
@@ -115,7 +114,6 @@ class Precomputation:
         reference.merge(self.ranks.gather(reference.sums))
 
     def fill(self, reference: CachedReference, examples: Sequence[TokenizedExample], n_microbatches: int = 1) -> None:
-        """Compute and store the examples' log-probabilities in the microbatches of a batch."""
         with autocast(self.policy.model.dtype, self.dtype, self.packer.device):
             for batch, scale, _ in self.split_batch(examples, n_microbatches):
                 with self.packer.memory_hint(batch):
@@ -152,7 +150,6 @@ class Precomputation:
 
 
 def fingerprint(model: PreTrainedModel, settings: object) -> str:
-    """Compute a SHA-256 of a model's weights and config, and of settings."""
     config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
     digest = hashlib.sha256(repr((settings, config, model.config._attn_implementation)).encode())
     for name, value in reference_weights(model).items():

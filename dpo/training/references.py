@@ -246,14 +246,12 @@ class CachedReference(Reference):
         return self.samples
 
     def rows(self, examples: Iterable[TextExample]) -> torch.Tensor:
-        """The row of each example in `sums`, (examples,)."""
         wanted = np.fromiter(map(digest_of, examples), dtype=np.uint64)
         rows = np.searchsorted(self.digests, wanted)
         assert (self.digests[rows] == wanted).all(), "an example is not among those that the cache was made for"
         return torch.from_numpy(rows)
 
     def missing(self, examples: Iterable[TextExample]) -> list[TextExample]:
-        """The examples that have no log-probabilities yet."""
         left = set(self.digests[self.sums.isnan().any(dim=1).numpy()].tolist())
         return [example for example in examples if digest_of(example) in left]
 

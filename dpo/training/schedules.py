@@ -29,7 +29,6 @@ def lr_factor(update: int, n_updates: int, warmup: int, shape: Callable[[float],
 
 
 def make_scheduler(settings: Settings, optimizer: Optimizer, n_updates: int) -> LambdaLR:
-    """Make the scheduler of a run of n_updates, which is stepped after each update."""
     shape = SHAPES[settings.scheduler]
     warmup, ratio = settings.warmup_steps, settings.min_lr_ratio
     return LambdaLR(optimizer, lambda update: lr_factor(update, n_updates, warmup, shape, ratio))

@@ -78,7 +78,7 @@ def test_an_update_uses_operators_that_mps_has_and_no_float64(name, layout, dtyp
         batch = LAYOUTS[layout].pack(EXAMPLES).to(torch.device("cpu"))
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logps = response_logps(module, batch)
-        losses, _, _ = preference_loss(*logps.means.unbind(1), *logps.detach().sums.unbind(1), beta=0.1)
+        losses, _, _ = preference_loss(*logps.means.unbind(1), *logps.sums.detach().unbind(1), beta=0.1)
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
