@@ -278,26 +278,20 @@ def rope_problem(config: PreTrainedConfig, max_length: int) -> str | None:
 
     Else the log-probability of a response would depend on the other examples.
     """
-    limit = rope_limit(config)
-    if limit is None or max_length <= limit:
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    limits = [max_length]
+    for rope in [value for value in parameters.values() if isinstance(value, dict)] or [parameters]:  # per layer type
+        kind = rope.get("rope_type", "default")
+        if kind == "longrope":
+            limits.append(rope["original_max_position_embeddings"])
+        elif "dynamic" in kind:
+            limits.append(text.max_position_embeddings)
+    limit = min(limits)
+    if limit == max_length:
         return None
     return (
         f"max_length={max_length}: this model changes its rotary frequencies for all tokens of a microbatch in which"
         f" one example is longer than {limit} tokens, so log-probabilities would depend on the other examples;"
         f" set max_length to {limit} or less"
     )
-
-
-def rope_limit(config: PreTrainedConfig) -> int | None:
-    """The number of tokens above which rotary frequencies depend on a microbatch's length, or None."""
-    text = config.get_text_config()
-    parameters = getattr(text, "rope_parameters", None) or {}
-    per_layer_type = [value for value in parameters.values() if isinstance(value, dict)]
-    limits = []
-    for rope in per_layer_type or [parameters]:
-        kind = rope.get("rope_type", "default")
-        if kind == "longrope":
-            limits.append(rope["original_max_position_embeddings"])
-        elif "dynamic" in kind:
-            limits.append(text.max_position_embeddings)
-    return min(limits, default=None)
