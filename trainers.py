@@ -58,7 +58,7 @@ from dpo.system.state import random_states, set_random_states
 from dpo.system.stopwatch import Stopwatch
 from dpo.system.threads import ThreadCheck
 from dpo.training.first_update import check_first_margin, check_gradients, has_dropout, strict_autograd
-from dpo.training.objectives import NOTHING, Context, Loss, Sums
+from dpo.training.objectives import NO_SUMS, Context, Loss, Sums
 from dpo.training.optimizers import OptimizerOptions, make_optimizer
 from dpo.training.references import Reference, repeated, sums_of_logps
 from dpo.training.schedules import make_scheduler
@@ -237,7 +237,7 @@ class BasicTrainer:
             **self.utilization(batch.examples, seconds),
         }
 
-    def losses(self, batch: PackedBatch, metrics: BatchMetrics | None, sums: Sums = NOTHING) -> torch.Tensor:
+    def losses(self, batch: PackedBatch, metrics: BatchMetrics | None, sums: Sums = NO_SUMS) -> torch.Tensor:
         """Compute the losses of a microbatch, (examples,), and add its metrics, one value per example, to `metrics`."""
         with self.clock("reference"):
             reference_logps = None if self.reference is None else self.reference.logps(batch)

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     ComputeLogps = Callable[[Sequence[TokenizedExample]], tuple[Tensor, Tensor]]
 
 Sums = Mapping[str, float]
-NOTHING: Sums = MappingProxyType({})
+NO_SUMS: Sums = MappingProxyType({})
 
 
 def logsigmoid(x: Tensor) -> Tensor:
-    """Return log sigmoid(x) elementwise, without the underflow of sigmoid."""
+    """Compute log sigmoid(x) elementwise, without the underflow of sigmoid."""
     from torch.nn.functional import logsigmoid
 
     return logsigmoid(x)
@@ -37,10 +37,10 @@ def logsigmoid(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Context:
-    """What a loss may read besides the log-probabilities of a pass.
+    """What a loss may read besides the log-probabilities of a microbatch.
 
-    examples  the examples of the pass
-    sums      what `Loss.batch_sums` returned for the whole batch: all its passes, on all ranks
+    examples  the examples of the microbatch
+    sums      what `Loss.batch_sums` returned for the whole batch: all its microbatches, on all ranks
     state     what `Loss.next_state` kept of earlier batches; empty before the first
     """
 
@@ -103,10 +103,10 @@ class Loss(LossSettings, ABC):
 
     @abstractmethod
     def __call__(self, policy: Logps, reference: Logps | None, context: Context) -> tuple[Tensor, Metrics]:
-        """Return the losses, (batch,), and detached metrics of the same shape; reference is None where not needed."""
+        """Compute the losses, (batch,), and detached metrics of the same shape; reference is None where not needed."""
 
     def batch_sums(self, examples: Iterable[TokenizedExample], logps: ComputeLogps) -> dict[str, float]:
-        """Return sums over a whole batch that the losses of its examples depend on.
+        """Compute sums over a whole batch that the losses of its examples depend on.
 
         logps returns the sums of log-probabilities of policy and reference, both (examples, n_responses), on the host,
         without a gradient, in any order of the examples.
@@ -114,14 +114,14 @@ class Loss(LossSettings, ABC):
         return {}
 
     def next_state(self, state: Sums, means: Mapping[str, float]) -> Sums:
-        """Return what later batches depend on, given a training batch's mean metrics; checkpoints hold it."""
+        """Update what later batches depend on by a training batch's mean metrics; checkpoints hold it."""
         return state
 
 
 class PreferenceLoss(Loss):
     """A loss of a chosen and a rejected response, y_w and y_l.
 
-    Rewards, which are metrics alone, are beta log(pi(y) / ref(y)). Without a reference ref(y) counts as 1.
+    Rewards, which are only metrics, are beta log(pi(y) / ref(y)). Without a reference ref(y) counts as 1.
     """
 
     n_responses: ClassVar[int] = 2
@@ -129,14 +129,14 @@ class PreferenceLoss(Loss):
 
     @abstractmethod
     def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
-        """Return the losses, (batch,), of what counts as log pi(y), log ref(y) and |y|, each (batch, 2)."""
+        """Compute the losses, (batch,), from what counts as log pi(y), log ref(y) and |y|, each (batch, 2)."""
 
     def response_logps(self, logps: Logps) -> Tensor:
-        """Return what counts as log pi(y), (batch, 2): the sum over the response's tokens."""
+        """What counts as log pi(y), (batch, 2): here the sum over the response's tokens."""
         return logps.sums
 
     def finish(self, losses: Tensor, policy: Logps) -> Tensor:
-        """Return the losses, (batch,), with the weights and terms that options add to them."""
+        """Apply the weights and terms of options to the losses, (batch,)."""
         return losses
 
     def __call__(self, policy: Logps, reference: Logps | None, context: Context) -> tuple[Tensor, Metrics]:
@@ -147,7 +147,7 @@ class PreferenceLoss(Loss):
         return losses, self.metrics(logps.detach(), rewards, context) | {"loss": losses.detach()}
 
     def metrics(self, logps: Tensor, rewards: Tensor, context: Context) -> Metrics:
-        """Return metrics, (batch,), of what counts as log pi(y) and of the rewards, both (batch, 2)."""
+        """Compute metrics, (batch,), from what counts as log pi(y) and from rewards, both (batch, 2)."""
         chosen_rewards, rejected_rewards = rewards.unbind(1)
         return {
             "rewards/chosen": chosen_rewards,
@@ -174,7 +174,7 @@ class ReferenceLoss(PreferenceLoss):
 
     @abstractmethod
     def ratio_losses(self, chosen: Tensor, rejected: Tensor, context: Context) -> Tensor:
-        """Return the losses of the two log-ratios; all (batch,)."""
+        """Compute the losses from the two log-ratios; all (batch,)."""
 
     def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
         ratios = policy - reference
@@ -203,10 +203,10 @@ class PairLoss(PreferenceLoss):
 
     @abstractmethod
     def pair_losses(self, h: Tensor) -> Tensor:
-        """Return the losses, (batch,), of h, (batch,)."""
+        """Compute the losses from h; both (batch,)."""
 
     def compute_h(self, policy: Tensor, reference: Tensor) -> Tensor:
-        """Return h, (batch,), of what counts as log pi(y) and log ref(y), both (batch, 2)."""
+        """Compute h, (batch,), from what counts as log pi(y) and log ref(y), both (batch, 2)."""
         return (policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1])
 
     def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
@@ -216,7 +216,7 @@ class PairLoss(PreferenceLoss):
 class LabelLoss(PreferenceLoss):
     """A loss of desirable and undesirable responses, whose log-ratios are compared with a reference point.
 
-    An example is one response with a label, or a pair, of which the chosen response is desirable and the other is not.
+    An example is one response with a label, or a pair whose chosen response counts as desirable and the other does not.
     """
 
     takes_labels: ClassVar[bool] = True
@@ -227,32 +227,32 @@ class LabelLoss(PreferenceLoss):
 
     @abstractmethod
     def reference_point(self, context: Context) -> float:
-        """Return the log-ratio above which desirable responses should be, and undesirable ones below."""
+        """The log-ratio above which desirable responses should be, and undesirable ones below."""
 
     @abstractmethod
     def response_losses(self, distances: Tensor, desirable: Tensor) -> Tensor:
-        """Return the losses of responses by how far their rewards are on the right side; all (batch, n_responses)."""
+        """Compute losses from how far rewards are on the right side; all (batch, n_responses)."""
 
     def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
         desirable, above = desirable_responses(policy, context), policy - reference - self.reference_point(context)
         return self.response_losses(self.beta * above.where(desirable, -above), desirable).mean(1)
 
     def metrics(self, logps: Tensor, rewards: Tensor, context: Context) -> Metrics:
-        """Return metrics; of rewards and log-probabilities of single responses one value per response of each label.
+        """Compute metrics; rewards and log-probabilities of single responses are separate metrics for each label.
 
-        Such a response counts as accurate if its reward is on the right side of the reference point.
+        A single response counts as accurate if its reward is on the right side of the reference point.
         """
         if logps.shape[1] > 1:
             return super().metrics(logps, rewards, context)
         desirable, above = desirable_responses(logps, context), rewards - self.beta * self.reference_point(context)
-        found = {"rewards/accuracies": (above.where(desirable, -above) > 0).float()[:, 0]}
+        metrics = {"rewards/accuracies": (above.where(desirable, -above) > 0).float()[:, 0]}
         for name, values in (("rewards", rewards), ("logps", logps)):
-            found |= by_label(name, values[:, 0], context.examples)
-        return found
+            metrics |= by_label(name, values[:, 0], context.examples)
+        return metrics
 
 
 def desirable_responses(like: Tensor, context: Context) -> Tensor:
-    """Return which responses are desirable, (batch, n_responses), for a tensor of that shape."""
+    """Which responses are desirable, (batch, n_responses), for a tensor of that shape."""
     is_pair = like.shape[1] > 1
     labels = [[True, False]] * len(like) if is_pair else [[example.text.label] for example in context.examples]
     return like.new_tensor(labels).bool()
@@ -269,7 +269,7 @@ def by_label(name: str, values: Tensor, examples: Sequence[TokenizedExample]) ->
 
 
 class WeightOptions(PreferenceLoss):
-    """A weight of the loss, and a term beside it.
+    """A weight of the loss, and a term added to it.
 
     token_weights=wpo weights each pair by how likely the policy itself is to write it: WPO, arXiv 2406.11827.
     nll_weight adds the chosen response's negative log-likelihood per token: RPO, arXiv 2404.19733, where it is alpha.
@@ -344,7 +344,7 @@ class Divergence(PairLoss):
 
 
 def desensitized_sums(logps: Logps, alpha: float) -> Tensor:
-    """Return the sums, (batch, 2), in which tokens beyond the length of the pair's shorter response count alpha."""
+    """Compute sums, (batch, 2), in which tokens beyond the length of the pair's shorter response count alpha."""
     import torch
 
     assert logps.tokens is not None, "a cached reference has no log-probabilities of tokens"
@@ -358,7 +358,7 @@ def desensitized_sums(logps: Logps, alpha: float) -> Tensor:
 
 
 def wpo_weights(logps: Logps) -> Tensor:
-    """Return w(y_w) w(y_l), (batch,), without gradient: WPO's sampled alignment, arXiv 2406.11827.
+    """Compute w(y_w) w(y_l), (batch,), without gradient: WPO's sampled alignment, arXiv 2406.11827.
 
     w(y) is the geometric mean over the tokens of pi(y_t) / sum_v pi(v)^2: 1 on average for tokens that the policy
     samples. Above 1, the product counts as 1, as in the authors' code.
@@ -369,10 +369,10 @@ def wpo_weights(logps: Logps) -> Tensor:
 
 
 def mismatch(examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-    """Return the examples' prompts, each with the responses of the next example that has another prompt.
+    """Give each prompt the responses of the next example with another prompt, or of the next one if all are equal.
 
-    The first example follows the last. If all prompts are equal, it is simply the next example. Responses are cut where
-    prompt and response would be longer than in any of the examples.
+    The first example follows the last. Responses are cut where prompt and response would be longer than in any of the
+    examples.
     """
     longest, n = max(len(e.prompt) + max(map(len, e.responses)) for e in examples), len(examples)
     mismatched = []
