@@ -33,13 +33,8 @@ T = TypeVar("T", bound=Tensor)
 
 PREFIX = "base_model.model."  # of the names in peft's files
 BASE = "base_checksum"  # in the metadata of the files that are written here
-KEEPS_BASE = (
-    True,
-    False,
-    "gaussian",
-    "orthogonal",
-    "eva",
-)  # peft's initializations that leave the model's weights alone
+# peft's initializations that leave the base model's weights as they are
+KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
