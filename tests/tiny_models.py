@@ -7,7 +7,7 @@ from dpo.data.examples import TextExample, TokenizedExample
 from dpo.model.logps import response_logps
 from dpo.model.packing import make_microbatches
 
-PLENTY = 2**30  # tokens a pass
+PLENTY = 2**30  # tokens a microbatch
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 COMMON = {"vocab_size": 97, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -68,7 +68,7 @@ def respond(prompt, *responses):
 
 @torch.no_grad()
 def sums_of_logps(module, examples, layout, max_tokens=PLENTY):
-    """Return the log-probabilities (examples, n_responses) in the order of the batch, by passes of a layout."""
+    """The log-probabilities (examples, n_responses) in the order of the batch, by microbatches of a layout."""
     rows = {}
     for part in make_microbatches(examples, layout, max_tokens):
         sums = response_logps(module, part).sums.double()

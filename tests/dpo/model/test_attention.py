@@ -129,7 +129,7 @@ ROWS = {
 
 
 def tokens_attended(inputs):
-    """Return which token attends to which by a block mask, (seq, seq), and how many pairs of blocks it computes."""
+    """Which token attends to which by a block mask, (seq, seq), and how many pairs of blocks it computes."""
     mask, n_blocks = inputs["attention_mask"], inputs["input_ids"].shape[1] // FLEX_BLOCK
     order = torch.arange(n_blocks * FLEX_BLOCK)
     by_token = mask.mask_mod(None, None, order[:, None], order)

@@ -15,7 +15,7 @@ from dpo.model.packing import make_microbatches
 
 
 def layout_chosen_for(model, examples=EXAMPLES, max_length=64):
-    """Return the layout that training uses for a model where shared_prefix is asked for."""
+    """The layout that training uses for a model where shared_prefix is asked for."""
     module = ResponseLogps.wrap(model)
     return choose_layout(module, examples, "shared_prefix", max_length, torch.float32).layout
 

@@ -110,7 +110,7 @@ def test_a_model_without_known_layers_is_not_compiled():
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Return the hub client's constants, online, and whether and how often the hub is asked for a sign of life."""
+    """The hub client's constants, online, and whether and how often the hub is asked for a sign of life."""
     from huggingface_hub import constants
 
     asked = []

@@ -15,7 +15,7 @@ from dpo.model.attention import use_attention
 from dpo.model.logps import FLOAT32_BYTES, ResponseLogps, response_logps, target_logps
 from dpo.model.packing import LAYOUTS, make_microbatches
 
-BUDGETS = (PLENTY, 90)  # tokens a pass: everything in one, and about one long example
+BUDGETS = (PLENTY, 90)  # tokens a microbatch: everything in one, and about one long example
 TEXTS = (
     ("\n\nHuman: Which garden?\n\nAssistant:", " The quiet one by the river.", " None."),
     ("\n\nHuman: Hi\n\nAssistant:", "", " Hello there! What can I do for you on this bright day, and the next?"),
@@ -25,7 +25,6 @@ TEXTS = (
 
 
 def wrapped(name):
-    """Return a tiny model as training wraps it."""
     return ResponseLogps.wrap(tiny(name))
 
 
@@ -34,7 +33,7 @@ def wrapped(name):
 
 @torch.no_grad()
 def oracle(model, tokenizer, prompt, *responses):
-    """Return log pi(response, eos | prompt) of each response: one token at a time, unpadded, without special tokens."""
+    """Log pi(response, eos | prompt) of each response: one token at a time, unpadded, without special tokens."""
     sums = []
     for response in responses:
         ids, logp = tokenizer(prompt, add_special_tokens=False)["input_ids"], 0.0
@@ -47,7 +46,7 @@ def oracle(model, tokenizer, prompt, *responses):
 
 @pytest.fixture(scope="module")
 def family(tiny_folder):
-    """Return a family's model in float64, its examples, and what the oracle says of them."""
+    """A family's model in float64, its examples, and what the oracle says of them."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float64).eval()
     items = [TextExample(prompt, responses, "keep_end", 1, "") for prompt, *responses in TEXTS]

@@ -56,7 +56,6 @@ def make_module(case: Case) -> ResponseLogps:
 
 
 def microbatches(case: Case, examples: Sequence[TokenizedExample]) -> list[PackedBatch]:
-    """Return the microbatches of some examples, of few tokens each."""
     return list(make_microbatches(examples, case.layout, 45 if case.layout == "shared_prefix" else 70))
 
 
@@ -103,7 +102,7 @@ def sharded_gradients(rank: int, n: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> Path:
-    """Return the folder with the gradients that two processes computed together."""
+    """The folder with the gradients that two processes computed together."""
     folder = tmp_path_factory.mktemp("sharded")
     run_ranks(len(OWN), sharded_gradients, folder)
     return folder

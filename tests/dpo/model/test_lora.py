@@ -32,12 +32,11 @@ GPT2_LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 def settings_of(*overrides: str):
-    """Return the settings of a LoRA run."""
     return validated("loss=dpo", *TINY, *LORA, *overrides)[0]
 
 
 def adapted(family: str, *overrides: str):
-    """Return a tiny model with an adapter that changes what it computes, and the adapter."""
+    """A tiny model with an adapter that changes what it computes, and the adapter."""
     model = tiny(family)
     adapter = add_adapter(model, settings_of(*overrides))
     move(adapter)
@@ -53,7 +52,7 @@ def move(adapter, std: float = 0.1) -> None:
 
 
 def first(trainer):
-    """Return the first batch of a trainer, and the first microbatch of it."""
+    """The first batch of a trainer, and the first microbatch of it."""
     batch = next(iter(trainer.train_batches))
     return batch, next(trainer.packer(batch.examples))
 
@@ -259,7 +258,7 @@ def test_a_cached_reference_gives_the_updates_of_a_live_one_and_one_cache_serves
 
 @pytest.fixture
 def trained(make_trainer):
-    """Return a function that builds a trainer with an adapter, makes two updates, and saves and exports it."""
+    """A function that builds a trainer with an adapter, makes two updates, saves and exports."""
 
     def train(*overrides: str, loss: str = "dpo"):
         trainer = make_trainer(f"loss={loss}", *LORA, "lora.export_merged=true", *overrides)
@@ -274,7 +273,7 @@ def trained(make_trainer):
 
 
 def logits_of(model) -> torch.Tensor:
-    """Return a model's logits of some tokens, as float64."""
+    """A model's logits of some tokens, as float64."""
     with torch.no_grad():
         return model.eval()(torch.arange(5, 45)[None]).logits.double()
 
@@ -457,7 +456,6 @@ def test_a_checkpoint_of_another_adapter_does_not_fit(make_trainer):
 
 
 def problems(*overrides: str) -> list[str]:
-    """Return the lines in which a LoRA run's settings are refused."""
     with pytest.raises(UserError) as refusal:
         settings_of(*overrides)
     return str(refusal.value).splitlines()
@@ -529,7 +527,7 @@ def test_quantizing_needs_its_library_and_the_device_that_auto_finds(monkeypatch
 
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory) -> str:
-    """Return the folder of a tiny Llama whose linear layers are as wide as a block of NF4 or wider."""
+    """The folder of a tiny Llama whose linear layers are as wide as a block of NF4 or wider."""
     folder = tmp_path_factory.mktemp("llama")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     tokenizer = transformers.AutoTokenizer.from_pretrained(GOLDENS / "tiny-gpt2")
@@ -565,7 +563,7 @@ def test_quantized_layers_have_4_bits_and_are_near_the_weights_that_they_stand_f
 
 
 def dequantized(layer) -> torch.Tensor:
-    """Return the weights of a layer of bitsandbytes, as its products see them."""
+    """The weights of a layer of bitsandbytes, as its products see them."""
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(layer.weight, layer.weight.quant_state)

@@ -38,13 +38,12 @@ class Recorder(TorchDispatchMode):
 
 @cache
 def table() -> dict[str, dict]:
-    """Return torch's table of operators by name."""
     entries = yaml.safe_load(TABLE.read_text())
     return {f"aten::{entry['func'].split('(')[0]}": entry for entry in entries}
 
 
 def runs_on_mps(name: str) -> bool:
-    """Return whether an operator has a kernel for MPS, or is made of others."""
+    """Whether an operator has a kernel for MPS, or is made of others."""
     entry = table()[name]
     if "structured_delegate" in entry:
         return runs_on_mps(f"aten::{entry['structured_delegate']}")

@@ -9,14 +9,14 @@ from tiny_models import make_examples, respond
 from dpo.model.packing import LAYOUTS, Packer, balance, make_microbatches
 from dpo.system.errors import RunError
 
-PLENTY = 2**30  # tokens a pass
+PLENTY = 2**30  # tokens a microbatch
 EOS = 4
 PAIRS = [respond([3, 3, 3], [1, EOS], [2, 2, 0, EOS]), respond([0], [EOS], [3, 1, EOS]), respond([1] * 9, [2], [0, 0])]
 
 
 @pytest.mark.parametrize("max_tokens", [PLENTY, 12, 1])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_example_is_in_exactly_one_pass_with_its_targets_and_lengths(layout, max_tokens):
+def test_every_example_is_in_exactly_one_microbatch_with_its_targets_and_lengths(layout, max_tokens):
     passes = list(make_microbatches(PAIRS, layout, max_tokens))
     assert sorted(PAIRS.index(example) for part in passes for example in part.examples) == [0, 1, 2]
     for part in passes:
@@ -55,7 +55,7 @@ def test_a_shared_prefix_is_computed_once_and_without_padding():
     assert part.branch_lengths == ((3, 2, 4), (1, 1, 3), (9, 1, 2))
 
 
-def test_a_padded_pass_has_a_row_per_response_the_first_ones_first_and_masks_what_fills_them():
+def test_a_padded_microbatch_has_a_row_per_response_the_first_ones_first_and_masks_what_fills_them():
     (part,) = make_microbatches(PAIRS[:2], "padded", PLENTY)
     rows = [[3, 3, 3, 1, EOS], [0, EOS], [3, 3, 3, 2, 2, 0, EOS], [0, 3, 1, EOS]]
     assert part.inputs["input_ids"].tolist() == [row + [0] * (7 - len(row)) for row in rows]
@@ -73,7 +73,7 @@ def test_examples_that_just_fit_keep_their_order_and_else_the_longest_come_first
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_all_tensors_of_a_pass_are_on_the_packers_device(layout):
+def test_all_tensors_of_a_microbatch_are_on_the_packers_device(layout):
     (part,) = Packer(layout, PLENTY, torch.device("meta"))(PAIRS)
     tensors = [*part.inputs.values(), part.sources, part.targets, part.lengths]
     tensors += [part.segments] if layout == "shared_prefix" else []
@@ -96,7 +96,7 @@ def test_a_lack_of_memory_names_the_microbatch_and_the_setting_that_makes_it_sma
 
 
 @pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
-def test_every_example_lies_in_exactly_one_pass_within_the_budget(layout):
+def test_every_example_lies_in_exactly_one_microbatch_within_the_budget(layout):
     examples = make_examples([(n, n % 5 + 1, n % 3 + 1) for n in range(1, 60, 3)])
     passes = list(make_microbatches(examples, layout, 100))
     assert sorted(e.text.row for p in passes for e in p.examples) == list(range(len(examples)))

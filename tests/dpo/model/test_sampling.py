@@ -39,7 +39,7 @@ PROMPT = (5, 17, 40)
 
 @pytest.fixture(scope="module")
 def model():
-    """Return a model whose next token after PROMPT is uncertain, and never the end or padding."""
+    """A model with an uncertain next token after PROMPT, never the end or padding."""
     model = tiny("GPT2", tie_word_embeddings=False)
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(97), requires_grad=False)
     model.lm_head.bias[[Tokens.eos_token_id, Tokens.pad_token_id]] = -1e4
@@ -47,7 +47,7 @@ def model():
 
 
 def kept(probabilities: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
-    """Return a distribution cut to its k most likely tokens, or to the fewest whose probabilities reach p."""
+    """A distribution cut to its k most likely tokens, or to the fewest whose probabilities reach p."""
     order = probabilities.argsort(descending=True)
     before = probabilities[order].cumsum(0) - probabilities[order]
     n = top_k or int((before < top_p).sum())
@@ -57,7 +57,7 @@ def kept(probabilities: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> tor
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the total variation between two distributions."""
+    """The total variation between two distributions."""
     return float((one - other).abs().sum() / 2)
 
 

@@ -186,7 +186,7 @@ class Killed(BaseException):
 
 
 def killed_at(n, function):
-    """Return a function in whose n-th call the process ends."""
+    """A function that ends the process in its n-th call."""
     calls = count(1)
     return lambda *args, **kwargs: fail(Killed()) if next(calls) == n else function(*args, **kwargs)
 

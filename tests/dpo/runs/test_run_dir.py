@@ -27,7 +27,7 @@ SETTINGS = (*BUSY, "loss=dpo", "n_examples=24", "eval_every=1000", "sample_durin
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> Path:
-    """Return a run that was killed in the last of its three updates, with checkpoints after the first two."""
+    """A run that was killed in the last of its three updates, with checkpoints after the first two."""
     tmp_path = tmp_path_factory.mktemp("stopped")
     folder, data = tmp_path / "run", few_rows(tmp_path / "data", 40, 8)
     arguments = fresh(folder, *SETTINGS, f"datasets=['{data}']", f"local_dirs=['{tmp_path}']")
@@ -38,7 +38,6 @@ def stopped(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(stopped, tmp_path) -> Path:
-    """Return a copy of the stopped run."""
     return shutil.copytree(stopped, tmp_path / "run", symlinks=True)
 
 
@@ -50,12 +49,11 @@ def edit(folder: Path, old: str, new: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return what all files of a run hold."""
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def refusal(folder: Path, *arguments: str) -> str:
-    """Return the one line in which a command is refused, which changes nothing in the run."""
+    """The one line in which a command is refused, which changes nothing in the run."""
     before = contents(folder)
     run = command_line(folder, arguments)
     assert run.returncode == 2 and contents(folder) == before, run
@@ -64,7 +62,7 @@ def refusal(folder: Path, *arguments: str) -> str:
 
 
 def stored_fingerprints(folder: Path) -> dict[str, str]:
-    """Return the identity in a run's newest checkpoint."""
+    """The fingerprints in a run's newest checkpoint."""
     _, states = checkpoints.newest_checkpoint(folder)
     return states["run"]["fingerprints"]
 

@@ -29,7 +29,6 @@ def group(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Return a folder of shards."""
     digests = save_shards({"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7)}, tmp_path / "shards", ALONE)
     assert digests.keys() == {"__0_0.distcp"}
     return tmp_path / "shards"

@@ -17,20 +17,20 @@ from dpo.system.errors import RunError, Stopped
 
 @pytest.fixture
 def writer(tmp_path):
-    """Return a writer that saves into tmp_path in the background."""
+    """A writer that saves into tmp_path in the background."""
     return CheckpointWriter(tmp_path, ALONE, validated(*TINY, "loss=dpo", "background_saves=true")[0])
 
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Return an event that a save in the background waits for."""
+    """An event that a save in the background waits for."""
     event, save = threading.Event(), writer_module.save_checkpoint
     monkeypatch.setattr(writer_module, "save_checkpoint", lambda *args: event.wait(60) and save(*args))
     return event
 
 
 def states(value: float) -> dict:
-    """Return states of all parts, of which one holds a value."""
+    """States of all parts, one with a value."""
     return dict.fromkeys(PARTS, {}) | {"policy": {"w": torch.tensor([value])}}
 
 

@@ -62,7 +62,6 @@ def estimated(shape, kind="flex", *overrides, trained=True, n_shards=1):
 
 
 def gpu(memory_gb):
-    """Return the facts of a GPU with so much memory free."""
     return DeviceFacts("cuda", int(memory_gb * GB), capability=(9, 0), triton=True)
 
 
@@ -95,7 +94,7 @@ BUDGETS = [
 
 
 @pytest.mark.parametrize("shape, memory, tokens", BUDGETS)
-def test_a_gpus_passes_have_as_many_tokens_as_fit(shape, memory, tokens):
+def test_a_gpus_microbatches_have_as_many_tokens_as_fit(shape, memory, tokens):
     facts, need = gpu(memory), estimated(shape)
     assert auto_budget(facts, need) == tokens
     share = 0.9 * memory * GB
@@ -225,7 +224,7 @@ def test_a_fitted_run_is_bit_for_bit_one_with_that_number_of_tokens(make_trainer
 
 
 @pytest.mark.parametrize("share, budget", [(0.8, "most"), (1e-9, 1)], ids=["plenty", "none"])
-def test_real_passes_decide(share, budget, make_trainer, monkeypatch, capsys):
+def test_measured_microbatches_decide(share, budget, make_trainer, monkeypatch, capsys):
     monkeypatch.setitem(budgets.USABLE_SHARE, "cpu", share)
     trainer = make_trainer(*FIT)
     most = sum(map(len, heaviest_examples(trainer.train_batches, 1, "shared_prefix")))
@@ -248,14 +247,14 @@ def test_the_copy_from_which_a_checkpoint_is_written_needs_memory_of_a_cpu(make_
     assert copied_bytes(settings[0], trainer.policy, optimizer, torch.device("cuda")) == 0
 
 
-def test_the_heaviest_part_of_a_batch_is_found(make_trainer):
+def test_the_heaviest_microbatch_is_found(make_trainer):
     batches = make_trainer("loss=dpo").train_batches
     halves = [part for b in batches.from_start() for part in (b.examples[:4], b.examples[4:])]
     assert sum(map(len, heaviest_examples(batches, 2, "shared_prefix"))) == max(sum(map(len, part)) for part in halves)
 
 
 def recomputes(model) -> bool:
-    """Say whether some layer recomputes its activations; transformers has two names for a property that says so."""
+    """Whether some layer recomputes its activations; transformers has two names for a property that says so."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
@@ -284,7 +283,7 @@ def test_the_search_leaves_no_trace(optimizer, make_trainer, monkeypatch):
     assert torch.equal(states["torch"], random_states()["torch"])
 
 
-def test_a_pass_without_memory_needs_infinitely_much_and_other_errors_are_raised(make_trainer, monkeypatch):
+def test_a_microbatch_without_memory_needs_infinitely_much_and_other_errors_are_raised(make_trainer, monkeypatch):
     trainer = make_trainer("loss=dpo")
     batch = next(trainer.packer(next(iter(trainer.train_batches)).examples))
     for error, expected in ((torch.OutOfMemoryError("CUDA out of memory"), math.inf), (RuntimeError("shape"), None)):

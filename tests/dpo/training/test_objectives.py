@@ -21,7 +21,7 @@ def tensor(*values):
 
 
 def compute(loss, policy, reference, lengths=((2, 2), (3, 4))):
-    """Return a loss's losses and its gradient, (batch, 2), for sums of log-probabilities (batch, 2)."""
+    """A loss's losses and its gradient, (batch, 2), for sums of log-probabilities (batch, 2)."""
     sums, sizes = tensor(*policy).requires_grad_(), torch.tensor(lengths)
     examples = [SimpleNamespace(text=SimpleNamespace(scores=(3.0, 1.0)))] * len(policy)
     losses, metrics = loss(Logps(sums, sizes), Logps(tensor(*reference), sizes), Context(examples))
@@ -100,7 +100,7 @@ def test_wpo_weights_a_pair_by_its_likelihood_among_samples():
 
 
 def divergence_losses(name, **settings):
-    """Return the losses and gradients of pairs whose ratios u are 2, 1/2 and 1/2, 4; beta is B."""
+    """The losses and gradients of pairs whose ratios u are 2, 1/2 and 1/2, 4; beta is B."""
     policy = ([-5 + B, -7 - B], [-5 - B, -6 + 2 * B])
     return compute(make_loss("dpo", beta=B, divergence=name, **settings), policy, REFERENCE)
 

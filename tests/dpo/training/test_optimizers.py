@@ -32,12 +32,12 @@ def seed() -> None:
 
 
 def spread_values(n: int) -> Tensor:
-    """Return n float32 values of both signs, whose magnitudes are spread from 1e-30 to 1e30."""
+    """Make n float32 values of both signs, whose magnitudes are spread from 1e-30 to 1e30."""
     return torch.randn(n) * 10 ** torch.empty(n).uniform_(-30, 30)
 
 
 def neighbours(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nearest bfloat16 numbers towards zero and, where values aren't bfloat16 numbers, away from it."""
+    """The nearest bfloat16 numbers towards zero and, where values aren't bfloat16 numbers, away from it."""
     cut = values.view(torch.int32) & -0x10000
     away = torch.where(cut == values.view(torch.int32), cut, cut + 0x10000)
     return cut.view(torch.float32), away.view(torch.float32)
@@ -97,7 +97,7 @@ def test_shapes_and_strides_are_kept():
 
 
 def start(dtype: torch.dtype, n: int = 16_384) -> list[Parameter]:
-    """Return parameters of two shapes with weights around 1, exact in bfloat16, and one without gradients."""
+    """Parameters of two shapes with weights around 1, exact in bfloat16, and one without gradients."""
     generator = torch.Generator().manual_seed(1)
     weights = 1 + torch.rand(n, generator=generator).bfloat16()
     return [Parameter(part.to(dtype)) for part in (weights.view(-1, 64), weights[:100].clone(), weights[:3].clone())]
@@ -114,7 +114,7 @@ def train(optimizer: torch.optim.Optimizer, parameters: list[Parameter], steps: 
 
 
 def small_lr(name: str) -> float:
-    """Return a learning rate whose steps are 1e-4 to 1e-3, below the half ulp of 4e-3 of the weights of `start`."""
+    """A learning rate with steps of 1e-4 to 1e-3, below half an ulp, 4e-3, of the weights of `start`."""
     return {"Adadelta": 0.05, "RMSprop": 5e-5, "Adagrad": 1e-3}.get(name, 3e-4)
 
 
@@ -297,7 +297,7 @@ def test_the_note_names_the_memory_that_float32_needs():
 
 
 def policy_of(*shapes: tuple[int, ...]) -> torch.nn.Module:
-    """Return a module with an embedding, whose weight is tied to a head, and parameters of some shapes."""
+    """A module with an embedding, whose weight is tied to a head, and parameters of some shapes."""
     module = torch.nn.Module()
     module.embedding = torch.nn.Embedding(5, 4)
     module.head = torch.nn.Linear(4, 5, bias=False)
@@ -307,7 +307,6 @@ def policy_of(*shapes: tuple[int, ...]) -> torch.nn.Module:
 
 
 def options_of(module: torch.nn.Module, *overrides: str) -> OptimizerOptions:
-    """Return the options that a command line chooses."""
     return OptimizerOptions.of(validated("loss=dpo", *TINY, *overrides)[0], module)
 
 

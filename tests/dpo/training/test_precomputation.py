@@ -22,7 +22,7 @@ SHORT = ("max_length=96", "max_prompt_length=48", "batch_size=4", "eval_batch_si
 
 @pytest.fixture
 def rankings(tmp_path):
-    """Return the setting of a data set with 3 prompts that have 4 answers each, all 6 pairs of them."""
+    """The setting of a data set with 3 prompts that have 4 answers each, all 6 pairs of them."""
     rows = []
     for i in range(3):
         answers = [f" It is {i + k}, " + "and so on, " * k + "as I said." for k in range(4)]
@@ -35,7 +35,7 @@ def rankings(tmp_path):
 
 @pytest.fixture
 def precompute(make_trainer, tmp_path):
-    """Return a function that builds a trainer whose reference is cached."""
+    """A function that builds a trainer with a cached reference."""
     cached = ("loss=dpo", "loss.precompute_reference=true", f"local_dirs=['{tmp_path}']", "n_epochs=1")
     return lambda *overrides: make_trainer(*cached, *SHORT, *overrides)
 
@@ -49,13 +49,13 @@ def test_each_response_to_a_prompt_is_kept_once_in_the_order_of_the_pairs():
     assert [(one.prompt, one.responses) for one in merged] == [([1], ([2], [3], [4, 5])), ([9], ([2], [3]))]
 
 
-def test_a_merged_example_has_no_more_tokens_than_a_pass_unless_it_holds_a_single_response():
+def test_a_merged_example_has_no_more_tokens_than_a_microbatch_unless_it_holds_a_single_response():
     pairs = [respond([1], [2], [3]), respond([1], [4, 5], [6, 7, 8, 9])]
     assert [one.responses for one in merge_pairs(pairs, "shared_prefix", 4)] == [([2], [3]), ([4, 5],), ([6, 7, 8, 9],)]
     assert [one.responses for one in merge_pairs(pairs, "shared_prefix", 5)] == [([2], [3], [4, 5]), ([6, 7, 8, 9],)]
 
 
-def test_a_padded_merged_example_fits_into_a_pass_with_its_padding():
+def test_a_padded_merged_example_fits_into_a_microbatch_with_its_padding():
     """Three rows of 1 + 2 tokens, or two of 1 + 4."""
     pairs = [respond([1], [2], [3]), respond([1], [4, 5], [6, 7, 8, 9])]
     assert [one.responses for one in merge_pairs(pairs, "padded", 9)] == [([2], [3], [4, 5]), ([6, 7, 8, 9],)]
@@ -90,7 +90,7 @@ def test_shared_responses_are_computed_once_and_get_the_numbers_of_a_second_mode
 
 
 @pytest.mark.parametrize("other", ["n_examples=8", f"datasets=['{ROOT / 'tests' / 'goldens' / 'data'}']"])
-def test_less_than_an_epoch_and_pairs_that_share_nothing_are_computed_in_the_passes_of_training(
+def test_less_than_an_epoch_and_pairs_that_share_nothing_are_computed_in_the_microbatches_of_training(
     other, precompute, rankings, make_trainer, capsys
 ):
     trainer = precompute(rankings, other)
@@ -101,7 +101,7 @@ def test_less_than_an_epoch_and_pairs_that_share_nothing_are_computed_in_the_pas
         assert torch.equal(trainer.reference.logps(part).sums, live.logps(part).sums)
 
 
-def test_merged_examples_and_the_passes_of_training_have_caches_of_their_own(precompute, rankings, capsys, monkeypatch):
+def test_merged_examples_and_training_have_caches_of_their_own(precompute, rankings, capsys, monkeypatch):
     precompute(rankings)
     capsys.readouterr()
     precompute(rankings)
@@ -111,8 +111,8 @@ def test_merged_examples_and_the_passes_of_training_have_caches_of_their_own(pre
     assert "taken from" not in capsys.readouterr().out
 
 
-def test_pairs_are_merged_in_parts_and_examples_with_as_many_responses_share_passes(precompute, rankings, monkeypatch):
-    """18 pairs in one part: 3 examples of 4 responses. Parts of 5 cut the prompts, to the same sums."""
+def test_pairs_are_merged_in_chunks_and_equally_many_responses_share_microbatches(precompute, rankings, monkeypatch):
+    """18 pairs in one chunk: 3 examples of 4 responses. Chunks of 5 cut the prompts, to the same sums."""
     passes, compute = [], precomputation.response_logps
     monkeypatch.setattr(precomputation.CachedReference, "load", lambda *arguments: False)
     monkeypatch.setattr(

@@ -42,7 +42,7 @@ TAKEN = "Reference: log-probabilities taken from"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """Return a folder with a small data set and room for the cache that runs share."""
+    """A folder with a small data set and room for the cache that runs share."""
     folder = tmp_path_factory.mktemp("home")
     few_rows(folder / "data", 8, 4)
     return folder
@@ -50,7 +50,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture
 def precompute(home, make_trainer, capsys, monkeypatch):
-    """Return a function that builds a trainer and returns its cache, and whether it was taken from a file."""
+    """A function that builds a trainer and returns its cache, and whether it came from a file."""
     monkeypatch.setattr(build, "compile_layers", lambda model: None)  # it takes half a minute
 
     def run(*overrides: str) -> tuple[CachedReference, bool]:
@@ -154,7 +154,7 @@ def test_a_cache_holds_what_a_second_model_would_give(precompute, make_trainer, 
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_passes_of_the_first_epoch_and_of_the_evaluation_find_exactly_what_the_policy_gives(
+def test_the_microbatches_of_the_first_epoch_and_of_the_evaluation_find_exactly_what_the_policy_gives(
     precision, make_trainer, home
 ):
     place = (f"datasets=['{home / 'data'}']", f"local_dirs=['{home}']")
@@ -356,7 +356,7 @@ def test_a_reference_that_has_moved_is_computed_again(make_trainer, computed):
     assert moved == [False, False]
 
 
-def test_a_pass_that_comes_twice_is_computed_twice_and_none_of_an_evaluation_that_fails_is_kept(computed):
+def test_a_microbatch_that_comes_twice_is_computed_twice_and_none_of_an_evaluation_that_fails_is_kept(computed):
     """A rank with fewer passes than another repeats one to keep up, as long as the other computes."""
     reference = ModelReference(ResponseLogps.wrap(tiny("GPT2")), torch.float32)
     batch = next(Packer("padded", 1000, torch.device("cpu"))(EXAMPLES))
@@ -444,7 +444,7 @@ class Split(BatchSplitter):
             yield Microbatch(next(self.packer([example])), scale, True)
 
 
-def test_sums_of_a_batch_are_those_of_all_ranks_without_passes_that_only_keep_up_with_another_rank():
+def test_sums_of_a_batch_are_those_of_all_ranks_without_microbatches_that_only_keep_up_with_another_rank():
     policy, reference = (
         ResponseLogps.wrap(tiny("GPT2")),
         ModelReference(ResponseLogps.wrap(tiny("Llama")), torch.float32),

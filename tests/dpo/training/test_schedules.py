@@ -9,7 +9,7 @@ from dpo.training.schedules import SHAPES, lr_factor, make_scheduler
 
 
 def factors(name, n_updates=10, warmup=4, min_ratio=0.0):
-    """Return what lr is multiplied by in each update of a run."""
+    """What lr is multiplied by in each update of a run."""
     return [lr_factor(t, n_updates, warmup, SHAPES[name], min_ratio) for t in range(n_updates)]
 
 
