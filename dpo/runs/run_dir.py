@@ -100,7 +100,7 @@ class RunDir:
     def check_fingerprints(self, fingerprints: Mapping[str, str], earlier: Mapping[str, Callable[[], str]]) -> None:
         """Keep the run's fingerprints; UserError if the checkpoint that is resumed from has others.
 
-        earlier computes what earlier versions stored under some of the names, which is as good.
+        earlier computes the fingerprints that earlier versions stored under some of the names, which are accepted too.
         """
         self.fingerprints = dict(fingerprints) | {"the settings": settings_fingerprint(self.config)}
         if self.checkpoint is None:
@@ -116,7 +116,7 @@ class RunDir:
         return {} if self.checkpoint is None else read_environment(self.checkpoint.states)
 
     def is_complete(self, n_updates: int) -> bool:
-        """Return whether no update is left and the export, which comes last, was written."""
+        """Whether no update is left and the export, which comes last, was written."""
         if self.checkpoint is None:
             return False
         export = self.checkpoint.folder / "hf"
@@ -127,7 +127,7 @@ class RunDir:
             return False
 
     def record(self) -> None:
-        """Write config.yaml, and, of a resumed run, from where and with which overrides it goes on."""
+        """Write config.yaml, and for a resumed run the checkpoint and the overrides that it continues with."""
         self.ranks.run_on_main(self._write_record)
 
     def _write_record(self) -> None:
@@ -182,9 +182,9 @@ def lock_run_dir(path: Path) -> TextIO:
 
 
 def settings_fingerprint(config: DictConfig, with_device: bool = False) -> str:
-    """Return a SHA-256 of the settings that may not change; what lies behind a path is compared by its content.
+    """Compute a SHA-256 of the settings that may not change. Paths are left out: their content is compared elsewhere.
 
-    with_device gives the fingerprint of earlier versions, in which a resumed run kept its device.
+    with_device gives the fingerprint of earlier versions, where a resumed run kept its device.
     """
     free = ("exp_name", "local_run_dir", *MAY_MOVE, *MAY_CHANGE, *MAY_GROW)
     values = flatten(config).items()
@@ -206,7 +206,7 @@ def read_environment(states: Any) -> dict[str, Any]:
 
 
 def log_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Print what rounds a resumed run's numbers otherwise than before its stop."""
+    """Print the changes since a run's stop that may change how its numbers are rounded."""
     changed = [name for name, value in old.items() if new.get(name) != value]
     if changed:
         changes = "; ".join(f"{LABELS.get(name, name)} was {old[name]}, is {new.get(name)}" for name in changed)
