@@ -1,6 +1,6 @@
 """Optimizers: torch.optim's own for float32 parameters, and the same with stochastic rounding for bfloat16 ones.
 
-Muon is for the matrices of layers, with AdamW for the rest. AdamW8bit is torchao's or bitsandbytes'.
+Muon is for the matrices of layers, with AdamW for the rest. AdamW8bit is torchao's.
 
 bfloat16 has 8 significant bits: the distance to the next number (an ulp) is 2^-8 to 2^-7 of a weight. Rounding to
 nearest loses every update below half an ulp, which at usual learning rates is nearly all of them. Stochastic rounding
@@ -75,18 +75,11 @@ def stepped_optimizer(settings: Settings, policy: ResponseLogps) -> Optimizer:
 
 
 def optimizer_class(name: str) -> Callable[..., Optimizer]:
-    """Find the class of an optimizer; ImportError for AdamW8bit if neither torchao nor bitsandbytes is installed.
-
-    torchao's rounds bfloat16 weights stochastically, as this module does.
-    """
+    """Find the class of an optimizer; ImportError for AdamW8bit if torchao is not installed."""
     if name != "AdamW8bit":
         return getattr(torch.optim, name)
-    try:
-        from torchao.optim import AdamW8bit
-    except ImportError:
-        from bitsandbytes.optim import AdamW8bit as Bitsandbytes  # type: ignore[attr-defined]  # not in __all__
+    from torchao.optim import AdamW8bit
 
-        return Bitsandbytes
     return partial(AdamW8bit, bf16_stochastic_round=True)
 
 
@@ -125,9 +118,7 @@ def optimizer_problems(settings: Settings) -> list[str]:
     try:
         kind = optimizer_class(name)
     except ImportError:
-        return [f"optimizer={name}: needs torchao or bitsandbytes; pip install torchao, or use optimizer=AdamW"]
-    if settings.model.policy_dtype == "bfloat16" and name == "AdamW8bit" and not isinstance(kind, partial):
-        return [f"optimizer={name}: bitsandbytes loses small updates of bfloat16 parameters; pip install torchao"]
+        return [f"optimizer={name}: needs torchao; pip install torchao, or use optimizer=AdamW"]
     known = [key for key in inspect.signature(kind).parameters if key not in ("params", "lr", "weight_decay")]
     problems = []
     for key, value in arguments.items():

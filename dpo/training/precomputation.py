@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import transformers
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from dpo.data.batches import BatchIterator
 from dpo.data.examples import TokenizedExample
@@ -146,17 +145,15 @@ class Precomputation:
             how.append("merged")
         settings = (self.train_batches.settings(), self.eval_batches.settings(), tuple(how))
         versions = (torch.__version__, transformers.__version__)
-        return fingerprint(self.policy.model, (reference.order, settings, versions))
-
-
-def fingerprint(model: PreTrainedModel, settings: object) -> str:
-    config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
-    digest = hashlib.sha256(repr((settings, config, model.config._attn_implementation)).encode())
-    for name, value in reference_weights(model).items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        whole: torch.Tensor = value.full_tensor() if isinstance(value, DTensor) else value
-        digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        model = self.policy.model
+        config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+        content = ((reference.order, settings, versions), config, model.config._attn_implementation)
+        digest = hashlib.sha256(repr(content).encode())
+        for name, value in reference_weights(model).items():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            whole: torch.Tensor = value.full_tensor() if isinstance(value, DTensor) else value
+            digest.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 def merge_pairs(pairs: Sequence[TokenizedExample], layout: str, max_tokens: int) -> Iterator[TokenizedExample]:

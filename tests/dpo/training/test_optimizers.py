@@ -423,38 +423,30 @@ def test_a_run_with_muon_trains_and_its_head_is_adamws(make_trainer):
     assert losses[-1] < losses[0]
 
 
-def test_8_bit_adamw_is_refused_where_no_library_has_it(monkeypatch):
-    for name in ("torchao.optim", "bitsandbytes.optim"):
-        monkeypatch.setitem(sys.modules, name, None)
+def test_8_bit_adamw_is_refused_without_torchao(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(UserError) as error:
         inputs_of("loss=dpo", *TINY, "optimizer=AdamW8bit")
-    assert str(error.value) == (
-        "optimizer=AdamW8bit: needs torchao or bitsandbytes; pip install torchao, or use optimizer=AdamW"
-    )
+    assert str(error.value) == "optimizer=AdamW8bit: needs torchao; pip install torchao, or use optimizer=AdamW"
 
 
-@pytest.mark.parametrize("library, stochastic", [("torchao", True), ("bitsandbytes", False)])
-def test_8_bit_adamw_is_that_of_the_library_that_is_there(library, stochastic, monkeypatch):
-    """The libraries are heavy and optional, so theirs is stood for by one that keeps its arguments."""
+def test_8_bit_adamw_is_torchaos_with_stochastic_rounding(monkeypatch):
+    """torchao is heavy and optional, so a class that keeps its arguments stands in for it."""
 
     class AdamW8bit(torch.optim.AdamW):
         def __init__(self, params, lr, *, bf16_stochastic_round=False, block_size=256, **others):
             super().__init__(params, lr, **others)
             self.kept = (bf16_stochastic_round, block_size)
 
-    for name in ("torchao", "bitsandbytes"):
-        module = types.SimpleNamespace(AdamW8bit=AdamW8bit) if name == library else None
-        monkeypatch.setitem(sys.modules, f"{name}.optim", module)
-        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(optim=module) if module else None)
+    library = types.SimpleNamespace(AdamW8bit=AdamW8bit)
+    monkeypatch.setitem(sys.modules, "torchao.optim", library)
+    monkeypatch.setitem(sys.modules, "torchao", types.SimpleNamespace(optim=library))
     choice = ("loss=dpo", *TINY, "optimizer=AdamW8bit", "optimizer_args={block_size: 64}", "weight_decay=0")
     settings = validated(*choice)[0]
     assert optimizer_problems(settings) == []
-    in_bfloat16 = optimizer_problems(validated(*choice, "precision=auto", "model.policy_dtype=bfloat16")[0])
-    lost = "optimizer=AdamW8bit: bitsandbytes loses small updates of bfloat16 parameters; pip install torchao"
-    assert in_bfloat16 == ([] if stochastic else [lost])
     module = policy_of((3, 4), (4,)).to(torch.bfloat16)
     optimizer = make_optimizer("AdamW8bit", module.layers, 0.1, OptimizerOptions.of(settings, module))
-    assert optimizer.kept == (stochastic, 64)
+    assert optimizer.kept == (True, 64)
 
 
 def test_muon_alone_updates_an_adapter_whose_weights_are_all_matrices():
