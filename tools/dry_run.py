@@ -71,7 +71,8 @@ def memory_of_processes(settings: Settings, loss: Loss, inputs: Inputs) -> str:
     verdict = "fits" if needed <= available else "does not fit"
     return (
         f"Peak memory, estimated: {needed / 1e9:.2f} GB on each of {n} processes, {estimate.fixed / 1e9:.2f} GB of it "
-        f"without activations, in a microbatch of {longest:,} tokens. That {verdict} into {available / 1e9:.1f} GB, {place}."
+        f"without activations, in a microbatch of {longest:,} tokens. That {verdict} into {available / 1e9:.1f} GB, "
+        f"{place}."
     )
 
 

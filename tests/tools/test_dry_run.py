@@ -143,7 +143,7 @@ def memory(*overrides):
     """What is printed for several processes: total GB, GB of weights and so on, tokens of the longest microbatch."""
     settings = (*TINY, "loss=dpo", "max_tokens_per_pass=300", "dry_run=true", *overrides)
     line = memory_of_processes(*validated(*settings), inputs_of(*settings))
-    pattern = r"Peak memory, estimated: ([\d.]+) GB on each of .*, ([\d.]+) GB of it .* pass of ([\d,]+) tokens"
+    pattern = r"Peak memory, estimated: ([\d.]+) GB on each of .*, ([\d.]+) GB of it .* microbatch of ([\d,]+) tokens"
     assert "That fits into" in line and "its share of the memory here" in line
     total, fixed, tokens = re.match(pattern, line).groups()
     return float(total), float(fixed), int(tokens.replace(",", ""))
