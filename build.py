@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from dpo.data.batches import BatchIterator, data_problems, schedule_notes
 from dpo.data.chat import RowFormatter
-from dpo.data.examples import Tokenization, bos_note
+from dpo.data.examples import Tokenization, bos_notes
 from dpo.data.row_index import concatenate, score_problems, scores_of
 from dpo.data.sources import is_hub_name
 from dpo.distributed.process_group import check_same, synchronize
@@ -82,26 +82,38 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
     model_config, tokenizer = load_model_config(settings.model)
     problems = model_problems(settings, model_config, tokenizer, device)
     raise_problems(problems + plan_problems(settings, model_config))
-    lengths, add_bos = (settings.max_length, settings.max_prompt_length), settings.model.add_bos
-    tokenize = Tokenization(tokenizer, *lengths, add_bos, model_config.get_text_config().vocab_size)
-    sft = loss.n_responses == 1
+    tokenize = Tokenization(
+        tokenizer,
+        settings.max_length,
+        settings.max_prompt_length,
+        add_bos=settings.model.add_bos,
+        vocab_size=model_config.get_text_config().vocab_size,
+    )
     formatter = RowFormatter(settings.prompt_format, tokenizer)
-    train, test = load_data(settings, sft, tokenize, formatter, loss.takes_labels)
-    if formatter.template is None and (note := bos_note(tokenizer, add_bos)):  # a chat template writes its own BOS
-        log_message(note)
-    limits = (settings.n_epochs, settings.n_examples)
-    train_batches = BatchIterator(train, tokenize, settings.batch_size, settings.seed, *limits)
-    eval_batches = BatchIterator(test, tokenize, settings.eval_batch_size, 0, 1, settings.n_eval_examples, True)
-    raise_problems(data_problems(settings, train_batches, eval_batches))
-    raise_problems(score_problems(concatenate([train, test])) if loss.needs_scores else [])
-    for note in schedule_notes(settings, len(train_batches)):
-        log_message(note)
-    left = train_batches.n_items - train_batches.batches_per_epoch * settings.batch_size
-    if left:
-        n = train_batches.n_items
-        log_message(f"Each epoch skips the last {left:,} of {n:,} examples, too few for a batch.")
+    train_batches, eval_batches = load_batches(settings, loss, tokenize, formatter)
     stops = formatter.template.stops() if formatter.template else []
     return Inputs(device, model_config, tokenizer, train_batches, eval_batches, stops)
+
+
+def load_batches(
+    settings: Settings, loss: Loss, tokenize: Tokenization, formatter: RowFormatter
+) -> tuple[BatchIterator, BatchIterator]:
+    """Load the data of training and of evaluation, and log what is unusual; UserError if the run cannot use it."""
+    train, test = load_data(settings, loss.n_responses == 1, tokenize, formatter, loss.takes_labels)
+    train_batches = BatchIterator(
+        train, tokenize, settings.batch_size, settings.seed, settings.n_epochs, settings.n_examples
+    )
+    eval_batches = BatchIterator(
+        test, tokenize, settings.eval_batch_size, n_epochs=1, n_examples=settings.n_eval_examples, keep_last=True
+    )
+    problems = data_problems(settings, train_batches, eval_batches)
+    raise_problems(problems or (score_problems(concatenate([train, test])) if loss.needs_scores else []))
+    notes = schedule_notes(settings, train_batches)
+    if formatter.template is None:  # a chat template writes its own BOS
+        notes = [*bos_notes(tokenize.tokenizer, tokenize.add_bos), *notes]
+    for note in notes:
+        log_message(note)
+    return train_batches, eval_batches
 
 
 def build_trainer(

@@ -151,19 +151,22 @@ def data_problems(settings: Settings, train_batches: BatchIterator, eval_batches
     return problems
 
 
-def schedule_notes(settings: Settings, n_updates: int) -> list[str]:
-    """A line for each part of the schedule that a run of n_updates does not reach."""
+def schedule_notes(settings: Settings, batches: BatchIterator) -> list[str]:
+    """A line for each part of the schedule or the data that a run does not reach."""
     notes = []
-    warmup = settings.warmup_steps
+    n_updates = len(batches)
     n_examples = n_updates * settings.batch_size
-    if warmup >= n_updates:
-        reached = settings.lr * n_updates / (warmup + 1)
+    if settings.warmup_steps >= n_updates:
+        last_lr = settings.lr * n_updates / (settings.warmup_steps + 1)
         notes.append(
-            f"warmup_steps={warmup}: the run has {n_updates:,} updates, so the learning rate ends at {reached:.2g}."
+            f"warmup_steps={settings.warmup_steps}: the run has {n_updates:,} updates, "
+            f"so the learning rate ends at {last_lr:.2g}."
         )
     if settings.eval_every >= n_examples:
-        run = (
-            f"the run has {n_examples:,} examples, so it is evaluated only at its start (do_first_eval) and at its end"
+        notes.append(
+            f"eval_every={settings.eval_every:,}: the run has {n_examples:,} examples, "
+            "so it is evaluated only at its start (do_first_eval) and at its end"
         )
-        notes.append(f"eval_every={settings.eval_every:,}: {run}")
+    if skipped := batches.n_items - batches.batches_per_epoch * settings.batch_size:
+        notes.append(f"Each epoch skips the last {skipped:,} of {batches.n_items:,} examples, too few for a batch.")
     return notes

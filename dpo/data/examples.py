@@ -202,18 +202,23 @@ def special_token_problems(tokenizer: "PreTrainedTokenizerBase", vocab_size: int
     return problems
 
 
-def bos_note(tokenizer: "PreTrainedTokenizerBase", add_bos: bool) -> str | None:
-    """A line for the log if the tokenizer by itself adds BOS where training does not, or the other way round."""
+def bos_notes(tokenizer: "PreTrainedTokenizerBase", add_bos: bool) -> list[str]:
+    """A line if the tokenizer adds BOS and training does not, or the other way round."""
+    bos = tokenizer.bos_token
     if tokenizer.bos_token_id is None:
-        return None
+        return []
     adds_bos = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     if adds_bos and not add_bos:
-        habit = f"The tokenizer puts {tokenizer.bos_token} before a text, also in the exported model"
-        return f"{habit}; training does not, as in the original. To train with it, set model.add_bos=true."
+        return [
+            f"The tokenizer puts {bos} before a text, also in the exported model; training does not, as in the "
+            "original. To train with it, set model.add_bos=true."
+        ]
     if add_bos and not adds_bos:
-        habit = f"Training puts {tokenizer.bos_token} before each prompt (model.add_bos=true)"
-        return f"{habit}; the tokenizer does not by itself, so whoever uses the exported model must."
-    return None
+        return [
+            f"Training puts {bos} before each prompt (model.add_bos=true); the tokenizer does not, so add it "
+            "when you use the exported model."
+        ]
+    return []
 
 
 def hash_texts(digest: "hashlib._Hash", groups: Iterable[Iterable[TextExample]]) -> None:

@@ -370,4 +370,4 @@ def score_problems(groups: Sequence[Sequence[TextExample]]) -> list[str]:
     if all(scores_of(groups)):
         return []
     text = next(text for group in groups for text in group if not text.scores)
-    return [f"loss=odpo: {text.where} has no scores"]
+    return [f"datasets: {text.where} has no scores, which this loss needs"]

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 import dpo.data.examples
 from dpo.data.batches import BatchIterator
-from dpo.data.examples import TextExample, Tokenization, bos_note, padding_id, special_token_problems
+from dpo.data.examples import TextExample, Tokenization, bos_notes, padding_id, special_token_problems
 from dpo.system.errors import UserError
 
 EOS = 0
@@ -264,10 +264,11 @@ def test_a_tokenizer_that_adds_bos_where_training_does_not_or_the_reverse_gets_a
     """Of the tiny families Llama and Gemma add BOS by themselves, GPT-2 has one and does not, the others have none."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     habit = {"<s>": True, "<bos>": True, "<|endoftext|>": False, None: None}[tokenizer.bos_token]
-    note = bos_note(tokenizer, add_bos)
+    notes = bos_notes(tokenizer, add_bos)
     if habit is None or habit == add_bos:
-        assert note is None
+        assert notes == []
     else:
+        (note,) = notes
         assert "model.add_bos=true" in note and tokenizer.bos_token in note and "\n" not in note
         assert note.startswith("Training puts" if add_bos else "The tokenizer puts")
 
