@@ -199,7 +199,9 @@ def test_a_sweep_names_its_runs_by_what_differs_and_leaves_nothing_else(fixed, t
     assert all(any(folder.iterdir()) for folder in tmp_path.rglob("*") if folder.is_dir())
     assert [path.name for path in tmp_path.iterdir()] == ["sweep" if fixed else "runs"]
     lines = [
-        line for line in swept.stdout.splitlines() if re.match(r"loss\.beta=\S+: loss [\d.]+, accuracy [\d.]+", line)
+        line
+        for line in swept.stdout.splitlines()
+        if re.match(r"loss\.beta=\S+: loss/eval [\d.]+, rewards_eval/accuracies", line)
     ]
     assert [line.split(":")[0] for line in lines] == names
     assert "No frontier.html: no evaluation recorded a KL" in swept.stdout

@@ -50,7 +50,23 @@ def test_a_dry_run_prints_its_forecast_and_leaves_nothing(overrides, tmp_path, c
     assert ("samples" in out.split("Time to the end")[1]) == ("sample_during_eval=true" in overrides)
     peaks = re.search(r"Peak memory: ([\d.]+) of .*; an update needs ([\d.]+) GB, its longest microbatch", out)
     assert float(peaks[1]) >= float(peaks[2]) > 0.05
-    assert ("in an update while a checkpoint is written;" in out) == ("background_saves=true" in overrides)
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_the_copy_from_which_a_checkpoint_is_written_adds_to_the_peak_of_an_update(
+    in_background, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("tools.dry_run.peak_memory", lambda device: 10**9)
+    monkeypatch.setattr("tools.dry_run.copied_bytes", lambda settings, *_: 2 * 10**9 * settings.background_saves)
+    settings = [*TINY, *SHORT, "loss=sft", "dry_run=true", f"local_run_dir='{tmp_path / 'run'}'"]
+    train.run(compose(*settings, f"background_saves={in_background}"), Signals(), ())
+    line = capsys.readouterr().out.splitlines()[-1]
+    peak = (
+        r"3\.00 of .* GB, in an update while a checkpoint is written"
+        if in_background
+        else r"1\.00 of .* GB, in [a-z ]*"
+    )
+    assert re.match(f"Peak memory: {peak}; an update needs 1.00 GB", line), line
 
 
 # Counts
