@@ -134,7 +134,7 @@ def again(folder: Path, *overrides: str) -> tuple[str, ...]:
 
 def state_of(folder: Path) -> str:
     """Return a SHA-256 of weights, optimizer, scheduler, counters and random states in a run's newest checkpoint."""
-    newest = run_config.checkpoints(folder)[0]
+    newest = run_config.list_checkpoints(folder)[0]
     states = checkpoints.read_checkpoint(newest)
     assert isinstance(states, dict), states
     run = states["run"]
@@ -341,7 +341,7 @@ def kill_in_save(point: str, nth: int) -> Fault:
 def copy_until(folder: Path, target: Path, step: int) -> Path:
     """Copy a run as it was when it had written step-N and was killed a little later."""
     shutil.copytree(folder, target, symlinks=True)
-    for checkpoint in run_config.checkpoints(target):
+    for checkpoint in run_config.list_checkpoints(target):
         if int(checkpoint.name.removeprefix("step-")) > step:
             shutil.rmtree(checkpoint)
     with contextlib.suppress(FileNotFoundError):

@@ -123,7 +123,7 @@ def test_a_run_that_is_killed_in_a_save_ends_as_if_it_had_not_been(point, whole,
         folder, saves = tmp_path / f"run{nth}", f"background_saves={(SAVE_POINTS.index(point) + nth) % 2 == 0}"
         killed = command_line(folder, fresh(folder, *DPO, saves), dropout, kill_in_save(point, nth))
         assert killed.returncode == -signal.SIGKILL
-        found = run_config.checkpoints(folder)
+        found = run_config.list_checkpoints(folder)
         assert [checkpoints.find_corruption(checkpoint) for checkpoint in found] == [None] * len(found)
         assert not (folder / "LATEST").is_symlink() or (folder / "LATEST").resolve() in found
         resumed(folder)
@@ -148,7 +148,7 @@ def test_a_run_resumes_from_every_step_over_three_epochs(layout, cached, whole, 
     settings = (*BUSY, "loss=dpo", f"datasets=['{data}']", "n_examples=null", "n_epochs=3", f"layout={layout}")
     settings += (f"loss.precompute_reference={str(cached).lower()}", f"local_dirs=['{tmp_path}']")
     original = whole(settings)
-    steps = [int(path.name.removeprefix("step-")) for path in run_config.checkpoints(original)]
+    steps = [int(path.name.removeprefix("step-")) for path in run_config.list_checkpoints(original)]
     assert len(steps) == 9
     chosen = counts(small=(steps[1], steps[5]), full=steps)
     for step in chosen:
@@ -283,7 +283,9 @@ def test_a_second_interrupt_stops_at_once(tmp_path):
     folder = tmp_path / "run"
     result = command_line(folder, fresh(folder, *DPO), at_event(6, twice))  # as the evaluation after 16 examples begins
     assert result.returncode == 130 and "Traceback" not in result.stderr
-    assert [path.name for path in run_config.checkpoints(folder)] == ["step-8"]  # step-16 would come of a patient stop
+    assert [path.name for path in run_config.list_checkpoints(folder)] == [
+        "step-8"
+    ]  # step-16 would come of a patient stop
 
 
 def test_an_interrupt_after_another_signal_still_waits_and_a_second_one_does_not(tmp_path):
@@ -293,7 +295,7 @@ def test_an_interrupt_after_another_signal_still_waits_and_a_second_one_does_not
 
     folder = tmp_path / "run"
     assert command_line(folder, fresh(folder, *DPO), at_event(6, many)).returncode == 130
-    assert [path.name for path in run_config.checkpoints(folder)] == ["step-8"]
+    assert [path.name for path in run_config.list_checkpoints(folder)] == ["step-8"]
 
 
 @pytest.mark.parametrize("moment, code", [("evaluate", 143), ("export", 0)])
@@ -308,7 +310,7 @@ def test_a_signal_in_the_last_evaluation_stops_the_run_and_one_after_it_lets_it_
     fault = lambda: setattr(trainers.BasicTrainer, moment, interrupted)  # noqa: E731
     result = command_line(folder, fresh(folder, *BUSY, "loss=dpo", *short), fault)
     assert result.returncode == code, result.stderr
-    assert [path.name for path in run_config.checkpoints(folder)] == ["step-16"]
+    assert [path.name for path in run_config.list_checkpoints(folder)] == ["step-16"]
     assert (folder / "LATEST" / "hf" / "model.safetensors").exists() == (code == 0)
     assert ("To resume: python train.py resume=" in result.stdout) == (code == 143)
 
@@ -337,7 +339,7 @@ def test_sigusr1_saves_and_goes_on(whole, tmp_path):
     folder = tmp_path / "run"
     result = command_line(folder, fresh(folder, *settings), dropout, at_event(4, send(signal.SIGUSR1)))
     assert result.returncode == 0
-    assert [path.name for path in run_config.checkpoints(folder)] == ["step-48", "step-16"]
+    assert [path.name for path in run_config.list_checkpoints(folder)] == ["step-48", "step-16"]
     assert_same(folder, whole(settings))
 
 
@@ -352,7 +354,7 @@ def test_sigusr1_before_training_begins_saves_after_the_first_update(tmp_path):
 
     fault = lambda: setattr(trainers.BasicTrainer, "__init__", interrupted)  # noqa: E731
     assert command_line(folder, fresh(folder, *settings), fault).returncode == 0
-    assert [path.name for path in run_config.checkpoints(folder)] == ["step-16", "step-8"]
+    assert [path.name for path in run_config.list_checkpoints(folder)] == ["step-16", "step-8"]
 
 
 def test_a_stop_before_training_begins_needs_no_checkpoint(tmp_path):
@@ -418,7 +420,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so_in_one_line(whole,
         assert result.returncode == 4 and len(told) == 1 and "Traceback" not in result.stderr, result.stderr
         assert f"/{name}" in told[0].split(":")[1], told  # the file, or the export's folder
         assert not list(folder.rglob(".staging*"))
-        assert run_config.checkpoints(folder)[0].name == ("step-48" if name == "hf" else "step-16")
+        assert run_config.list_checkpoints(folder)[0].name == ("step-48" if name == "hf" else "step-16")
         assert checkpoints.find_corruption((folder / "LATEST").resolve()) is None
         resumed(folder)
         assert_same(folder, whole(DPO))
@@ -471,7 +473,7 @@ def test_a_harmless_override_is_taken_and_recorded(whole, tmp_path):
     (line,) = map(json.loads, (folder / "resumed.jsonl").read_text().splitlines())
     assert line["from"] == "step-24"
     assert line["overrides"] == {"keep_checkpoints": 1, "n_examples": 64, "sample_during_eval": False}
-    assert [path.name for path in run_config.checkpoints(folder)] == ["step-64"]
+    assert [path.name for path in run_config.list_checkpoints(folder)] == ["step-64"]
     assert logs_of(folder)[0][-1]["updates"] == 8
     longer = whole((*DPO, "n_examples=64"))
     assert state_of(folder) == state_of(longer)
@@ -481,7 +483,7 @@ def test_checkpoints_written_in_the_background_are_those_that_training_would_hav
     folder, expected = tmp_path / "run", whole((*DPO, "keep_checkpoints=null"))
     result = command_line(folder, fresh(folder, *DPO, "keep_checkpoints=null", "background_saves=true"), dropout)
     assert result.returncode == 0 and result.stdout.count(" s in the background\n") == 5
-    for checkpoint in run_config.checkpoints(expected):
+    for checkpoint in run_config.list_checkpoints(expected):
         states = [checkpoints.read_checkpoint(run / checkpoint.name) for run in (folder, expected)]
         for part in ("policy", "optimizer", "scheduler"):
             torch.testing.assert_close(states[0][part], states[1][part], rtol=0, atol=0)
@@ -519,7 +521,7 @@ def test_other_data_or_settings_are_refused_and_change_nothing(what, tmp_path):
 
 def test_other_weights_of_the_reference_are_refused(tmp_path, whole):
     archive = tmp_path / "policy.pt"
-    steps = run_config.checkpoints(whole((*DPO, "keep_checkpoints=null")))
+    steps = run_config.list_checkpoints(whole((*DPO, "keep_checkpoints=null")))
     shutil.copy(steps[0] / "policy.pt", archive)
     folder = tmp_path / "run"
     settings = (*DPO, f"model.archive='{archive}'")
@@ -592,7 +594,7 @@ def test_only_the_newest_checkpoints_and_the_policies_of_evaluations_are_kept(tm
     folder = tmp_path / "run"
     result = command_line(folder, fresh(folder, *BUSY, "loss=sft", "keep_checkpoints=1", "keep_policies=true"))
     assert result.returncode == 0
-    assert [path.name for path in run_config.checkpoints(folder)] == ["step-48"]
+    assert [path.name for path in run_config.list_checkpoints(folder)] == ["step-48"]
     kept = sorted(path.name for path in (folder / "policies").iterdir())
     # Evaluations, not the saves at 8, 24 and 40.
     assert kept == ["step-16.json", "step-16.pt", "step-32.json", "step-32.pt"]
@@ -634,7 +636,7 @@ def test_a_number_that_is_not_finite_stops_before_the_update(position, where, ma
         trainer.train_step(batch)
     assert stop.value.exit_code == 5
     assert all(torch.equal(value, before[name]) for name, value in trainer.policy.state_dict().items())
-    assert trainer.updates == 0 and not trainer.optimizer.state and not run_config.checkpoints(trainer.run.path)
+    assert trainer.updates == 0 and not trainer.optimizer.state and not run_config.list_checkpoints(trainer.run.path)
     rows = [json.loads(line) for line in (trainer.run.path / "not-finite-update-1.jsonl").read_text().splitlines()]
     assert {row["row"] for row in rows} == {example.text.row for example in batch.examples}
     assert all(row["prompt"] and len(row["responses"]) == 2 and "logps/chosen" in row for row in rows)
@@ -660,7 +662,7 @@ def test_an_evaluation_that_is_not_finite_saves_nothing(tmp_path):
     result = command_line(folder, fresh(folder, *DPO), lambda: setattr(trainers.BasicTrainer, "evaluate", spoilt))
     assert result.returncode == 5 and len(result.stderr.splitlines()) == 1
     assert "the evaluation after 32 examples gave a loss of nan" in result.stderr
-    assert [path.name for path in run_config.checkpoints(folder)] == ["step-24", "step-16"]
+    assert [path.name for path in run_config.list_checkpoints(folder)] == ["step-24", "step-16"]
 
 
 @pytest.mark.parametrize("n, key", [(8, "max_tokens_per_pass, which is 768"), (1, "max_length in a new run")])

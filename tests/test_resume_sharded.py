@@ -295,7 +295,7 @@ def test_a_rank_that_is_killed_after_it_wrote_its_shard_spoils_no_checkpoint(who
     folder = tmp_path / "run"
     done = command_lines(folder, fresh(folder, *SHARDED), 2, {0: [dropout], 1: [dropout, kill_in_shards(3)]})
     assert [run.returncode for run in done] == [7, -signal.SIGKILL]
-    assert [path.name for path in run_config.checkpoints(folder)] == ["step-16", "step-8"]
+    assert [path.name for path in run_config.list_checkpoints(folder)] == ["step-16", "step-8"]
     done = command_lines(folder, again(folder), 2, DROPOUT)
     assert [run.returncode for run in done] == [0, 0], done[0].stderr
     same(folder, whole)
@@ -307,7 +307,7 @@ def test_a_save_that_fails_after_a_signal_ends_all_with_its_exit_code(tmp_path):
     done = command_lines(folder, fresh(folder, *SHARDED), 2, faults)
     assert [run.returncode for run in done] == [4, 4], done[0].stderr + done[1].stderr
     assert "SIGTERM" in done[0].stderr
-    assert [path.name for path in run_config.checkpoints(folder)] == ["step-16", "step-8"]
+    assert [path.name for path in run_config.list_checkpoints(folder)] == ["step-16", "step-8"]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -319,7 +319,7 @@ def test_a_full_disk_on_one_rank_ends_all_with_its_exit_code(failing, tmp_path, 
     assert [run.returncode for run in done] == [4, 4]
     printed = done[0].stderr + done[1].stderr
     assert "earlier checkpoints are intact" in printed
-    assert [path.name for path in run_config.checkpoints(folder)] == ["step-8"]
+    assert [path.name for path in run_config.list_checkpoints(folder)] == ["step-8"]
 
 
 def test_torchrun_starts_a_run_again_where_it_was(whole, tmp_path, counts, report):

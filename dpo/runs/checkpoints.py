@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dpo.settings.run_config import checkpoints
+from dpo.settings.run_config import list_checkpoints
 from dpo.system.console import log_message
 from dpo.system.errors import RunError, UserError, is_out_of_memory, summarize_error
 from dpo.system.files import MANIFEST, atomic_dir, atomic_write, free_name, fsync, link_or_copy, naming_file, sha256
@@ -67,7 +67,7 @@ def save_checkpoint(
     if "shards" in states:  # still there if the step was
         shutil.rmtree(states["shards"], ignore_errors=True)
     point_latest(run_dir, final.name)
-    for folder in checkpoints(run_dir)[keep:] if keep else []:
+    for folder in list_checkpoints(run_dir)[keep:] if keep else []:
         if keep_policies and (folder / "metrics.json").is_file() and (folder / "policy.pt").is_file():
             keep_policy(folder)
         remove_checkpoint(folder)
@@ -162,7 +162,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     A damaged one is logged and renamed, and the one before it used; RunError if all are damaged or gone.
     """
     damaged: list[Path] = []
-    for folder in checkpoints(run_dir):
+    for folder in list_checkpoints(run_dir):
         states = read_checkpoint(folder)
         if not isinstance(states, str):
             point_latest(run_dir, folder.name)

@@ -33,14 +33,14 @@ def find_run_dir(path: Path) -> Path:
     """The run directory of RUN, RUN/LATEST or RUN/step-N; UserError if step-N is not the newest checkpoint."""
     if not re.fullmatch(r"step-\d+", path.name):
         return path.parent if path.name == "LATEST" else path
-    steps = checkpoints(path.parent)
+    steps = list_checkpoints(path.parent)
     if steps and path.name != steps[0].name:
         problem = f"resume={path}: a run continues from its newest checkpoint, {steps[0].name}"
         raise UserError(f"{problem}; {new_run_from(path)}" if path.is_dir() else problem)
     return path.parent
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
+def list_checkpoints(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
     folders = [path for path in run_dir.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
     return sorted(folders, key=lambda path: -int(path.name.removeprefix("step-")))

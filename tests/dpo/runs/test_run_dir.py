@@ -32,7 +32,7 @@ def stopped(tmp_path_factory) -> Path:
     folder, data = tmp_path / "run", few_rows(tmp_path / "data", 40, 8)
     arguments = fresh(folder, *SETTINGS, f"datasets=['{data}']", f"local_dirs=['{tmp_path}']")
     assert command_line(folder, arguments, at_event(4, kill)).returncode < 0
-    assert [path.name for path in run_config.checkpoints(folder)] == ["step-16", "step-8"]
+    assert [path.name for path in run_config.list_checkpoints(folder)] == ["step-16", "step-8"]
     return folder
 
 
