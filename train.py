@@ -131,10 +131,10 @@ def check_arguments(arguments: Sequence[str]) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from dpo.settings.sweeps import first_run
+    from dpo.settings.sweeps import first_run, sweep_problems
 
     files = read_config_files(CONFIG)
-    raise_problems(argument_problems(arguments, files.keys(), files.options()))
+    raise_problems(sweep_problems(arguments) + argument_problems(arguments, files.keys(), files.options()))
     try:
         overrides = first_run(arguments)
         if any(override.startswith("-") for override in overrides):

@@ -13,6 +13,22 @@ from omegaconf import DictConfig
 FLAGS = ("-m", "--multirun")
 
 
+def sweep_problems(arguments: Sequence[str]) -> list[str]:
+    """One line for each argument that needs another sweeper or launcher than Hydra's own, such as Optuna's."""
+    problems = []
+    for argument in arguments:
+        if plugin := re.fullmatch(r"\+*hydra/(sweeper|launcher)=(?!basic$).+", argument):
+            problems.append(
+                f"{argument}: only Hydra's basic {plugin[1]} is supported, which makes one run after another; "
+                "leave it out, and sweep over values given as KEY=A,B"
+            )
+        elif sampled := re.fullmatch(r"([\w.]+)=interval\((.+)\)", argument):
+            problems.append(
+                f"{argument}: no value is drawn from an interval; give values, as {sampled[1]}={sampled[2]}"
+            )
+    return problems
+
+
 def first_run(arguments: Sequence[str]) -> list[str]:
     """The arguments of a command line's only run, or of the first run of its sweep; raises HydraException."""
     others = [argument for argument in arguments if argument not in FLAGS]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from dpo.settings.sweeps import Sweep, first_run
+from dpo.settings.sweeps import Sweep, first_run, sweep_problems
 
 
 def named(arguments, runs):
@@ -48,3 +48,16 @@ def test_the_runs_of_a_sweep_lie_in_the_directory_that_its_first_run_would_have_
 )
 def test_what_is_swept_names_a_run(arguments, run, expected):
     assert named(arguments, [run]) == [expected]
+
+
+def test_what_needs_a_sweeper_or_a_launcher_of_a_plugin_is_refused_by_name():
+    """Optuna's needs a value that a run returns, and the runs of joblib's would lie in folders of their own."""
+    own = ["-m", "lr=1e-6,1e-5", "hydra/sweeper=basic", "hydra.sweep.dir=here"]
+    assert sweep_problems(own) == []
+    lines = sweep_problems([*own, "hydra/sweeper=optuna", "+hydra/launcher=joblib", "loss.beta=interval(0.05,0.5)"])
+    assert [line.split(":")[0] for line in lines] == [
+        "hydra/sweeper=optuna",
+        "+hydra/launcher=joblib",
+        "loss.beta=interval(0.05,0.5)",
+    ]
+    assert lines[0].endswith("KEY=A,B") and lines[2].endswith("give values, as loss.beta=0.05,0.5")
