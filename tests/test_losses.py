@@ -1,6 +1,7 @@
 """Losses and metrics against numbers derived by hand."""
 
 import inspect
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -572,3 +573,27 @@ def test_metrics_are_means_over_examples_not_over_passes():
     metrics.add((), {"loss": tensor(1.0, 2.0, 3.0)})
     metrics.add((), {"loss": tensor(10.0)})
     assert metrics.means("train") == {"loss/train": 4.0}
+
+
+EXTREME = (0.0, -1e-7, -1e-3, -1.0, -50.0, -1e4)  # nats per response
+OPTIONS = [(name, {}) for name in LOSSES] + [
+    ("dpo", {"divergence": "forward_kl"}),
+    ("dpo", {"divergence": "js"}),
+    ("dpo", {"divergence": "alpha"}),
+    ("dpo", {"length_normalize": True, "label_smoothing": 0.1}),
+]
+
+
+@pytest.mark.parametrize("name, options", OPTIONS, ids=str)
+def test_a_loss_and_its_gradient_are_finite_wherever_log_probabilities_are(name, options):
+    """ORPO's log odds are infinite at probability 1, where its gradient was NaN."""
+    loss = make_loss(name, **options)
+    sums = {"log_ratios": 3.0, "responses": 4, "examples": 1, "tokens": 4}
+    for policy in itertools.product(EXTREME, repeat=loss.n_responses):
+        for reference in itertools.product((0.0, -1e-7, -1e4), repeat=loss.n_responses):
+            logps = torch.tensor([policy], requires_grad=True)
+            lengths = torch.tensor([(1, 500)[: loss.n_responses]])
+            arguments = logps, torch.tensor([reference]) if loss.needs_reference else None, lengths
+            losses, _ = compute(loss, *arguments, sums=sums, examples=scored(2.0))
+            losses.sum().backward()
+            assert losses.isfinite().all() and logps.grad.isfinite().all(), (policy, reference)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Sums = Mapping[str, float]
 NO_SUMS: Sums = MappingProxyType({})
+MAX_EXPONENT = 80.0  # e^80 is far below the largest float32, also after a product with beta
 
 
 def logsigmoid(x: Tensor) -> Tensor:
@@ -339,7 +340,8 @@ class Divergence(PairLoss):
             slopes = logsigmoid(log_u)
         else:
             a = 1.0 if self.divergence == "forward_kl" else self.divergence_alpha
-            slopes = -(-a * log_u).expm1() / a
+            exponents = (-a * log_u).clamp(max=MAX_EXPONENT)
+            slopes = -exponents.expm1() / a
         return slopes[:, 0] - slopes[:, 1]
 
 
