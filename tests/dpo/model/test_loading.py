@@ -11,7 +11,14 @@ from tiny_models import COMMON, EXPERTS, ROTARY, make_examples, tiny, tiny_confi
 
 import build
 from dpo.model import loading
-from dpo.model.loading import check_deterministic, compile_layers, disable_randomness, is_random, rope_problem
+from dpo.model.loading import (
+    check_causal,
+    check_deterministic,
+    compile_layers,
+    disable_randomness,
+    is_random,
+    rope_problem,
+)
 from dpo.model.logps import ResponseLogps, response_logps
 from dpo.model.packing import LAYOUTS
 from dpo.system.errors import UserError
@@ -50,6 +57,23 @@ def test_a_model_that_stays_random_is_refused_by_the_names_of_its_settings():
     model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(UserError, match="random numbers.*router_jitter_noise"):
         check_deterministic(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["GPT2", "Llama", "Mixtral"])
+def test_decoders_are_causal(family, dtype):
+    check_causal(tiny(family).to(dtype))
+
+
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_a_model_whose_tokens_see_later_ones_is_refused(family):
+    """With is_decoder=true they are causal."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = getattr(transformers, f"{family}Config")(**COMMON, **sizes)
+    with pytest.raises(UserError, match=f"this {family.lower()} model is not causal"):
+        check_causal(transformers.AutoModelForCausalLM.from_config(config))
+    config.is_decoder = True
+    check_causal(transformers.AutoModelForCausalLM.from_config(config))
 
 
 def test_the_test_of_randomness_leaves_the_mode_and_the_random_numbers_as_they_were():
