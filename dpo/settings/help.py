@@ -16,8 +16,8 @@ CHOICES = ("loss=help", "model=help")
 COLUMN = 34  # where comments begin
 
 INTRODUCTION = (
-    "Trains a language model on preferences: supervised fine-tuning (SFT), then direct preference optimization (DPO) "
-    "or a variant of it, on one or more GPUs, on Apple silicon or on a CPU."
+    "Trains a language model on preference pairs: supervised fine-tuning (SFT), then direct preference optimization "
+    "(DPO) or a variant, on GPUs, Apple silicon or a CPU."
 )
 COMMANDS = (
     (f"{COMMAND} loss=sft model=gpt2", "SFT; prints its run directory, RUN"),
@@ -29,16 +29,16 @@ USAGE = (
     "spaces needs quotes in most shells: 'datasets=[hh,shp]'."
 )
 MORE = (
-    ("--help KEY", "help on one setting or choice, as --help lr, --help loss, --help model=gpt2"),
+    ("--help KEY", "help on a setting, group or option: --help lr, --help loss, --help model=gpt2"),
     ("loss=help", "the formulas of all losses"),
     (
         "loss=sft model=tiny datasets=[demo] max_length=128 max_prompt_length=64",
-        "train a tiny model, without a network",
+        "train a tiny model offline",
     ),
-    ("-m loss.beta=0.1,0.5 lr=1e-6,1e-5", "a sweep: one run per combination of values"),
+    ("-m loss.beta=0.1,0.5 lr=1e-6,1e-5", "sweep: one run per combination of values"),
     ("--cfg job", "print the settings of a command and stop"),
-    ("-sc install=bash", f'completion of keys in the shell: eval "$({COMMAND} -sc install=bash)"'),
-    ("--hydra-help", "the flags of Hydra"),
+    ("-sc install=bash", f'complete keys in the shell: eval "$({COMMAND} -sc install=bash)"'),
+    ("--hydra-help", "Hydra's flags"),
 )
 SYMBOLS = (
     "pi is the policy, ref the reference, y_w the chosen and y_l the rejected response. The log-ratio of a response is "
@@ -51,9 +51,10 @@ Losses = Mapping[str, type]
 def print_help(
     arguments: Sequence[str], config_dir: Path, data_sets: Sequence[str], load_losses: Callable[[], Losses]
 ) -> int | None:
-    """Print the help that a command line asks for and return the exit code; None if it asks for none.
+    """Print the help that the arguments request and return the exit code; None if they request none.
 
-    The code is 2 if there are no arguments, so that a script that lost its own does not continue as after a run.
+    Without arguments the code is 2, so that a script that lost its arguments does not continue as if a run had
+    succeeded.
     """
     keys = find_help_keys(arguments)
     if keys is None:
@@ -66,7 +67,7 @@ def print_help(
 
 
 def find_help_keys(arguments: Sequence[str]) -> list[str] | None:
-    """The keys that help is asked for, none for the whole page; None if no help is asked for."""
+    """The keys to explain, empty for the whole page; None if no help is requested."""
     if not arguments:
         return []
     if choices := [argument for argument in arguments if argument in CHOICES]:

@@ -13,24 +13,24 @@ ON_GPUS = "use trainer=FSDPTrainer, which shards the model over all GPUs; torchr
 IN_4_BITS = "use lora=default lora.quantize=nf4 (QLoRA), which needs bitsandbytes"
 EXAMPLES = "which counts training examples: the number of updates * batch_size"
 
-# Names that TRL, transformers, LLaMA-Factory, axolotl, OpenRLHF and torchtune give to settings, and our key, or what to
-# do. Dots, underscores and capitals make no difference. {} stands for =VALUE as it was typed.
+# Setting names of TRL, transformers, LLaMA-Factory, axolotl, OpenRLHF and torchtune, with our key or a hint. Dots,
+# underscores and case are ignored. {} becomes =VALUE as it was typed.
 TABLE = {
     # Training
     "learning_rate peak_learning_rate": "lr",
     "warmup num_warmup_steps": "warmup_steps",
     "warmup_ratio": "use warmup_steps, a number of updates: the ratio * training examples / batch_size",
     "lr_scheduler lr_scheduler_type lr_schedule": "use scheduler: constant, linear, cosine or wsd",
-    "optim optimizer_name optimizer_type": "use optimizer, a class of torch.optim, as optimizer=AdamW, or AdamW8bit",
-    "momentum adam_beta1 adam_beta2 adam_epsilon optim_args": "use optimizer_args='{NAME: VALUE}', as '{eps: 1e-6}'",
+    "optim optimizer_name optimizer_type": "use optimizer=NAME, a class of torch.optim such as AdamW, or AdamW8bit",
+    "momentum adam_beta1 adam_beta2 adam_epsilon optim_args": "use optimizer_args='{NAME: VALUE}', as in '{eps: 1e-6}'",
     "gradient_clipping gradient_clip_val clip_grad_norm grad_clip max_norm": "max_grad_norm",
     "per_device_train_batch_size micro_batch_size micro_train_batch_size": (
-        "use batch_size{}, the examples of a whole update: those of a device * devices * accumulation steps"
+        "use batch_size{}, the examples per update: examples per device * devices * accumulation steps"
     ),
     "train_batch_size global_batch_size": "use batch_size{}, the examples per update",
     "per_device_eval_batch_size micro_eval_batch_size": "eval_batch_size",
     "gradient_accumulation grad_accum_steps accumulate_grad_batches accumulation_steps": (
-        "use gradient_accumulation_steps{}, the parts that a batch is split into; batch_size stays the same"
+        "use gradient_accumulation_steps{}, the microbatches that a batch is split into; batch_size stays the same"
     ),
     "num_epochs num_train_epochs max_epochs epochs epoch": "n_epochs",
     "max_steps num_steps train_steps num_train_steps total_steps": f"use n_examples, {EXAMPLES}",
@@ -101,13 +101,13 @@ TABLE = {
     "max_completion_length max_target_length max_new_tokens": "use max_length, the tokens of prompt and response",
     # The run
     "output_dir output_path output out_dir save_dir save_path run_dir logging_dir checkpoint_dir": (
-        "use local_run_dir{}, the run directory; local_dirs=[FOLDER] makes it below a folder"
+        "use local_run_dir{}, the run directory, or local_dirs=[FOLDER] to create it in a folder"
     ),
     "run_name experiment_name wandb_name wandb_run_name": "exp_name",
     "wandb_project": "wandb.project",
     "wandb_entity": "wandb.entity",
     "wandb use_wandb wandb_mode no_wandb": "use wandb.enabled=true or wandb.enabled=false",
-    "report_to logger tensorboard": "use trackers, as trackers=[wandb,tensorboard], or [] for none",
+    "report_to logger tensorboard": "use trackers, such as trackers=[wandb,tensorboard], or [] for none",
     "logging_steps log_every_n_steps log_interval": (
         "use minimum_log_interval_secs for the console and trackers; metrics.jsonl gets every update"
     ),
@@ -122,7 +122,7 @@ TABLE = {
     "temperature": "sample_temperature",
 }
 HINTS = {name: hint for names, hint in TABLE.items() for name in names.split()}
-OTHER_LOSSES = {  # names of losses elsewhere, and how they are chosen here
+OTHER_LOSSES = {  # loss names of other libraries, and the settings to use here
     "sigmoid": "dpo",
     "cdpo": "dpo loss.label_smoothing=0.1",
     "rpo": "dpo loss.nll_weight=1",
@@ -142,7 +142,7 @@ HYDRA_FLAG = re.compile(r"--(config|experimental|hydra|shell)|-(cp|cn|cd|sc)$") 
 def argument_problems(
     arguments: Sequence[str], known: Collection[str], options: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """One line per argument of a command line that no config can take.
+    """One line per command-line argument that no config accepts.
 
     known    the dotted names of all settings
     options  the names of each group's files
@@ -159,20 +159,20 @@ def argument_problems(
         elif setting := re.fullmatch(r"\+{0,2}([\w.-]+)=(.*)", argument):
             problems += _setting_problem(setting[1], setting[2], known, options)
         elif argument[:1] not in ("-", "~", "+") and not argument.strip("=").count("=") and before[:1] != "-":
-            form = "a setting is written KEY=VALUE without spaces; put quotes around a value with spaces"
+            form = "a setting is written KEY=VALUE without spaces; quote a value that has spaces"
             return [*problems, f"{argument}: {form}"]  # what follows may belong to the same setting
     return problems
 
 
 def suggest(key: str, value: str | None, known: Collection[str]) -> str:
-    """The line for a key that does not exist or that the chosen loss does not have.
+    """The error for a key that does not exist or that the chosen loss does not have.
 
-    value is what was typed after the equals sign, None if that is unknown.
+    value is the text after the equals sign, None if unknown.
     """
     groups = _groups(known)
     if key in known:
         if key.startswith("lora."):
-            return f"{key}: belongs to lora=default, without which all weights are trained; add lora=default"
+            return f"{key}: needs lora=default; without it all weights are trained"
         return f"{key}: the chosen loss has no such setting"
     if key in groups:
         return f"{key}: is a group of settings; {_hint(key, value) or f'`{COMMAND} --help {key}` lists them'}"
@@ -196,7 +196,7 @@ def suggest(key: str, value: str | None, known: Collection[str]) -> str:
 
 
 def suggest_option(group: str, name: str, options: Sequence[str]) -> str:
-    """The line for a file that a group, as model or loss, does not have."""
+    """The error for an option that a group, such as model or loss, does not have."""
     problem = f"{group}={name}: there is no such file in config/{group}/; choose one of {' '.join(options)}"
     if group == "loss" and name.lower() in OTHER_LOSSES:
         return f"{problem}; use loss={OTHER_LOSSES[name.lower()]}"

@@ -121,13 +121,13 @@ def test_help_on_a_setting_of_several_losses_shows_each(key):
 
 def test_help_on_a_group_explains_what_several_files_share_only_at_one_of_them():
     text = help_for_key(CONFIG, "loss")
-    assert text.count("loss.ld_alpha=1 ") == 1 == text.count("true: leave the reference out")
+    assert text.count("loss.ld_alpha=1 ") == 1 == text.count("true: train without a reference")
     hinge = one_line(re.search(r"  loss=hinge .*?(?=\n  loss=)", text, re.DOTALL)[0])
     assert "loss.beta=0.1 scale of h" in hinge and "also (see loss=dpo): reference_free=false " in hinge
 
 
 def test_help_on_one_loss_explains_what_it_shares_with_others():
-    assert "true: leave the reference out" in help_for_key(CONFIG, "loss=hinge")
+    assert "true: train without a reference" in help_for_key(CONFIG, "loss=hinge")
 
 
 @pytest.mark.parametrize("key", ["archive", "model.archive"])

@@ -318,7 +318,7 @@ def test_a_flat_config_holds_plain_values_and_the_mapping_of_an_optimizer_whole(
 
 
 def test_a_setting_of_lora_without_lora_is_one_line():
-    line = "lora.r: belongs to lora=default, without which all weights are trained; add lora=default"
+    line = "lora.r: needs lora=default; without it all weights are trained"
     assert suggest("lora.r", "8", known_keys(LOSSES)) == line
 
 
