@@ -1,4 +1,4 @@
-"""Every loss, one class each: its fields are its settings, its docstring has the equation and the paper.
+"""All losses, one class each: the fields are the settings, the docstring has the equation and the paper.
 
 dpo/training/objectives.py has the base classes and defines h and the log-ratios. docs/losses.md compares all losses.
 CONTRIBUTING.md shows how to add one: a class here, its name in LOSSES, config/loss/NAME.yaml, and a test with numbers
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 class SFT(Loss):
     """Supervised fine-tuning: -log pi(y).
 
-    normalize=sum adds up a response's tokens. normalize=example takes their mean: each example counts the same.
-    normalize=tokens takes the mean over all tokens of the batch: each token counts the same.
+    normalize=sum sums over a response's tokens. normalize=example takes their mean, so that all examples count the
+    same. normalize=tokens takes the mean over all tokens of the batch, so that all tokens count the same.
     """
 
     n_responses: ClassVar[int] = 1
@@ -137,7 +137,7 @@ class DiscoPOP(LengthOptions, PairLoss):
     def pair_losses(self, h: Tensor) -> Tensor:
         logits = self.beta * h
         modulation = logits / self.temperature
-        # m exp(-logits) in one exponential: apart, 0 * infinity for very negative logits
+        # m exp(-logits) as one exponential: two factors would be 0 * infinity for very negative logits
         return -modulation.neg().sigmoid() * logsigmoid(logits) + (logsigmoid(modulation) - logits).exp()
 
 
@@ -157,7 +157,7 @@ class RDPO(WeightOptions, PairLoss):
 class ODPO(LengthOptions, PairLoss):
     """DPO with an offset: -log sigmoid(beta h - alpha log(score(y_w) - score(y_l))); arXiv 2402.10571.
 
-    The data has the scores. The chosen response has the higher one.
+    The scores come from the data; the chosen response has the higher one.
     """
 
     needs_scores: ClassVar[bool] = True
@@ -177,8 +177,8 @@ class ODPO(LengthOptions, PairLoss):
 class DPOP(LengthOptions, ReferenceLoss):
     """DPO-Positive: -log sigmoid(beta (a_w - a_l - penalty max(0, -a_w))); arXiv 2402.13228, eq. 3.
 
-    penalty is the paper's lambda. Its term is above 0 where the chosen response is less likely than under the
-    reference; beta multiplies it, too.
+    penalty is the paper's lambda. Its term is positive if the chosen response is less likely than under the reference;
+    beta multiplies it as well.
     """
 
     penalty: NotNegative
@@ -246,7 +246,7 @@ class ORPO(PreferenceLoss):
     """Odds ratio preference optimization: -m_w - beta log sigmoid(log odds(m_w) - log odds(m_l)); arXiv 2403.07691.
 
     m is the mean log-probability per token, odds(m) = e^m / (1 - e^m). The first term is the paper's SFT loss, here
-    only of the chosen response; the authors' code takes the mean over the tokens of prompt and response.
+    over the chosen response only; the authors' code takes the mean over the tokens of prompt and response.
     """
 
     def response_logps(self, logps: Logps) -> Tensor:
@@ -261,8 +261,8 @@ class ORPO(PreferenceLoss):
 class CPO(PreferenceLoss):
     """Contrastive preference optimization: -log sigmoid(beta log(pi(y_w) / pi(y_l))) - nll_weight log pi(y_w).
 
-    arXiv 2401.08417. In the second term log pi(y_w) is the sum over tokens in the paper, and the mean in the authors'
-    code and with average_nll=true.
+    arXiv 2401.08417. In the second term, log pi(y_w) is the sum over tokens in the paper; in the authors' code, and
+    with average_nll=true, it is the mean.
     """
 
     nll_weight: NotNegative
@@ -281,8 +281,8 @@ class KTO(LabelLoss):
 
     arXiv 2402.01306, with rewards r = beta a, for rows of one response with a label. A pair counts as the mean of its
     two responses. D is desirable_weight, U is undesirable_weight. z is beta times an estimate of the KL divergence of
-    the policy from the reference, without gradient: the mean over the batch of log(pi(y') / ref(y')), at least 0. y'
-    stands in place of an example's response. It is the response of the next example that has another prompt.
+    the policy from the reference, without gradient: the mean over the batch of log(pi(y') / ref(y')), clamped at 0. y'
+    replaces an example's response: it is the response of the next example with another prompt.
     """
 
     desirable_weight: Positive
@@ -308,8 +308,9 @@ class KTO(LabelLoss):
 class BCO(LengthOptions, ReferenceLoss):
     """Binary classifier optimization: -log sigmoid(r_w - d) - log sigmoid(d - r_l), with rewards r = beta a.
 
-    arXiv 2404.04656. The shift d is the mean reward of chosen and rejected responses: a moving average over the earlier
-    batches, which starts at 0. Each batch counts 1 - shift_decay. TRL's running mean includes the current batch.
+    arXiv 2404.04656. The shift d is the mean reward of chosen and rejected responses: an exponential moving average
+    over the earlier batches, which starts at 0 and gives each new batch the weight 1 - shift_decay. TRL's average
+    includes the current batch.
     """
 
     shift_decay: Rate
@@ -356,7 +357,7 @@ def preference_loss(
     ipo: bool = False,
     reference_free: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The original's function: losses, detached chosen rewards and detached rejected rewards, each (batch,).
+    """The original's function; returns losses, detached chosen rewards and detached rejected rewards, each (batch,).
 
     As in the original, reference_free leaves the reference out of the loss but not out of the rewards.
     """
@@ -364,7 +365,7 @@ def preference_loss(
     if not reference_free:
         h = h - (reference_chosen_logps - reference_rejected_logps)
     beta, eps = float(beta), float(label_smoothing)
-    # only pair_losses is called, which reads no other field
+    # pair_losses, the only method called, reads no other field
     loss: PairLoss = IPO.model_construct(beta=beta) if ipo else DPO.model_construct(beta=beta, label_smoothing=eps)
     chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps).detach()
     rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps).detach()

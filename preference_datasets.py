@@ -35,7 +35,7 @@ def load_hub_split(path: str, split: str, cache_dir: str | None) -> "Dataset":
         return datasets.load_dataset(path, split=split, cache_dir=cache_dir)
     except Exception as error:  # the hub client raises many kinds: no network, no such data set, no disk
         reason = summarize_error(error)
-        advice = "pass a local folder, datasets=[PATH] with train.jsonl, or try datasets=[demo]"
+        advice = "give a local folder with train.jsonl, datasets=[PATH], or try datasets=[demo]"
         raise UserError(f"data set {path}: cannot be fetched ({reason}); {advice}") from None
 
 
@@ -228,7 +228,7 @@ def load_data(
         log_message(warning)
     if paired and labelled:
         kinds = f"{labelled[0]} has rows with a label, {paired[0]} has pairs of responses"
-        raise UserError(f"datasets: {kinds}; one run trains on one kind, so leave the other out")
+        raise UserError(f"datasets: {kinds}; a run trains on one kind, so leave the other out")
     return concatenate(train), concatenate(test)
 
 

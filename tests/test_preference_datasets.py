@@ -146,8 +146,8 @@ UNREADABLE = {
         "prompt, turn 1 must be a message with role",
     ),
     "a missing field": (b'{"chosen": "\\n\\nAssistant: yes"}', "rejected must be a text, not missing"),
-    "no object": (b'["chosen", "rejected"]', "is not an object"),
-    "null": (b"null", "is not an object"),
+    "no object": (b'["chosen", "rejected"]', "must be an object"),
+    "null": (b"null", "must be an object"),
     "invalid JSON": (b'{"chosen": "a", ', "is not JSON"),
     "a number of 5,000 digits": (b'{"chosen": ' + b"1" * 5000 + b"}", "is not JSON"),
     "JSON 100,000 deep": (b"[" * 100_000, "is not JSON"),
@@ -520,7 +520,7 @@ def test_rows_with_a_label_and_pairs_do_not_mix(other, tmp_path):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in table))
     other = other if other == "demo" else str(tmp_path / other)
     names = (str(tmp_path / "labels.jsonl"), other)
-    line = f"datasets: {names[0]} has rows with a label, {other} has pairs of responses; one run trains on one kind"
+    line = f"datasets: {names[0]} has rows with a label, {other} has pairs of responses; a run trains on one kind"
     with pytest.raises(UserError, match=re.escape(line)):
         inputs_of(*TINY, "loss=kto", f"datasets={list(names)}")
     mixed = tmp_path / "mixed.jsonl"
@@ -555,7 +555,7 @@ def test_a_prompt_without_a_token_is_dropped_before_training(tmp_path, monkeypat
     name = f"model.tokenizer_name_or_path='{tokenizer}'"
     train_batches, eval_batches = prepare(folder, name)
     out = capsys.readouterr().out
-    dropped = "2 dropped (2 because the tokenizer turns the prompt into no token)"
+    dropped = "2 dropped (2 because the prompt has no tokens)"
     assert f"train: 11 rows read: 9 kept, {dropped}; 9 prompts" in out
     assert (train_batches.n_items, eval_batches.n_items) == (9, 1)
     assert [len(batch.examples) for batch in train_batches] == [8]

@@ -161,7 +161,7 @@ def test_a_run_resumes_from_every_step_over_three_epochs(layout, cached, whole, 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(whole, tmp_path):
     folder = tmp_path / "run"
     assert command_line(folder, fresh(folder, *DPO), dropout, at_event(2, kill)).returncode == -signal.SIGKILL
-    assert "holds no checkpoint yet, so the run begins again" in resumed(folder).stdout
+    assert "holds no checkpoint yet, so the run starts over" in resumed(folder).stdout
     assert_same(folder, whole(DPO))
 
 
@@ -514,7 +514,7 @@ def test_other_data_or_settings_are_refused_and_change_nothing(what, tmp_path):
     before = {name: (folder / name).read_bytes() for name in ("config.yaml", "metrics.jsonl", "reference.pt")}
     result = command_line(folder, again(folder, "n_examples=64"))
     named = {"train": "the training data", "test": "the evaluation data", "settings": "the settings"}[what]
-    assert result.returncode == 2 and f"{named} are not those that the run began with" in result.stderr
+    assert result.returncode == 2 and f"{named} have changed since the run began" in result.stderr
     assert before == {name: (folder / name).read_bytes() for name in before}
     assert not (folder / "resumed.jsonl").exists()
 
@@ -528,7 +528,7 @@ def test_other_weights_of_the_reference_are_refused(tmp_path, whole):
     assert command_line(folder, fresh(folder, *settings), at_event(9, kill)).returncode < 0
     shutil.copy(steps[2] / "policy.pt", archive)
     result = command_line(folder, again(folder))
-    assert result.returncode == 2 and "the reference's weights are not those that the run began with" in result.stderr
+    assert result.returncode == 2 and "the reference's weights have changed since the run began" in result.stderr
 
 
 def threads(n: int, variable: str | None = None):
@@ -546,14 +546,14 @@ def test_a_resumed_run_computes_with_the_threads_of_before_its_stop(whole, tmp_p
     expected = whole((*DPO, "keep_checkpoints=null"))
     folder = copy_until(expected, tmp_path / "run", 40)
     result = resumed(folder, threads(2))
-    assert "Number of threads: 1, as before the stop" in result.stdout and "Not bit for bit" not in result.stdout
+    assert "Number of threads: 1, as before the stop" in result.stdout and "not be bit for bit" not in result.stdout
     assert_same(folder, expected)
 
 
 def test_another_number_of_threads_that_the_environment_sets_is_said(whole, tmp_path):
     folder = copy_until(whole((*DPO, "keep_checkpoints=null")), tmp_path / "run", 40)
     result = resumed(folder, threads(2, variable="2"))
-    assert "Not bit for bit" in result.stdout and "the number of threads was 1, is 2" in result.stdout
+    assert "not be bit for bit" in result.stdout and "the number of threads was 1, is 2" in result.stdout
 
 
 def test_a_run_whose_threads_are_timed_gives_the_numbers_of_one_whose_are_not(tmp_path):

@@ -155,7 +155,7 @@ def test_several_processes_of_the_trainer_for_one_are_refused_before_anything_is
     run = command_line(tmp_path / "run", fresh(tmp_path / "run", "loss=sft", *SHORT))
     assert run.returncode == 2 and not run.folder.exists()
     (line,) = errors(run)
-    assert line.startswith("trainer=BasicTrainer WORLD_SIZE=2: several processes were started for one; set trainer=")
+    assert line.startswith("trainer=BasicTrainer WORLD_SIZE=2: this trainer uses one process; set trainer=")
 
 
 @pytest.mark.parametrize("warmup, note", [(2, None), (3, "ends at 7.5e-05"), (9, "ends at 3e-05")])

@@ -916,7 +916,7 @@ def test_a_trainer_that_loads_a_state_goes_on_as_the_one_that_gave_it(loss, make
     other.load_state_dict(state | {"run": state["run"] | {"logs": [0, 0]}})
     assert (other.examples, other.updates, other.next_eval, other.next_save) == (16, 2, 16, 24)
     assert other.scheduler.get_last_lr() == part.scheduler.get_last_lr() != [1e-3 / 3]
-    assert "Not bit for bit" not in capsys.readouterr().out
+    assert "not be bit for bit" not in capsys.readouterr().out
     other.train()
     assert without_clocks(other.run.path) == [
         r for r in without_clocks(whole.run.path) if r["updates"] > 2 or "loss/eval" in r
@@ -945,7 +945,7 @@ def test_a_state_of_another_machine_is_taken_with_a_note_of_what_differs(make_tr
         "max_tokens_per_pass was 300, is 700",
         "activation_checkpointing was True, is False",
     ]
-    expected = f"Not bit for bit what it would have been without the stop: {'; '.join(changes)}.\n"
+    expected = f"Results will not be bit for bit the same as without the interruption: {'; '.join(changes)}.\n"
     assert capsys.readouterr().out == expected
 
 

@@ -70,8 +70,8 @@ def memory_of_processes(settings: Settings, loss: Loss, inputs: Inputs) -> str:
         available, place = available // n, "its share of the memory here"
     verdict = "fits" if needed <= available else "does not fit"
     return (
-        f"Peak memory, estimated: {needed / 1e9:.2f} GB on each of {n} processes, {estimate.fixed / 1e9:.2f} GB of it "
-        f"without activations, in a microbatch of {longest:,} tokens. That {verdict} into {available / 1e9:.1f} GB, "
+        f"Estimated peak memory: {needed / 1e9:.2f} GB on each of {n} processes ({estimate.fixed / 1e9:.2f} GB "
+        f"without activations), for a microbatch of {longest:,} tokens. That {verdict} into {available / 1e9:.1f} GB, "
         f"{place}."
     )
 
@@ -128,7 +128,7 @@ def forecast(trainer: BasicTrainer, eval_batches: BatchIterator) -> None:
     log_message(
         f"Updates: {n_updates:,} of {settings.batch_size} examples, {tokens:,.0f} tokens each.\n"
         f"Time: {update * tokens:.3g} seconds per update, {1 / update:,.0f} tokens per second.\n"
-        f"Time to the end: {duration(sum(parts.values()))} ({listed}), besides loading, saving and the report.\n"
+        f"Time to the end: {duration(sum(parts.values()))} ({listed}), plus loading, saving and the report.\n"
         f"Peak memory: {peak / 1e9:.2f} of {total_memory(device) / 1e9:.1f} GB, in {phase}; an update needs"
         f" {peaks['an update'] / 1e9:.2f} GB, its longest microbatch has {workload.longest_microbatch:,} tokens."
     )

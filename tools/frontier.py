@@ -114,7 +114,7 @@ def close_sweep(folder: Path, paths: Sequence[Path], judge: str | None = None, s
     log_message("\n".join(["", *summary(runs)]))
     charts = curves(runs, judge)
     if not charts:
-        needs = "sample_during_eval=true, and a reference that is a model, so loss.precompute_reference=false"
+        needs = "sample_during_eval=true and a reference model (loss.precompute_reference=false)"
         log_message(f"No frontier.html: no evaluation recorded a KL (diagnosis/kl), which needs {needs}.")
         return
     files = {folder / "frontier.html": page(runs, charts)}

@@ -153,7 +153,7 @@ def length_lines(batches: BatchIterator, max_tokens: int) -> Iterator[str]:
     for name, values in lengths.items():
         yield from histogram(name, values)
     if "rejected" in lengths:
-        yield f"The chosen response is longer in {longer / n:.1%} of the pairs, as long in {equal / n:.1%}."
+        yield f"The chosen response is longer in {longer / n:.1%} of the pairs, equally long in {equal / n:.1%}."
     packed, padded = tokens["shared_prefix"], tokens["padded"]
     yield f"Tokens computed: {packed:,} packed (layout=shared_prefix), {padded:,} padded, {packed / padded:.0%}."
 
@@ -180,7 +180,7 @@ def doubt_lines(train: BatchIterator, test: BatchIterator) -> Iterator[str]:
     opposite = ""
     for example in chain.from_iterable(progress(train.groups, "comparing training examples")):
         is_label = example.label is not None
-        opposite = "the same response, the other label" if is_label else "the same pair the other way round"
+        opposite = "the same response, the other label" if is_label else "the same pair in the opposite order"
         key = hash((example.prompt, example.responses, example.label))
         label = not example.label if is_label else None
         opposite_key = hash((example.prompt, example.responses[::-1], label))
@@ -195,5 +195,5 @@ def doubt_lines(train: BatchIterator, test: BatchIterator) -> Iterator[str]:
         shared_prompts += hash(example.prompt) in prompts
     yield f"Of {train.n_items:,} training examples {repeated:,} repeat an earlier one."
     yield f"{contradictions:,} contradict an earlier one: {opposite}."
-    also = f"{shared:,} are also training examples, {shared_prompts:,} have the prompt of one"
+    also = f"{shared:,} are also training examples, {shared_prompts:,} share a prompt with one"
     yield f"Of {n_test:,} test examples {also}."

@@ -1,4 +1,4 @@
-"""Batches of examples in the original's order, from any position on; what the data lacks for a run."""
+"""Batches of examples in the original's order, starting at any position; checks for missing data."""
 
 import hashlib
 import random
@@ -28,11 +28,11 @@ START = {"epoch": 0, "batch": 0}
 
 @dataclass
 class BatchIterator:
-    """Iterates over groups of examples in the original's order, in batches; its position allows a resume anywhere.
+    """Iterates over batches of examples in the original's order; its position allows a resume at any batch.
 
-    It ends after n_epochs or n_examples, whichever comes first. An epoch drops the examples after its last full batch,
-    unless keep_last, which also ends exactly at n_examples (for one epoch). The seeds of the epochs are drawn from
-    NumPy's legacy generator, and each epoch shuffles the list of groups as the one before left it.
+    It ends after n_epochs or n_examples, whichever comes first. An epoch drops the examples after its last full batch.
+    With keep_last it keeps them, and ends exactly at n_examples (for one epoch). The seeds of the epochs come from
+    NumPy's legacy generator, and each epoch shuffles the order of groups that the previous one left.
     """
 
     groups: Sequence[Sequence[TextExample]]
@@ -45,18 +45,18 @@ class BatchIterator:
     position: dict[str, int] = field(default_factory=START.copy)
 
     def from_start(self) -> "BatchIterator":
-        """The same batches, from the very start."""
+        """The same batches, from the start."""
         return replace(self, position=dict(START))
 
     @property
     def walks_beyond_first_epoch(self) -> bool:
-        """Whether examples come again in other batches."""
+        """Whether examples are repeated, in different batches."""
         return len(self) > self.batches_per_epoch
 
     def fingerprint(self, by_text: bool = False) -> str:
-        """A SHA-256 of the examples in their order and of the tokenizer's rules.
+        """A SHA-256 of the examples in order and of the tokenization.
 
-        Tables know hashes of their rows; by_text reads all rows again instead, as earlier versions did.
+        Tables have hashes of their rows; by_text reads all rows again instead, as earlier versions did.
         """
         digest = hashlib.sha256(repr((self.tokenizer_rules(), self.n_items)).encode())
         digest_of_rows = getattr(self.groups, "digest", None)
@@ -66,20 +66,20 @@ class BatchIterator:
         return digest.hexdigest()
 
     def tokenizer_rules(self) -> tuple[object, object]:
-        """The vocabulary and the lengths, on which the tokens of an example depend."""
+        """The vocabulary and the length limits, which determine an example's tokens."""
         rules = self.tokenize
         backend = getattr(rules.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend is not None else sorted(rules.tokenizer.get_vocab().items())
         return vocabulary, (rules.max_length, rules.max_prompt_length, rules.add_bos)
 
     def settings(self) -> tuple[object, ...]:
-        """What, besides the examples, decides which tokens lie in which batch."""
+        """What determines the tokens of each batch, in addition to the examples."""
         return (*self.tokenizer_rules(), self.batch_size, self.seed, self.n_epochs, self.n_examples)
 
-    @cached_property  # groups never change, and a million of them take a while to count
+    @cached_property  # groups never change, and counting a million takes a while
     def sizes(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
         """The number of examples of each group, (groups,)."""
-        import numpy as np  # slow to import, and the names of data sets are needed without it
+        import numpy as np  # slow to import, and not needed for the names of data sets
 
         return np.fromiter(map(len, self.groups), dtype=np.int64)
 
@@ -93,7 +93,7 @@ class BatchIterator:
         return -(-self.n_items // self.batch_size) if self.keep_last else self.n_items // self.batch_size
 
     def __len__(self) -> int:
-        """Batches from the very start to the end."""
+        """The number of batches from start to end."""
         limits = []
         if self.n_epochs is not None:
             limits.append(self.n_epochs * self.batches_per_epoch)
@@ -102,13 +102,13 @@ class BatchIterator:
         return min(limits)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches from the position on."""
+        """Yield batches, starting at the position."""
         per_epoch = self.batches_per_epoch
         done = self.position["epoch"] * per_epoch + self.position["batch"]
         order, shuffled = array("q", range(len(self.groups))), 0
         while done < len(self):
             epoch, start = divmod(done, per_epoch)
-            while shuffled <= epoch:  # later shuffles act on the order that the earlier ones left
+            while shuffled <= epoch:  # each shuffle starts from the previous order
                 random.Random(self.epoch_seed(shuffled)).shuffle(order)
                 shuffled += 1
             groups, places = self.flatten(order)
@@ -123,7 +123,7 @@ class BatchIterator:
                 yield Batch(self.tokenize([self.groups[group][place] for group, place in members]), self.position)
 
     def flatten(self, order: "array[int]") -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
-        """The group of each example of an epoch, and its place in the group, for an order of the groups."""
+        """The group of each example of an epoch and its index in the group, for an order of the groups."""
         import numpy as np
 
         groups = np.frombuffer(order, dtype=np.int64)
@@ -138,11 +138,11 @@ class BatchIterator:
 
 
 def data_problems(settings: Settings, train_batches: BatchIterator, eval_batches: BatchIterator) -> list[str]:
-    """One line for each way in which there is too little data."""
+    """One line for each kind of missing data."""
     problems = []
     n = train_batches.n_items
     if n < settings.batch_size:
-        remedy = f"lower it to {n} or less" if n else "give it some"
+        remedy = f"lower it to {n} or less" if n else "add some"
         problems.append(f"batch_size={settings.batch_size}: the training data holds {n} examples; {remedy}")
     elif len(train_batches) == 0:
         problems.append("n_epochs, n_examples: no update would be made; raise them")

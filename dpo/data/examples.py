@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-Truncation = Literal["keep_start", "keep_end"]  # the end of an over-long prompt that is kept
-PROMPT_START = 8  # characters of a prompt that are tokenized to see that it has a token
-CHUNK = 10_000  # strings per call of the tokenizer where only their having a token matters
+Truncation = Literal["keep_start", "keep_end"]  # which end of an over-long prompt is kept
+PROMPT_START = 8  # characters that are tokenized to check that a prompt has a token
+CHUNK = 10_000  # strings per tokenizer call in that check
 
 
 @dataclass(frozen=True, slots=True)
 class TextExample:
-    """A prompt with one response or two (chosen, rejected), as text; row is its number in the data set.
+    """A prompt with one response or two (chosen, rejected) as text, and its row number in the data set.
 
-    scores are those of the two responses, chosen first, and label is whether the one response is desirable, where the
-    data set knows them. Conversations are a subclass, which is tokenized and shortened in another way.
+    If the data set has them, scores are those of the two responses, chosen first, and label says whether the single
+    response is desirable. Conversations are a subclass, with its own tokenization and shortening.
     """
 
     prompt: str
@@ -34,21 +34,21 @@ class TextExample:
     label: bool | None = None
 
     is_conversation: ClassVar[bool] = False
-    shortened_by: ClassVar[str] = "prompt"  # what is counted where the prompt is shortened
+    shortened_by: ClassVar[str] = "prompt"  # counted if the prompt is shortened
 
     @property
     def where(self) -> str:
-        """The row, as messages name it."""
+        """The source and row, for messages."""
         return f"{self.source}, row {self.row}"
 
     @property
     def original_prompt(self) -> Any:
-        """The prompt as the data set has it: a text, or a list of messages."""
+        """The prompt as in the data set: a text, or a list of messages."""
         return self.prompt
 
     @property
     def content(self) -> tuple[object, ...]:
-        """What its tokens depend on; fingerprints and caches of earlier versions hold hashes of its repr."""
+        """What its tokens depend on; fingerprints and caches of earlier versions contain hashes of its repr."""
         return (self.prompt, self.responses, self.truncation)
 
     def strings(self) -> list[str]:
@@ -56,15 +56,15 @@ class TextExample:
         return [self.prompt, *self.responses]
 
     def split_ids(self, ids: list[list[int]], rules: "Tokenization") -> tuple[list[int], list[list[int]]]:
-        """The ids of the prompt and of each response, by those of the strings; UnusableRow if they misfit."""
+        """The ids of the prompt and of each response, from the strings' ids; UnusableRow if the prompt has none."""
         prompt, *responses = ids
         if not prompt and not rules.add_bos:  # nothing would predict the first response token
-            raise UnusableRow("the tokenizer turns the prompt into no token at all")
+            raise UnusableRow("the prompt has no tokens")
         bos = [rules.tokenizer.bos_token_id] if rules.add_bos else []
         return bos + prompt, [response + [rules.tokenizer.eos_token_id] for response in responses]
 
     def shorten(self, prompt: list[int], responses: list[list[int]], rules: "Tokenization") -> list[int]:
-        """The prompt's ids, cut to max_prompt_length; a BOS at the start stays."""
+        """The prompt's ids, truncated to max_prompt_length; a BOS at the start is kept."""
         n_bos = int(rules.add_bos)
         room = rules.max_prompt_length - n_bos
         start = n_bos if self.truncation == "keep_start" else len(prompt) - room
@@ -89,7 +89,7 @@ class TokenizedExample:
 
 @dataclass(frozen=True)
 class Tokenization:
-    """How texts become ids, and where they are cut. Lengths are in tokens; vocab_size is the model's, if known."""
+    """Tokenizes and truncates texts. Lengths are in tokens; vocab_size is the model's, if known."""
 
     tokenizer: "PreTrainedTokenizerBase"
     max_length: int
@@ -98,7 +98,7 @@ class Tokenization:
     vocab_size: int | None = None
 
     def __call__(self, texts: Sequence[TextExample]) -> list[TokenizedExample]:
-        """Tokenize texts in one call: prompt and responses separately, with an end after each response.
+        """Tokenize texts in one call: prompt and responses separately, with an end token after each response.
 
         A conversation is tokenized as a whole. UserError that names the row if it cannot be trained on, or if a token
         has no embedding in the model.
@@ -111,7 +111,7 @@ class Tokenization:
         return [example for example in examples if not isinstance(example, UnusableRow)]
 
     def try_tokenize(self, texts: Sequence[TextExample]) -> list[TokenizedExample | UnusableRow]:
-        """Tokenize texts in one call: for each its example, or why there is none."""
+        """Tokenize texts in one call: an example for each, or the reason why there is none."""
         ids = iter(self.ids([string for text in texts for string in text.strings()]))
         results: list[TokenizedExample | UnusableRow] = []
         for text in texts:
@@ -123,8 +123,8 @@ class Tokenization:
         return results
 
     def ids(self, strings: list[str]) -> list[list[int]]:
-        """The ids of some strings, without special tokens but those that the strings hold."""
-        if not strings:  # which tokenizers do not take
+        """The ids of strings, without adding special tokens."""
+        if not strings:  # tokenizers refuse an empty list
             return []
         ids: list[list[int]] = self.tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
@@ -134,7 +134,7 @@ class Tokenization:
         return len(prompt) + max(map(len, responses)) <= self.max_length
 
     def truncate(self, text: TextExample, prompt: list[int], responses: list[list[int]]) -> TokenizedExample:
-        """Cut an example that is longer than max_length: first its prompt, then, if need be, all its responses."""
+        """Truncate an example that is longer than max_length: first the prompt, then, if necessary, all responses."""
         shorter, cut = prompt, responses
         if not self.fits(prompt, responses) and len(prompt) > self.max_prompt_length:
             shorter = text.shorten(prompt, responses, self)
@@ -148,7 +148,7 @@ class Tokenization:
         return TokenizedExample(text, shorter, tuple(cut), tuple(what for what, is_cut in truncated.items() if is_cut))
 
     def check_ids(self, example: TokenizedExample) -> None:
-        """Raise UserError if an example holds a token beyond the model's vocabulary."""
+        """Raise UserError if an example has a token beyond the model's vocabulary."""
         if self.vocab_size is None:
             return
         highest = max(max(ids) for ids in (example.prompt, *example.responses))
@@ -158,9 +158,9 @@ class Tokenization:
             raise UserError(f"{example.text.where}: the text holds {token}, but {limit}")
 
     def empty_prompts(self, prompts: Iterable[str]) -> set[str]:
-        """The prompts without any token, which cannot be trained on; none if BOS is added.
+        """The prompts without tokens, which cannot be trained on; none if BOS is added.
 
-        To be quick, a prompt is tokenized whole only if its first characters alone have no token.
+        For speed, a prompt is tokenized whole only if its first characters have no token.
         """
         if self.add_bos:
             return set()
@@ -171,22 +171,22 @@ class Tokenization:
         return set(self.without_tokens(doubtful))
 
     def without_tokens(self, strings: list[str]) -> Iterator[str]:
-        """Yield the strings that the tokenizer turns into no token."""
+        """Yield the strings that have no tokens."""
         for start in range(0, len(strings), CHUNK):
             chunk = strings[start : start + CHUNK]
             yield from (string for string, ids in zip(chunk, self.ids(chunk), strict=True) if not ids)
 
 
 def padding_id(tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None = None) -> int:
-    """The id that fills padded positions, which are always masked: pad, or eos if the model has no such id."""
+    """The id at padded positions, which are always masked: pad, or eos if the model has no such id."""
     pad = tokenizer.pad_token_id
     fits = pad is not None and (vocab_size is None or pad < vocab_size)
     return pad if fits else tokenizer.eos_token_id
 
 
 def special_token_problems(tokenizer: "PreTrainedTokenizerBase", vocab_size: int, add_bos: bool) -> list[str]:
-    """One line for each special token that training uses and the tokenizer or the model lacks."""
-    needed = [("eos", "model.tokenizer_name_or_path", "which ends a response")]
+    """One line for each special token that training needs but the tokenizer or the model lacks."""
+    needed = [("eos", "model.tokenizer_name_or_path", "which must end each response")]
     if add_bos:
         needed.append(("bos", "model.add_bos=true", "set it to false"))
     problems = []
@@ -222,7 +222,7 @@ def bos_notes(tokenizer: "PreTrainedTokenizerBase", add_bos: bool) -> list[str]:
 
 
 def hash_texts(digest: "hashlib._Hash", groups: Iterable[Iterable[TextExample]]) -> None:
-    """Update a hash by the content and the label of all examples."""
+    """Update a hash with the content and the label of all examples."""
     for group in groups:
         contents = [text.content if text.label is None else (*text.content, text.label) for text in group]
         digest.update(repr(contents).encode())

@@ -1,7 +1,7 @@
-"""Files of JSON: their rows by number, each read when it is needed, and errors that name file and row.
+"""JSON files: rows are read by number when needed, and errors name file and row.
 
-The JSON reader of the datasets library is as fast, but turns texts that look like dates into dates, does not tell a
-missing field from null, and names no line of the file in an error.
+The JSON reader of the datasets library is as fast, but it converts texts that look like dates, does not distinguish a
+missing field from null, and its errors do not name the line.
 """
 
 import bz2
@@ -21,18 +21,18 @@ from typing import IO, Any
 
 from dpo.system.errors import UserError
 
-N_HEAD = 100  # rows that are looked at for the names of columns
+N_HEAD = 100  # rows that are searched for column names
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)  # what a damaged file raises
 BOM = "\ufeff"
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """Open a file for reading, without its compression if its suffix names one."""
+    """Open a file for reading, decompressed if its suffix names a compression."""
     if path.suffix == ".zst":
-        import pyarrow  # which datasets installs; slow to import
+        import pyarrow  # installed with datasets; slow to import
 
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))  # which refuses a cut file
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))  # raises for a truncated file
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     return openers.get(path.suffix, open)(path, "rb")
 
@@ -62,14 +62,14 @@ def lines_of(path: Path, as_list: bool) -> Iterator[bytes]:
     except UNREADABLE as error:
         raise UserError(f"{path}, after row {number}: cannot be read ({error})") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}, row 1 and on: is not a list in JSON ({error})") from None
+        raise UserError(f"{path}, row 1 and on: is not a valid JSON list ({error})") from None
 
 
 class JsonRows:
-    """The rows of a file of JSON lines, or of one list in a .json file; only where each begins is kept in memory.
+    """The rows of a JSON lines file, or of a list in a .json file; only their positions are kept in memory.
 
-    Iterating reads all of them, in order, and must come before a row is read by its index. Blank lines, byte order
-    marks and Windows line ends are ignored. What cannot be read by position is copied into a temporary file.
+    Iterate over all rows once before reading rows by index. Blank lines, byte order marks and Windows line ends are
+    ignored. Files that cannot be read by position are copied into a temporary file.
     """
 
     def __init__(self, path: Path):
@@ -85,7 +85,7 @@ class JsonRows:
         self.stamp = self.current_stamp()
 
     def current_stamp(self) -> tuple[int, int]:
-        """What changes when the file is written to."""
+        """Modification time and size."""
         status = os.fstat(self.file.fileno())
         return status.st_mtime_ns, status.st_size
 
@@ -95,13 +95,13 @@ class JsonRows:
         return list(dict.fromkeys(str(name) for row in rows for name in row))
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        """Yield (line number from 1, row); UserError that names file and line, as a row, if one is not JSON."""
+        """Yield (line number from 1, row); UserError that names file and line if one is not JSON."""
         self.starts, self.lengths = array("q"), array("q")
         number = start = 0
         self.file.seek(0)
         try:
             for number, line in enumerate(self.file, start=1):
-                text = line.decode("utf-8").removeprefix(BOM)  # on any line, since files are also concatenated
+                text = line.decode("utf-8").removeprefix(BOM)  # on any line, since files may be concatenated
                 if text and not text.isspace():
                     row = json.loads(text)
                     self.starts.append(start)
@@ -111,7 +111,7 @@ class JsonRows:
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}, row {number}: is not UTF-8 ({error.reason} at byte {error.start})") from None
         except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, or a number of over 4,300 digits
-            form = "a row is one line, and a file that is one list ends in .json"
+            form = "each row is one line; a file that is one list needs the suffix .json"
             if ".json" in self.path.suffixes:
                 form = "a .json file is one list of rows, or has a row per line"
             hint = f"; {form}" if line.strip() in (b"[", b"{") else ""
@@ -122,6 +122,6 @@ class JsonRows:
     def __getitem__(self, index: int) -> Any:
         """Read a row; UserError if the file has changed since it was opened."""
         if self.stamp != self.current_stamp():
-            raise UserError(f"{self.path}: has changed since the run began; leave data alone while a run reads it")
+            raise UserError(f"{self.path}: has changed since the run began; do not change data during a run")
         line = os.pread(self.file.fileno(), self.lengths[index], self.starts[index])
         return json.loads(line.decode("utf-8").removeprefix(BOM))

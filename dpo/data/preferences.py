@@ -1,4 +1,4 @@
-"""What is kept of a data set: its pairs by prompt, the statistics of its rows, and the examples that training uses."""
+"""A data set in memory: pairs by prompt, statistics of its rows, and the examples that training uses."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -11,12 +11,12 @@ from dpo.system.errors import UserError
 
 REPEATED = "it repeats an earlier row"
 ONE_TARGET = "SFT trains on one target per prompt, and a later row has the same prompt"
-NO_TOKEN = "the tokenizer turns the prompt into no token"
+NO_TOKEN = "the prompt has no tokens"
 DROPPED, WARNED = "dropped: ", "kept although "
 
 
 class RowStatistics(Counter[str]):
-    """How many rows of a data set were "kept", "dropped: WHY", and "kept although WHY"."""
+    """The number of rows of a data set that were "kept", "dropped: WHY", and "kept although WHY"."""
 
     @property
     def dropped(self) -> int:
@@ -30,12 +30,12 @@ class RowStatistics(Counter[str]):
         self[DROPPED + why] += 1
 
     def drop_kept(self, why: str, n: int) -> None:
-        """Count n rows as dropped that were counted as kept."""
+        """Count n rows that were counted as kept as dropped."""
         self["kept"] -= n
         self[DROPPED + why] += n
 
     def warn(self, why: str, n: int = 1) -> None:
-        """Count n rows as kept although there is something about them."""
+        """Count n kept rows with a warning."""
         self[WARNED + why] += n
 
     def summary(self, n_prompts: int) -> str:
@@ -51,7 +51,7 @@ class RowStatistics(Counter[str]):
 
 
 class Entry(TypedDict):
-    """What is kept of a prompt; pairs are (chosen, rejected), as indices of responses."""
+    """The data of a prompt; pairs are (chosen, rejected) indices of responses."""
 
     responses: list[str]
     pairs: list[tuple[int, int]]
@@ -61,12 +61,10 @@ class Entry(TypedDict):
 class PreferenceData(dict[str, Entry]):
     """A map prompt -> {"responses": [...], "pairs": [(chosen, rejected), ...], "sft_target": ...}, with statistics.
 
-    truncation names the end of an over-long prompt that is kept. drop_unusable asks for rows that cannot be trained on
-    to be dropped; hh, shp and se keep what the original keeps. Each row is counted by one call of add, add_pair or
-    counts.drop.
+    truncation says which end of an over-long prompt is kept. drop_unusable drops rows that cannot be trained on; hh,
+    shp and se keep what the original keeps. Count each row with one call of add, add_pair or counts.drop.
 
-    rows holds the row number (from 1) of each pair of a prompt, kept_rows that of each of its rows. SFT trains on
-    sft_target.
+    rows has the row numbers (from 1) of a prompt's pairs, kept_rows those of its rows. SFT trains on sft_target.
     """
 
     def __init__(self, truncation: Truncation, drop_unusable: bool = False):
@@ -81,7 +79,7 @@ class PreferenceData(dict[str, Entry]):
         self.seen: set[tuple[str, str, str]] = set()
 
     def add(self, prompt: str, responses: Sequence[str], pairs: Iterable[tuple[int, int]], sft_target: str) -> None:
-        """Append a row's responses to a prompt; pairs index them; its sft_target replaces earlier ones."""
+        """Append a row's responses to a prompt; pairs are indices into them; sft_target replaces an earlier one."""
         row = self.counts.read + 1
         self.counts["kept"] += 1
         entry = self.setdefault(prompt, {"responses": [], "pairs": [], "sft_target": sft_target})
@@ -94,14 +92,14 @@ class PreferenceData(dict[str, Entry]):
         self.kept_rows.setdefault(prompt, []).append(row)
 
     def add_pair(self, prompt: str, chosen: str, rejected: str) -> bool:
-        """Add a row's pair, whose chosen response is the sft_target, or count it as dropped; whether it was kept."""
+        """Add a row's pair, with the chosen response as sft_target, or count it as dropped; True if it was kept."""
         if not self.accepts(prompt, chosen, rejected):
             return False
         self.add(prompt, [chosen, rejected], [(0, 1)], chosen)
         return True
 
     def accepts(self, prompt: str, chosen: str, rejected: str) -> bool:
-        """Whether a pair is kept; if not, its row is counted as dropped, else what is wrong with it is counted."""
+        """Whether a pair is kept. If not, count its row as dropped; otherwise count warnings."""
         errors = validation_errors(prompt, (chosen, rejected))
         if errors and self.drop_unusable:
             self.counts.drop(errors[0])
@@ -113,14 +111,14 @@ class PreferenceData(dict[str, Entry]):
         return True
 
     def drop_prompt(self, prompt: str, why: str) -> None:
-        """Take back all rows of a prompt, and count them as dropped."""
+        """Remove all rows of a prompt, and count them as dropped."""
         self.counts.drop_kept(why, len(self.kept_rows[prompt]))
         self[prompt]["responses"], self[prompt]["pairs"] = [], []
         self.rows[prompt], self.kept_rows[prompt] = [], []
 
 
 def validation_errors(prompt: str, responses: Sequence[str]) -> list[str]:
-    """Why a prompt and its responses cannot teach anything."""
+    """The reasons why a prompt and its responses cannot be trained on."""
     errors = {
         "the prompt is empty": not prompt.strip(),
         "a response is empty": not all(map(str.strip, responses)),
@@ -134,8 +132,8 @@ def make_groups(
 ) -> list[list[TextExample]]:
     """Turn a data set into one list of examples per prompt, the unit of the shuffle.
 
-    Texts that hold the eos token are dropped or kept as data.drop_unusable says, rows of empty_prompts (those that have
-    no token) always dropped. data is brought up to date with what was dropped, so call this once.
+    Texts with the eos token are dropped if data.drop_unusable is set; rows of empty_prompts (prompts without tokens)
+    are always dropped. This updates data, so call it once.
     """
     groups = []
     for prompt, entry in list(data.items()):
@@ -151,17 +149,17 @@ def make_groups(
             examples = list(zip(pairs, data.rows[prompt], strict=True))
         group = [TextExample(prompt, responses, data.truncation, row, source) for responses, row in examples]
         group = handle_eos(data, group, eos)
-        if group or not data.drop_unusable:  # a prompt without a pair takes part in the original's shuffle
+        if group or not data.drop_unusable:  # the original also shuffles prompts without a pair
             groups.append(group)
         else:
             del data[prompt]
     if sft:
-        data.counts.pop(WARNED + REPEATED, None)  # of equal rows one is kept, and the others are counted as dropped
+        data.counts.pop(WARNED + REPEATED, None)  # one of equal rows is kept, the others are dropped
     return groups
 
 
 def handle_eos(data: PreferenceData, group: list[TextExample], eos: str) -> list[TextExample]:
-    """Drop and count, or count alone, the examples of a prompt that hold the eos token."""
+    """Count the examples of a prompt with the eos token, and drop them if data.drop_unusable is set."""
     without = [text for text in group if not any(eos in string for string in text.strings())]
     n_with = len(group) - len(without)
     if not n_with:
@@ -175,19 +173,19 @@ def handle_eos(data: PreferenceData, group: list[TextExample], eos: str) -> list
 
 @contextmanager
 def naming_row(where: str, number: int) -> Iterator[None]:
-    """Raise UserError that names a row if it does not have the form that the data set should have."""
+    """Raise UserError that names the row if it has a wrong form."""
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:
-        reason = str(error) if isinstance(error, UserError) else f"has another form ({type(error).__name__}: {error})"
+        reason = str(error) if isinstance(error, UserError) else f"has a wrong form ({type(error).__name__}: {error})"
         raise UserError(f"{where}, row {number}: {reason}") from None
 
 
 def as_preference_data(value: object, name: str) -> PreferenceData:
-    """Make PreferenceData of what a function in DATASETS returned; UserError if it has neither allowed form.
+    """Convert the result of a function in DATASETS to PreferenceData; UserError if it has neither allowed form.
 
-    A plain map prompt -> {"responses", "pairs", "sft_target"}, as the original's functions return it, counts one row
-    per prompt and keeps the start of over-long prompts, as the original does for every data set but hh.
+    A plain map prompt -> {"responses", "pairs", "sft_target"}, as the original's functions return, counts one row per
+    prompt and keeps the start of over-long prompts, as the original does for all data sets but hh.
     """
     if isinstance(value, PreferenceData):
         return value

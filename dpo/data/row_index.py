@@ -1,6 +1,6 @@
-"""What of a table is trained on: its rows checked once and counted, its examples read again when they are needed.
+"""The rows of tables that are trained on: checked and counted once, read again when needed.
 
-A row that can be trained on costs about 100 bytes of memory: numbers and hashes, no text.
+Each such row takes about 100 bytes of memory: numbers and hashes, no text.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
-HELD_OUT = 0.1  # the share of the prompts that are the test split where there is none
+HELD_OUT = 0.1  # the share of prompts held out if there is no test split
 CHUNK = 1000  # rows that are tokenized together
 SAME_TARGET = "an earlier row has the same prompt and chosen response"
 # Flags of a row
@@ -52,13 +52,14 @@ UNDESIRABLE = 64
 
 @dataclass(frozen=True)
 class Reading:
-    """How the rows of a data set become examples; inconsistent conversations are dropped, or refused by number.
+    """How the rows of a data set become examples.
 
-    labels: rows may also be single responses with a label.
+    drop_inconsistent: drop inconsistent conversations instead of raising. labels: rows may be single labelled
+    responses.
     """
 
     name: str
-    columns: Mapping[str, str | None]  # the columns that a user gave, by their roles
+    columns: Mapping[str, str | None]  # columns set by the user, by role
     sft: bool
     formatter: RowFormatter
     tokenize: Tokenization
@@ -67,7 +68,7 @@ class Reading:
 
 
 class CheckedRow(NamedTuple):
-    """A row whose texts can be trained on, with its place in the tables and its example."""
+    """A row that can be trained on, with its position in the tables and its example."""
 
     place: int
     row: Row
@@ -76,16 +77,16 @@ class CheckedRow(NamedTuple):
 
 @dataclass
 class RowIndex:
-    """The rows of some tables that can be trained on, as numbers, and the statistics of all of them.
+    """The rows of tables that can be trained on, as numbers, and statistics of all rows.
 
-    For each row: its place in the tables, its number in its file, and hashes of its prompt, of its prompt and first
-    response, and of all of it.
+    For each row: its position in the tables, its number in its file, and hashes of the prompt, of prompt and first
+    response, and of the whole row.
     """
 
     reading: Reading
     tables: Sequence[Table]
     columns: list[dict[str, str]]  # of each table
-    starts: list[int] = field(default_factory=list)  # the place of each table's first row
+    starts: list[int] = field(default_factory=list)  # position of each table's first row
     counts: RowStatistics = field(default_factory=RowStatistics)
     notes: list[str] = field(default_factory=list)
     places: "array[int]" = field(default_factory=lambda: array("q"))
@@ -94,7 +95,7 @@ class RowIndex:
     targets: "array[int]" = field(default_factory=lambda: array("Q"))
     pairs: "array[int]" = field(default_factory=lambda: array("Q"))
     flags: "array[int]" = field(default_factory=lambda: array("B"))
-    scores: "array[float]" = field(default_factory=lambda: array("d"))  # two per row, where columns of scores are given
+    scores: "array[float]" = field(default_factory=lambda: array("d"))  # two per row, if score columns are set
 
     def example(self, kept: int) -> TextExample:
         """Read the example of the kept row with this index."""
@@ -109,7 +110,7 @@ class RowIndex:
         return parse_row(raw, self.columns[table], self.reading.sft, chat, self.reading.labels)
 
     def as_example(self, row: Row, number: int, table: int) -> TextExample:
-        """Make an example of a row with the responses that are trained on; UnusableRow if its texts are unusable."""
+        """Make an example from a row's trained responses; UnusableRow if the texts are unusable."""
         if errors := validation_errors(*row.texts):
             raise UnusableRow(errors[0])
         source = self.reading.name if len(self.tables) == 1 else self.tables[table].name
@@ -119,13 +120,13 @@ class RowIndex:
         return replace(example, **row.extras) if row.extras else example
 
     def drop(self, error: UnusableRow) -> None:
-        """Count a row that cannot be trained on; UserError if it is one that is to be refused."""
+        """Count a row that cannot be trained on; UserError if it must be refused."""
         if isinstance(error, InconsistentRow) and not self.reading.drop_inconsistent:
-            raise UserError(f"{error}; on_inconsistent=drop leaves such rows out")
+            raise UserError(f"{error}; on_inconsistent=drop skips such rows")
         self.counts.drop(error.reason)
 
     def add(self, chunk: Sequence[CheckedRow], table: Table) -> None:
-        """Keep rows of a table whose tokens can be trained on, too."""
+        """Keep the rows of a chunk whose tokens can be trained on."""
         tokenize = self.reading.tokenize
         eos = str(tokenize.tokenizer.eos_token)
         empty = tokenize.empty_prompts(row.example.prompt for row in chunk if not row.example.is_conversation)
@@ -150,11 +151,11 @@ class RowIndex:
 
 
 def flags_of(row: Row, example: TextExample, eos: str, lacks_token: bool) -> int:
-    """What is remembered of a row besides its place and its hashes."""
+    """The flags of a row."""
     label = row.extras.get("label")
     flags = EVERY_TARGET * row.every_target | PROMPTS_DIFFER * row.prompts_differ
     flags |= DESIRABLE * (label is True) | UNDESIRABLE * (label is False)
-    if example.is_conversation:  # whose turns hold no special token
+    if example.is_conversation:  # its turns contain no special tokens
         return flags
     prompt, (first, *others) = row.texts
     flags |= HOLDS_EOS * (eos in prompt or eos in first) | LACKS_TOKEN * lacks_token
@@ -162,7 +163,7 @@ def flags_of(row: Row, example: TextExample, eos: str, lacks_token: bool) -> int
 
 
 def index_rows(tables: Sequence[Table], reading: Reading, silent: bool = False) -> RowIndex:
-    """Read all rows once, check and count them; UserError that names the row if one has no known form."""
+    """Read, check and count all rows once; UserError that names the row if one has no known form."""
     columns = [find_columns(table.columns(), reading.columns, table.name) for table in tables]
     index, place = RowIndex(reading, tables, columns), 0
     for i, table in enumerate(tables):
@@ -191,9 +192,9 @@ def index_rows(tables: Sequence[Table], reading: Reading, silent: bool = False) 
 
 
 def hashes_of(*texts: str) -> list[int]:
-    """64 bits of each start of a list of texts, as JSON: of the first text, of the first two, and so on.
+    """64-bit hashes of the prefixes of a list of texts, as JSON: of the first text, the first two, and so on.
 
-    Other texts do not share them, but for a chance of 1 in 10 million per million rows.
+    The chance of a collision is 1 in 10 million per million rows.
     """
     hashes, digest, before = [], hashlib.blake2b(digest_size=8), "["
     for text in texts:
@@ -210,7 +211,7 @@ def hashes_of(*texts: str) -> list[int]:
 
 @dataclass(frozen=True)
 class RowGroup(Sequence[TextExample]):
-    """The examples of one prompt, each read when it is asked for."""
+    """The examples of one prompt, read on access."""
 
     rows: RowIndex
     kept: "Ints"
@@ -224,9 +225,9 @@ class RowGroup(Sequence[TextExample]):
 
 @dataclass(frozen=True)
 class TableData(Sequence[Sequence[TextExample]]):
-    """One split of a data set, one group of examples per prompt, and the statistics of its rows.
+    """A split of a data set with one group of examples per prompt, and statistics of its rows.
 
-    kept holds the indices of its rows, group after group; ends (groups,) where each group ends.
+    kept has the indices of its rows, group after group; ends (groups,) has the end of each group.
     """
 
     rows: RowIndex
@@ -246,7 +247,7 @@ class TableData(Sequence[Sequence[TextExample]]):
 
     @property
     def n_labelled(self) -> int:
-        """The number of rows of one response with a label."""
+        """The number of rows with a single labelled response."""
         return self.counts["desirable"] + self.counts["undesirable"]
 
     def scores(self) -> Iterator[tuple[float, ...]]:
@@ -255,7 +256,7 @@ class TableData(Sequence[Sequence[TextExample]]):
         return (tuple(scores[2 * row : 2 * row + 2]) for row in self.kept)
 
     def digest(self) -> bytes:
-        """A SHA-256 of the examples in their order and of how they are rendered, by the hashes of their rows."""
+        """A SHA-256 of the examples in order and of their rendering, from the hashes of their rows."""
         import numpy as np
 
         formatter = self.rows.reading.formatter
@@ -267,13 +268,13 @@ class TableData(Sequence[Sequence[TextExample]]):
 
 
 def choose_rows(index: RowIndex, held_out: str | None = None) -> TableData:
-    """Choose the rows that are trained on, or, with held_out, the share of them that is the split train or test."""
+    """Choose the rows to train on; with held_out, only those of the split train or test."""
     import numpy as np  # slow to import, and the names of data sets are needed without it
 
     sft = index.reading.sft
     flags = np.array(index.flags)
     _, first, inverse = np.unique(np.array(index.prompts), return_index=True, return_inverse=True)
-    group = np.argsort(np.argsort(first))[inverse]  # the number of each row's prompt, in their order
+    group = np.argsort(np.argsort(first))[inverse]  # each row's prompt, numbered in order
     keep = np.ones(len(flags), dtype=bool)
     counts = RowStatistics(index.counts)
     counts["kept"] = len(flags)
@@ -293,7 +294,7 @@ def choose_rows(index: RowIndex, held_out: str | None = None) -> TableData:
         reason = f"there is no test file: {len(test):,} of {len(first):,} prompts are held out as the test split"
         drop(np.isin(group, test) != (held_out == "test"), reason)
     counts.warn(DIFFERENT_PROMPTS, n_kept(has(PROMPTS_DIFFER)))
-    if not sft:  # of equal rows SFT keeps one, and counts the others as dropped
+    if not sft:  # SFT keeps one of equal rows and drops the others
         counts.warn(REPEATED, n_kept(~first_of_each(np.array(index.pairs))))
     drop(has(LACKS_TOKEN), NO_TOKEN)
     if sft:
@@ -311,7 +312,7 @@ def choose_rows(index: RowIndex, held_out: str | None = None) -> TableData:
 
 
 def first_of_each(values: "Ints") -> Any:
-    """Whether each value is the first of those that equal it, (n,)."""
+    """Whether each value is the first occurrence, (n,)."""
     import numpy as np
 
     is_first = np.zeros(len(values), dtype=bool)
@@ -321,7 +322,7 @@ def first_of_each(values: "Ints") -> Any:
 
 @dataclass(frozen=True)
 class Concatenation(Sequence[Sequence[TextExample]]):
-    """The groups of several data sets, one after the other."""
+    """The groups of several data sets, concatenated."""
 
     parts: Sequence[Sequence[Sequence[TextExample]]]
 
@@ -340,7 +341,7 @@ class Concatenation(Sequence[Sequence[TextExample]]):
         return (group for part in self.parts for group in part)
 
     def scores(self) -> Iterator[tuple[float, ...]]:
-        """Yield the scores of each example; none where the data set has none."""
+        """Yield the scores of each example; empty if the data set has none."""
         return (scores for part in self.parts for scores in scores_of(part))
 
     def digest(self) -> bytes:
@@ -355,7 +356,7 @@ class Concatenation(Sequence[Sequence[TextExample]]):
 
 
 def scores_of(groups: Sequence[Sequence[TextExample]]) -> Iterator[tuple[float, ...]]:
-    """Yield the scores of each example, chosen first; of tables without reading their rows again."""
+    """Yield the scores of each example, chosen first; rows of tables are not read again."""
     if isinstance(groups, (TableData, Concatenation)):
         return groups.scores()
     return (text.scores for group in groups for text in group)
@@ -366,7 +367,7 @@ def concatenate(parts: Sequence[Sequence[Sequence[TextExample]]]) -> Sequence[Se
 
 
 def score_problems(groups: Sequence[Sequence[TextExample]]) -> list[str]:
-    """A line on the first example without scores, which only files and hub data sets of one's own have."""
+    """A line on the first example without scores; only files and hub data sets can have scores."""
     if all(scores_of(groups)):
         return []
     text = next(text for group in groups for text in group if not text.scores)

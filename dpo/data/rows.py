@@ -1,4 +1,4 @@
-"""Rows of preference data: the forms of a message and of a row, and what is the prompt and what the responses."""
+"""Parses rows of preference data, in all their forms, into a prompt and responses."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from dpo.system.errors import UserError
 
 
 class UnusableRow(UserError):
-    """A row that cannot be trained on: the reason, under which such rows are counted, and details of this one."""
+    """A row that cannot be trained on: the reason, by which such rows are counted, and details."""
 
     def __init__(self, reason: str, details: str = ""):
         self.reason = reason
@@ -21,11 +21,11 @@ class UnusableRow(UserError):
 
 
 class InconsistentRow(UnusableRow):
-    """A conversation that its chat template does not render as a prompt and a response that continues it."""
+    """A conversation that the chat template does not render as a prompt followed by the response."""
 
 
 def checked_text(text: object, name: str) -> str:
-    """The text itself; UserError if it is none that can be written as UTF-8."""
+    """The text; UserError if it is not a string that can be encoded as UTF-8."""
     if not isinstance(text, str):
         raise UserError(f"{name} must be a text, not {type(text).__name__}")
     try:
@@ -39,7 +39,7 @@ def checked_text(text: object, name: str) -> str:
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_KEYS = {"from": "role", "value": "content"}
-FUNCTION_CALL = "function_call"  # ShareGPT's role of an assistant's turn, whose text is the JSON of what it calls
+FUNCTION_CALL = "function_call"  # ShareGPT's role for an assistant's turn with calls as JSON
 SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -57,7 +57,7 @@ Message = dict[str, Any]
 
 
 def as_messages(value: object, name: str, role: str) -> list[Message]:
-    """A list of messages, one message, or a text as the one turn of a role, as messages; UserError for other forms."""
+    """Make messages from a list of them, one message, or a text (one turn of a role); UserError for other forms."""
     if isinstance(value, str):
         check = checked_prompt if role == "user" else checked_text
         return [{"role": role, "content": check(value, name)}]
@@ -72,7 +72,7 @@ def as_messages(value: object, name: str, role: str) -> list[Message]:
 
 
 def checked_prompt(value: object, name: str) -> str:
-    """The text itself; UserError if it is none, or if it is a list of messages that was written as a text."""
+    """The text; UserError if it is not a string, or if it is a list of messages written as text."""
     text = checked_text(value, name)
     if WRITTEN_MESSAGES.match(text):
         raise UserError(f"{name} holds messages as a text; write them as a list, in .jsonl or .parquet")
@@ -80,9 +80,9 @@ def checked_prompt(value: object, name: str) -> str:
 
 
 def as_message(turn: object, name: str) -> Message:
-    """One message {"role", "content", ...} without its null fields, which tables add.
+    """A message {"role", "content", ...} without the null fields that tables add.
 
-    UserError if it has another form, InconsistentRow if a part of its content is not text.
+    UserError for another form, InconsistentRow if a part of the content is not text.
     """
     if not isinstance(turn, Mapping):
         raise UserError(f"{name} must be a message with role and content, not {type(turn).__name__}")
@@ -112,7 +112,7 @@ def as_message(turn: object, name: str) -> Message:
 
 
 def text_of(part: object, name: str) -> str:
-    """The text of a part of a message's content; InconsistentRow if the part is of another type, as an image."""
+    """The text of a content part; InconsistentRow if the part has another type, such as an image."""
     if not isinstance(part, Mapping):
         raise UserError(f"the content of {name} must be a text or a list of parts, not of {type(part).__name__}")
     kind = part.get("type", "text")
@@ -122,7 +122,7 @@ def text_of(part: object, name: str) -> str:
 
 
 def as_calls(content: object, name: str) -> list[Any]:
-    """The calls of functions that a turn of ShareGPT's form holds as JSON; UserError if it holds none."""
+    """The function calls in a ShareGPT turn, given as JSON; UserError if there are none."""
     calls = from_json(content, f"{name} is a {FUNCTION_CALL}, but")
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
@@ -132,7 +132,7 @@ def as_calls(content: object, name: str) -> list[Any]:
 
 
 def as_tools(value: object, name: str) -> list[Any] | None:
-    """The functions that a conversation may call, given as a list or its JSON; None if there are none."""
+    """The tools of a conversation, given as a list or its JSON; None if there are none."""
     if not value:
         return None
     tools = from_json(value, f"{name} is") if isinstance(value, str) else without_nulls(value)
@@ -142,7 +142,7 @@ def as_tools(value: object, name: str) -> list[Any] | None:
 
 
 def from_json(value: object, problem: str) -> Any:
-    """The value of a JSON text, or what is no text as it is; UserError that begins with the problem if it fails."""
+    """Parse a JSON text; other values are returned unchanged. UserError that begins with the problem if it fails."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
@@ -150,7 +150,7 @@ def from_json(value: object, problem: str) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """Nested dicts and lists without the keys that hold None."""
+    """Nested dicts and lists without keys whose value is None."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -164,7 +164,7 @@ def to_json(value: object) -> str:
 
 
 def answer_text(turn: Message) -> str:
-    """A response's content, or all that it holds as JSON if there is more."""
+    """A response's content, or the whole turn as JSON if it has other keys."""
     return str(turn["content"]) if turn.keys() <= {"role", "content"} else to_json(turn)
 
 
@@ -182,11 +182,11 @@ NUMBERS = [role for role, column in COLUMNS.items() if column.is_number]
 
 @dataclass
 class Row:
-    """A row as a prompt with its responses, (chosen, rejected) or (target,): all of them texts, or all messages.
+    """A prompt with its responses, (chosen, rejected) or (target,); all are texts, or all are messages.
 
-    every_target: SFT trains on each distinct target of the prompt, not on the last one alone. prompts_differ: those of
-    the two dialogues. tools are the functions that a conversation may call. extras are fields of the example by name,
-    as its label or its scores.
+    every_target: SFT trains on each distinct target of the prompt, not only the last one. prompts_differ: the two
+    dialogues have different prompts. tools are the functions that a conversation may call. extras are further fields of
+    the example by name, such as its label or scores.
     """
 
     prompt: str | list[Message]
@@ -199,22 +199,21 @@ class Row:
 
     @cached_property
     def texts(self) -> tuple[str, tuple[str, ...]]:
-        """The prompt and the responses as texts that identify the row, messages as JSON."""
+        """The prompt and the responses as texts that identify the row; messages as JSON."""
         if isinstance(self.prompt, str):
             return self.prompt, self.responses
         return to_json([self.prompt, self.tools]), tuple(map(answer_text, self.responses))
 
     def with_extras(self, roles: Collection[str], extras: Mapping[str, Any]) -> "Row":
-        """The row with further fields of the example, which columns of some roles hold."""
+        """The row with further fields of the example, read from columns of the given roles."""
         return replace(self, extras={**self.extras, **extras}, columns_read=self.columns_read | set(roles))
 
 
 def find_columns(names: Collection[str], given: Mapping[str, str | None], where: str) -> dict[str, str]:
-    """Find the columns of a table by their roles: {role: name}; given are those that a user named.
+    """Find a table's columns by role, as {role: name}; given are those that the user set.
 
-    UserError if a given one is missing or several could be meant. Without any candidate a column keeps its usual name,
-    which each row must then hold. A given label stands for rows of one response, so that chosen and rejected are not
-    looked for.
+    UserError if a given column is missing or several match. Without a match a column keeps its usual name, which each
+    row must then have. With a given label, rows have one response, so chosen and rejected are not searched.
     """
     columns: dict[str, str] = {}
     existing = f"its columns: {', '.join(sorted(names)) or 'none'}"
@@ -239,21 +238,21 @@ def find_columns(names: Collection[str], given: Mapping[str, str | None], where:
 
 
 def spellings(known: str, names: Collection[str]) -> list[str]:
-    """The columns with a known name: that one itself, or else those that differ from it in capitals or spaces."""
+    """The columns with a known name: an exact match, otherwise those that differ in case or outer spaces."""
     return [known] if known in names else sorted(name for name in names if name.strip().lower() == known)
 
 
 def parse_row(row: object, columns: Mapping[str, str], sft: bool, chat: bool = False, labels: bool = False) -> Row:
     """Find a row's prompt and responses; UserError if it has no known form, UnusableRow if it cannot be trained on.
 
-    SFT needs no rejected response: it takes the chosen one, or a completion, or the last turn of messages. With chat a
-    prompt of text and its responses are a turn each; with labels a row may also be a completion, or messages, with a
+    SFT needs no rejected response: it uses the chosen one, a completion, or the last turn of messages. With chat, a
+    text prompt and its responses become one turn each. With labels, a row may also be a completion, or messages, with a
     label.
     """
     if not isinstance(row, dict):
-        raise UserError(f"is not an object with the fields chosen and rejected but {type(row).__name__}")
+        raise UserError(f"must be an object with the fields chosen and rejected, not {type(row).__name__}")
     fields = {role: row[name] for role, name in columns.items() if name in row}
-    if fields.get("input") is None:  # as tables have it where there is none
+    if fields.get("input") is None:  # tables have null if there is none
         fields.pop("input", None)
     if "input" in fields:
         fields["prompt"] = with_input(fields, columns)
@@ -296,15 +295,15 @@ def parse_row(row: object, columns: Mapping[str, str], sft: bool, chat: bool = F
 
 
 def with_input(fields: Mapping[str, Any], columns: Mapping[str, str]) -> str:
-    """The prompt with the input that follows it, if that is not empty, as LLaMA-Factory joins Alpaca's."""
+    """The prompt followed by the input, if not empty, as LLaMA-Factory joins Alpaca's."""
     if not isinstance(fields.get("prompt"), str):
-        raise UserError(f"columns.input={columns['input']}: follows a prompt of text, which this row does not have")
+        raise UserError(f"columns.input={columns['input']}: needs a text prompt, which this row does not have")
     texts = [checked_text(fields[role], columns[role]) for role in ("prompt", "input")]
     return "\n".join(text for text in texts if text)
 
 
 def parse_texts(fields: Mapping[str, Any], roles: Sequence[str], columns: Mapping[str, str]) -> Row:
-    """A row of texts: with a prompt, or dialogues as hh has them, which share all but the last answer."""
+    """A row of texts: with a prompt, or hh-style dialogues that share all but the last answer."""
     if "prompt" in fields:
         responses = tuple(checked_text(fields[role], columns[role]) for role in roles)
         prompt = checked_prompt(fields["prompt"], columns["prompt"])
@@ -320,7 +319,7 @@ def parse_texts(fields: Mapping[str, Any], roles: Sequence[str], columns: Mappin
 def split_dialogues(dialogues: Sequence[str], advice: str = "") -> tuple[str, tuple[str, ...], bool]:
     """The prompt of hh-style dialogues, their last answers, and whether their prompts differ.
 
-    As in the original, all answers begin where that of the first dialogue does. UserError if it has none.
+    As in the original, all answers begin at the position of the first dialogue's. UserError if it has none.
     """
     if ASSISTANT not in dialogues[0]:
         raise UserError(f"the chosen dialogue has no {ASSISTANT!r}{advice}")
@@ -331,15 +330,15 @@ def split_dialogues(dialogues: Sequence[str], advice: str = "") -> tuple[str, tu
 
 
 def parse_conversation(fields: Mapping[str, Any], roles: Sequence[str], columns: Mapping[str, str]) -> Row:
-    """A row of messages: a prompt with one answer each, or whole conversations that differ in the last turn.
+    """A row of messages: a prompt with single answers, or whole conversations that differ in the last turn.
 
-    The prompt is the column of that name, or else messages, which then end before the answer.
+    The prompt is the column prompt, or else messages, which then end before the answer.
     """
     responses = [as_messages(fields[role], columns[role], "assistant") for role in roles]
     are_whole = {role == "messages" or len(turns) > 1 for role, turns in zip(roles, responses, strict=True)}
     if len(are_whole) > 1:
         names = " and ".join(columns[role] for role in roles)
-        raise UserError(f"{names} must both be whole conversations, or both one answer")
+        raise UserError(f"{names} must both be whole conversations, or both be single answers")
     columns_read = {*roles, *({"system", "tools"} & fields.keys())}
     if True in are_whole:
         prompts = [turns[:-1] for turns in responses]
@@ -348,7 +347,7 @@ def parse_conversation(fields: Mapping[str, Any], roles: Sequence[str], columns:
         columns_read.add(role)
         prompts = [as_messages(fields[role], columns[role], "user")]
     else:
-        raise UserError(f"{columns['prompt']} must be there where the responses are one answer each")
+        raise UserError(f"{columns['prompt']} is missing; responses that are single answers need a prompt")
     prompt = prompts[0]
     if any(turns[-1]["role"] != "assistant" for turns in responses):
         raise UnusableRow("the last turn of a conversation is not the assistant's")
@@ -356,7 +355,7 @@ def parse_conversation(fields: Mapping[str, Any], roles: Sequence[str], columns:
         raise UnusableRow("the conversations differ in more than their last turn")
     if system := fields.get("system"):
         if prompt[:1] and prompt[0]["role"] in ("system", "developer"):
-            raise UserError(f"{columns['system']} is given, but the conversation has a system turn of its own")
+            raise UserError(f"{columns['system']} is given, but the conversation already has a system turn")
         prompt = [{"role": "system", "content": checked_text(system, columns["system"])}, *prompt]
     if not prompt or prompt[-1]["role"] not in ("user", "tool"):
         raise UserError("the turn before a response must be the user's or a tool's")
@@ -368,7 +367,7 @@ def parse_conversation(fields: Mapping[str, Any], roles: Sequence[str], columns:
 
 
 def by_score(parsed: Row, fields: Mapping[str, Any], columns: Mapping[str, str]) -> Row:
-    """The pair with the response of the higher score first, where both scores are given."""
+    """The pair with the higher-scored response first, if both scores are given."""
     if len(parsed.responses) < 2 or not columns.keys() >= set(SCORES):
         return parsed
     first, second = (number(fields.get(role), columns[role]) for role in SCORES)
@@ -382,7 +381,7 @@ def by_score(parsed: Row, fields: Mapping[str, Any], columns: Mapping[str, str])
 def desirable(parsed: Row, label: object, name: str, is_given: bool) -> Row:
     """The row as it is for SFT; UnusableRow if its label is false.
 
-    Only in a column that the user gave is a label of another kind refused; else it is not read.
+    Other values of a label are refused if the user set the column (is_given), otherwise ignored.
     """
     is_desirable = parse_label(label, name) if is_given else LABELS.get(str(label).strip().lower())
     if is_desirable is False:
@@ -391,7 +390,7 @@ def desirable(parsed: Row, label: object, name: str, is_given: bool) -> Row:
 
 
 def parse_label(value: object, name: str) -> bool:
-    """Whether a response is desirable, by true, false, 1, 0 or their text; UserError for anything else."""
+    """Whether a response is desirable: true, false, 1, 0 or their text; UserError for anything else."""
     is_desirable = LABELS.get(str(value).strip().lower())
     if is_desirable is None:
         raise UserError(f"{name} must be true or false, not {str(value)[:40]!r}")
@@ -399,7 +398,7 @@ def parse_label(value: object, name: str) -> bool:
 
 
 def number(value: object, name: str) -> float:
-    """A column's number, which may be written as text; UserError if it is not a finite one."""
+    """A column's number, possibly written as text; UserError if it is not finite."""
     try:
         parsed = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]  # which may fail
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Where rows lie: files, folders and hub data sets, their splits, and tables that read a row when it is needed."""
+"""Opens files, folders and hub data sets, and chooses their splits; tables read a row when it is needed."""
 
 import csv
 import io
@@ -26,20 +26,20 @@ SHARD = re.compile(r"-\d{5}-of-\d{5}.*$")
 TEST_NAMES = ("test", "validation", "valid", "val", "dev", "eval", "evaluation")
 USUAL = {f"{name}{kind}" for name in ("train", *TEST_NAMES) for kind in ("", "_sft", "_prefs")}  # names of splits
 MAX_NAMES = 8  # in a note
-BATCH = 100  # rows of a table that are read together, where all are read
+BATCH = 100  # rows of a table per read when iterating
 
 
 class ArrowTable:
-    """A table of the datasets library, whose rows stay on disk until they are read by their index from 0.
+    """A table of the datasets library; rows stay on disk until they are read by index, from 0.
 
-    Columns of JSON, in which the library keeps values of several types, are decoded; images and the like are not.
+    JSON columns, which the library uses for values of mixed types, are decoded; images and the like are not.
     """
 
     def __init__(self, name: str, rows: "Dataset"):
         import datasets
         import pyarrow
 
-        self.name, self.rows = name, rows.with_format("arrow")  # which is faster than one row at a time
+        self.name, self.rows = name, rows.with_format("arrow")  # faster than one row at a time
         self.json = datasets.Features({key: kind for key, kind in rows.features.items() if "Json(" in repr(kind)})
         pyarrow.default_memory_pool().release_unused()  # hundreds of megabytes, where a large file was converted
 
@@ -54,7 +54,7 @@ class ArrowTable:
         return self.decode(self.rows[index].to_pylist()[0])
 
     def decode(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with its columns of JSON as values."""
+        """The row with its JSON columns decoded."""
         return row | self.json.decode_example({name: row[name] for name in self.json}) if self.json else row
 
 
@@ -65,20 +65,20 @@ Table = JsonRows | ArrowTable
 
 
 def open_csv(path: Path, delimiter: str) -> Table:
-    """Open a file of CSV; all its columns are text: a response may be "12", "NA" or "None"."""
+    """Open a CSV file; all columns are text: a response may be "12", "NA" or "None"."""
     delimiter, features = csv_form(path, delimiter)
     return open_arrow(path, "csv", sep=delimiter, features=features, na_filter=False)
 
 
 def open_arrow(path: Path, kind: str, **options: Any) -> Table:
-    """Open a file by a loader of the datasets library; UserError that names it if it cannot be read."""
+    """Open a file with a loader of the datasets library; UserError that names it if it cannot be read."""
     with reading(str(path)):
         import datasets  # slow to import, and not needed for files of JSON
 
         return ArrowTable(str(path), datasets.load_dataset(kind, data_files=str(path), split="train", **options))
 
 
-# A format is one line: its suffix, and what opens a file.
+# One line per format: the suffix, and the function that opens a file.
 FORMATS: dict[str, Callable[[Path], Table]] = {
     ".jsonl": JsonRows,
     ".json": JsonRows,
@@ -99,9 +99,9 @@ def open_file(path: Path) -> Table:
 
 
 def csv_form(path: Path, usual: str) -> tuple[str, Any]:
-    """The delimiter of a CSV file and its columns, by its first line, where Excel may have written others.
+    """The delimiter and columns of a CSV file, from its first line; Excel may use other delimiters.
 
-    A column without a name gets the one that pandas gives it. UserError if the file cannot be read.
+    A column without a name gets pandas's name for it. UserError if the file cannot be read.
     """
     import datasets
 
@@ -116,7 +116,7 @@ def csv_form(path: Path, usual: str) -> tuple[str, Any]:
     delimiter, header = max(headers.items(), key=lambda item: len(item[1]))  # of equals the first
     names = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
     if not names or len(set(names)) < len(names):
-        raise UserError(f"{path}, row 0: its first line must name the columns, each once, not {join_names(names)}")
+        raise UserError(f"{path}, row 0: the first line must name each column once, not {join_names(names)}")
     return delimiter, datasets.Features(dict.fromkeys(names, datasets.Value("string")))
 
 
@@ -125,7 +125,7 @@ def csv_form(path: Path, usual: str) -> tuple[str, Any]:
 
 @dataclass
 class Source:
-    """The tables of a data set's training split, those of its test split (None: a share is held out), and notes."""
+    """The tables of a data set's training and test splits (test=None: a share is held out), and notes."""
 
     train: list[Table]
     test: list[Table] | None = None
@@ -134,7 +134,7 @@ class Source:
 
 @dataclass(frozen=True)
 class SplitNames:
-    """The names of the splits that are asked for, None where the usual ones are looked for."""
+    """The requested splits; None: the usual names."""
 
     train: str | None
     test: str | None
@@ -158,7 +158,7 @@ class SplitNames:
                 raise UserError(f"datasets=[{where}]: there is no train{SUFFIXES}; {remedy}")
             chosen += candidates[:1]
         if len(chosen) > len(set(chosen)):
-            problem = f"{where} would be trained and evaluated on {chosen[0]}; set another"
+            problem = f"{where} would be both trained and evaluated on {chosen[0]}; set them to different splits"
             raise UserError(f"split_train, split_test: {problem}")
         return chosen
 
@@ -169,18 +169,18 @@ class SplitNames:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name is that of a hub data set, me/set or me/set:config, and no path on this machine."""
+    """Whether a name is a hub data set, me/set or me/set:config, and not a path on this machine."""
     return HUB_NAME.fullmatch(name) is not None and not Path(name).exists() and suffix_of(Path(name)) not in FORMATS
 
 
 def open_source(name: str, splits: SplitNames, known: Collection[str] = ()) -> Source:
     """Open a folder, a file, a glob of files or a hub data set; UserError in one line if it cannot be read.
 
-    known are the names of data sets that are no paths, for the message about a name that is nothing of all this.
+    known are the names of built-in data sets, for the message about an unknown name.
     """
-    path = Path(os.path.expanduser(name))  # which leaves ~ in place where there is no such home
+    path = Path(os.path.expanduser(name))  # leaves ~ in place if there is no such home
     if path.is_dir():
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # which save_to_disk wrote
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # written by save_to_disk
             return open_datasets(str(path), splits, lambda datasets: datasets.load_from_disk(str(path)))
         return open_folder(path, splits)
     files = [path] if path.is_file() else sorted(map(Path, glob(str(path), recursive=True)))
@@ -198,7 +198,7 @@ def open_source(name: str, splits: SplitNames, known: Collection[str] = ()) -> S
 
 
 def open_datasets(name: str, splits: SplitNames, load: Callable[[Any], Any], advice: str = "") -> Source:
-    """Open what the datasets library loads: a table, or tables by the names of splits."""
+    """Open a table, or tables by split, loaded by the datasets library."""
     with reading(f"data set {name}", advice):
         import datasets
 
@@ -212,7 +212,7 @@ def open_datasets(name: str, splits: SplitNames, load: Callable[[Any], Any], adv
 
 
 def open_folder(folder: Path, splits: SplitNames) -> Source:
-    """Open a folder of files named by their splits, as train.jsonl, data/train-00000-of-00002.parquet, test/a.csv."""
+    """Open a folder of files named by split: train.jsonl, data/train-00000-of-00002.parquet, test/a.csv."""
     places = [folder, *(path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != ".")]
     files: dict[str, list[Path]] = {}  # of each split
     subsets: dict[Path, None] = {}  # folders with splits of their own
@@ -227,7 +227,8 @@ def open_folder(folder: Path, splits: SplitNames) -> Source:
             else:
                 files.setdefault(split if is_named_by_file else place.name, []).append(path)
     if subsets and not USUAL & files.keys() and splits.train is None:
-        raise UserError(f"datasets=[{folder}]: give its folders, as datasets=[{','.join(map(str, subsets))}]")
+        remedy = f"give datasets=[{','.join(map(str, subsets))}]"
+        raise UserError(f"datasets=[{folder}]: its folders have splits of their own; {remedy}")
     chosen = splits.choose(files, str(folder))
     for split in chosen:
         whole = [path.name for path in files[split] if path.name.partition(".")[0] == split]
@@ -241,7 +242,7 @@ def open_folder(folder: Path, splits: SplitNames) -> Source:
 
 @contextmanager
 def reading(what: str, advice: str = "") -> Iterator[None]:
-    """Turn what the datasets library raises into one line that names what could not be read; it logs nothing itself."""
+    """Turn errors of the datasets library into one line that names what could not be read, and silence its logs."""
     import datasets
 
     level = datasets.utils.logging.get_verbosity()
@@ -250,25 +251,25 @@ def reading(what: str, advice: str = "") -> Iterator[None]:
         datasets.utils.logging.disable_progress_bar()
     try:
         yield
-    except Exception as error:  # the library raises many kinds: no network, no such data set, no disk, another format
+    except Exception as error:  # of many kinds: no network, no such data set, disk full, wrong format
         cause = error.__cause__ or error.__context__ or error
         raise UserError(f"{what}: cannot be read ({summarize_error(cause)}){advice}") from None
     finally:
         datasets.utils.logging.set_verbosity(level)
 
 
-# What is said of splits, files and columns
+# Notes on splits, files and columns
 
 
 def split_notes(name: str, chosen: Sequence[str]) -> list[str]:
-    """A line that names the splits, or nothing if they have the names that this program gives them."""
+    """A line that names the splits, or nothing for the names train and test."""
     test = chosen[1] if len(chosen) > 1 else "a held-out share of it"
     usual = chosen in (["train"], ["train", "test"])
     return [] if usual else [f"{name}: training on the split {chosen[0]}, evaluating on {test}"]
 
 
 def note_ignored_files(folder: Path, read: Collection[Path]) -> list[str]:
-    """A line that lists the data files of a folder other than those that are read, or nothing."""
+    """A line that lists the unread data files of a folder, or nothing."""
     suffixes = {*FORMATS, ".arrow", ".txt"}
     paths = [path for path in folder.iterdir() if suffixes & set(path.suffixes) and path.is_file()]
     ignored = [escape(path.name) for path in sorted(paths) if path not in read and path.name[0] != "."]
@@ -277,9 +278,9 @@ def note_ignored_files(folder: Path, read: Collection[Path]) -> list[str]:
 
 
 def note_columns(name: str, columns: Mapping[str, str], n_rows: Counter[str], roles: Sequence[str]) -> list[str]:
-    """A line on columns that have another name than their role, and one on those that are not read.
+    """A line on columns named differently from their role, and one on unread columns.
 
-    n_rows holds for each column in how many rows it occurs, roles those of the columns that are read.
+    n_rows is the number of rows with each column; roles are those of the columns that are read.
     """
     notes = []
     renamed = [f"{role} is the column {escape(columns[role])}" for role in roles if columns.get(role, role) != role]
@@ -293,11 +294,11 @@ def note_columns(name: str, columns: Mapping[str, str], n_rows: Counter[str], ro
 
 
 def escape(name: str) -> str:
-    """The name without line breaks and other characters that could not be printed."""
+    """The name with line breaks and unprintable characters escaped."""
     return repr(name)[1:-1]
 
 
 def join_names(names: Sequence[str]) -> str:
-    """The first names of a list, with the number of the others."""
+    """The first names of a list, and how many more there are."""
     n_others = len(names) - MAX_NAMES
     return ", ".join(names[:MAX_NAMES]) + (f" and {n_others:,} more" if n_others > 0 else "")

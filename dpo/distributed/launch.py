@@ -56,7 +56,7 @@ def make_config(n_processes: int) -> LaunchConfig:
     if "shutdown_timeout" in inspect.signature(LaunchConfig).parameters:
         options["shutdown_timeout"] = SHUTDOWN_TIMEOUT
     else:  # torch 2.11
-        log_message(f"torch {torch.__version__} kills the processes 30 seconds after a signal, also amid a checkpoint.")
+        log_message(f"torch {torch.__version__} kills the processes 30 seconds after a signal, even while saving.")
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,

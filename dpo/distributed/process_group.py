@@ -40,8 +40,8 @@ class ProcessGroup(Ranks):
             local_rank, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if local_rank >= n_gpus:
                 raise UserError(
-                    f"device=cuda: this machine has {n_gpus} GPUs, and one of its processes is number "
-                    f"{local_rank + 1}; start {n_gpus} or fewer"
+                    f"device=cuda: this machine has {n_gpus} GPUs, but at least "
+                    f"{local_rank + 1} processes; start {n_gpus} or fewer"
                 )
             torch.cuda.set_device(local_rank)
         hosts_store = self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

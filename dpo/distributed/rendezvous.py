@@ -33,4 +33,4 @@ def agree_on_start(store: Store, rank: int, world_size: int, timeout: float) -> 
             if store.check([f"{start}/all"]) and identifier in json.loads(store.get(f"{start}/all")):
                 return start
         time.sleep(POLL_INTERVAL)
-    raise RunError(f"rank {rank}: the other ranks were not there after {timeout:.0f} s", "rank")
+    raise RunError(f"rank {rank}: the other ranks did not join within {timeout:.0f} s", "rank")

@@ -43,11 +43,11 @@ def plan_problem(config: PreTrainedConfig, n: int) -> str | None:
         return f"transformers has no tensor-parallel plan for {text.model_type} models"
     unknown = sorted(set(plan.values()) - STYLES.keys())
     if unknown:
-        return f"the tensor-parallel plan of {text.model_type} models has styles without support: {', '.join(unknown)}"
+        return f"the tensor-parallel plan of {text.model_type} models has unsupported styles: {', '.join(unknown)}"
     for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         size = getattr(text, key, None)
         if isinstance(size, int) and size % n:
-            return f"the model's {key}, {size}, is no multiple of {n}"
+            return f"the model's {key}, {size}, is not a multiple of {n}"
     return None
 
 

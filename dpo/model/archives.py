@@ -9,7 +9,7 @@ import torch
 
 from dpo.system.errors import UserError, summarize_error
 
-# Buffers that older transformers versions stored and newer ones compute.
+# Buffers that older versions of transformers stored and newer ones compute.
 DROPPABLE = re.compile(r"(^|\.)(attn|attention|self_attn)\.(bias|masked_bias)$|rotary_emb\.inv_freq$")
 RENAMED = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's output head, until transformers 5
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by their size in bytes
@@ -18,14 +18,14 @@ INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by
 def load_archive(path: str) -> dict[str, Any]:
     """Read the state in a policy.pt of this project or of the original; UserError if it is not one.
 
-    The state is {name: tensor}. A LoRA run's is what `dpo.runs.weights.AdapterWeights` saved.
+    The state is {name: tensor}, or for a LoRA run the state_dict of `dpo.runs.weights.AdapterWeights`.
     """
     remedy = "model.archive must be a policy.pt of a run here or of the original"
     try:
         archive = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise UserError(f"model.archive={path}: there is no such file; {remedy}") from None
-    except Exception as error:  # torch raises many kinds for a file that is damaged or holds more than weights
+    except Exception as error:  # torch raises many kinds of errors for a damaged file or one with more than weights
         reason = summarize_error(error)
         raise UserError(f"model.archive={path}: cannot be read ({reason}); {remedy}") from None
     state: Any = archive.get("state") if isinstance(archive, dict) else None
@@ -42,7 +42,7 @@ def load_archive(path: str) -> dict[str, Any]:
 
 
 def is_adapter(state: Any) -> bool:
-    """Whether the state in a policy.pt is that of a LoRA run."""
+    """Whether the state in a policy.pt comes from a LoRA run."""
     return isinstance(state, dict) and set(state) == {"adapter", "base", "weights"}
 
 
@@ -57,7 +57,7 @@ def load_weights(model: torch.nn.Module, state: dict[str, torch.Tensor], setting
 
 def check_fit(expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], setting: str) -> None:
     """Raise UserError that names the setting if names, shapes or kinds of tensors differ from the expected ones."""
-    stored = {expected[k].data_ptr() for k in state if k in expected}  # of tied weights, one name is enough
+    stored = {expected[k].data_ptr() for k in state if k in expected}  # one name of tied weights is enough
     wrong = [f"missing {k}" for k, v in expected.items() if k not in state and v.data_ptr() not in stored]
     for k, v in state.items():
         if k not in expected:

@@ -1,4 +1,4 @@
-"""Which tokens attend to which in a row that holds several examples, on CPU and GPU."""
+"""Attention in a row of several packed examples, on CPU and GPU."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,14 +18,14 @@ from dpo.system.devices import DeviceFacts
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-# On a CPU, each response of an example of at least this many tokens attends in a call of its own, so that less of what
-# the mask hides is computed. In shorter examples the calls cost as much as that saves (benchmarks/README.md).
+# On a CPU, each response of an example of at least this many tokens attends in a separate call, so that less is
+# computed only to be masked. In shorter examples, the calls cost as much as they save (benchmarks/README.md).
 MIN_BRANCHED_TOKENS = 384
-FLEX_BLOCK = 128  # tokens: rows are padded to whole blocks of flex attention's mask, so that kernels need no edges
+FLEX_BLOCK = 128  # tokens in a block of flex attention's mask: rows are padded to whole blocks
 
 
 def attention_kinds(facts: DeviceFacts) -> list[str]:
-    """List the kinds of attention to try on a device for rows that hold several examples, the fastest first.
+    """The kinds of attention to try on a device for rows of several examples, fastest first.
 
     Flex attention is compiled by Triton; torch tests it from compute capability 8.0 on (test_flex_attention.py).
     """
@@ -47,7 +47,7 @@ def use_attention(model: PreTrainedModel, kind: str) -> None:
 
 @contextmanager
 def torch_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Use torch's own attention, and no compiled code, which would be recompiled for other kinds of inputs."""
+    """Use torch's own attention, and no compiled code, which would be recompiled for these inputs."""
     kind = model.config._attn_implementation
     use_attention(model, "sdpa")
     try:
@@ -58,7 +58,7 @@ def torch_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def visible(segments: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Whether a query attends to a key: in its example, not later, and in the prompt or in its own response.
+    """Whether a query attends to a key: one in its example, not later, and in the prompt or the same response.
 
     segments is that of a PackedBatch. query and key are positions in the row that broadcast together.
     """
@@ -68,10 +68,10 @@ def visible(segments: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> t
 
 
 def additive_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Make the mask (1, 1, seq, seq), 0 where a query attends to a key and hugely negative elsewhere.
+    """Make the mask, (1, 1, seq, seq): 0 where a query attends to a key, a very large negative number elsewhere.
 
-    It is not boolean, since models with eager attention add it. It has the queries' dtype, since torch misreads others.
-    It has no infinities, since some models multiply it; all dtypes but float16 can represent bfloat16's lowest number.
+    It is not boolean, since eager attention adds it. It has the queries' dtype, since torch misreads others. It has no
+    infinities, since some models multiply it; all dtypes but float16 can represent bfloat16's lowest number.
     """
     order = torch.arange(segments.shape[1], device=segments.device)
     is_visible = visible(segments, order[:, None], order)
@@ -81,8 +81,8 @@ def additive_mask(segments: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def flex_inputs(inputs: dict[str, torch.Tensor], segments: torch.Tensor) -> dict[str, Any]:
     """Pad the inputs to whole blocks and add a block mask. Padding tokens attend only to themselves.
 
-    A token that attends to nothing would depend on how a kernel divides by 0. There are at least two blocks, since a
-    single one would be compiled for its own shape.
+    The result of a token that attends to nothing would depend on how a kernel divides by 0. There are at least two
+    blocks, since a single one would be compiled for its own shape.
     """
     n = segments.shape[1]
     n_padding = max(-n % FLEX_BLOCK, 2 * FLEX_BLOCK - n)
@@ -96,11 +96,11 @@ def flex_inputs(inputs: dict[str, torch.Tensor], segments: torch.Tensor) -> dict
 def flex_mask(segments: torch.Tensor) -> "BlockMask":
     """Make the mask of `visible` for flex attention without a tensor of size (seq, seq).
 
-    The first and last examples and branches of a block show whether none of its queries attends to any of its keys, so
-    that it is skipped, or all to all, so that it needs no mask. This holds since examples, and the branches of an
-    example, come in ascending order.
+    Examples, and the branches of an example, come in ascending order. The first and last of them in a block of queries
+    and in a block of keys therefore show whether no query attends to any key (the pair is skipped), or every query to
+    every key (it needs no mask).
     """
-    from torch.nn.attention.flex_attention import BlockMask  # only a GPU needs it
+    from torch.nn.attention.flex_attention import BlockMask  # needed only on a GPU
 
     blocks = segments.view(2, -1, FLEX_BLOCK)
     (example, branch), (last_example, last_branch) = blocks.amin(-1), blocks.amax(-1)
@@ -114,7 +114,7 @@ def flex_mask(segments: torch.Tensor) -> "BlockMask":
     full = (key < query) & same_example & ((last_branch[key] == 0) | same_branch)
 
     def list_blocks(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # the number of chosen key blocks for each query block, and the indices of all of them, chosen ones first
+        # for each query block: the number of chosen key blocks, and the indices of all key blocks, chosen ones first
         chosen = chosen.int()[None, None]
         return chosen.sum(-1, dtype=torch.int32), chosen.argsort(dim=-1, descending=True, stable=True).int()
 
@@ -129,13 +129,13 @@ def flex_mask(segments: torch.Tensor) -> "BlockMask":
 class BranchLengths:
     """The lengths of the prompt and the responses of each example in a row.
 
-    It is an object, since torch.compile would compile anew for each tuple of other numbers.
+    An object, since torch.compile would recompile for each tuple of different numbers.
     """
 
     examples: tuple[tuple[int, ...], ...]
 
 
-@torch.compiler.disable  # compiled, it would be another function for every number of examples
+@torch.compiler.disable  # would be recompiled for every number of examples
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -148,13 +148,13 @@ def packed_attention(
     """Attend example by example: cost grows with the sum of the squared lengths, not with the square of their sum.
 
     query, key, value are (1, heads, seq, d) and the mask (1, 1, seq, seq). branch_lengths is an argument of the model's
-    forward pass, which transformers passes on to here. Without it this is torch's attention.
+    forward pass that transformers passes on. Without it, this is torch's attention.
     """
     if attention_mask is None or branch_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     sizes = [sum(lengths) for lengths in branch_lengths.examples]
     outputs = []
-    split = (states.split(sizes, dim=2) for states in (query, key, value))  # slices' gradients would be whole tensors
+    split = (states.split(sizes, dim=2) for states in (query, key, value))  # slices would have whole gradients
     for lengths, end, q, k, v in zip(branch_lengths.examples, accumulate(sizes), *split, strict=True):
         tokens = slice(end - sum(lengths), end)
         mask = attention_mask[:, :, tokens, tokens]
@@ -177,8 +177,8 @@ def cpu_attention(
 ) -> torch.Tensor:
     """Attend in one example, computed in at least float32; the result is (1, seq, heads, d) in the values' dtype.
 
-    lengths are those of the prompt and the responses. For sequences of some hundred tokens torch's kernel is slower in
-    bfloat16. Keys are not repeated for grouped queries.
+    lengths has the lengths of the prompt and of each response. For sequences of a few hundred tokens, torch's kernel is
+    slower in bfloat16. Keys are not repeated for grouped queries.
     """
     dtype = torch.promote_types(value.dtype, torch.float32)
     attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=True)
@@ -199,7 +199,7 @@ def attend_by_branch(
     mask: torch.Tensor,
     lengths: Sequence[int],
 ) -> torch.Tensor:
-    """Attend in the prompt and first response causally, then in each other response to the prompt and itself."""
+    """Attend causally in the prompt and first response, then from each other response to the prompt and itself."""
     rows = [lengths[0] + lengths[1], *lengths[2:]]
     queries, masks = query.split(rows, dim=2), mask.split(rows, dim=2)
     keys, values = key.split(lengths, dim=2), value.split(lengths, dim=2)

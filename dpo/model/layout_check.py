@@ -1,4 +1,4 @@
-"""The check, before a run uses a layout, that it gives the log-probabilities of the padded one."""
+"""Checks, before a run uses a layout, that it gives the same log-probabilities as the padded one."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +17,12 @@ from dpo.system.console import log_message
 from dpo.system.devices import autocast, platform, read_facts
 from dpo.system.errors import is_out_of_memory, summarize_error
 
-TOLERANCE = 2e-4  # nats per token in float32: rounding stays well below, a key too many or too few lies well above
+TOLERANCE = 2e-4  # nats per token in float32: rounding is well below, a wrongly visible or hidden key well above
 
 
 @dataclass(frozen=True)
 class LayoutChoice:
-    """The layout that a run uses, and the attention of its models."""
+    """The layout and the kind of attention that a run uses."""
 
     layout: str
     attention: str
@@ -36,11 +36,11 @@ def choose_layout(
     dtype: torch.dtype,
     known: LayoutChoice | None = None,
 ) -> LayoutChoice:
-    """Choose `layout`, or "padded" where the policy computes other log-probabilities with it.
+    """Choose `layout`, or "padded" if the policy's log-probabilities differ with it.
 
-    Tries the device's kinds of attention, the fastest first, and leaves the policy with the one that was chosen. The
-    check takes tokens from the examples; dtype is that of the forward passes of training. known is the result of an
-    earlier check of the same model, layout, max_length, device and versions, which is then not repeated.
+    Tries the device's kinds of attention, fastest first, and leaves the policy with the chosen one. The check takes its
+    tokens from the examples; dtype is the compute dtype of training. known is the result of an earlier check of the
+    same model, layout, max_length, device and versions; it is not repeated.
     """
     model = policy.model
     if known is not None:
@@ -52,8 +52,8 @@ def choose_layout(
     for kind in attention_kinds(read_facts(check.device)):
         try:
             use_attention(model, kind)
-        except (ValueError, ImportError) as error:  # this kind of model has no such attention
-            log_message(f"Attention is not {kind}: {summarize_error(error)}")
+        except (ValueError, ImportError) as error:  # the model does not support this kind
+            log_message(f"{kind} attention is not available: {summarize_error(error)}")
             continue
         problem = check.find_problem(dtype)
         if problem is None:
@@ -65,7 +65,7 @@ def choose_layout(
 
 
 def recorded_layout(environment: Mapping[str, Any], device: torch.device) -> LayoutChoice | None:
-    """Read the layout that a run chose, if it computed on such a device with the versions of now."""
+    """The layout that a run recorded, if it ran on the same kind of device and versions."""
     layout, attention = str(environment.get("layout")), str(environment.get("attention"))
     unchanged = all(environment.get(name) == value for name, value in platform(device).items())
     is_known = layout in LAYOUTS and attention in (*attention_kinds(read_facts(device)), "sdpa", "eager")
@@ -76,8 +76,8 @@ class LayoutCheck:
     """Compares the log-probabilities of a layout with those of the padded one, which it computes once.
 
     The comparison is in float32 without TF32, on two short examples and a long one in one microbatch. The long one has
-    max_length tokens, since a sliding window shows only there. Of it only the last response is compared, so that the
-    padded layout computes it once. Then the short examples run forward and backward as in training.
+    max_length tokens, since a sliding window shows only there. Only its last response is compared, so that the padded
+    layout computes it once. Then the short examples run forward and backward as in training.
     """
 
     def __init__(self, policy: ResponseLogps, examples: Sequence[TokenizedExample], layout: str, max_length: int):
@@ -104,19 +104,19 @@ class LayoutCheck:
             rounding = self.try_training(dtype)
             if dtype != torch.float32:
                 agreement += f", {rounding:.1g} in {dtype}"
-        except Exception as error:  # a model that takes no such mask or no position ids fails in many ways
+        except Exception as error:  # a model without support for the mask or for position ids fails in many ways
             if is_out_of_memory(error):
                 raise
-            return f"the model fails with it {step} ({type(error).__name__}: {summarize_error(error)})"
+            return f"the model fails {step} ({type(error).__name__}: {summarize_error(error)})"
         log_message(f"{agreement}.")
         return None
 
     def try_training(self, dtype: torch.dtype) -> float:
         """Run the short examples forward and backward in dtype; return the difference from the padded layout.
 
-        The gradient is only that of the second parameter. It lies in the first layer or before it, so that the gradient
-        goes through the attention of all layers, at half the cost of that of the first parameter, the embeddings. It
-        is not kept, and in evaluation mode no random number is drawn.
+        Only the gradient of the second parameter is computed. That parameter is in the first layer or before it, so the
+        gradient passes through the attention of all layers, at half the cost of the embeddings' gradient. It is not
+        kept, and evaluation mode draws no random numbers.
         """
         was_training, model = self.policy.training, self.policy.model
         self.policy.eval()
@@ -131,15 +131,16 @@ class LayoutCheck:
 
     @torch.no_grad()
     def padded(self, examples: Sequence[TokenizedExample]) -> Tensor:
-        """Compute the log-probability of each response token, (n,), in the padded layout and torch's own attention."""
+        """Compute the log-probability of each response token, (n,), in the padded layout with torch's own attention."""
         with torch_attention(self.policy.model):
             return self.policy(LAYOUTS["padded"].pack(examples).to(self.device))
 
     @torch.no_grad()
     def difference(self, examples: Sequence[TokenizedExample], expected: Tensor) -> float:
-        """Compute the largest difference, in nats, of a token's log-probability in the layout from the expected one.
+        """Compute the largest difference, in nats, between a token's log-probability in the layout and the expected
+        one.
 
-        Of the last example only the tokens at its end are compared for which there is an expected value.
+        In the last example, only the tokens at its end have expected values and are compared.
         """
         actual = self.policy(LAYOUTS[self.layout].pack(examples).to(self.device))
         skipped = len(actual) - len(expected)
@@ -152,9 +153,10 @@ def largest_difference(actual: Tensor, expected: Tensor) -> float:
 
 
 def resize(example: TokenizedExample, n_tokens: int, max_length: int) -> TokenizedExample:
-    """Give an example responses of 8, 7, ... tokens, and a prompt that makes n_tokens with the first of them.
+    """Resize an example's responses to 8, 7, ... tokens, and its prompt so that it has n_tokens with the first
+    response.
 
-    Tokens are repeated where there are too few: a response of one token would be predicted from its prompt alone.
+    Tokens are repeated if there are too few: a response of one token would be predicted only from its prompt.
     """
     longest = max(1, max_length // 2)
     responses = tuple(cycle(response, min(8 - k, longest)) for k, response in enumerate(example.responses))
@@ -170,7 +172,7 @@ def cycle(tokens: list[int], n: int) -> list[int]:
 def float32_parameters(model: PreTrainedModel) -> Iterator[None]:
     """Evaluate a model in float32, without TF32.
 
-    Only parameters are converted: buffers such as rotary frequencies are in float32 already and must stay so.
+    Only parameters are converted: buffers such as rotary frequencies are already in float32 and must stay so.
     """
     was_training, precision = model.training, torch.get_float32_matmul_precision()
     kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.is_floating_point()]

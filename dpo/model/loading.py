@@ -33,7 +33,7 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 
 def skip_unreachable_hub(names: Mapping[str, bool]) -> None:
-    """Use the hub's cache, without minutes of retries, if the hub is needed and cannot be reached.
+    """Use only the hub's cache, without minutes of retries, if the hub is needed but cannot be reached.
 
     names maps each model or data set to whether it may come from the hub.
     """
@@ -41,13 +41,13 @@ def skip_unreachable_hub(names: Mapping[str, bool]) -> None:
 
     needed = [name for name, remote in names.items() if remote and not os.path.isdir(name)]
     if needed and not constants.HF_HUB_OFFLINE and not is_reachable(constants.ENDPOINT):
-        log_message("The hub cannot be reached: looking only for what is on this machine.")
+        log_message("The hub cannot be reached: using only files on this machine.")
         constants.HF_HUB_OFFLINE = True
         os.environ["HF_HUB_OFFLINE"] = "1"  # for libraries that are imported later
 
 
 def fetch(what: str, name: str, load: Callable[[], T]) -> T:
-    """Call load; UserError that names what could not be loaded if it fails."""
+    """Call load; if it fails, UserError that names what could not be loaded."""
     try:
         return load()
     except Exception as error:  # a corrupt or foreign folder makes transformers raise nearly anything
@@ -58,7 +58,7 @@ def fetch(what: str, name: str, load: Callable[[], T]) -> T:
 
 
 def load_model_config(settings: ModelSettings) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Load the model's config, with everything random off, and the tokenizer."""
+    """Load the model's config, with all randomness off, and the tokenizer."""
     name = settings.name_or_path
     tokenizer_name = settings.tokenizer_name_or_path or name
     load_config = partial(AutoConfig.from_pretrained, name, trust_remote_code=False)
@@ -72,7 +72,7 @@ def load_model_config(settings: ModelSettings) -> tuple[PreTrainedConfig, PreTra
 def model_problems(
     settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> list[str]:
-    """Check that the settings, the model, the tokenizer and the device fit together; one line for each misfit."""
+    """Check that settings, model, tokenizer and device fit together; one line per problem."""
     problems = []
     if settings.lora is not None and settings.lora.quantize and device.type == "mps":
         problems.append(f"lora.quantize={settings.lora.quantize}: has no kernels for MPS; set device=cpu")
@@ -80,7 +80,7 @@ def model_problems(
     positions = max_positions(text_config)
     if positions and settings.max_length > positions:
         name = settings.model.name_or_path
-        problems.append(f"max_length={settings.max_length}: {name} has {positions} positions; lower it")
+        problems.append(f"max_length={settings.max_length}: {name} has {positions} positions; lower it to {positions}")
     if problem := rope_problem(config, settings.max_length):
         problems.append(problem)
     if settings.lora is not None and (problem := target_problem(config, settings.lora.targets)):
@@ -89,7 +89,7 @@ def model_problems(
 
 
 def target_problem(config: PreTrainedConfig, targets: str | list[str]) -> str | None:
-    """Check that a model of this config, made without weights, has the layers in lora.targets."""
+    """Check, without weights, that a model of this config has the layers in lora.targets."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     try:
@@ -100,7 +100,7 @@ def target_problem(config: PreTrainedConfig, targets: str | list[str]) -> str | 
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
-    """The number of positions that a model has, or None where there is no such limit."""
+    """The number of positions of a model, or None if there is no limit."""
     values = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
     return next((value for value in values if isinstance(value, int)), None)
 
@@ -140,7 +140,7 @@ def load_pretrained(settings: Settings, config: PreTrainedConfig, device: torch.
         config=config,
         dtype=getattr(torch, settings.model.policy_dtype),
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # so that they are in the info, by name
+        ignore_mismatched_sizes=True,  # lists them in the info, by name
         trust_remote_code=False,
         **quantization(settings, device),
     )
@@ -153,9 +153,9 @@ def load_pretrained(settings: Settings, config: PreTrainedConfig, device: torch.
 
 
 def quantization(settings: Settings, device: torch.device) -> dict[str, Any]:
-    """Arguments with which from_pretrained quantizes weights as it loads them, for lora.quantize=nf4.
+    """The arguments that make from_pretrained quantize weights while loading, for lora.quantize=nf4.
 
-    NF4 with quantized constants, arXiv 2305.14314. Products are in float32 until `set_quantized_dtype` changes it.
+    NF4 with double quantization, arXiv 2305.14314. Products are in float32 until `set_quantized_dtype` is called.
     """
     if settings.lora is None or settings.lora.quantize is None:
         return {}
@@ -172,8 +172,8 @@ def set_quantized_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def keep_weights_unpacked(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from packing 4-bit weights for the bfloat16 instructions of a CPU.
 
-    It packs a layer's weight in the first forward pass that needs no gradient. That rounds the weight's scales to
-    bfloat16, and the kernel for packed weights has no backward pass: no gradient reaches what lies before the layer.
+    It packs a layer's weight in the first forward pass without gradients. That rounds the weight's scales to bfloat16,
+    and the kernel for packed weights has no backward pass: no gradient reaches earlier layers.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -181,21 +181,21 @@ def keep_weights_unpacked(model: PreTrainedModel) -> None:
 
 
 def unexpected_tensors(model: PreTrainedModel, name: str, unexpected: Iterable[str]) -> list[str]:
-    """Find a checkpoint's unexpected tensors in parts that the model has; log those of other parts, which are ignored.
+    """Unexpected tensors of a checkpoint in modules that the model has; those of other modules are logged and ignored.
 
-    Other parts are heads that this architecture does not load, such as `mtp` for the prediction of several tokens.
+    Other modules are heads that this architecture does not load, such as `mtp` for multi-token prediction.
     """
     parts = {key.partition(".")[0] for key in model.state_dict()}
     unexpected = [key for key in unexpected if not DROPPABLE.search(key)]
     ignored = Counter(key.partition(".")[0] for key in unexpected if key.partition(".")[0] not in parts)
     if ignored:
         counts = ", ".join(f"{part} ({n:,})" for part, n in ignored.items())
-        log_message(f"model.name_or_path={name}: tensors of parts that are not loaded are ignored: {counts}")
+        log_message(f"model.name_or_path={name}: ignored tensors of modules that this model lacks: {counts}")
     return [key for key in unexpected if key.partition(".")[0] in parts]
 
 
 def copy_reference(policy: M, dtype: str | None, clone: Callable[[M], M] = copy.deepcopy) -> M:
-    """Copy the policy before training, with parameters of a dtype (None: its own) that need no gradient."""
+    """Copy the policy before training, with frozen parameters in a dtype (None: the policy's)."""
     reference = clone(policy).eval().requires_grad_(False)
     if dtype is not None:
         for parameter in reference.parameters():  # buffers such as rotary frequencies stay in float32
@@ -204,19 +204,19 @@ def copy_reference(policy: M, dtype: str | None, clone: Callable[[M], M] = copy.
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile a model's layers at their first call, once for all layers and rows of all lengths.
+    """Compile a model's layers at their first call, once for all layers and row lengths.
 
     Parameters keep their names. UserError if the model is not made of transformers' layers.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise UserError("compile=true: this kind of model has no layers that are known to compile; set it to false")
+        raise UserError("compile=true: this kind of model has no layers that can be compiled; set compile=false")
     for layer in layers:
         layer.compile(dynamic=True)
 
 
 def recompute_activations(model: PreTrainedModel, on: bool = True) -> None:
-    """Switch activation checkpointing of a model that supports it on or off."""
+    """Turn activation checkpointing on or off."""
     verb = "enable" if on else "disable"
     newer = getattr(model, f"activation_checkpointing_{verb}", None)  # its name in newer versions of transformers
     (newer or getattr(model, f"gradient_checkpointing_{verb}"))()
@@ -229,7 +229,7 @@ SUSPICIOUS = re.compile("drop|jitter|noise|random|stochastic|sampl|gumbel")
 
 
 def disable_randomness(config: PreTrainedConfig) -> None:
-    """Set to 0 every rate of dropout, jitter or noise in a model's config, also in the configs that it holds."""
+    """Set every rate of dropout, jitter or noise to 0 in a model's config and its nested configs."""
     for part in configs(config):
         for key, value in vars(part).items():
             if isinstance(value, float) and RANDOM.search(key):
@@ -245,9 +245,9 @@ def configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 @torch.no_grad()
 def is_random(model: PreTrainedModel) -> bool:
-    """Whether two forward passes in training mode with different random seeds differ.
+    """Whether two forward passes in training mode differ with different seeds.
 
-    Call it while the model is on the CPU, where nothing else makes two passes differ.
+    Call it while the model is on the CPU, where nothing else makes the passes differ.
     """
     ids = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().get_parameter("weight").shape[0]
     was_training = model.training
@@ -262,12 +262,12 @@ def is_random(model: PreTrainedModel) -> bool:
 
 
 def check_deterministic(model: PreTrainedModel) -> None:
-    """Raise UserError if the model computes with random numbers in training mode, naming its suspicious settings."""
+    """Raise UserError, with the config's suspicious settings, if the outputs are random in training mode."""
     if is_random(model):
         keys = [key for part in configs(model.config) for key in vars(part) if SUSPICIOUS.search(key)]
         raise UserError(
-            "model.name_or_path: this model computes with random numbers in training, so that policy and reference"
-            f" would differ before the first update; its config may hold the cause: {', '.join(keys) or 'no such key'}"
+            "model.name_or_path: this model's outputs are random in training, so policy and reference would differ"
+            f" before the first update; possible causes in its config: {', '.join(keys) or 'none found'}"
         )
 
 
@@ -311,7 +311,7 @@ def check_causal(model: PreTrainedModel) -> None:
 def rope_problem(config: PreTrainedConfig, max_length: int) -> str | None:
     """Check that rotary frequencies do not depend on the longest example of a microbatch, up to max_length tokens.
 
-    Else the log-probability of a response would depend on the other examples.
+    Otherwise the log-probability of a response would depend on other examples.
     """
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or {}

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 from dpo.model.attention import BranchLengths, additive_mask, flex_inputs
 from dpo.model.packing import PackedBatch
 
-# Up to this many bytes of logits, counted as float32, are kept for the backward pass. More are recomputed there, in
-# chunks of this size, but of at least CHUNK_TOKENS tokens: smaller products with a large vocabulary are slow.
+# Up to this many bytes of logits, counted as float32, are kept for the backward pass. Beyond that, logits are
+# recomputed there in chunks of this size, of at least CHUNK_TOKENS tokens: smaller products with a large vocabulary are
+# slow.
 CHUNK_BYTES = 2**28
 CHUNK_TOKENS = 128
-# Bytes of float32 softmax at a time: what a CPU's cache holds; elsewhere more, so that there are few kernel launches.
+# Bytes of float32 softmax at a time: small enough for a CPU's cache; larger elsewhere, for fewer kernel launches.
 FLOAT32_BYTES = {"cpu": 2**22, "mps": 2**25, "cuda": 2**25}
 
 
@@ -28,8 +29,8 @@ class Logps:
 
     sums        (batch, n_responses) log pi(response | prompt)
     lengths     (batch, n_responses) the number of tokens of each response
-    tokens      (n,) the log-probability of each token, response after response; None where only the sums are known
-    collisions  (n,) the log of the sum over the vocabulary of pi^2 where each token stands; None unless asked for
+    tokens      (n,) the log-probability of each token, response after response; None if only the sums are known
+    collisions  (n,) the log of the sum of pi^2 over the vocabulary at each token's position; None unless requested
     """
 
     sums: Tensor
@@ -41,10 +42,10 @@ class Logps:
     def from_tokens(cls, tokens: Tensor, lengths: Tensor, sizes: Sequence[int] | None = None) -> "Logps":
         """Sum the tokens' log-probabilities (n,) over responses of the given lengths (batch, n_responses).
 
-        sizes: the same lengths, flat, as Python integers where they are known, since reading them from a device waits.
+        sizes: the same lengths, flat, as Python integers if known, since reading them from a device waits.
         """
         parts = tokens.split(lengths.flatten().tolist() if sizes is None else list(sizes))
-        sums = pad_sequence(parts, batch_first=True).sum(1)  # segment_reduce runs on CPU and CUDA alone
+        sums = pad_sequence(parts, batch_first=True).sum(1)  # segment_reduce does not support MPS
         return cls(sums.view(lengths.shape), lengths, tokens)
 
     @property
@@ -56,19 +57,19 @@ class Logps:
 class ResponseLogps(torch.nn.Module):
     """Computes the log-probability of each response token with a causal language model.
 
-    Call the module, never its forward, so that hooks of a wrapped root (FSDP2, DDP, compile) run. The head is looked up
-    at each call and no parameter is kept elsewhere, so parameters may be replaced (fully_shard) and modules wrapped
-    (LoRA) at any time.
+    Call the module, never its forward method, so that hooks of a wrapped root (FSDP2, DDP, compile) run. The head is
+    looked up at each call and no parameter is stored elsewhere, so parameters can be replaced (fully_shard) and modules
+    wrapped (LoRA) at any time.
     """
 
     def __init__(self, model: PreTrainedModel, separate_head: bool = False, float32_head: bool = False):
         """Wrap a model.
 
-        separate_head: call the head on the hidden states of response tokens only, some tokens at a time. This is right
-        where the head alone turns the last hidden states into logits (see wrap).
-        float32_head: compute logits in float32 whatever the body's dtype. Most of the difference that other examples in
-        a microbatch make to a bfloat16 log-probability is the logits' own rounding. No effect without a separate head.
-        with_collisions, an attribute, asks for the log of the sum of pi^2 beside each token's log-probability.
+        separate_head: call the head only on the hidden states of response tokens, in chunks. This is correct if the
+        logits are the head's output for the last hidden states (see wrap).
+        float32_head: compute logits in float32 whatever the body's dtype. Most of the effect that other examples in a
+        microbatch have on a bfloat16 log-probability is the rounding of the logits. No effect without a separate head.
+        The attribute with_collisions requests the log of the sum of pi^2 in addition to each token's log-probability.
         """
         super().__init__()
         self.model = model
@@ -78,7 +79,7 @@ class ResponseLogps(torch.nn.Module):
 
     @classmethod
     def wrap(cls, model: PreTrainedModel, float32_head: bool = False) -> "ResponseLogps":
-        """Wrap a model, with a separate head where a tiny forward pass shows that this gives the model's logits."""
+        """Wrap a model, with a separate head if a tiny forward pass shows that this gives the model's logits."""
         return cls(model, has_separate_head(model), float32_head)
 
     @property
@@ -89,12 +90,12 @@ class ResponseLogps(torch.nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def set_requires_gradient_sync(self, requires_gradient_sync: bool) -> None:
-        """Do nothing. FSDP replaces this method where several devices share the module."""
+        """Do nothing; FSDP replaces this method."""
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Compute the log-probability of each response token, (n,), response after response, in at least float32.
 
-        With collisions the result is (2, n), their log in the second row.
+        With collisions the result is (2, n), with their log in the second row.
         """
         if not self.separate_head:
             return self.token_logps(response_logits(self.model, batch), batch.targets)
@@ -110,7 +111,7 @@ class ResponseLogps(torch.nn.Module):
         return torch.cat(chunks, dim=-1)
 
     def token_logps(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """What forward returns, from logits (n, vocabulary) and targets (n,)."""
+        """The result of forward, from logits (n, vocabulary) and targets (n,)."""
         logps = target_logps(logits, targets)
         return torch.stack((logps, log_collisions(logits))) if self.with_collisions else logps
 
@@ -133,9 +134,9 @@ def response_logps(module: ResponseLogps, batch: PackedBatch) -> Logps:
 
 @torch.no_grad()
 def has_separate_head(model: PreTrainedModel) -> bool:
-    """Whether a model's output embeddings alone turn its last hidden states into its logits.
+    """Whether the logits are exactly the output embeddings applied to the last hidden states.
 
-    Some models scale or cap their logits, which a forward pass over a few tokens shows.
+    Some models also scale or cap their logits, which a forward pass over a few tokens shows.
     """
     head = model.get_output_embeddings()
     if head is None or model.base_model is model:
@@ -150,10 +151,10 @@ def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
     if batch.segments is not None and model.config._attn_implementation == "flex_attention":
         inputs = flex_inputs(inputs, batch.segments)
     elif batch.segments is not None:
-        inputs["attention_mask"] = additive_mask(batch.segments, model.dtype)  # models pass a 4D mask on as it is
+        inputs["attention_mask"] = additive_mask(batch.segments, model.dtype)  # models use a 4D mask as it is
         if model.config._attn_implementation == "packed":
             inputs["branch_lengths"] = BranchLengths(batch.branch_lengths)  # for packed_attention
-    if getattr(model.config, "output_router_logits", False):  # only for a loss of their own, which misreads a 4D mask
+    if getattr(model.config, "output_router_logits", False):  # only for the model's own loss, which misreads a 4D mask
         inputs["output_router_logits"] = False
     return inputs | {"use_cache": False}
 
@@ -182,8 +183,8 @@ def log_collisions(logits: Tensor) -> Tensor:
 class TargetLogps(torch.autograd.Function):
     """target_logps with less memory. Its gradient is g (1 - softmax) at the target and -g softmax elsewhere.
 
-    Autograd would keep the log-softmax of all tokens in float32 and hold two gradients of that size. This computes
-    a few tokens at a time in float32, and overwrites the logits with their gradient, since nothing needs them then.
+    Autograd would keep the log-softmax of all tokens in float32, and two gradients of that size. This computes a few
+    tokens at a time in float32, and overwrites the logits with their gradient, since nothing needs them afterwards.
     """
 
     @staticmethod

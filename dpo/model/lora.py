@@ -1,7 +1,7 @@
-"""LoRA: low-rank adapters of a frozen model, computed by peft: their shape, how they are read, switched and merged.
+"""LoRA adapters of a frozen model, with peft: choosing layers, reading, switching and merging.
 
-dpo/runs/weights.py adds one to a run's policy and saves it. peft is imported where it is called, since that takes
-seconds and training all weights does without it.
+dpo/runs/weights.py adds an adapter to a run's policy and saves it. peft is imported inside functions: importing it
+takes seconds, and training all weights does not need it.
 """
 
 import json
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=Tensor)
 
 
-PREFIX = "base_model.model."  # of the names in peft's files
-BASE = "base_checksum"  # in the metadata of the files that are written here
+PREFIX = "base_model.model."  # of tensor names in peft's files
+BASE = "base_checksum"  # key in the metadata of files written here
 # peft's initializations that leave the base model's weights as they are
 KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """What decides how an adapter's matrices are used. targets are the full names of the adapted linear layers."""
+    """The settings that determine how an adapter computes. targets are the full names of the adapted linear layers."""
 
     r: int
     alpha: int
@@ -70,7 +70,7 @@ class AdapterShape:
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers in a model's blocks, or of all but its head where its blocks are not known."""
+    """Names of the linear layers in a model's blocks, or of all but the head if the blocks are not known."""
     blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
     head = model.get_output_embeddings()
     return [
@@ -81,14 +81,14 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
 
 
 def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> tuple[str, ...]:
-    """Find the full names of the layers that lora.targets names; UserError if a name fits no layer."""
+    """Full names of the layers in lora.targets; UserError if a name matches no layer."""
     layers = linear_layers(model)
     names = last_parts(layers) if targets == "auto" else targets
     unknown = [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
     if unknown or not layers:
         existing = ", ".join(last_parts(layers)) or "none"
         raise UserError(
-            f"lora.targets: no linear layer of this model's blocks is called {', '.join(unknown)}; there are {existing}"
+            f"lora.targets: no linear layer of this model's blocks is called {', '.join(unknown)}; it has {existing}"
         )
     return tuple(layer for layer in layers if f".{layer}".endswith(tuple(f".{name}" for name in names)))
 
@@ -102,9 +102,9 @@ def last_parts(layers: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter read from a file. Its weights have the names of peft's files, without their prefix.
+    """An adapter read from a file. Its weights have peft's names, without the prefix.
 
-    base is the checksum of the frozen weights that it belongs to, or None if another tool wrote the file.
+    base is the checksum of the frozen weights that it was trained on, or None if another tool wrote the file.
     """
 
     shape: AdapterShape
@@ -113,7 +113,7 @@ class StoredAdapter:
 
 
 def read_adapter(folder: str) -> StoredAdapter:
-    """Read the adapter in a folder of peft's format; UserError unless it is LoRA of linear layers only."""
+    """Read an adapter from a folder in peft's format; UserError unless it is plain LoRA of linear layers."""
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
         with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
@@ -122,9 +122,9 @@ def read_adapter(folder: str) -> StoredAdapter:
         layers = [name.rpartition(".lora_A.")[0] for name in weights if name.endswith(".lora_A.weight")]
         flags = {name: bool(config.get(name, False)) for name in ("use_rslora", "use_dora")}
         shape = AdapterShape(config["r"], config["lora_alpha"], **flags, targets=tuple(layers))
-    except Exception as error:  # missing or foreign files, which raise many kinds of errors
+    except Exception as error:  # missing or foreign files raise many kinds of errors
         reason = summarize_error(error)
-        remedy = "give the folder of a LoRA adapter in peft's format, as RUN/LATEST/hf"
+        remedy = "give the folder of a LoRA adapter in peft's format, such as RUN/LATEST/hf"
         raise UserError(f"lora.path={folder}: cannot be read ({reason}); {remedy}") from None
     init = config.get("init_lora_weights", True)
     extras = [name for name in ("alpha_pattern", "rank_pattern", "modules_to_save") if config.get(name)]
@@ -149,12 +149,12 @@ def check_shape(settings: LoraSettings, shape: AdapterShape, stored: AdapterShap
 
 # Adapters in a model
 
-POLICY = "default"  # peft's name of the adapter that trains
-REFERENCE = "reference"  # and of its frozen copy
+POLICY = "default"  # peft's name for the trained adapter
+REFERENCE = "reference"  # and for its frozen copy
 
 
 def inject(model: PreTrainedModel, configs: dict[str, "PeftConfig"]) -> "LoraModel":
-    """Add float32 adapters to a model in place and use the last of them; return peft's wrapper, which can merge it."""
+    """Add float32 adapters to a model in place and activate the last one; return peft's wrapper, which can merge it."""
     from peft import LoraModel
 
     first, *others = configs
@@ -169,9 +169,9 @@ def inject(model: PreTrainedModel, configs: dict[str, "PeftConfig"]) -> "LoraMod
 
 
 def use_adapter(layers: Iterable["LoraLayer"], name: str) -> None:
-    """Let layers compute with the adapter of this name, or without one if they have none of this name.
+    """Make layers use the adapter of this name, or none if they have no adapter of this name.
 
-    peft's own switches also set requires_grad of parameters, which FSDP2 reads only at its first forward pass.
+    peft's own switches also change requires_grad, which FSDP2 reads only at the first forward pass.
     """
     for layer in layers:
         layer._active_adapter = [name]
@@ -185,12 +185,12 @@ def adapted_layers(model: PreTrainedModel) -> dict[str, "LoraLayer"]:
 
 
 def adapter_parameters(model: PreTrainedModel, adapter: str) -> dict[str, Parameter]:
-    """The parameters of one adapter under the names of peft's files, without their prefix."""
+    """The parameters of one adapter under peft's names, without the prefix."""
     return adapter_tensors(dict(model.named_parameters()), adapter)
 
 
 def adapter_tensors(state: Mapping[str, T], adapter: str) -> dict[str, T]:
-    """The tensors of one adapter among those of a model's state_dict, named as by adapter_parameters."""
+    """The tensors of one adapter in a model's state_dict, with the names of adapter_parameters."""
     pattern = re.compile(rf"(.*\.lora_[AB])\.{adapter}(\.weight)|(.*\.lora_magnitude_vector)\.{adapter}\.weight")
     matches = ((pattern.fullmatch(name), tensor) for name, tensor in state.items())
     return {"".join(filter(None, match.groups())): tensor for match, tensor in matches if match}
@@ -198,7 +198,7 @@ def adapter_tensors(state: Mapping[str, T], adapter: str) -> dict[str, T]:
 
 @torch.no_grad()
 def copy_weights(parameters: Mapping[str, Parameter], stored: Mapping[str, Tensor], setting: str) -> None:
-    """Copy stored weights into an adapter; UserError that names the setting and each tensor that does not fit."""
+    """Copy stored weights into an adapter; UserError, with the setting and each tensor that does not fit."""
     check_fit(parameters, stored, setting)
     for name, parameter in parameters.items():
         parameter.copy_(stored[name])
@@ -210,16 +210,16 @@ def reference_weights(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def check_base(stored: str | None, checksum: str, setting: str) -> None:
-    """Raise UserError if an adapter is known to belong to other weights than those of the model."""
+    """Raise UserError if an adapter is known to have been trained on other weights."""
     if stored not in (None, checksum):
         raise UserError(
-            f"{setting}: this adapter was trained on other weights; give the model.name_or_path and model.policy_dtype"
-            " of its run, or model.name_or_path=RUN/base if that run has this folder"
+            f"{setting}: this adapter was trained on other weights; set model.name_or_path and model.policy_dtype as in"
+            " its run, or model.name_or_path=RUN/base if that folder exists"
         )
 
 
 def merge_adapter(model: PreTrainedModel, state: dict[str, Any], setting: str) -> None:
-    """Merge the adapter in a LoRA run's checkpoint into its base model; UserError if the model is another one."""
+    """Merge the adapter in a LoRA run's checkpoint into its base model; UserError if this is a different model."""
     if not is_installed("peft"):
         raise UserError(f"{setting}: holds an adapter, which needs the library peft; pip install peft")
     check_base(state["base"], weights_checksum(model.state_dict()), setting)

@@ -15,13 +15,13 @@ class PackedBatch:
     """The tensors of a microbatch: some examples of a batch, computed in one forward pass.
 
     inputs           input_ids (rows, seq), with attention_mask or, where they restart, position_ids of the same shape
-    sources          (n,) flat position in (rows, seq) from whose output each response token is predicted
+    sources          (n,) flat position in (rows, seq) whose output predicts each response token
     targets          (n,) the response tokens, response after response
-    lengths          (examples, n_responses) how many of the n tokens each response has
+    lengths          (examples, n_responses) number of tokens of each response
     examples         the examples, in this order
-    segments         (2, seq) for a row that holds several examples, from which the attention mask is made: the index of
-                     each token's example, and of its branch (0: the prompt, 1 and up: the responses); else None
-    branch_lengths   for such a row, the lengths of the prompt and the responses of each example; else empty
+    segments         (2, seq) for a row of several examples: the index of each token's example, and of its branch
+                     (0: prompt, 1 and up: responses); they determine the attention mask; else None
+    branch_lengths   for such a row, the lengths of each example's prompt and responses; else empty
     """
 
     inputs: dict[str, torch.Tensor]
@@ -55,9 +55,9 @@ class PackedBatch:
 
 
 def padded(examples: Sequence[TokenizedExample]) -> PackedBatch:
-    """Lay out one sequence per row, first responses before second ones, padded on the right: the original's way.
+    """Lay out one sequence per row, first responses before second ones, padded on the right, as in the original.
 
-    Padding is masked by position, so its id does not matter. 0 exists in every vocabulary.
+    Padding is masked by position, so its id does not matter; 0 is in every vocabulary.
     """
     n, n_responses = len(examples), len(examples[0].responses)
     rows = [example.prompt + example.responses[k] for k in range(n_responses) for example in examples]
@@ -73,7 +73,7 @@ def padded(examples: Sequence[TokenizedExample]) -> PackedBatch:
 
 
 def shared_prefix(examples: Sequence[TokenizedExample]) -> PackedBatch:
-    """Lay out whole examples in one row without padding, each prompt once, its responses after it.
+    """Lay out whole examples in one row without padding: each prompt once, followed by its responses.
 
     Position ids restart: every response continues from the end of its prompt.
     """
@@ -109,7 +109,7 @@ def pack(inputs: dict[str, torch.Tensor], sources: list[int], examples: Sequence
 
 @dataclass(frozen=True)
 class Layout:
-    """A way to lay out examples (pack), and the number of tokens that the model computes for them (cost)."""
+    """A function that lays out examples (pack), and the number of tokens that the model then computes (cost)."""
 
     pack: Callable[[Sequence[TokenizedExample]], PackedBatch]
     cost: Callable[[Sequence[TokenizedExample]], int]
@@ -127,9 +127,9 @@ LAYOUTS = {
 
 
 def make_microbatches(examples: Sequence[TokenizedExample], layout: str, max_tokens: int) -> Iterator[PackedBatch]:
-    """Yield few microbatches of at most max_tokens tokens each; an example that is longer gets one of its own.
+    """Yield as few microbatches of at most max_tokens tokens as first-fit finds; a longer example gets its own.
 
-    Examples that fit into one microbatch keep their order. Otherwise the longest come first, since that packs tightest
+    Examples that fit into one microbatch keep their order. Otherwise the longest come first, which packs most tightly
     and pads least.
     """
     kind = LAYOUTS[layout]
@@ -148,11 +148,10 @@ def make_microbatches(examples: Sequence[TokenizedExample], layout: str, max_tok
 
 
 def balance(lengths: Sequence[int], n_ranks: int) -> list[list[int]]:
-    """Choose the indices of each rank's examples, so that all ranks have nearly equal numbers of tokens.
+    """Assign examples, by index, to ranks so that all ranks have nearly equal numbers of tokens.
 
-    Examples are assigned from the longest on, each to the rank with the fewest tokens (of those, with the fewest
-    examples). The largest sum is at most 4/3 - 1/(3 n) of the best (Graham, Bounds on multiprocessing timing anomalies,
-    1969).
+    The longest example goes first, each to the rank with the fewest tokens, then the fewest examples. The largest sum
+    is at most 4/3 - 1/(3 n) of the optimum (Graham, Bounds on multiprocessing timing anomalies, 1969).
     """
     shares: list[list[int]] = [[] for _ in range(n_ranks)]
     totals = [0] * n_ranks
@@ -165,21 +164,21 @@ def balance(lengths: Sequence[int], n_ranks: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Packer:
-    """How a run's batches become microbatches: the layout, the token budget of each, and the device."""
+    """Turns batches into microbatches with a layout and a token budget, on a device."""
 
     layout: str
     max_tokens: int
     device: torch.device
 
     def __call__(self, examples: Sequence[TokenizedExample], n_equal: int = 1) -> Iterator[PackedBatch]:
-        """Yield the microbatches of a batch on the device; n_equal equal parts are made of it first."""
+        """Yield a batch's microbatches on the device. The batch is first split into n_equal groups of equal size."""
         size = -(-len(examples) // n_equal)
         for start in range(0, len(examples), size):
             for batch in make_microbatches(examples[start : start + size], self.layout, self.max_tokens):
                 yield batch.to(self.device)
 
     def memory_hint(self, batch: PackedBatch) -> AbstractContextManager[None]:
-        """A context in which running out of memory names the microbatch and the settings that make it smaller."""
+        """A context in which an out-of-memory error names the microbatch and the settings that make it smaller."""
         n = len(batch.examples)
         longest = max(map(len, batch.examples))
         smaller = f"max_tokens_per_pass, which is {self.max_tokens}" if n > 1 else "max_length in a new run"

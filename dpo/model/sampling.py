@@ -1,4 +1,4 @@
-"""Sampling texts: one continuation per prompt, with random numbers of its own."""
+"""Sampling: one continuation per prompt, with a separate random state."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,11 +18,11 @@ from dpo.system.errors import actionable_errors
 
 @dataclass(frozen=True)
 class Sampler:
-    """How texts are sampled; max_length counts the tokens of prompt and continuation together."""
+    """Settings of sampling; max_length counts the tokens of prompt and continuation together."""
 
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
-    dtype: torch.dtype  # of the computation, where a model's parameters are in float32
+    dtype: torch.dtype  # the compute dtype, if the model's parameters are in float32
     max_length: int
     batch_size: int
     temperature: float
@@ -30,7 +30,7 @@ class Sampler:
     top_p: float
     seed: int
     before_batch: Callable[[], None] = lambda: None  # raises to stop the run
-    stops: Sequence[int] = ()  # ids besides eos at which a text ends
+    stops: Sequence[int] = ()  # stop tokens in addition to eos
 
     @classmethod
     def of(
@@ -49,14 +49,14 @@ class Sampler:
         )
 
     def generate(self, model: PreTrainedModel, prompts: Sequence[TokenizedExample], title: str) -> list[str]:
-        """The texts that `sample` draws."""
+        """The texts of `sample`."""
         return [sample.text.responses[0] for sample in self.sample(model, prompts, title)]
 
     @torch.no_grad()
     def sample(self, model: PreTrainedModel, prompts: Sequence[TokenizedExample], title: str) -> list[TokenizedExample]:
-        """Sample one response per prompt, the same for the same model and seed; return the prompts with them.
+        """Sample one response per prompt, the same for the same model and seed; return prompts with responses.
 
-        The token ids of a response include the one that ended it, if any. Its text has no special tokens.
+        A response's token ids include the stop token, if any. Its text has no special tokens.
         """
         model.eval()
         size = self.batch_size
@@ -101,13 +101,13 @@ class Sampler:
 
 
 def up_to_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
-    """Cut ids after the first stop: what follows in a batch of longer texts is padding."""
+    """Cut ids after the first stop token: what follows is padding."""
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     return ids[: end + 1]
 
 
 def add_stops(config: GenerationConfig, stops: Sequence[int]) -> None:
-    """Add ids to those at which a model's own settings end a text."""
+    """Add ids to the stop tokens of a model's generation config."""
     existing = config.eos_token_id
     existing = [existing] if isinstance(existing, int) else list(existing or ())
     config.eos_token_id = list(dict.fromkeys((*existing, *stops)))
@@ -115,7 +115,7 @@ def add_stops(config: GenerationConfig, stops: Sequence[int]) -> None:
 
 @contextmanager
 def default_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """Set aside the settings that came with the model, such as a repetition penalty, which generate would apply."""
+    """Disable the generation settings that came with the model, such as a repetition penalty."""
     original = model.generation_config
     model.generation_config = GenerationConfig()
     try:

@@ -1,8 +1,8 @@
 """Writing, verifying and finding checkpoints.
 
-A checkpoint is a folder step-N. It is written under another name, flushed to disk, and renamed when it is complete. Its
-files never change. Its manifest lists the SHA-256 of each, as `sha256sum --check MANIFEST` reads it, and ends with the
-SHA-256 of these lines. metrics.json and hf/ may be added later; no resume reads them.
+A checkpoint is a folder step-N. It is written under another name, flushed to disk, and renamed when complete. Its files
+never change. The manifest lists their SHA-256, in the format of `sha256sum --check MANIFEST`, and ends with the SHA-256
+of these lines. metrics.json and hf/ may be added later; a resume does not read them.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from dpo.system.errors import RunError, UserError, is_out_of_memory, summarize_e
 from dpo.system.files import MANIFEST, atomic_dir, atomic_write, free_name, fsync, link_or_copy, naming_file, sha256
 
 PARTS = ("policy", "optimizer", "scheduler", "run")
-SHARDED = ("scheduler", "run")  # the parts that a checkpoint with shards has besides them
+SHARDED = ("scheduler", "run")  # parts of a checkpoint in addition to shards
 INDEX = ".metadata"  # of the shards
 
 
@@ -40,11 +40,11 @@ def save_checkpoint(
 ) -> Path:
     """Write RUN/step-N/NAME.pt for each of PARTS, as a dict of step_idx, state and metrics, and point LATEST at it.
 
-    If ranks have written tensors, states["shards"] is the folder with their files, which are moved from there, and
-    states["digests"] has the SHA-256 of each. An evaluation's metrics are in metrics.json too. An existing step, from
-    which a stopped run continued, is the same and stays.
-    All but the newest `keep` checkpoints are removed (None: no checkpoint is). keep_policies keeps the weights of
-    evaluations. RunError if the disk does not take the checkpoint; earlier ones are intact.
+    If ranks have written tensors, states["shards"] is the folder with their files, which are moved into the checkpoint,
+    and states["digests"] has their SHA-256. An evaluation's metrics are also written to metrics.json. A step that
+    exists already, because a stopped run continued from it, is kept. All but the newest `keep` checkpoints are removed
+    (None: none). keep_policies keeps the weights of evaluations. RunError if the checkpoint cannot be written; earlier
+    ones are intact.
     """
     final = run_dir / f"step-{step}"
 
@@ -62,9 +62,9 @@ def save_checkpoint(
 
     if not final.exists():
         atomic_dir(final, write, states.get("digests"))
-    elif metrics and not (final / "metrics.json").exists():  # a signal asked for this one before its evaluation
+    elif metrics and not (final / "metrics.json").exists():  # a signal saved this step before its evaluation
         write_metrics(final, metrics)
-    if "shards" in states:  # still there if the step was
+    if "shards" in states:  # still there if the step existed
         shutil.rmtree(states["shards"], ignore_errors=True)
     point_latest(run_dir, final.name)
     for folder in list_checkpoints(run_dir)[keep:] if keep else []:
@@ -82,7 +82,7 @@ def point_latest(run_dir: Path, name: str) -> None:
     """Point LATEST at a checkpoint, atomically."""
     link = run_dir / ".staging-LATEST"
     latest = run_dir / "LATEST"
-    if latest.is_dir() and not latest.is_symlink():  # the run was copied by a tool that follows links
+    if latest.is_dir() and not latest.is_symlink():  # copied by a tool that follows links
         latest.rename(free_name(run_dir / "LATEST-copied"))
     link.unlink(missing_ok=True)
     link.symlink_to(name)
@@ -91,12 +91,12 @@ def point_latest(run_dir: Path, name: str) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint. It is renamed first, so that a half-removed one is never read."""
+    """Remove a checkpoint; it is renamed first, so that a partly removed one is never read."""
     doomed = folder.with_name(f".doomed-{folder.name}")
     try:
         folder.rename(doomed)
         shutil.rmtree(doomed)
-    except OSError as error:  # no reason to stop training; a resume removes what is left
+    except OSError as error:  # not fatal; a resume removes the rest
         log_message(f"{folder}: cannot be removed ({error.strerror})")
 
 
@@ -112,7 +112,7 @@ def keep_policy(folder: Path) -> None:
 
 
 def find_corruption(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None if it holds what its manifest lists, with all of PARTS."""
+    """What is wrong with a checkpoint; None if it has all of PARTS and matches its manifest."""
     try:
         text = (folder / MANIFEST).read_bytes().decode("ascii")
     except (OSError, UnicodeDecodeError) as error:
@@ -137,7 +137,7 @@ def find_corruption(folder: Path) -> str | None:
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any] | str:
-    """Read the state of each of PARTS, only plain values and tensors; or return what is wrong with the checkpoint.
+    """Read the state of each of PARTS, as plain values and tensors only; or return what is wrong with the checkpoint.
 
     Shards are not read: states["shards"] is their folder.
     """
@@ -150,7 +150,7 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | str:
         for name in SHARDED if in_shards else PARTS:
             states[name] = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)["state"]
         return states
-    except Exception as error:  # a forged file, which torch refuses in many ways
+    except Exception as error:  # torch refuses a forged file in many ways
         if is_out_of_memory(error):
             raise
         return f"it cannot be read ({summarize_error(error)})"
@@ -159,14 +159,14 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | str:
 def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
     """Read the newest valid checkpoint: its folder and states, or None if the run never wrote one.
 
-    A damaged one is logged and renamed, and the one before it used; RunError if all are damaged or gone.
+    Damaged checkpoints are logged and renamed, and the one before is used; RunError if all are damaged or gone.
     """
     damaged: list[Path] = []
     for folder in list_checkpoints(run_dir):
         states = read_checkpoint(folder)
         if not isinstance(states, str):
             point_latest(run_dir, folder.name)
-            for other in damaged:  # so that the run can write these steps again
+            for other in damaged:  # the run writes these steps again
                 other.rename(free_name(other.with_name(f"damaged-{other.name}")))
             return folder, states
         log_message(f"{folder} is not used: {states}.")
@@ -177,7 +177,7 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def clear_leftovers(run_dir: Path) -> None:
-    """Remove files and folders that a killed process left half-written or half-removed."""
+    """Remove files and folders that a killed process left partly written or partly removed."""
     for pattern in (".staging-*", ".doomed-*", "step-*/.staging-*", "policies/.staging-*"):
         for path in run_dir.glob(pattern):
             if path.is_dir() and not path.is_symlink():

@@ -1,4 +1,4 @@
-"""The export for from_pretrained, in transformers 5 and 4: a model and its tokenizer; its upload to the Hub."""
+"""Export of a model and its tokenizer for from_pretrained in transformers 4 and 5, and upload to the Hub."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def export_model(
     weights: dict[str, Tensor] | None = None,
     card: str | None = None,
 ) -> None:
-    """Write a model and its tokenizer into a new folder; RunError if the disk does not take them."""
+    """Write a model and its tokenizer into a new folder; RunError if they cannot be written."""
 
     def write(staging: Path) -> None:
         save_model(staging, model, tokenizer, weights)
@@ -44,10 +44,10 @@ def save_model(
 
 
 def save_generation_config(folder: Path, model: PreTrainedModel) -> None:
-    """Save a model's generation settings, or only its stops if transformers refuses to write the others."""
+    """Save a model's generation settings, or only its stop tokens if transformers refuses the others."""
     try:
         model.generation_config.save_pretrained(folder)
-    except ValueError:  # some that came with the model
+    except ValueError:  # for some settings that came with the model
         stops = model.generation_config.eos_token_id
         model.generation_config = GenerationConfig.from_model_config(model.config)
         model.generation_config.eos_token_id = stops
@@ -65,9 +65,9 @@ def save_card(folder: Path, card: str) -> None:
 
 
 def upload(folder: Path, repository: str | None) -> None:
-    """Upload an export to a repository on the Hub, which is made private if it is new; do nothing for None.
+    """Upload an export to a repository on the Hub, which is created as private if new; do nothing for None.
 
-    A failure is printed in one line and raises nothing, since the export is on disk.
+    A failure is only printed, since the export is on disk.
     """
     if repository is None:
         return
@@ -77,7 +77,7 @@ def upload(folder: Path, repository: str | None) -> None:
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
-    except Exception as error:  # whatever it is: no network, no token, no such user
+    except Exception as error:  # of any kind: no network, no token, no such user
         log_message(
             f"push_to_hub={repository}: not uploaded ({summarize_error(error)}). To upload it: "
             f"hf upload {repository} {shlex.quote(str(folder))}"
@@ -103,7 +103,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def use_tokenizer_keys_of_transformers_4(config: dict[str, Any]) -> None:
-    """Name class and special tokens as transformers 4 does, which 5 reads too, and drop keys that only 5 has."""
+    """Use transformers 4's names for class and special tokens, which version 5 also reads; drop keys of version 5."""
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
@@ -113,13 +113,13 @@ def use_tokenizer_keys_of_transformers_4(config: dict[str, Any]) -> None:
 
 
 def add_rope_of_transformers_4(config: dict[str, Any]) -> None:
-    """Write the settings of rotary embeddings also under the keys of transformers 4, which ignores rope_parameters.
+    """Also write the settings of rotary embeddings under the keys of transformers 4, which ignores rope_parameters.
 
-    Without them it would silently compute other numbers, with its defaults.
+    Otherwise it would silently use its defaults.
     """
     rope = config.get("rope_parameters") or {}
     rope = rope.get("full_attention", rope)
-    if "rope_theta" not in rope:  # no rotary embeddings, or a kind that transformers 4 does not know
+    if "rope_theta" not in rope:  # no rotary embeddings, or a kind unknown to transformers 4
         return
     in_neox = config["model_type"] == "gpt_neox"
     config["rotary_emb_base" if in_neox else "rope_theta"] = rope["rope_theta"]

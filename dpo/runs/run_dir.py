@@ -1,4 +1,4 @@
-"""A run directory: making, locking and recording it, and opening it again to resume."""
+"""Creates, locks and records a run directory, and reopens it to resume."""
 
 import fcntl
 import hashlib
@@ -21,7 +21,7 @@ from dpo.system.console import log_message
 from dpo.system.errors import RunError, UserError
 from dpo.system.files import atomic_write, naming_file
 
-# Of what decides how numbers are rounded, in messages; other keys of a run's environment are called by themselves
+# Names in messages for keys of the environment (what determines rounding); other keys are printed as they are.
 LABELS = {
     "device": "the device",
     "threads": "the number of threads",
@@ -29,30 +29,30 @@ LABELS = {
     "data_size": "the number of shares of a batch",
     "dtype": "the dtype of the computation",
 }
-# The keys of earlier versions; their layout and attention were one text, and are checked again.
+# Keys of earlier versions, which stored layout and attention as one text; these are checked again.
 EARLIER_KEYS = {label: key for key, label in LABELS.items()} | {"the number of parts of a batch": "data_size"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's folder, and the state of each of its parts."""
+    """A checkpoint's folder and states."""
 
     folder: Path
     states: dict[str, Any]
 
     def fingerprints(self) -> dict[str, str]:
-        """Read the fingerprints of what the run began with; RunError if this is no checkpoint of a run."""
+        """The fingerprints that the run started with; RunError if this is not a run's checkpoint."""
         try:
             run = self.states["run"]
-            return dict(run["fingerprints"] if "fingerprints" in run else run["identity"])  # their earlier name
+            return dict(run["fingerprints"] if "fingerprints" in run else run["identity"])  # the earlier name
         except (KeyError, TypeError, ValueError):
             raise RunError(f"{self.folder}: is not a checkpoint of a run", "no checkpoint") from None
 
 
 class RunDir:
-    """The directory of one run: new, or resumed with what its newest checkpoint holds.
+    """The directory of a new run, or of a resumed one with its newest checkpoint.
 
-    `fingerprints` names what a resumed run must find again: data, settings, reference.
+    `fingerprints` has hashes of what a resumed run must find unchanged: data, settings, reference.
     """
 
     def __init__(self, path: Path, config: DictConfig, ranks: Ranks = ALONE):
@@ -65,7 +65,7 @@ class RunDir:
 
     @classmethod
     def reopen(cls, path: Path, config: DictConfig, overrides: dict[str, Any], ranks: Ranks = ALONE) -> "RunDir":
-        """Lock a run's directory, clear what a killed process left there, and read the newest checkpoint."""
+        """Lock a run's directory, remove a killed process's leftovers, and read the newest checkpoint."""
         run = cls(path, config, ranks)
         run.resumed, run.overrides = True, overrides
 
@@ -77,7 +77,7 @@ class RunDir:
         newest = run.ranks.run_on_main(read)
         run.checkpoint = None if newest is None else Checkpoint(*newest)
         if newest is None:
-            log_message(f"{path} holds no checkpoint yet, so the run begins again.")
+            log_message(f"{path} holds no checkpoint yet, so the run starts over.")
         return run
 
     def __enter__(self) -> "RunDir":
@@ -87,7 +87,7 @@ class RunDir:
         self.open_files.close()
 
     def create(self) -> None:
-        """Make, lock and record the directory of a new run; UserError if it holds anything or cannot be made."""
+        """Create, lock and record the directory of a new run; UserError if it is not empty or cannot be created."""
 
         def make() -> None:
             make_run_dir(self.path)
@@ -98,9 +98,10 @@ class RunDir:
             self.record()
 
     def check_fingerprints(self, fingerprints: Mapping[str, str], earlier: Mapping[str, Callable[[], str]]) -> None:
-        """Keep the run's fingerprints; UserError if the checkpoint that is resumed from has others.
+        """Store the run's fingerprints; UserError if the checkpoint has different ones.
 
-        earlier computes the fingerprints that earlier versions stored under some of the names, which are accepted too.
+        earlier computes the fingerprints that earlier versions stored under some of the names; these are accepted as
+        well.
         """
         self.fingerprints = dict(fingerprints) | {"the settings": settings_fingerprint(self.config)}
         if self.checkpoint is None:
@@ -109,25 +110,25 @@ class RunDir:
         earlier = {**earlier, "the settings": partial(settings_fingerprint, self.config, with_device=True)}
         for name, value in self.fingerprints.items():
             if stored.get(name) != value and (name not in earlier or stored.get(name) != earlier[name]()):
-                raise UserError(f"resume={self.path}: {name} are not those that the run began with")
+                raise UserError(f"resume={self.path}: {name} have changed since the run began")
 
     def recorded_environment(self) -> dict[str, Any]:
-        """Read what decided how numbers were rounded before the stop; nothing in a new run."""
+        """The environment before the interruption, which determined rounding; empty for a new run."""
         return {} if self.checkpoint is None else read_environment(self.checkpoint.states)
 
     def is_complete(self, n_updates: int) -> bool:
-        """Whether no update is left and the export, which comes last, was written."""
+        """Whether all updates are done and the export, the last step, is written."""
         if self.checkpoint is None:
             return False
         export = self.checkpoint.folder / "hf"
         is_exported = self.ranks.run_on_main(lambda: export.is_dir() and not export.is_symlink())
         try:
             return is_exported and self.checkpoint.states["run"]["counters"]["updates"] >= n_updates
-        except (KeyError, TypeError):  # a forged one, which is refused when its states are loaded
+        except (KeyError, TypeError):  # forged: refused when its states are loaded
             return False
 
     def record(self) -> None:
-        """Write config.yaml, and for a resumed run the checkpoint and the overrides that it continues with."""
+        """Write config.yaml; for a resumed run also record its checkpoint and overrides."""
         self.ranks.run_on_main(self._write_record)
 
     def _write_record(self) -> None:
@@ -142,11 +143,11 @@ class RunDir:
 
 
 def open_run(path: Path, config: DictConfig, overrides: dict[str, Any] | None, ranks: Ranks) -> RunDir:
-    """Open the directory of a new run, or with overrides that of the run that is resumed.
+    """Open the directory of a new run or, with overrides, of a resumed one.
 
-    A run that torchrun has started again goes on from its newest checkpoint.
+    A run that torchrun restarts continues from its newest checkpoint.
     """
-    first_path, restarted = ranks.keep_first("run", str(path))  # ranks may have composed other time stamps
+    first_path, restarted = ranks.keep_first("run", str(path))  # ranks may have different timestamps
     path = Path(first_path)
     if restarted and overrides is None and ranks.run_on_main(lambda: (path / "config.yaml").is_file()):
         config, overrides = read_run_config(path), {}
@@ -155,18 +156,18 @@ def open_run(path: Path, config: DictConfig, overrides: dict[str, Any] | None, r
 
 
 def make_run_dir(path: Path) -> None:
-    """Make the run's directory; UserError if it holds anything or cannot be made."""
+    """Create the run's directory; UserError if it is not empty or cannot be created."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         occupied = any(path.iterdir())
     except OSError as error:
-        raise UserError(f"local_run_dir={path}: cannot be made ({error.strerror}); choose another") from None
+        raise UserError(f"local_run_dir={path}: cannot be created ({error.strerror}); choose another") from None
     if occupied:
         raise UserError(f"local_run_dir={path}: holds another run; choose a new exp_name or local_run_dir")
 
 
 def lock_run_dir(path: Path) -> TextIO:
-    """Lock the run's directory until the returned file is closed; UserError if another process holds it."""
+    """Lock the run's directory until the returned file is closed; UserError if another process has locked it."""
     try:
         file = open(path / ".lock", "a", encoding="utf-8")
     except OSError as error:
@@ -177,14 +178,14 @@ def lock_run_dir(path: Path) -> TextIO:
         file.close()
         raise UserError(f"{path}: another process writes to this run; wait for it, or stop it") from None
     except OSError as error:
-        log_message(f"{path}: cannot be locked ({error.strerror}), so make sure that no other process writes to it.")
+        log_message(f"{path}: cannot be locked ({error.strerror}); make sure that no other process writes to it.")
     return file
 
 
 def settings_fingerprint(config: DictConfig, with_device: bool = False) -> str:
-    """Compute a SHA-256 of the settings that may not change. Paths are left out: their content is compared elsewhere.
+    """A SHA-256 of the settings that may not change. Paths are left out: their content is compared elsewhere.
 
-    with_device gives the fingerprint of earlier versions, where a resumed run kept its device.
+    with_device gives the fingerprint of earlier versions, in which a resumed run kept its device.
     """
     free = ("exp_name", "local_run_dir", *MAY_MOVE, *MAY_CHANGE, *MAY_GROW)
     values = flatten(config).items()
@@ -193,7 +194,7 @@ def settings_fingerprint(config: DictConfig, with_device: bool = False) -> str:
 
 
 def read_environment(states: Any) -> dict[str, Any]:
-    """Read from a checkpoint's states what decided how numbers were rounded; nothing where they have another form."""
+    """The environment in a checkpoint's states, which determined rounding; empty if they have another form."""
     try:
         run = states["run"]
         if "environment" in run:
@@ -206,8 +207,8 @@ def read_environment(states: Any) -> dict[str, Any]:
 
 
 def log_changes(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Print the changes since a run's stop that may change how its numbers are rounded."""
+    """Print changes of the environment since the interruption, which may change rounding."""
     changed = [name for name, value in old.items() if new.get(name) != value]
     if changed:
         changes = "; ".join(f"{LABELS.get(name, name)} was {old[name]}, is {new.get(name)}" for name in changed)
-        log_message(f"Not bit for bit what it would have been without the stop: {changes}.")
+        log_message(f"Results will not be bit for bit the same as without the interruption: {changes}.")

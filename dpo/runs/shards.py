@@ -1,7 +1,7 @@
-"""Sharded tensors on disk: every rank writes and reads its own part, by torch.distributed.checkpoint (DCP).
+"""Sharded tensors on disk: each rank writes and reads its shards, with torch.distributed.checkpoint (DCP).
 
-DCP stores its index as a pickle, which could execute anything. Here an unpickler reads it that accepts only the classes
-of an index, and only tensors are stored, so that a stranger's checkpoint stays harmless.
+DCP stores its index as a pickle, which could execute code. The unpickler here accepts only the classes of an index, and
+only tensors are stored, so that an untrusted checkpoint is harmless.
 """
 
 import pickle
@@ -38,8 +38,8 @@ class IndexUnpickler(pickle.Unpickler):
     """Reads DCP's index; UnpicklingError for a class that does not belong in an index."""
 
     def find_class(self, module: str, name: str) -> Any:
-        module = "pathlib" if module == "pathlib._local" else module  # as Python 3.13 names it
-        if (module, name) == ("builtins", "getattr"):  # as Python 3.11.2, Debian's, pickles a member of an enum
+        module = "pathlib" if module == "pathlib._local" else module  # its name in Python 3.13
+        if (module, name) == ("builtins", "getattr"):  # how Debian's Python 3.11.2 pickles a member of an enum
             return enum_member
         if name not in CLASSES.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name} does not belong in an index of tensors")
@@ -54,7 +54,7 @@ def enum_member(kind: Any, name: str) -> Enum:
 
 
 class IndexReader(FileSystemReader):
-    """DCP's reader of a folder, which reads the index without executing anything."""
+    """DCP's reader, but reads the index without executing code."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read the index of a checkpoint; UnpicklingError if it holds anything but tensors."""
@@ -71,7 +71,7 @@ class IndexReader(FileSystemReader):
 def save_shards(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> dict[str, str]:
     """Write tensors into a new folder, each rank its shards; return {file: SHA-256}.
 
-    RunError that names the rank and the reason if a disk does not take them.
+    RunError that names the rank and the reason if they cannot be written.
     """
 
     def make() -> None:
@@ -83,7 +83,7 @@ def save_shards(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> dict[
         save(tensors, storage_writer=FileSystemWriter(folder, thread_count=1), process_group=ranks.group)
     except CheckpointException as error:
         rank, (cause, _) = next(iter(sorted(error.failures.items())))
-        message = f"{folder.parent}: rank {rank} cannot write its part of a checkpoint ({summarize_error(cause)})"
+        message = f"{folder.parent}: rank {rank} cannot write its shards of a checkpoint ({summarize_error(cause)})"
         raise RunError(f"{message}; earlier checkpoints are intact", "disk") from None
     digests: dict[str, str] = {}
     for of_rank in ranks.gather({path.name: sha256(path) for path in folder.glob(f"__{ranks.rank}_*")}):
@@ -98,7 +98,7 @@ def load_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     """
     reader = IndexReader(folder)
     try:
-        reader.read_metadata()  # torch 2.11 would not say why it cannot be read
+        reader.read_metadata()  # torch 2.11 does not report why it cannot be read
     except Exception as error:  # a damaged pickle raises nearly anything
         raise RuntimeError(summarize_error(error)) from None
     try:

@@ -1,4 +1,4 @@
-"""What checkpoints and the export hold of the policy: all weights, or LoRA's adapter."""
+"""The policy's weights in checkpoints and the export: all weights, or a LoRA adapter."""
 
 import copy
 import json
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 class AllWeights:
-    """All weights of a model, as checkpoints and the export hold them."""
+    """Checkpoints and the export hold all weights of the model."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
 
     def tensors(self) -> dict[str, Tensor]:
-        """The model's tensors that a checkpoint holds, by name; those of a sharded model are shards."""
+        """The model's tensors in a checkpoint, by name; shards if the model is sharded."""
         return self.model.state_dict(keep_vars=True)
 
     def tensors_to_export(self) -> dict[str, Tensor]:
@@ -42,30 +42,30 @@ class AllWeights:
         return self.model.state_dict(keep_vars=True)
 
     def state_dict(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
-        """What a checkpoint holds of the policy, with `tensors`, whole ones, in place of a sharded model's."""
+        """The policy's state in a checkpoint, with the whole `tensors` instead of a sharded model's."""
         return self.model.state_dict() if tensors is None else tensors
 
     def load_state_dict(self, state: dict[str, Any], setting: str) -> None:
-        """Load the state of a checkpoint; UserError that names the setting if it does not fit."""
+        """Load a checkpoint's state; UserError that names the setting if it does not fit."""
         load_weights(self.model, state, setting)
 
     def export(
         self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, weights: dict[str, Tensor] | None = None
     ) -> None:
-        """Write RUN/step-N/hf, for from_pretrained, unless it is there; RunError if the disk does not take it.
+        """Write RUN/step-N/hf, for from_pretrained, unless it exists; RunError if it cannot be written.
 
-        card is the text of its README.md. weights are whole tensors in place of a sharded model's tensors_to_export.
+        card is the text of README.md. weights are whole tensors instead of a sharded model's tensors_to_export.
         """
         export_model(folder, self.model, tokenizer, weights, card)
 
 
 # LoRA
 
-SMALL_LR = 1e-5  # a run with a smaller lr is warned
+SMALL_LR = 1e-5  # a smaller lr prints a warning
 
 
 def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeights":
-    """Freeze a model and add an adapter: a new one from the run's seed, or that of lora.path and a frozen copy of it.
+    """Freeze a model and add an adapter: a new one with the run's seed, or the one in lora.path with a frozen copy.
 
     UserError if the settings do not fit the model or the adapter of lora.path.
     """
@@ -83,7 +83,7 @@ def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeigh
     init: Literal["gaussian"] | bool = True if settings.init == "kaiming" else "gaussian"
     configs[lora.POLICY] = shape.peft_config(model, settings.dropout, init)
     lora.inject(model, configs)
-    model.eval()  # until training begins, an adapter's dropout is off
+    model.eval()  # an adapter's dropout is off until training begins
     if stored is not None:
         for name in configs:
             lora.copy_weights(lora.adapter_parameters(model, name), stored.weights, f"lora.path={settings.path}")
@@ -92,7 +92,8 @@ def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeigh
     for parameter in trained.values():
         parameter.requires_grad_(True)
     for layer in lora.adapted_layers(model).values():
-        # Autocast casts the inputs of products, while DoRA and bfloat16 weights need inputs in the adapter's float32.
+        # Autocast casts the inputs of matrix products, but DoRA and bfloat16 weights need float32 inputs for the
+        # adapter.
         layer.cast_input_dtype_enabled = settings.use_dora or model.dtype != torch.float32
     n = sum(parameter.numel() for parameter in trained.values())
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -108,7 +109,7 @@ def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeigh
 
 
 def base_name(settings: ModelSettings) -> str | None:
-    """The name or path with which from_pretrained opens a run's frozen weights; None if they are in no such place."""
+    """The name or path of a run's frozen weights for from_pretrained; None if they are not stored anywhere."""
     if settings.archive is not None or settings.from_scratch:
         return None
     folder = Path(settings.name_or_path)
@@ -117,13 +118,13 @@ def base_name(settings: ModelSettings) -> str | None:
 
 @dataclass(frozen=True)
 class AdapterWeights:
-    """The adapter of a frozen model. Checkpoints hold only the adapter, and the export has it in peft's format."""
+    """Checkpoints hold only the adapter of a frozen model; the export has it in peft's format."""
 
     model: PreTrainedModel
     shape: lora.AdapterShape
     base: str  # checksum of the frozen weights
-    path: str | None  # checksum of the adapter of lora.path
-    base_name: str | None  # name or path with which from_pretrained opens the frozen weights
+    path: str | None  # checksum of the adapter in lora.path
+    base_name: str | None  # name or path of the frozen weights for from_pretrained
     export_merged: bool
 
     @cached_property
@@ -132,13 +133,13 @@ class AdapterWeights:
         return lora.adapted_layers(self.model)
 
     def fingerprints(self) -> dict[str, str]:
-        """Checksums of the frozen weights, which a resumed run must find again."""
+        """Checksums of the frozen weights, which must not change in a resumed run."""
         checksums = {"the base model's weights": self.base}
         return checksums if self.path is None else checksums | {"the adapter of lora.path": self.path}
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Compute without the adapter, or with the frozen copy of the adapter of lora.path."""
+        """Compute without the adapter, or with the frozen copy of the adapter in lora.path."""
         lora.use_adapter(self.layers.values(), lora.REFERENCE)
         try:
             yield
@@ -155,14 +156,14 @@ class AdapterWeights:
         return {name: parameter.detach() for name, parameter in trained.items()}
 
     def tensors_to_export(self) -> dict[str, Tensor]:
-        """The weights of the adapter, and of the model if they are exported too."""
+        """The weights of the adapter, and those of the model if they are exported as well."""
         state = self.model.state_dict(keep_vars=True)
         if self.base_name is None or self.export_merged:
             return state
         return {name: value for name, value in state.items() if f".{lora.POLICY}." in name}
 
     def state_dict(self, tensors: dict[str, Tensor] | None = None) -> dict[str, Any]:
-        """The adapter's shape and weights, and the checksum of the frozen weights that it belongs to."""
+        """The adapter's shape and weights, and the checksum of its frozen weights."""
         weights = self.tensors() if tensors is None else tensors
         return {"adapter": asdict(self.shape), "base": self.base, "weights": weights}
 
@@ -174,7 +175,7 @@ class AdapterWeights:
     ) -> None:
         """Write RUN/step-N/hf in peft's format, with the merged model in hf/merged if export_merged is set.
 
-        Frozen weights that from_pretrained finds nowhere else, such as those of model.archive, go to RUN/base.
+        Frozen weights that exist nowhere else for from_pretrained, such as those of model.archive, go to RUN/base.
         """
         state = weights or self.model.state_dict()
         base_name = self.base_name
@@ -202,7 +203,7 @@ class AdapterWeights:
             atomic_dir(folder, write)
 
     def short_targets(self) -> list[str]:
-        """The last parts of the adapted layers' names, or whole names if other layers share a last part."""
+        """The last parts of the adapted layers' names, or full names if other layers share a last part."""
         linear = (name for name, module in self.model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D)))
         names = {name.removesuffix(".base_layer") for name in linear if ".lora_" not in name}
         parts = lora.last_parts(self.shape.targets)
@@ -210,10 +211,10 @@ class AdapterWeights:
         return parts if alike == set(self.shape.targets) else list(self.shape.targets)
 
     def merged_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights of one model that computes what base and adapter compute together."""
+        """The weights of the model with the adapter merged into it."""
         merged = base_weights(state)
         for name, adapted in self.layers.items():
-            layer: Any = copy.deepcopy(adapted)  # to take the adapter out of a weight again would round it
+            layer: Any = copy.deepcopy(adapted)  # a copy, since unmerging would round the weight
             whole = {key.removeprefix(f"{name}."): state[key].clone() for key in state if key.startswith(f"{name}.")}
             layer.load_state_dict(whole, assign=True)
             layer.merge(adapter_names=[lora.POLICY])
@@ -222,7 +223,7 @@ class AdapterWeights:
 
 
 def base_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The frozen weights of an adapted model, under the names that they have without an adapter."""
+    """The frozen weights of an adapted model, under their names without an adapter."""
     return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
 
 

@@ -1,4 +1,4 @@
-"""Writing checkpoints while training waits, or in the background from a copy in host memory."""
+"""Writes checkpoints while training waits, or in the background from a copy in host memory."""
 
 import os
 import sys
@@ -20,13 +20,13 @@ from dpo.system.errors import Stopped, actionable_errors, exit_code_of, summariz
 from dpo.system.state import copy_to_host
 
 SAVING = "while saving a checkpoint; background_saves=false makes no copy of it in memory"
-FAILURE_TIMEOUT = 15.0  # seconds that a failed rank waits for a checkpoint before it ends and the others notice
+FAILURE_TIMEOUT = 15.0  # seconds that a failed rank waits for a checkpoint before it exits
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, one at a time. In the background, a thread of every rank writes from a copy.
+    """Writes a run's checkpoints, one at a time; in the background, a thread on every rank writes from a copy.
 
-    As a context manager it waits at its end for what is being written.
+    As a context manager, it waits on exit for a checkpoint that is being written.
     """
 
     def __init__(self, path: Path, ranks: Ranks, settings: Settings):
@@ -38,7 +38,8 @@ class CheckpointWriter:
         self.error: BaseException | None = None
 
     def write(self, step: int, states: dict[str, Any], metrics: dict[str, float], blocking: bool = False) -> None:
-        """Write a checkpoint after the previous one; return when it is on disk, or when the states are copied.
+        """Write a checkpoint after the previous one; return once it is on disk or, in the background, once it is
+        copied.
 
         RunError if this or the previous one cannot be written.
         """
@@ -51,7 +52,7 @@ class CheckpointWriter:
         self.thread.start()
 
     def save(self, step: int, states: dict[str, Any], metrics: dict[str, float]) -> Path:
-        """Write a checkpoint, each rank its shards if states has some, and return its folder."""
+        """Write a checkpoint, with each rank's shards if there are any, and return its folder."""
         with actionable_errors(SAVING):
             if "shards" in states:
                 folder = self.path / ".staging-shards"
@@ -62,7 +63,7 @@ class CheckpointWriter:
     def run(self, step: int, states: dict[str, Any], metrics: dict[str, float]) -> None:
         start = time.monotonic()
         if self.gpu is not None:
-            torch.cuda.set_device(self.gpu)  # a thread begins with the first one
+            torch.cuda.set_device(self.gpu)  # a new thread starts with the first one
         try:
             folder = self.save(step, states, metrics)
             log_message(f"Wrote {folder} in {time.monotonic() - start:.1f} s in the background")
@@ -93,8 +94,8 @@ class CheckpointWriter:
         elif isinstance(error, Exception):
             try:
                 self.wait(None if self.ranks.world_size == 1 else FAILURE_TIMEOUT)
-            except Exception as other:  # the training's own failure is the one to raise
+            except Exception as other:  # training's own error is the one to raise
                 log_message(summarize_error(other))
         elif self.thread is not None and self.thread.is_alive():  # a second Ctrl-C
             sys.stdout.flush()
-            os._exit(exit_code_of(error))  # an interpreter that ends under a thread of torch's may abort
+            os._exit(exit_code_of(error))  # exiting normally may abort while torch's thread runs

@@ -1,6 +1,6 @@
-"""Settings that are valid by themselves and cannot be honoured together.
+"""Combinations of valid settings that cannot be honoured together.
 
-What a loss refuses stands in the loss: `Loss.problems` of dpo/training/objectives.py.
+The combinations that a loss refuses are in `Loss.problems` of dpo/training/objectives.py.
 """
 
 import os
@@ -16,9 +16,9 @@ from dpo.system.installation import is_installed
 class Rule(NamedTuple):
     """A combination that is refused.
 
-    keys       names of the settings; a rule is skipped where one of them is missing or wrong by itself
+    keys       names of the settings; the rule is skipped if one of them is missing or invalid
     is_broken  called with their values
-    message    cause and remedy; "KEY=VALUE KEY=VALUE: " is put before it
+    message    cause and remedy, printed after "KEY=VALUE KEY=VALUE: "
     """
 
     keys: str
@@ -71,7 +71,7 @@ RULES: tuple[Rule, ...] = (
     Rule("sync_reference model.reference_dtype", all_set,
          "the reference takes the policy's dtype; set model.reference_dtype=null"),
     Rule("sync_reference sync_mix model.policy_dtype", lambda n, mix, dtype: n and mix != 1 and dtype == "bfloat16",
-         "bfloat16 rounds small changes of the mix away; set sync_mix=1 or model.policy_dtype=float32"),
+         "bfloat16 would round away the mix's small changes; set sync_mix=1 or model.policy_dtype=float32"),
     # Data
     Rule("columns.score_chosen columns.score_rejected", lambda *columns: columns.count(None) == 1,
          "set both or neither"),
@@ -119,9 +119,9 @@ RULES: tuple[Rule, ...] = (
     for_several_processes("ddp", (False,)),
     for_several_processes("reduce_every_pass", (False,)),
     Rule("trainer WORLD_SIZE", lambda trainer, n: not is_distributed(trainer) and n != "1",
-         "several processes were started for one; set trainer=FSDPTrainer, or start without torchrun and srun"),
+         "this trainer uses one process; set trainer=FSDPTrainer, or start without torchrun and srun"),
     Rule("dry_run WORLD_SIZE", lambda dry_run, n: dry_run and n != "1",
-         "one process computes what N need; start without torchrun and srun, with n_processes=N"),
+         "a dry run uses one process; start without torchrun and srun, with n_processes=N"),
     Rule("n_processes WORLD_SIZE", lambda n, world_size: world_size != "1" and str(n) not in ("auto", world_size),
          "torchrun or srun sets the number of processes; set n_processes=auto"),
     Rule("tensor_parallel trainer", lambda n, trainer: n != "auto" and trainer == "FSDPTrainer",
@@ -146,12 +146,12 @@ RULES: tuple[Rule, ...] = (
     Rule("max_tokens_per_pass trainer", lambda tokens, trainer: tokens == "fit" and is_distributed(trainer),
          "fit is measured on one device; give a number of tokens, or auto"),
     Rule("device trainer", lambda device, trainer: is_distributed(trainer) and device not in ("auto", "cuda", "cpu"),
-         "each process takes a GPU of its own, or the CPU; set device to auto, cuda or cpu"),
+         "each process uses its own GPU, or the CPU; set device to auto, cuda or cpu"),
 )  # fmt: skip
 
 
 def combination_problems(valid: Mapping[str, Any]) -> list[str]:
-    """One line per combination that is refused; `valid` holds the settings that are right by themselves."""
+    """One line per refused combination of the valid settings."""
     values = {**valid, "WORLD_SIZE": os.environ.get("WORLD_SIZE") or "1"}
     problems = []
     for keys, is_broken, message in RULES:
@@ -162,7 +162,7 @@ def combination_problems(valid: Mapping[str, Any]) -> list[str]:
 
 
 def process_count_problems(values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what does not fit the number of processes, where that is known before they start."""
+    """Yield problems with the number of processes, if it is known before they start."""
     world_size, trainer = values["WORLD_SIZE"], values.get("trainer")
     n = int(world_size) if world_size.isdigit() and world_size != "1" else values.get("n_processes")
     if trainer == "BasicTrainer" or not isinstance(n, int):

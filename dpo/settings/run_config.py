@@ -17,7 +17,7 @@ from dpo.settings.hints import suggest
 from dpo.settings.schema import flatten_plain
 from dpo.system.errors import UserError, raise_problems, summarize_error
 
-# What may change in a resumed run without changing its numbers; those of the last two lines change only the rounding.
+# Settings that may change in a resumed run without changing its numbers; the last two lines change only the rounding.
 MAY_CHANGE = (
     "trackers wandb.enabled wandb.entity wandb.project minimum_log_interval_secs report push_to_hub "
     "sample_during_eval n_eval_model_samples sample_temperature sample_top_k sample_top_p "
@@ -62,14 +62,14 @@ def read_run_config(run_dir: Path) -> DictConfig:
         reason = summarize_error(error)
         raise UserError(f"resume={run_dir}: not a run directory: its config.yaml cannot be read ({reason})") from None
     if links:
-        raise UserError(f"resume={run_dir}: holds links ({', '.join(sorted(links))}) that no run makes; remove them")
+        raise UserError(f"resume={run_dir}: holds links ({', '.join(sorted(links))}) that no run creates; remove them")
     return config
 
 
 def override_run_config(config: DictConfig, arguments: Sequence[str], known: Sequence[str]) -> dict[str, Any]:
-    """Apply to a run's config the overrides that a resumed run may take, and return them; UserError for any other.
+    """Apply the overrides that a resumed run accepts to its config, and return them; UserError for any other.
 
-    Interpolations in the config are refused: whoever wrote the file could have secrets resolved by them.
+    Interpolations in the config are refused, since they could expose secrets to whoever wrote the file.
     """
     path, stored = config.local_run_dir, OmegaConf.to_container(config, resolve=False)
     assert isinstance(stored, dict)
@@ -88,7 +88,7 @@ def override_run_config(config: DictConfig, arguments: Sequence[str], known: Seq
         if key not in settings and key not in ("model", "loss", "lora"):
             problems.append(suggest(key, format_value(value), known))
         elif override.type != OverrideType.CHANGE or override.is_sweep_override():
-            problems.append(f"{override.input_line}: a resumed run takes only KEY=VALUE")
+            problems.append(f"{override.input_line}: a resumed run accepts only KEY=VALUE")
         elif key in MAY_GROW and (name := settings.get("scheduler", "constant")) != "constant":
             length = f"{key}={format_value(settings[key])}"
             reason = f"scheduler={name} lowers the learning rate over {length}, so a longer run needs another schedule"

@@ -1,6 +1,6 @@
-"""What a valid config is: one typed, frozen model per YAML group, and all problems of a config in one message.
+"""The schema of a config: one typed, frozen model per YAML group, and all problems of a config in one message.
 
-Defaults, units and meanings stand only in config/*.yaml; a field here declares which values it takes.
+Defaults, units and meanings are only in config/*.yaml; a field here declares the values it accepts.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -41,7 +41,7 @@ def whole(unit: str, ge: int, le: int | None = None) -> Any:
 
 
 class Group(BaseModel):
-    """Settings that stand together in the YAML; unknown keys are refused, and values never change."""
+    """A group of settings in the YAML; unknown keys are refused, and values are immutable."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -58,9 +58,9 @@ class WandbSettings(Group):
 class Column:
     """How the column of a role is found and read."""
 
-    names: tuple[str, ...] = ()  # in lower case; without names it is read only where the user gives one
-    takes_first: bool = False  # of several candidates the first is read; else the user must choose
-    is_number: bool = False  # a number, which goes to the field of this name of an example
+    names: tuple[str, ...] = ()  # in lower case; without names the column is read only if the user sets it
+    takes_first: bool = False  # the first of several candidates is read; otherwise the user must choose
+    is_number: bool = False  # a number, stored in the example's field of this name
 
 
 class ColumnSettings(Group):
@@ -113,7 +113,7 @@ class LoraSettings(Group):
 
 
 class Settings(Group):
-    """The keys of config/config.yaml; the loss is an object of its own, since its keys are its fields."""
+    """The keys of config/config.yaml. The loss is a separate object: its keys are its fields."""
 
     seed: int = whole("", ge=0, le=2**32 - 1)
     exp_name: str = Field(pattern=r"^\w[\w.+=-]*$", description="a name without slashes")
@@ -158,7 +158,7 @@ class Settings(Group):
         description="auto, fit, or a whole number of tokens"
     )
     batch_size: int = whole("examples", ge=1)
-    gradient_accumulation_steps: int = whole("parts", ge=1)
+    gradient_accumulation_steps: int = whole("microbatches", ge=1)
     lr: Positive
     warmup_steps: int = whole("updates", ge=0)
     scheduler: Literal["constant", "linear", "cosine", "wsd"]
@@ -196,7 +196,7 @@ class Settings(Group):
 
     @property
     def compute_precision(self) -> str:
-        """The precision setting, under whichever of its two names it was given."""
+        """The precision, under either of the setting's two names."""
         return self.model.fsdp_policy_mp or self.precision
 
 
@@ -204,9 +204,9 @@ class LossSettings(Group):
     """The keys of config/loss/NAME.yaml: the fields of the loss itself."""
 
     def problems(self, settings: Mapping[str, Any]) -> Iterator[str]:
-        """Yield a line for each combination of the loss's settings and the run's, {dotted key: value}, that it refuses.
+        """Yield a line for each combination of the loss's settings and the run's, {dotted key: value}, that is refused.
 
-        Settings that are wrong by themselves are missing.
+        Invalid settings are missing from settings.
         """
         yield from ()
 
@@ -257,7 +257,7 @@ def build(
 ) -> tuple[GroupT | None, dict[str, str | None]]:
     """Make a pydantic model of dotted keys that begin with a prefix.
 
-    Returns None if that fails, and {wrong key: line}; the line is None where another one names its cause.
+    Returns None if that fails, and {wrong key: line}; the line is None if another line names the cause.
     """
     nested: dict[str, Any] = {}
     for key, value in values.items():
@@ -295,7 +295,7 @@ def group_of(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
 def problem_line(
     kind: type[BaseModel], prefix: str, key: str, detail: ErrorDetails, known: Collection[str]
 ) -> str | None:
-    """The line for an error of pydantic; None where another line names its cause."""
+    """The line for a pydantic error; None if another line names the cause."""
     value, name = detail["input"], key.removeprefix(prefix)
     if detail["type"] == "extra_forbidden":
         return suggest(key, format_value(value), known)
@@ -310,7 +310,7 @@ def problem_line(
 
 
 def allowed(kind: type[BaseModel], key: str) -> str:
-    """Which values a field takes, as the end of the sentence "must be ..."."""
+    """The values that a field accepts, as the end of the sentence "must be ..."."""
     *groups, name = key.split(".")
     for group in groups:
         kind = group_of(kind, group) or kind
@@ -366,7 +366,7 @@ def flatten_plain(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]
 
 
 def known_keys(losses: Mapping[str, type[BaseModel]]) -> list[str]:
-    """Every dotted key that some config may hold."""
+    """Every dotted key that a config may hold."""
     groups = {name: group_of(Settings, name) for name in Settings.model_fields}
     keys = [name for name, group in groups.items() if group is not Settings.model_fields[name].annotation]
     keys += [f"{name}.{key}" for name, group in groups.items() if group for key in group.model_fields]

@@ -34,7 +34,7 @@ class UserError(ValueError):
 
 
 class RunError(Exception):
-    """A run cannot go on; its message is shown without a traceback."""
+    """A run cannot continue; the message is shown without a traceback."""
 
     def __init__(self, message: str, reason: str):
         super().__init__(message)
@@ -74,7 +74,7 @@ def actionable_errors(hint: str) -> Iterator[None]:
             raise RunError(f"out of memory {hint} ({reason})", "memory") from None
         if any(kind.__module__.startswith("torch._dynamo") for kind in type(error).__mro__):
             message = f"the model cannot be compiled here ({reason})"
-            raise UserError(f"{message}; set compile=false, or where it is false already, layout=padded") from None
+            raise UserError(f"{message}; set compile=false, or layout=padded if it is already false") from None
         raise
 
 

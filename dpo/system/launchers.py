@@ -30,7 +30,7 @@ def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
         if n > 1:
             raise UserError(
                 f"{name}={n}: MPI has started {n} processes, and each would train a separate run; "
-                f"start `torchrun --nproc-per-node=N train.py ...` once per machine, or `{COMMAND} ...` alone"
+                f"start `torchrun --nproc-per-node=N train.py ...` once per machine, or `{COMMAND} ...` without MPI"
             )
     return {}
 

@@ -1,4 +1,4 @@
-"""max_tokens_per_pass: auto, which on a GPU estimates from the model's shape what fits, and fit, which measures it."""
+"""max_tokens_per_pass: auto estimates on a GPU how many tokens fit, from the model's shape; fit measures it."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -28,17 +28,17 @@ from dpo.system.state import random_states, set_random_states, size_of, tensors_
 from dpo.training.objectives import Loss
 from dpo.training.optimizers import count_moments, stepped_optimizer
 
-USABLE_SHARE = {"cuda": 0.9, "cpu": 0.8}  # of available memory: malloc's fragments and sampling need the rest
-EXAMPLES_SEARCHED = 2_000  # training examples among which the heaviest microbatch is searched
-MIN_GAIN = 1.05  # a budget is not raised by less
+USABLE_SHARE = {"cuda": 0.9, "cpu": 0.8}  # of available memory: fragmentation and sampling need the rest
+EXAMPLES_SEARCHED = 2_000  # training examples that are searched for the largest microbatch
+MIN_GAIN = 1.05  # a budget is not raised by a smaller factor
 
 # auto: an estimate
 
-# The most tokens of a microbatch: measured for a CPU (benchmarks/README.md) and for one GPU, an H200, which had reached
-# its full rate by then; guessed for MPS.
+# The most tokens of a microbatch: measured on a CPU (benchmarks/README.md) and on an H200, which reached its full rate
+# before that; a guess for MPS.
 MAX_AUTO_TOKENS = {"cpu": 768, "mps": 2048, "cuda": 32_768}
-TOKEN_STEP = 1024  # a GPU's budget is a multiple of it, so that a few more bytes of free memory do not change it
-ACTIVATION_MARGIN = 1.3  # for what the formula leaves out and the allocator cannot use
+TOKEN_STEP = 1024  # a GPU's budget is a multiple of this, so that a few bytes of free memory do not change it
+ACTIVATION_MARGIN = 1.3  # for what the formula omits, and for fragmentation
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def resolve_max_tokens(
         usable = USABLE_SHARE["cuda"] * facts.memory / 1e9
         advice = "; set activation_checkpointing=true, lora=default or a smaller max_length if memory runs out"
         log_message(
-            f"max_tokens_per_pass=auto: microbatches of up to {budget:,} tokens; by an estimate, training needs"
-            f" {needed:.1f} of {usable:.1f} GB with them{advice if needed > usable else ''}."
+            f"max_tokens_per_pass=auto: microbatches of up to {budget:,} tokens; training is estimated to need"
+            f" {needed:.1f} of {usable:.1f} GB{advice if needed > usable else ''}."
         )
     return budget
 
@@ -94,20 +94,20 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimate the memory of training from a policy's modules, which may be on the meta device.
 
-    dtype is that of the computation, n_shards the number of devices that share the weights. Compared with measurements
-    in tests/dpo/training/test_budgets.py.
+    dtype is the compute dtype, n_shards the number of devices that share the weights.
+    tests/dpo/training/test_budgets.py compares estimates with measurements.
     """
     model = policy.model
     config = model.config.get_text_config()
     vocabulary, width, n_layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
     activations = activation_bytes(model, dtype)
     per_square, heads = 0.0, getattr(config, "num_attention_heads", 1)
-    if choice.attention == "eager":  # keeps each head's weights, (queries, keys), in 8 bytes
+    if choice.attention == "eager":  # keeps the attention weights of each head, (queries, keys), in 8 bytes
         per_square = 8.0 * heads * n_layers
     elif choice.attention == "packed":  # the mask, and each example's slice of it, cast in every layer
         per_square = float(model.dtype.itemsize)
         activations += dtype.itemsize * settings.max_length * n_layers
-    if choice.layout == "padded":  # queries meet the keys of their own row alone
+    if choice.layout == "padded":  # queries only attend to keys of their own row
         activations, per_square = activations + per_square * settings.max_length, 0.0
     if settings.activation_checkpointing:  # the input of each layer, and the activations of one layer at a time
         activations = activations / n_layers + model.dtype.itemsize * width * n_layers
@@ -133,8 +133,8 @@ def estimate_before_loading(
 def activation_bytes(model: PreTrainedModel, dtype: torch.dtype) -> float:
     """Estimate the bytes per token that a model's layers keep for the backward pass.
 
-    Linear layers keep inputs and outputs in the dtype of the computation. Norms keep their input in the dtype of the
-    parameters, or 2.5 tensors where they consist of several operations.
+    Linear layers keep inputs and outputs in the compute dtype. Norms keep their input in the parameters' dtype, or 2.5
+    such tensors if they consist of several operations.
     """
     width = model.config.get_text_config().hidden_size
     total = 0.0
@@ -157,7 +157,7 @@ def activation_bytes(model: PreTrainedModel, dtype: torch.dtype) -> float:
 def weight_bytes(model: PreTrainedModel, settings: Settings, loss: Loss, dtype: torch.dtype, n_shards: int) -> float:
     """Estimate the bytes of weights, gradients, optimizer state and a second model on a device.
 
-    Where autocast computes in 16 bits, it also keeps copies of all matrices in them.
+    If autocast computes in 16 bits, it also keeps 16-bit copies of all matrices.
     """
     stored = sum(parameter.nbytes for parameter in model.parameters())
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
@@ -187,7 +187,7 @@ def weight_bytes(model: PreTrainedModel, settings: Settings, loss: Loss, dtype: 
 def fit_budget(
     settings: Settings, policy: ResponseLogps, packer: Packer, batches: BatchIterator, dtype: torch.dtype
 ) -> Packer:
-    """Find the largest budget that fits by forward and backward passes over training data; nothing is trained.
+    """Find the largest budget that fits, by forward and backward passes over training data; nothing is trained.
 
     UserError on a device whose peak memory cannot be measured.
     """
@@ -206,9 +206,9 @@ def fit_budget(
 
     with training_state(settings, policy, packer.device) as optimizer:
         limit -= copied_bytes(settings, policy, optimizer, packer.device)
-        measure(1)  # makes the gradients, which lie beside the activations of all microbatches but the first
+        measure(1)  # allocates the gradients, which all microbatches but the first have in addition to activations
         budget, used = largest_budget(measure, min(packer.max_tokens, most), most, limit)
-    budget = min(budget, largest_microbatch(budget).n_tokens)  # as measured: other examples would fill it further
+    budget = min(budget, largest_microbatch(budget).n_tokens)  # the measured size
     if used > limit:
         log_message(
             f"max_tokens_per_pass=fit: not even the smallest microbatch fits into {limit / 1e9:.2f} GB;"
@@ -220,11 +220,11 @@ def fit_budget(
 
 
 def largest_budget(measure: Callable[[int], float], start: int, most: int, limit: float) -> tuple[int, float]:
-    """Search the largest budget up to most that needs at most limit bytes; return it with the bytes it needs.
+    """Find the largest budget, up to most, that needs at most limit bytes; return it with the bytes that it needs.
 
     A budget is not tried if a straight line through the last two measurements exceeds the limit there, or if it is more
-    than twice a fitting one, so that a CPU's memory is never exceeded by much. The smallest budget is returned even if
-    it does not fit: the run then fails with the settings that need less.
+    than twice a budget that fits, so that a CPU's memory is never exceeded by much. The smallest budget is returned
+    even if it does not fit: the run then fails with a message that names settings that need less.
     """
     low, used = 0, 0.0
     ceiling, budget = most, max(1, start // 2)
@@ -245,14 +245,14 @@ def largest_budget(measure: Callable[[int], float], start: int, most: int, limit
 
 
 def copied_bytes(settings: Settings, policy: ResponseLogps, optimizer: Optimizer, device: torch.device) -> int:
-    """The bytes of a device's memory that a background save needs for its copy of weights and optimizer state."""
+    """The bytes on a device that a background save needs for its copy of weights and optimizer state."""
     if device.type != "cpu" or not settings.background_saves:
         return 0
     return size_of([*policy.trained_parameters(), *tensors_in([*optimizer.state.values()])])
 
 
 def heaviest_examples(batches: BatchIterator, n_equal: int, layout: str) -> Sequence[TokenizedExample]:
-    """Of the n_equal parts of each training batch, find the one with the most tokens, among EXAMPLES_SEARCHED."""
+    """The microbatch, of n_equal per batch, with the most tokens among the first EXAMPLES_SEARCHED examples."""
     size = batches.batch_size // n_equal
     n_batches = -(-EXAMPLES_SEARCHED // batches.batch_size)
     groups = (
@@ -279,7 +279,7 @@ def peak_of_microbatch(policy: ResponseLogps, batch: PackedBatch, dtype: torch.d
 
 @contextmanager
 def training_state(settings: Settings, policy: ResponseLogps, device: torch.device) -> Iterator[Optimizer]:
-    """Hold an optimizer's state and compute as in training, and undo both at the end."""
+    """Allocate the optimizer's state and use training mode; undo both at the end."""
     states, was_training = random_states(), policy.training
     optimizer = stepped_optimizer(settings, policy)
     policy.train()

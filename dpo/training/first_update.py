@@ -24,17 +24,17 @@ def has_dropout(policy: nn.Module) -> bool:
 
 
 def check_first_margin(policy: Logps, logps: Logps, reference: Reference) -> None:
-    """Raise UserError unless a policy before its first update gives the log-probabilities of its reference.
+    """Raise UserError unless the policy gives the reference's log-probabilities before its first update.
 
-    logps are the reference's for the same batch. They may differ by its start_tolerance.
+    logps are the reference's, for the same batch. They may differ by reference.start_tolerance.
     """
     differences = (policy.sums.detach() - logps.sums).abs()
     largest = differences.max().item()
     per_token = (differences.sum() / policy.lengths.sum()).item()
     if largest > 0 and per_token > reference.start_tolerance:  # NaN is reported by the check of the loss
         raise UserError(
-            f"the policy starts up to {largest:.2g} nats per response from its reference, although both have the same"
-            f" weights, so no update was made; {reference.mitigation}"
+            f"policy and reference differ by up to {largest:.2g} nats per response before the first update, although"
+            f" they have the same weights, so no update was made; {reference.mitigation}"
         )
 
 
@@ -45,8 +45,8 @@ def check_gradients(policy: ResponseLogps, compute_logps: Callable[[], Tensor], 
     operation without a backward pass. To tell which, the parameter is changed, and compute_logps computes the
     log-probabilities of the same batch again. Matrix B of a LoRA adapter also counts as cut off if its gradient is 0.
 
-    Returns False if the whole gradient is 0, which shows nothing: the next update has to be checked.
-    UserError that names the parameters that change the log-probabilities and have no gradient.
+    Returns False if the whole gradient is 0, which proves nothing: the next update must be checked. Raises UserError
+    with the names of parameters that change the log-probabilities but have no gradient.
     """
     trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
     with_gradient = set().union(*ranks.gather({name for name, each in trained.items() if has_gradient(each)}))
@@ -62,8 +62,8 @@ def check_gradients(policy: ResponseLogps, compute_logps: Callable[[], Tensor], 
         names = shorten(missing)
         if ranks.any(change_logps(policy, missing.values(), compute_logps)):
             raise UserError(
-                f"no gradient reaches {len(missing):,} of {len(trained):,} trained tensors, on which the"
-                f" log-probabilities depend, so no update was made: {names}; an operation of this model has no backward"
+                f"no gradient reaches {len(missing):,} of {len(trained):,} trained tensors that affect the"
+                f" log-probabilities, so no update was made: {names}; an operation of this model has no backward"
                 f" pass here: {OTHER_WAYS}"
             )
         log_message(
@@ -80,16 +80,16 @@ def has_gradient(parameter: Parameter) -> bool:
 
 @torch.no_grad()
 def change_logps(policy: ResponseLogps, parameters: Iterable[Parameter], compute_logps: Callable[[], Tensor]) -> bool:
-    """Whether log-probabilities change with the parameters, which get their values back."""
+    """Whether changing the parameters changes the log-probabilities; their values are restored."""
     weights = [local(parameter) for parameter in parameters]
     values = [weight.clone() for weight in weights]
     was_training = policy.training
     policy.eval()
     before = compute_logps()
-    is_repeatable = torch.equal(before, compute_logps())  # else a change would show nothing
+    is_repeatable = torch.equal(before, compute_logps())  # otherwise a change would prove nothing
     reshard(policy)
     for weight in weights:
-        generator = torch.Generator(weight.device).manual_seed(0)  # training's own generators stay as they are
+        generator = torch.Generator(weight.device).manual_seed(0)  # leaves training's generators alone
         weight.add_(torch.randn(weight.shape, generator=generator, device=weight.device))
     is_changed = is_repeatable and not torch.equal(before, compute_logps())
     reshard(policy)
@@ -100,7 +100,7 @@ def change_logps(policy: ResponseLogps, parameters: Iterable[Parameter], compute
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The shard of a tensor that this rank holds, or all of it."""
+    """This rank's shard of a tensor, or the whole tensor if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 

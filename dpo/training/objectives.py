@@ -1,6 +1,6 @@
-"""What losses are made of: their base classes, the options that several share, and the mathematics.
+"""Base classes of the losses, options that several losses share, and the mathematics.
 
-torch is imported where it is called: settings are checked against these classes, and importing it takes seconds.
+torch is imported inside functions: importing it takes seconds, and checking settings needs only the classes.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def logsigmoid(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Context:
-    """What a loss may read besides the log-probabilities of a microbatch.
+    """What a loss may read in addition to the log-probabilities of a microbatch.
 
     examples  the examples of the microbatch
     sums      what `Loss.batch_sums` returned for the whole batch: all its microbatches, on all ranks
-    state     what `Loss.next_state` kept of earlier batches; empty before the first
+    state     what `Loss.next_state` returned after the last batch; empty before the first
     """
 
     examples: Sequence[TokenizedExample] = ()
@@ -51,18 +51,18 @@ class Context:
 
 
 class Loss(LossSettings, ABC):
-    """A loss as a trainer sees it: called with log-probabilities, it returns one loss and some metrics per example.
+    """A loss as the trainer sees it: called with log-probabilities, it returns one loss and some metrics per example.
 
-    What it needs and refuses stands here and in its subclasses, and nowhere else.
+    What a loss needs and refuses is defined here and in the subclasses, and nowhere else.
     """
 
     n_responses: ClassVar[int]  # per example: 2 for a pair (chosen first), 1 for the target of SFT
-    needs_scores: ClassVar[bool] = False  # whether each example needs scores of its responses
-    takes_labels: ClassVar[bool] = False  # whether examples may also be one response with a label
+    needs_scores: ClassVar[bool] = False  # whether each response needs a score
+    takes_labels: ClassVar[bool] = False  # whether an example may also be a single response with a label
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
-        """Refuse a field that would hide a method of the same name."""
+        """Refuse a field that would shadow a method."""
         super().__pydantic_init_subclass__(**options)
         for name in cls.model_fields:
             if any(name in vars(base) for base in cls.__mro__):
@@ -74,14 +74,14 @@ class Loss(LossSettings, ABC):
         if n is not None and not self.needs_reference:
             yield f"sync_reference={n}: the loss has no reference; set sync_reference=null"
         if n is not None and self.cached_reference:
-            problem = "a reference that is computed once cannot follow the policy; set one of them to null or false"
+            problem = "a precomputed reference cannot follow the policy; set one of them to null or false"
             yield f"sync_reference={n} loss.precompute_reference=true: {problem}"
         if dtype is not None and self.cached_reference:
             problem = "the policy itself computes the reference's log-probabilities; set model.reference_dtype=null"
             yield f"model.reference_dtype={dtype} loss.precompute_reference=true: {problem}"
         name, label = settings.get("loss.name"), settings.get("columns.label")
         if label is not None and self.n_responses == 2 and not self.takes_labels:
-            remedy = "set columns.label=null, or choose a loss of single responses, as loss=kto"
+            remedy = "set columns.label=null, or choose a loss of single responses, such as loss=kto"
             yield f"loss={name} columns.label={label}: this loss reads no label; {remedy}"
         if self.needs_scores and settings.get("columns.score_chosen", "") is None:
             remedy = "set columns.score_chosen=NAME and columns.score_rejected=NAME"
@@ -94,7 +94,7 @@ class Loss(LossSettings, ABC):
 
     @property
     def cached_reference(self) -> bool:
-        """Whether the reference's log-probabilities are computed once, before training, and no second model is held."""
+        """Whether the reference's log-probabilities are computed once, before training, without a second model."""
         return False
 
     @property
@@ -104,7 +104,7 @@ class Loss(LossSettings, ABC):
 
     @abstractmethod
     def __call__(self, policy: Logps, reference: Logps | None, context: Context) -> tuple[Tensor, Metrics]:
-        """Compute the losses, (batch,), and detached metrics of the same shape; reference is None where not needed."""
+        """Compute the losses, (batch,), and detached metrics of the same shape; reference is None if not needed."""
 
     def batch_sums(self, examples: Iterable[TokenizedExample], logps: ComputeLogps) -> dict[str, float]:
         """Compute sums over a whole batch that the losses of its examples depend on.
@@ -115,14 +115,14 @@ class Loss(LossSettings, ABC):
         return {}
 
     def next_state(self, state: Sums, means: Mapping[str, float]) -> Sums:
-        """Update what later batches depend on by a training batch's mean metrics; checkpoints hold it."""
+        """Update the state for later batches from a training batch's mean metrics; checkpoints store it."""
         return state
 
 
 class PreferenceLoss(Loss):
     """A loss of a chosen and a rejected response, y_w and y_l.
 
-    Rewards, which are only metrics, are beta log(pi(y) / ref(y)). Without a reference ref(y) counts as 1.
+    Rewards, beta log(pi(y) / ref(y)), are only metrics. Without a reference, ref(y) is 1.
     """
 
     n_responses: ClassVar[int] = 2
@@ -130,14 +130,14 @@ class PreferenceLoss(Loss):
 
     @abstractmethod
     def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
-        """Compute the losses, (batch,), from what counts as log pi(y), log ref(y) and |y|, each (batch, 2)."""
+        """Compute the losses, (batch,), from log pi(y), log ref(y) (as in response_logps) and |y|, each (batch, 2)."""
 
     def response_logps(self, logps: Logps) -> Tensor:
-        """What counts as log pi(y), (batch, 2): here the sum over the response's tokens."""
+        """The log pi(y) that the loss uses, (batch, 2): here the sum over the response's tokens."""
         return logps.sums
 
     def finish(self, losses: Tensor, policy: Logps) -> Tensor:
-        """Apply the weights and terms of options to the losses, (batch,)."""
+        """Apply the options' weights and terms to the losses, (batch,)."""
         return losses
 
     def __call__(self, policy: Logps, reference: Logps | None, context: Context) -> tuple[Tensor, Metrics]:
@@ -148,7 +148,7 @@ class PreferenceLoss(Loss):
         return losses, self.metrics(logps.detach(), rewards, context) | {"loss": losses.detach()}
 
     def metrics(self, logps: Tensor, rewards: Tensor, context: Context) -> Metrics:
-        """Compute metrics, (batch,), from what counts as log pi(y) and from rewards, both (batch, 2)."""
+        """Compute metrics, (batch,), from log pi(y) and rewards, both (batch, 2)."""
         chosen_rewards, rejected_rewards = rewards.unbind(1)
         return {
             "rewards/chosen": chosen_rewards,
@@ -207,7 +207,7 @@ class PairLoss(PreferenceLoss):
         """Compute the losses from h; both (batch,)."""
 
     def compute_h(self, policy: Tensor, reference: Tensor) -> Tensor:
-        """Compute h, (batch,), from what counts as log pi(y) and log ref(y), both (batch, 2)."""
+        """Compute h, (batch,), from log pi(y) and log ref(y), both (batch, 2)."""
         return (policy[:, 0] - policy[:, 1]) - (reference[:, 0] - reference[:, 1])
 
     def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
@@ -215,9 +215,10 @@ class PairLoss(PreferenceLoss):
 
 
 class LabelLoss(PreferenceLoss):
-    """A loss of desirable and undesirable responses, whose log-ratios are compared with a reference point.
+    """A loss that compares the log-ratios of desirable and undesirable responses with a reference point.
 
-    An example is one response with a label, or a pair whose chosen response counts as desirable and the other does not.
+    An example is one response with a label, or a pair: its chosen response counts as desirable, the other as
+    undesirable.
     """
 
     takes_labels: ClassVar[bool] = True
@@ -228,18 +229,18 @@ class LabelLoss(PreferenceLoss):
 
     @abstractmethod
     def reference_point(self, context: Context) -> float:
-        """The log-ratio above which desirable responses should be, and undesirable ones below."""
+        """The log-ratio that desirable responses should exceed and undesirable ones stay below."""
 
     @abstractmethod
     def response_losses(self, distances: Tensor, desirable: Tensor) -> Tensor:
-        """Compute losses from how far rewards are on the right side; all (batch, n_responses)."""
+        """Compute losses from how far rewards are on the right side of the reference point, (batch, n_responses)."""
 
     def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
         desirable, above = desirable_responses(policy, context), policy - reference - self.reference_point(context)
         return self.response_losses(self.beta * above.where(desirable, -above), desirable).mean(1)
 
     def metrics(self, logps: Tensor, rewards: Tensor, context: Context) -> Metrics:
-        """Compute metrics; rewards and log-probabilities of single responses are separate metrics for each label.
+        """Compute metrics; for single responses, rewards and log-probabilities are separate metrics for each label.
 
         A single response counts as accurate if its reward is on the right side of the reference point.
         """
@@ -253,14 +254,14 @@ class LabelLoss(PreferenceLoss):
 
 
 def desirable_responses(like: Tensor, context: Context) -> Tensor:
-    """Which responses are desirable, (batch, n_responses), for a tensor of that shape."""
+    """Which responses are desirable, as a mask of the shape of `like`, (batch, n_responses)."""
     is_pair = like.shape[1] > 1
     labels = [[True, False]] * len(like) if is_pair else [[example.text.label] for example in context.examples]
     return like.new_tensor(labels).bool()
 
 
 def by_label(name: str, values: Tensor, examples: Sequence[TokenizedExample]) -> Metrics:
-    """Split the values, (batch,), of examples with a label into those of desirable and of undesirable ones."""
+    """Split the values, (batch,), of labelled examples into those of desirable and of undesirable ones."""
     desirable = [i for i, example in enumerate(examples) if example.text.label is True]
     undesirable = [i for i, example in enumerate(examples) if example.text.label is False]
     return {f"{name}/desirable": values[desirable], f"{name}/undesirable": values[undesirable]}
@@ -270,9 +271,9 @@ def by_label(name: str, values: Tensor, examples: Sequence[TokenizedExample]) ->
 
 
 class WeightOptions(PreferenceLoss):
-    """A weight of the loss, and a term added to it.
+    """Options that weight the loss or add a term to it.
 
-    token_weights=wpo weights each pair by how likely the policy itself is to write it: WPO, arXiv 2406.11827.
+    token_weights=wpo weights each pair by how likely the policy is to generate it: WPO, arXiv 2406.11827.
     nll_weight adds the chosen response's negative log-likelihood per token: RPO, arXiv 2404.19733, where it is alpha.
     """
 
@@ -290,11 +291,11 @@ class WeightOptions(PreferenceLoss):
 
 
 class LengthOptions(WeightOptions):
-    """What counts as the log-probability of a response: the sum over its tokens, or one of two corrections for length.
+    """Options for the log-probability of a response: the sum over its tokens, or one of two corrections for length.
 
     length_normalize divides by the number of tokens, as Tülu 3 does: arXiv 2411.15124. ld_alpha below 1 is LD-DPO,
-    arXiv 2409.06411: tokens beyond the length of the pair's shorter response count ld_alpha. Both act on policy and
-    reference alike, so that h is 0 where they are equal; TRL's ld_alpha acts on the policy alone.
+    arXiv 2409.06411: tokens beyond the length of the pair's shorter response have weight ld_alpha. Both act on policy
+    and reference alike, so that h is 0 if the two are equal; TRL's ld_alpha acts only on the policy.
     """
 
     length_normalize: Flag
@@ -316,11 +317,11 @@ class LengthOptions(WeightOptions):
 
 
 class Divergence(PairLoss):
-    """The divergence between policy and reference that the reward is derived from: f-DPO, arXiv 2309.16240.
+    """Option for the divergence that the reward is derived from: f-DPO, arXiv 2309.16240.
 
     With u = pi(y) / ref(y), h is f'(u_w) - f'(u_l). f'(u) is log u for reverse_kl, DPO's own; -1 / u for forward_kl;
-    log(2u / (1 + u)) for js; (1 - u^-a) / a for alpha, where a is divergence_alpha: towards 0 it is reverse_kl, at 1
-    forward_kl.
+    log(2u / (1 + u)) for js; (1 - u^-a) / a for alpha, where a is divergence_alpha, which gives reverse_kl as it
+    approaches 0 and forward_kl at 1.
     """
 
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"]
@@ -346,7 +347,7 @@ class Divergence(PairLoss):
 
 
 def desensitized_sums(logps: Logps, alpha: float) -> Tensor:
-    """Compute sums, (batch, 2), in which tokens beyond the length of the pair's shorter response count alpha."""
+    """Compute sums, (batch, 2), where tokens beyond the length of the pair's shorter response have weight alpha."""
     import torch
 
     assert logps.tokens is not None, "a cached reference has no log-probabilities of tokens"
@@ -363,7 +364,7 @@ def wpo_weights(logps: Logps) -> Tensor:
     """Compute w(y_w) w(y_l), (batch,), without gradient: WPO's sampled alignment, arXiv 2406.11827.
 
     w(y) is the geometric mean over the tokens of pi(y_t) / sum_v pi(v)^2: 1 on average for tokens that the policy
-    samples. Above 1, the product counts as 1, as in the authors' code.
+    samples. The product is clamped at 1, as in the authors' code.
     """
     assert logps.tokens is not None and logps.collisions is not None
     alignment = type(logps).from_tokens((logps.tokens - logps.collisions).detach(), logps.lengths)
@@ -371,10 +372,10 @@ def wpo_weights(logps: Logps) -> Tensor:
 
 
 def mismatch(examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-    """Give each prompt the responses of the next example with another prompt, or of the next one if all are equal.
+    """Pair each prompt with the responses of the next example with another prompt, or of the next one if all are equal.
 
-    The first example follows the last. Responses are cut where prompt and response would be longer than in any of the
-    examples.
+    The first example follows the last. Responses are truncated so that no prompt with response gets longer than the
+    longest of the examples.
     """
     longest, n = max(len(e.prompt) + max(map(len, e.responses)) for e in examples), len(examples)
     mismatched = []

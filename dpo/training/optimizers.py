@@ -1,6 +1,6 @@
-"""Optimizers: torch.optim's own for float32 parameters, and the same with stochastic rounding for bfloat16 ones.
+"""Optimizers: those of torch.optim for float32 parameters, and the same with stochastic rounding for bfloat16 ones.
 
-Muon is for the matrices of layers, with AdamW for the rest. AdamW8bit is torchao's.
+Muon optimizes the layers' matrices and leaves the rest to AdamW. AdamW8bit is from torchao.
 
 bfloat16 has 8 significant bits: the distance to the next number (an ulp) is 2^-8 to 2^-7 of a weight. Rounding to
 nearest loses every update below half an ulp, which at usual learning rates is nearly all of them. Stochastic rounding
@@ -23,16 +23,16 @@ from dpo.model.logps import ResponseLogps
 from dpo.settings.schema import Settings
 from dpo.system.errors import summarize_error
 
-CHUNK = {"cpu": 2**20, "mps": 2**22, "cuda": 2**24}  # weights stepped at a time, with about seven float32 temporaries
+CHUNK = {"cpu": 2**20, "mps": 2**22, "cuda": 2**24}  # weights updated at a time, with about seven float32 temporaries
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """What an optimizer gets besides its learning rate.
+    """What an optimizer gets in addition to its learning rate.
 
-    arguments     of its constructor
-    weight_decay  of matrices only; None: the optimizer's own default, for all parameters
-    embeddings    the weights that Muon leaves to AdamW, besides all that are no matrices
+    arguments     other arguments of its constructor
+    weight_decay  for matrices only; None: the optimizer's default, for all parameters
+    embeddings    weights that Muon leaves to AdamW, in addition to all that are not matrices
     """
 
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -94,10 +94,10 @@ def decay_groups(parameters: Sequence[Parameter], weight_decay: float | None) ->
 
 
 def make_muon(parameters: Sequence[Parameter], lr: float, options: OptimizerOptions) -> Optimizer:
-    """Make Muon for the matrices of layers, with AdamW for embeddings, the head and all that are no matrices.
+    """Make Muon for the layers' matrices, with AdamW for embeddings, the head and everything that is not a matrix.
 
-    Muon's steps are scaled to the size of AdamW's, so that one learning rate suits both, unless its adjust_lr_fn is
-    given: arXiv 2502.16982.
+    Muon's steps are scaled to the size of AdamW's, so that one learning rate suits both (arXiv 2502.16982), unless
+    adjust_lr_fn is given.
     """
     embeddings = {id(parameter) for parameter in options.embeddings}
     matrices: list[Parameter] = []
@@ -107,7 +107,7 @@ def make_muon(parameters: Sequence[Parameter], lr: float, options: OptimizerOpti
         (matrices if is_matrix else others).append(parameter)
     arguments = {"adjust_lr_fn": "match_rms_adamw"} | dict(options.arguments)
     muon = torch.optim.Muon(decay_groups(matrices, options.weight_decay), lr=lr, **arguments)
-    if not others:  # all weights of an adapter are matrices
+    if not others:  # an adapter has only matrices
         return CombinedOptimizer([muon])
     return CombinedOptimizer([muon, torch.optim.AdamW(decay_groups(others, options.weight_decay), lr=lr)])
 
@@ -123,23 +123,23 @@ def optimizer_problems(settings: Settings) -> list[str]:
     problems = []
     for key, value in arguments.items():
         if key in ("lr", "weight_decay"):
-            problems.append(f"optimizer_args.{key}={value}: is a setting of its own; use {key}={value}")
+            problems.append(f"optimizer_args.{key}={value}: is a separate setting; use {key}={value}")
         elif key not in known:
             problems.append(f"optimizer_args.{key}: {name} has no such argument; it takes {', '.join(known)}")
     if not problems:
         try:
             kind([Parameter(torch.zeros(2, 2))], lr=settings.lr, **arguments)
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-            problems.append(f"optimizer_args={arguments}: {name} does not take these ({summarize_error(error)})")
+            problems.append(f"optimizer_args={arguments}: {name} does not accept them ({summarize_error(error)})")
     return problems
 
 
 class CombinedOptimizer(Optimizer):
-    """Several optimizers of different parameters, stepped together; a scheduler sees all their groups."""
+    """Several optimizers for different parameters, stepped together; a scheduler sees all their groups."""
 
     def __init__(self, parts: Sequence[Optimizer]):
         self.parts = parts
-        super().__init__([group for part in parts for group in part.param_groups], {})  # the very dicts of the parts
+        super().__init__([group for part in parts for group in part.param_groups], {})  # the same dict objects
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
         assert closure is None

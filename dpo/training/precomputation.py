@@ -22,19 +22,19 @@ from dpo.system.console import log_message, prefetch, progress
 from dpo.system.devices import autocast
 from dpo.training.references import ROUNDED, CachedReference
 
-CACHE_VERSION = 4  # part of a cache's key; raise it if the code computes other numbers or orders them differently
-MAX_MERGED_SHARE = 0.8  # of the pairs' tokens: merged examples are computed if they have at most this share of them
+CACHE_VERSION = 4  # part of a cache's key; increase it if the code computes or orders the numbers differently
+MAX_MERGED_SHARE = 0.8  # merged examples are used if they have at most this share of the pairs' tokens
 PAIRS_SAMPLED = 2000  # to estimate that share
 PAIRS_MERGED = 512  # at a time
 
 
 @dataclass(frozen=True)
 class Precomputation:
-    """Computes a CachedReference by the policy, before its first update.
+    """Computes a CachedReference with the policy, before its first update.
 
-    It uses the microbatches of the first epoch and of the evaluation, so that these get the numbers of a second model.
-    What the first epoch leaves out and a later one needs is computed afterwards. Where pairs share prompts and
-    responses, as in rankings, each response is computed only once, together with the others of its prompt.
+    It uses the microbatches of the first epoch and of the evaluation, so that they get the numbers that a second model
+    would give. Examples that the first epoch leaves out, but a later one needs, are computed afterwards. If pairs share
+    prompts and responses, as in rankings, each response is computed only once, together with the others of its prompt.
     """
 
     policy: ResponseLogps
@@ -55,7 +55,7 @@ class Precomputation:
 
     @torch.no_grad()
     def run(self, reference: CachedReference, run_path: Path | None, shared_dir: Path) -> None:
-        """Fill the cache from the run's file or the shared folder if they have it; else compute it and write both."""
+        """Load the cache from the run's file or the shared folder; if neither has it, compute it. Write both files."""
         merged_share = self.merged_share()
         is_merged = merged_share <= MAX_MERGED_SHARE
         key = self.key(reference, is_merged)
@@ -65,7 +65,7 @@ class Precomputation:
         if source is not None or is_merged:  # computed elsewhere, or in other microbatches
             reference.start_tolerance = ROUNDED
         if source is not None:
-            log_message(f"Reference: log-probabilities taken from {source}")
+            log_message(f"Reference: log-probabilities read from {source}")
         else:
             self.compute(reference, merged_share)
             self.ranks.run_on_main(lambda: reference.save(shared, key))
@@ -74,7 +74,7 @@ class Precomputation:
             self.ranks.run_on_main(lambda: reference.save(run_path, key))
 
     def merged_share(self) -> float:
-        """Estimate the tokens of merged examples as a share of the pairs' tokens, from pairs across all of the data.
+        """Estimate the tokens of merged examples as a share of the pairs' tokens, from pairs across the data set.
 
         1 for a run of less than an epoch, which needs only some of the pairs.
         """
@@ -91,7 +91,7 @@ class Precomputation:
         train = self.train_batches
         if merged_share <= MAX_MERGED_SHARE:
             log_message(
-                "Reference: each response is computed once, together with the others of its prompt: about"
+                "Reference: each response is computed once, together with the others of its prompt, which takes about"
                 f" {merged_share:.0%} of the pairs' tokens."
             )
             texts = (text for group in train.groups for text in group)
@@ -105,7 +105,7 @@ class Precomputation:
                 self.fill(reference, batch.examples, self.n_microbatches)
         for batch in progress(self.eval_batches.from_start(), "reference, evaluation data"):
             self.fill(reference, batch.examples)
-        reference.merge(self.ranks.gather(reference.sums))  # what other ranks have computed is not missing
+        reference.merge(self.ranks.gather(reference.sums))  # values from other ranks are not missing
         groups = train.groups if train.walks_beyond_first_epoch else []
         left = reference.missing(example for group in groups for example in group)  # less than a batch
         for start in range(0, len(left), train.batch_size):
@@ -121,11 +121,11 @@ class Precomputation:
                     reference.fill(batch, logps)
 
     def fill_merged(self, reference: CachedReference, pairs: Sequence[TokenizedExample]) -> None:
-        """Compute each response of the pairs once, and store its log-probability for every pair that has it."""
+        """Compute each response of the pairs once, and store its log-probability for every pair that contains it."""
         logps: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}  # by prompt and response
         merged = sorted(merge_pairs(pairs, self.packer.layout, self.packer.max_tokens), key=n_responses)
         with autocast(self.policy.model.dtype, self.dtype, self.packer.device):
-            for _, examples in groupby(merged, key=n_responses):  # a microbatch needs equally many in each
+            for _, examples in groupby(merged, key=n_responses):  # a microbatch needs the same number in each example
                 for batch, scale, _ in self.split_batch(list(examples)):
                     with self.packer.memory_hint(batch):
                         sums = response_logps(self.policy, batch).sums.tolist()
@@ -135,7 +135,7 @@ class Precomputation:
         reference.sums[reference.rows(pair.text for pair in pairs)] = torch.tensor(sums_of_pairs)
 
     def key(self, reference: CachedReference, merged: bool = False) -> str:
-        """Compute a SHA-256 of all that the numbers depend on: weights, texts in their order, settings, versions."""
+        """A SHA-256 of everything that the numbers depend on: weights, texts in order, settings, versions."""
         packer = self.packer
         how = [CACHE_VERSION, self.n_microbatches, packer.layout, packer.max_tokens]
         how += [self.dtype, packer.device.type, self.compiled, self.policy.float32_head]
@@ -157,7 +157,7 @@ class Precomputation:
 
 
 def merge_pairs(pairs: Sequence[TokenizedExample], layout: str, max_tokens: int) -> Iterator[TokenizedExample]:
-    """Yield examples that hold each response to a prompt once: as many as fit into max_tokens, but at least one."""
+    """Yield examples with each response to a prompt once: as many responses as fit into max_tokens, at least one."""
     texts = {tuple(pair.prompt): pair.text for pair in pairs}
     responses: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {prompt: {} for prompt in texts}
     for pair in pairs:

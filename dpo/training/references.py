@@ -23,13 +23,13 @@ from dpo.system.errors import RunError
 from dpo.system.files import atomic_write
 
 OTHER_WAYS = "try another device, precision or layout, or another version of the model's libraries"
-ROUNDED = 0.05  # nats per token: far more than rounding changes a response's mean, less than another model does
+ROUNDED = 0.05  # nats per token: far above what rounding changes, below the difference of another model
 
 
 class Reference(Protocol):
-    """The frozen model that a policy is compared with, as a trainer sees it."""
+    """The frozen model that the policy is compared with, as the trainer sees it."""
 
-    knows_any_response: bool = True  # whether `logps` takes responses beyond those of the data, such as samples
+    knows_any_response: bool = True  # whether `logps` accepts responses that are not in the data, such as samples
     # The allowed difference from the policy before the first update, in nats per token on average; inf: not compared.
     start_tolerance: float = 0.0
     mitigation: str = OTHER_WAYS  # advice for a larger difference
@@ -38,7 +38,7 @@ class Reference(Protocol):
         """Compute or look up the log-probabilities of the batch's responses."""
 
     def generate(self, prompts: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-        """Sample one response per prompt, the same at every call; return the prompts with them."""
+        """Sample one response per prompt, the same at every call; return the prompts with the responses."""
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
@@ -46,11 +46,11 @@ class Reference(Protocol):
         yield
 
     def after_update(self, n_updates: int) -> None:
-        """Follow the policy after its n_updates-th update; most references stay."""
+        """Follow the policy after its n_updates-th update; most references do not change."""
         return
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What a resumed run needs; empty if the reference is the policy at its start."""
+        """What a resumed run needs; empty if the reference is the initial policy."""
         return {}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -58,7 +58,7 @@ class Reference(Protocol):
 
 
 def repeated(reference: Reference | None) -> AbstractContextManager[None]:
-    """A context for microbatches that every evaluation repeats, with the reference if there is one."""
+    """Reference.repeated, or no context without a reference."""
     return nullcontext() if reference is None else reference.repeated()
 
 
@@ -72,7 +72,7 @@ def sums_of_logps(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute log pi(response) of policy and reference, both (examples, n_responses), in the order of microbatches.
 
-    Each rank computes its share, and all return all of them, on the host. before_microbatch may stop it, on all ranks.
+    Each rank computes its share, and every rank returns all values, on the host. before_microbatch may stop all ranks.
     """
     assert reference is not None
     computed = []
@@ -88,7 +88,7 @@ def sums_of_logps(
 
 
 class ComputedReference(Reference):
-    """A reference that computes. What every evaluation repeats is computed once, and again after `forget`."""
+    """A reference that computes; what every evaluation repeats is computed only once, and again after `forget`."""
 
     def __init__(self, sampler: Sampler | None):
         self.sampler = sampler
@@ -108,7 +108,7 @@ class ComputedReference(Reference):
     def logps(self, batch: PackedBatch) -> Logps:
         if self.new is None:
             return self.compute(batch)
-        tokens = [(example.prompt, example.responses) for example in batch.examples]  # KTO pairs texts with others'
+        tokens = [(example.prompt, example.responses) for example in batch.examples]  # KTO swaps responses
         key = hashlib.sha256(repr(tokens).encode()).digest()
         if key in self.known:
             return self.known[key]
@@ -117,9 +117,10 @@ class ComputedReference(Reference):
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
-        """Keep the log-probabilities that are computed inside, if all succeed, and reuse those kept before.
+        """Keep the log-probabilities computed inside, unless an error occurs, and reuse those of earlier contexts.
 
-        A microbatch that occurs twice inside is computed twice, so that all ranks compute equally often.
+        A microbatch that occurs twice inside is computed twice, so that all ranks run the same number of forward
+        passes.
         """
         self.new = {}
         try:
@@ -129,7 +130,7 @@ class ComputedReference(Reference):
             self.new = None
 
     def forget(self) -> None:
-        """Drop what is kept, since the weights have changed."""
+        """Drop the kept values, since the weights have changed."""
         self.samples = None
         self.known = {}
 
@@ -150,7 +151,7 @@ class ModelReference(ComputedReference):
             store_linear_weights(module.model, dtype)
 
     def compute(self, batch: PackedBatch) -> Logps:
-        if self.in_float32:  # under the caller's autocast, as the policy
+        if self.in_float32:  # under the caller's autocast, like the policy
             return response_logps(self.module, batch)
         with torch.autocast(batch.targets.device.type, enabled=False):
             return response_logps(self.module, batch)
@@ -167,7 +168,7 @@ class SyncedReference(ModelReference):
     """
 
     def __init__(self, module: ResponseLogps, policy: ResponseLogps, sampler: Sampler, every: int, mix: float):
-        super().__init__(module, module.model.dtype, sampler)  # its weights stay in the dtype of the policy's
+        super().__init__(module, module.model.dtype, sampler)  # the weights keep the policy's dtype
         self.policy = policy
         self.every = every
         self.mix = mix
@@ -188,7 +189,7 @@ class SyncedReference(ModelReference):
 
 
 def store_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Store the weights of linear layers in the dtype to which autocast would cast them, with the same results.
+    """Store the weights of linear layers in the dtype that autocast would cast them to; results stay the same.
 
     Weights shared with an embedding keep their dtype, since autocast does not cast embeddings.
     """
@@ -199,7 +200,7 @@ def store_linear_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 class AdapterReference(ComputedReference):
-    """The policy without its adapter, or with a frozen adapter in its place; there is no second model."""
+    """The policy without its adapter, or with a frozen adapter instead; there is no second model."""
 
     def __init__(self, policy: ResponseLogps, adapter: AdapterWeights, sampler: Sampler):
         super().__init__(sampler)
@@ -219,8 +220,8 @@ class AdapterReference(ComputedReference):
 class CachedReference(Reference):
     """Log-probabilities of responses, and samples, computed before the first update, when the policy is the reference.
 
-    `sums` is (examples, n_responses), a row per distinct example in the order of their digests, NaN before it is
-    computed. No text is kept.
+    `sums` is (examples, n_responses): one row per distinct example, in the order of their digests, NaN until computed.
+    No text is kept.
     """
 
     knows_any_response = False
@@ -230,9 +231,9 @@ class CachedReference(Reference):
         self, examples: Iterable[TextExample], n_responses: int, samples: list[TokenizedExample] | None = None
     ):
         in_order = np.fromiter(map(digest_of, examples), dtype=np.uint64)
-        self.order = hashlib.sha256(in_order.tobytes()).hexdigest()  # which decides what shares a microbatch
+        self.order = hashlib.sha256(in_order.tobytes()).hexdigest()  # determines which examples share a microbatch
         self.digests = np.unique(in_order)
-        if len(self.digests) < len(in_order):  # an example of both splits has the numbers of one of its microbatches
+        if len(self.digests) < len(in_order):  # an example of both splits is computed in one of its two microbatches
             self.start_tolerance = ROUNDED
         self.sums = torch.full((len(self.digests), n_responses), torch.nan)
         self.samples = samples
@@ -248,7 +249,7 @@ class CachedReference(Reference):
     def rows(self, examples: Iterable[TextExample]) -> torch.Tensor:
         wanted = np.fromiter(map(digest_of, examples), dtype=np.uint64)
         rows = np.searchsorted(self.digests, wanted)
-        assert (self.digests[rows] == wanted).all(), "an example is not among those that the cache was made for"
+        assert (self.digests[rows] == wanted).all(), "the cache was not made for this example"
         return torch.from_numpy(rows)
 
     def missing(self, examples: Iterable[TextExample]) -> list[TextExample]:
@@ -259,26 +260,26 @@ class CachedReference(Reference):
         self.sums[self.rows(example.text for example in batch.examples)] = logps.sums.float().cpu()
 
     def merge(self, sums: Iterable[torch.Tensor]) -> None:
-        """Fill what is missing with the numbers of other caches."""
+        """Fill missing values from other caches."""
         for other in sums:
             self.sums = torch.where(self.sums.isnan(), other, self.sums)
 
     def save(self, path: Path, key: str) -> None:
-        """Write the cache atomically, with the key of all that its numbers depend on."""
+        """Write the cache atomically, with the key of everything that its numbers depend on."""
         content = {"values": self.sums, "key": key, "sha256": checksum(self.sums)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, lambda staging: torch.save(content, staging))
-        except (OSError, RunError) as error:  # no reason to stop: a later run computes it again
-            log_message(f"{path}: cannot be written ({error}), so it may be computed again.")
+        except (OSError, RunError) as error:  # not fatal: a later run computes it again
+            log_message(f"{path}: cannot be written ({error}), so a later run may compute it again.")
 
     def load(self, path: Path, key: str) -> bool:
-        """Read a cache that was written with this key; False if there is no valid one."""
+        """Read a cache that was written under this key; False if there is no valid one."""
         try:
             stored = torch.load(path, weights_only=True)
             sums = stored["values"]
             is_valid = stored["key"] == key and sums.shape == self.sums.shape and stored["sha256"] == checksum(sums)
-        except Exception:  # missing, corrupt or another file: torch raises many kinds, and the cache is computed then
+        except Exception:  # torch raises many kinds for a missing, corrupt or foreign file; the cache is computed then
             return False
         if is_valid:
             self.sums = sums
@@ -286,11 +287,11 @@ class CachedReference(Reference):
 
 
 def digest_of(example: TextExample) -> int:
-    """64 bits that identify an example by all that changes its log-probabilities."""
+    """A 64-bit hash of everything that changes an example's log-probabilities."""
     content = repr((*example.content, example.row, example.source)).encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
 def checksum(values: torch.Tensor) -> str:
-    """The SHA-256 of a tensor's numbers, since torch reads a flipped bit without an error."""
+    """The SHA-256 of a tensor's values: torch reads a flipped bit without an error."""
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()

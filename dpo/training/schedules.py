@@ -21,8 +21,8 @@ SHAPES: dict[str, Callable[[float], float]] = {  # by the share of the run, 0 to
 def lr_factor(update: int, n_updates: int, warmup: int, shape: Callable[[float], float], min_ratio: float) -> float:
     """The factor of lr in an update, counted from 0.
 
-    It rises linearly over warmup updates, as the original's, and then falls towards min_ratio, which it would reach
-    one update after the last.
+    It rises linearly over warmup updates, as in the original, then falls towards min_ratio, which it would reach one
+    update after the last.
     """
     done = min(1.0, max(0, update - warmup) / max(1, n_updates - warmup))
     return min(1.0, (update + 1) / (warmup + 1)) * (min_ratio + (1 - min_ratio) * shape(done))

@@ -159,7 +159,7 @@ def memory(*overrides):
     """What is printed for several processes: total GB, GB of weights and so on, tokens of the longest microbatch."""
     settings = (*TINY, "loss=dpo", "max_tokens_per_pass=300", "dry_run=true", *overrides)
     line = memory_of_processes(*validated(*settings), inputs_of(*settings))
-    pattern = r"Peak memory, estimated: ([\d.]+) GB on each of .*, ([\d.]+) GB of it .* microbatch of ([\d,]+) tokens"
+    pattern = r"Estimated peak memory: ([\d.]+) GB on each of .* \(([\d.]+) GB .* microbatch of ([\d,]+) tokens"
     assert "That fits into" in line and "its share of the memory here" in line
     total, fixed, tokens = re.match(pattern, line).groups()
     return float(total), float(fixed), int(tokens.replace(",", ""))
@@ -200,5 +200,5 @@ def test_a_number_of_processes_that_a_run_would_refuse_is_refused():
 def test_a_dry_run_of_several_processes_prints_their_memory_and_leaves_nothing(tmp_path, capsys):
     settings = [*TINY, "loss=dpo", "dry_run=true", "trainer=FSDPTrainer", "n_processes=8"]
     train.run(compose(*settings, f"local_run_dir='{tmp_path / 'run'}'"), Signals(), ())
-    assert "Peak memory, estimated: " in capsys.readouterr().out
+    assert "Estimated peak memory: " in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

@@ -75,10 +75,10 @@ def test_doubtful_pairs_lengths_and_the_cost_of_layouts_are_counted(inspect):
     """Rows 1 and 2 are equal, row 3 says the opposite; of two test rows one is trained on, and both prompts are."""
     rows = [("a", " long one", " b"), ("a", " long one", " b"), ("a", " b", " long one"), ("c", " d", " e")]
     out = inspect(rows, [("c", " d", " e"), ("a", " new", " e")], "inspect=1")
-    assert "The chosen response is longer in 50.0% of the pairs, as long in 25.0%." in out
+    assert "The chosen response is longer in 50.0% of the pairs, equally long in 25.0%." in out
     assert "Of 4 training examples 1 repeat an earlier one." in out
-    assert "1 contradict an earlier one: the same pair the other way round." in out
-    assert "Of 2 test examples 1 are also training examples, 2 have the prompt of one." in out
+    assert "1 contradict an earlier one: the same pair in the opposite order." in out
+    assert "Of 2 test examples 1 are also training examples, 2 share a prompt with one." in out
     packed, padded = (int(n) for n in re.search(r"computed: (\d+) packed .*, (\d+) padded", out).groups())
     assert packed < padded
 
@@ -100,7 +100,7 @@ def test_rows_with_a_label_are_shown_by_it(tmp_path, inspect):
     assert "  desirable: shortest" in out and "  undesirable: shortest" in out and "response is longer" not in out
     assert "Of 4 training examples 1 repeat an earlier one." in out
     assert "1 contradict an earlier one: the same response, the other label." in out
-    assert "Of 2 test examples 1 are also training examples, 2 have the prompt of one." in out
+    assert "Of 2 test examples 1 are also training examples, 2 share a prompt with one." in out
 
 
 def test_a_target_that_comes_again_contradicts_nothing():

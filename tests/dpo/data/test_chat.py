@@ -116,7 +116,9 @@ def test_a_template_whose_prompt_does_not_begin_the_whole_is_refused_with_the_te
     with pytest.raises(InconsistentRow) as caught:
         example_of(chatml(template), row_of("Yes.").prompt, "Yes.")
     words = str(caught.value)
-    assert words.startswith("the rendered prompt does not begin prompt and response (at character 53 the prompt has ")
+    assert words.startswith(
+        "the rendered conversation does not begin with the rendered prompt (at character 53 the prompt has "
+    )
     assert "assistant\\n<think>'" in words and "assistant\\nYes.<|im_end|>\\n'" in words
 
 
@@ -145,7 +147,7 @@ def test_tokens_that_join_prompt_and_response_are_refused():
     assert None not in pieces and plain("in", add_special_tokens=False)["input_ids"] == [pieces[1]]
     with pytest.raises(UserError) as caught:
         example_of(plain, [{"role": "user", "content": "i"}], "n")
-    words = "data, row 1: the prompt's tokens do not begin those of prompt and response (at token 0 the prompt has 'i'"
+    words = "data, row 1: the conversation's tokens do not begin with the prompt's tokens (at token 0 the prompt"
     assert str(caught.value).startswith(words)
 
 
@@ -279,7 +281,7 @@ def test_hh_writes_turns_as_humans_and_assistants_and_eos_comes_after_the_respon
     text = RowFormatter("hh", tokenizer)(row, 1, "data")
     prompt = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: Bye?\n\nAssistant:"
     assert (text.prompt, text.responses, text.truncation) == (prompt, (" Yes.", " No."), "keep_end")
-    with pytest.raises(UserError, match="prompt_format=hh writes turns of user and assistant alone"):
+    with pytest.raises(UserError, match="prompt_format=hh supports only user and assistant turns"):
         RowFormatter("hh", tokenizer)(Row([SYSTEM, *TURNS], row.responses), 1, "data")
 
 
@@ -289,7 +291,7 @@ def test_texts_stay_as_they_are_and_text_refuses_messages():
     for chosen in ("auto", "text", "hh"):
         expected = TextExample("Hi.", ("Yes.", "No."), "keep_end", 1, "data")
         assert RowFormatter(chosen, tokenizer)(texts, 1, "data") == expected
-    with pytest.raises(UserError, match="prompt_format=text cannot write"):
+    with pytest.raises(UserError, match="prompt_format=text does not support"):
         RowFormatter("text", tokenizer)(row_of("Yes."), 1, "data")
     with pytest.raises(UserError, match="prompt_format=chat needs messages"):
         RowFormatter("chat", tokenizer)(Row("\n\nHuman: Hi.\n\nAssistant:", (" a",), every_target=False), 1, "data")

@@ -298,7 +298,7 @@ def special(**ids):
         ({"eos": 2, "bos": 1}, True, []),
         ({"eos": 9}, False, []),
         ({"eos": 9, "bos": 10, "pad": 11}, False, []),  # a BOS or pad that is not used may be anything
-        ({}, False, ["model.tokenizer_name_or_path: the tokenizer has no eos token, which ends a response$"]),
+        ({}, False, ["model.tokenizer_name_or_path: the tokenizer has no eos token, which must end each response$"]),
         ({"eos": 10}, False, ["model.tokenizer_name_or_path: .* eos token </s> has id 10, .* 10 embeddings"]),
         ({"eos": 2}, True, ["model.add_bos=true: the tokenizer has no bos token, set it to false"]),
         ({"eos": 2, "bos": 12}, True, ["model.add_bos=true: .* bos token <s> has id 12, .* 10 embeddings"]),
@@ -381,7 +381,7 @@ def test_many_prompts_are_tokenized_in_several_calls(monkeypatch):
 
 
 def test_a_prompt_without_a_token_that_was_not_found_is_refused_at_its_batch():
-    with pytest.raises(UserError, match="mine, row 7: the tokenizer turns the prompt into no token at all"):
+    with pytest.raises(UserError, match="mine, row 7: the prompt has no tokens"):
         Tokenization(NoSpaces(), 20, 10)([TextExample(" ", ("a",), "keep_end", 7, "mine")])
 
 

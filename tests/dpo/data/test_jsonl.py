@@ -42,7 +42,7 @@ def test_a_malformed_row_is_named_by_its_line_though_blank_lines_come_before_it(
 
 @pytest.mark.parametrize("content, row", [(b'[\n{"a": 1}\n]', 1), (b'\n{\n  "a": 1\n}', 2)])
 def test_a_row_of_several_lines_is_refused_with_what_a_row_is(content, row, tmp_path):
-    words = rf"row {row}: is not JSON \(.*\); a row is one line, and a file that is one list ends in .json"
+    words = rf"row {row}: is not JSON \(.*\); each row is one line; a file that is one list needs the suffix .json"
     with pytest.raises(UserError, match=words):
         read(tmp_path, content)
 

@@ -48,7 +48,7 @@ def test_a_prompt_without_a_token_is_dropped_and_counted_in_every_data_set(sft, 
     data = data_of(("p", "1", "2"), ("zw", "1", "2"), ("zw", "3", "4"), drop_unusable=drop_unusable)
     groups = make_groups(data, "data", sft, "<eos>", {"zw"})
     assert [len(group) for group in groups] == ([1] if drop_unusable else [1, 0])
-    assert counts(data) == {"read": 3, "kept": 1, "dropped: the tokenizer turns the prompt into no token": 2}
+    assert counts(data) == {"read": 3, "kept": 1, "dropped: the prompt has no tokens": 2}
 
 
 def test_a_function_that_counts_its_rows_itself_as_earlier_ones_did_counts_them_once():
@@ -60,7 +60,7 @@ def test_a_function_that_counts_its_rows_itself_as_earlier_ones_did_counts_them_
 
 
 def test_a_row_of_another_form_is_named_by_its_number():
-    with pytest.raises(UserError, match="data, row 9: has another form"), naming_row("data", 9):
+    with pytest.raises(UserError, match="data, row 9: has a wrong form"), naming_row("data", 9):
         raise KeyError("chosen")
 
 
@@ -117,7 +117,7 @@ def test_preference_data_is_returned_as_it_is():
         ({"p": {"responses": ["a"], "pairs": []}}, "row 1: sft_target must be a text, not NoneType"),
         ({"p": entry(pairs=[(0, 3)])}, r"row 1: the pair \(0, 3\) must index the 3 responses"),
         ({"p": entry(pairs=[(0, -1)])}, r"row 1: the pair \(0, -1\) must index"),
-        ({"p": entry(pairs=[(0, 1, 2)])}, "row 1: has another form"),
+        ({"p": entry(pairs=[(0, 1, 2)])}, "row 1: has a wrong form"),
         ({"p": entry(responses=["a", 5])}, "row 1: a response must be a text, not int"),
         ({"p": entry(), 5: entry()}, "row 2: the prompt must be a text, not int"),
     ],

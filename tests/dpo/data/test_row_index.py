@@ -101,12 +101,12 @@ def test_rows_are_also_refused_or_dropped_by_their_tokens(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "i"}], "chosen": text, "rejected": "."} for text in ("n", "?")]
     for split in ("train", "test"):
         lines(tmp_path / f"{split}.jsonl", *rows)
-    words = r"train\.jsonl, row 1: the prompt's tokens do not begin those of prompt and response \(at token 0"
+    words = r"train\.jsonl, row 1: the conversation's tokens do not begin with the prompt's tokens \(at token 0"
     with pytest.raises(UserError, match=words):
         read_data(tmp_path, tokenizer=tokenizer)
     data = read_data(tmp_path, tokenizer=tokenizer, on_inconsistent="drop")["train"]
     assert [text.row for group in data for text in group] == [2]
-    assert counts(data)["dropped: the prompt's tokens do not begin those of prompt and response"] == 1
+    assert counts(data)["dropped: the conversation's tokens do not begin with the prompt's tokens"] == 1
 
 
 def test_a_part_of_a_turn_that_is_no_text_is_refused_or_dropped_and_counted(tmp_path):
@@ -147,7 +147,7 @@ def test_texts_are_rendered_as_turns_with_their_system_turn(tmp_path, capsys):
 
 def test_it_is_said_that_a_prompt_of_text_is_not_rendered_where_there_is_a_template():
     text, dialogue = Row("Hi.", ("a", "b")), Row("\n\nHuman: Hi.\n\nAssistant:", (" a", " b"))
-    line = "data, row 3: a prompt of text is used as it is; prompt_format=chat renders it by the chat template."
+    line = "data, row 3: a text prompt is used as it is; prompt_format=chat renders it with the chat template."
     for tokenizer, prompt_format, rows, expected in (
         (TOKENIZER, "auto", (dialogue, text, text), line),
         (TOKENIZER, "auto", (dialogue,), None),

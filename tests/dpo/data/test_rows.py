@@ -227,7 +227,7 @@ def test_alpacas_input_follows_the_instruction_where_its_column_is_given():
     assert parse(row | {"input": None}, sft=True, input="input").prompt == "Add."
     with pytest.raises(UserError, match="input must be a text, not int"):
         parse(row | {"input": 3}, sft=True, input="input")
-    with pytest.raises(UserError, match="columns.input=input: follows a prompt of text, which this row does not have"):
+    with pytest.raises(UserError, match="columns.input=input: needs a text prompt, which this row does not have"):
         parse({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "c", "input": "1 and 2"}, input="input")
 
 
@@ -255,10 +255,16 @@ BAD = {
     "no turns": (PAIR | {"chosen": []}, "chosen must be a list of messages, not empty"),
     "a dict": (PAIR | {"chosen": {"role": "user"}}, "the content of chosen must be a text, not NoneType"),
     "mixed": (PAIR | {"chosen": "a"}, "chosen and rejected must both be texts or both be messages"),
-    "one whole, one answer": (PAIR | {"chosen": [YES]}, "both be whole conversations, or both one answer"),
-    "no prompt": ({"chosen": [YES], "rejected": [NO]}, "prompt must be there where the responses are one answer each"),
+    "one whole, one answer": (PAIR | {"chosen": [YES]}, "both be whole conversations, or both be single answers"),
+    "no prompt": (
+        {"chosen": [YES], "rejected": [NO]},
+        "prompt is missing; responses that are single answers need a prompt",
+    ),
     "two system turns": (PAIR | {"chosen": [SYSTEM, SYSTEM, USER, YES]}, "a system turn that is not its first turn"),
-    "system twice": ({"system": "a", "chosen": [SYSTEM, USER, YES], "rejected": [SYSTEM, USER, NO]}, "of its own"),
+    "system twice": (
+        {"system": "a", "chosen": [SYSTEM, USER, YES], "rejected": [SYSTEM, USER, NO]},
+        "already has a system",
+    ),
     "two answers": ({"chosen": [USER, YES, YES], "rejected": [USER, YES, NO]}, "must be the user's or a tool's"),
     "null": (PAIR | {"chosen": None}, "texts or both be messages"),
     "tools": (PAIR | {"tools": "{"}, "tools is not JSON"),
@@ -278,7 +284,7 @@ BAD = {
     ),
     "no dialogue": ({"chosen": "a", "rejected": "b"}, "not such a dialogue needs a prompt; set columns.prompt=NAME"),
     "messages as printed": ({"prompt": " [ {'content': ", "chosen": [YES], "rejected": [NO]}, "prompt holds messages"),
-    "a list": ([1], "is not an object"),
+    "a list": ([1], "must be an object"),
 }
 
 

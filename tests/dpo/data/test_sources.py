@@ -138,7 +138,10 @@ def test_sft_prefers_the_splits_that_are_made_for_it():
     [
         (SplitNames("tran", None, False), "split_train=tran: mine has no such split; it has a, test, train"),
         (SplitNames(None, "dev", False), "split_test=dev: mine has no such split; it has a, test, train"),
-        (SplitNames("test", None, False), "mine would be trained and evaluated on test; set another"),
+        (
+            SplitNames("test", None, False),
+            "mine would be both trained and evaluated on test; set them to different splits",
+        ),
     ],
 )
 def test_a_split_that_is_not_there_or_taken_twice_is_refused(given, words):
@@ -235,13 +238,13 @@ def test_a_folder_is_a_folder_though_a_hub_name_could_be_meant(tmp_path, monkeyp
     "name, content, words",
     [
         ("a.parquet", b"not parquet", "a.parquet: cannot be read"),
-        ("a.csv", b"", "a.csv, row 0: its first line must name the columns"),
-        ("a.csv", b"prompt,prompt\n1,2\n", "a.csv, row 0: its first line must name the columns, each once"),
+        ("a.csv", b"", "a.csv, row 0: the first line must name each column"),
+        ("a.csv", b"prompt,prompt\n1,2\n", "a.csv, row 0: the first line must name each column once"),
         ("a.csv", b"prompt,chosen,rejected\na,b,c,d\n1,2,3,4\n1,2,3,4,5\n", "a.csv: cannot be read"),
         ("a.csv", b"prompt,chosen\xff,rejected\na,b,c\n", "a.csv, row 0: cannot be read"),
         ("a.csv", "prompt".encode("utf-16"), "save it as UTF-8, which Excel calls CSV UTF-8"),
         ("a.json", b'{\n "data": []}', "a .json file is one list of rows, or has a row per line"),
-        ("a.json", b"[1, 2", "a.json, row 1 and on: is not a list in JSON"),
+        ("a.json", b"[1, 2", "a.json, row 1 and on: is not a valid JSON list"),
         ("a.json", b'[{"a": 1}, 5]', "a.json, row 1: chosen must be a text, not missing; the row's columns: a"),
         *((f"a.{kind}.{suffix}", b"12", f"a.{kind}.{suffix}, {at}: cannot be read (")
           for kind, at in (("jsonl", "after row 0"), ("json", "after row 0"), ("csv", "row 0"))
@@ -274,7 +277,7 @@ def test_a_folder_of_folders_with_splits_of_their_own_is_refused(tmp_path, monke
         for split in ("train", "test"):
             write(tmp_path / place / f"{split}.jsonl", pairs(3))
     folders = f"{tmp_path}/harmless,{tmp_path}/helpful"
-    with pytest.raises(UserError, match=rf"give its folders, as datasets=\[{folders}\]"):
+    with pytest.raises(UserError, match=rf"its folders have splits of their own; give datasets=\[{folders}\]"):
         open_source(str(tmp_path), ANY)
     write(tmp_path / "train.jsonl", pairs(3))
     assert splits_of(open_source(str(tmp_path), ANY)) == (["train.jsonl"], None)

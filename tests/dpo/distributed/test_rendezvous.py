@@ -32,6 +32,6 @@ def test_each_start_in_one_store_has_a_name_of_its_own_whichever_rank_comes_firs
 def test_a_rank_that_stays_alone_ends():
     store = HashStore()
     assert agree_on_start(store, 0, 1, timeout=1) == store.get("start").decode()
-    with pytest.raises(RunError, match="rank 1: the other ranks were not there after 0 s") as failed:
+    with pytest.raises(RunError, match="rank 1: the other ranks did not join within 0 s") as failed:
         agree_on_start(store, 1, 2, timeout=0.2)
     assert failed.value.exit_code == 7

@@ -16,8 +16,8 @@ SPLIT = ("Llama", "Qwen2", "Qwen3", "GPTNeoX", "Gemma2", "Gemma3Text", "Phi3", "
 
 def test_models_without_a_plan_and_sizes_that_do_not_divide_are_refused_by_name():
     assert plan_problem(tiny_config("GPT2"), 2) == "transformers has no tensor-parallel plan for gpt2 models"
-    assert "has styles without support: moe_tp_experts" in plan_problem(tiny_config("Mixtral"), 2)
-    assert plan_problem(tiny_config("Llama"), 4) == "the model's num_key_value_heads, 2, is no multiple of 4"
+    assert "has unsupported styles: moe_tp_experts" in plan_problem(tiny_config("Mixtral"), 2)
+    assert plan_problem(tiny_config("Llama"), 4) == "the model's num_key_value_heads, 2, is not a multiple of 4"
     assert [plan_problem(tiny_config(name), 2) for name in SPLIT] == [None] * len(SPLIT)
 
 

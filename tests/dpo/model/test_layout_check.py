@@ -83,7 +83,7 @@ def test_a_kind_of_attention_that_fails_in_bfloat16_or_backward_is_not_used(fail
     monkeypatch.setattr(layout_check, "use_attention", switch)
     choice = choose_layout(module, EXAMPLES, "shared_prefix", 64, torch.bfloat16)
     assert choice.layout == "shared_prefix" and tried == ["flex_attention", "packed"]
-    why = "the model fails with it in torch.bfloat16, forward and backward (RuntimeError: no kernel)"
+    why = "the model fails in torch.bfloat16, forward and backward (RuntimeError: no kernel)"
     assert f"layout=shared_prefix cannot be used with flex_attention attention: {why}." in capsys.readouterr().out
 
 

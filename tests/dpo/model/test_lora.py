@@ -74,7 +74,7 @@ def test_targets_are_names_or_ends_of_names():
 
 @pytest.mark.parametrize("wrong", ["q_proj", "proj", "lm_head"])
 def test_a_name_that_no_layer_has_is_refused_with_those_that_there_are_before_weights_load(wrong):
-    line = f"lora.targets: no linear layer of this model's blocks is called {wrong}; there are c_attn, c_proj, c_fc"
+    line = f"lora.targets: no linear layer of this model's blocks is called {wrong}; it has c_attn, c_proj, c_fc"
     with pytest.raises(UserError, match=line):
         inputs_of("loss=dpo", *TINY, *LORA, f"lora.targets=[c_fc,{wrong}]")
 
@@ -206,7 +206,7 @@ def test_a_run_checks_its_first_margin(cached, make_trainer, monkeypatch):
         return adapter
 
     monkeypatch.setattr("build.add_adapter", add_moved)
-    with pytest.raises(UserError, match="the policy starts up to .* nats per response from its reference"):
+    with pytest.raises(UserError, match="policy and reference differ by up to .* nats per response"):
         make_trainer("loss=dpo", *LORA, f"loss.precompute_reference={cached}", "debug=true")
 
 
@@ -250,7 +250,7 @@ def test_a_cached_reference_gives_the_updates_of_a_live_one_and_one_cache_serves
     assert steps["true"] == pytest.approx(steps["false"], rel=1e-6)
     capsys.readouterr()
     make_trainer("loss=dpo", *LORA, *settings, "loss.precompute_reference=true", "lora.r=2", "lora.dropout=0.1")
-    assert "Reference: log-probabilities taken from" in capsys.readouterr().out
+    assert "Reference: log-probabilities read from" in capsys.readouterr().out
 
 
 # What is saved

@@ -113,7 +113,7 @@ def test_a_setting_that_matters_is_refused_and_the_way_to_a_new_run_named(copied
 def test_an_edited_config_is_refused(old, new, copied):
     edit(copied, old, new)
     line = refusal(copied, *again(copied))
-    assert line == f"resume={copied}: the settings are not those that the run began with"
+    assert line == f"resume={copied}: the settings have changed since the run began"
 
 
 def test_data_may_move_and_not_change(copied, tmp_path):
@@ -121,7 +121,7 @@ def test_data_may_move_and_not_change(copied, tmp_path):
     rows = (data / "train.jsonl").read_text()
     (data / "train.jsonl").write_text(rows.replace(" the ", " that ", 1))
     line = refusal(copied, *again(copied, f"datasets=['{data}']"))
-    assert line == f"resume={copied}: the training data are not those that the run began with"
+    assert line == f"resume={copied}: the training data have changed since the run began"
     (data / "train.jsonl").write_text(rows)
     resumed(copied, f"datasets=['{data}']")
     assert f"- {data}\n" in (copied / "config.yaml").read_text()
@@ -169,13 +169,13 @@ def with_platform(**changed: str) -> Callable[[], None]:
 
 def test_a_run_resumes_in_silence_with_its_layout_where_nothing_changed(copied):
     run = resumed(copied, "device=auto", "device=cpu")
-    assert "Not bit for bit" not in run.stdout and "Checking layout" not in run.stdout
+    assert "not be bit for bit" not in run.stdout and "Checking layout" not in run.stdout
 
 
 @pytest.mark.parametrize("what", ["torch", "transformers", "device"])
 def test_a_change_of_versions_or_device_is_noted_and_the_layout_checked_again(what, copied):
     run = resumed(copied, "device=auto", fault=with_platform(**{what: "other"}))
-    (line,) = [line for line in run.stdout.splitlines() if line.startswith("Not bit for bit ")]
+    (line,) = [line for line in run.stdout.splitlines() if line.startswith("Results will not be bit for bit ")]
     assert f"{what} was " in line and line.endswith(", is other.")
     assert "Checking layout=shared_prefix" in run.stdout
 
@@ -200,7 +200,7 @@ def test_an_interpolation_gives_way_to_a_value_which_must_be_the_runs_own(copied
     edit(copied, "exp_name: dpo_tiny-gpt2", "exp_name: '${oc.env:SECRET}'")
     edit(copied, "lr: 0.001", "lr: ${oc.env:SECRET}")
     line = refusal(copied, *again(copied, "exp_name=mine", "lr=2e-3"))
-    assert line == f"resume={copied}: the settings are not those that the run began with"
+    assert line == f"resume={copied}: the settings have changed since the run began"
     run = resumed(copied, "exp_name=mine", "lr=1e-3")
     kept = b"".join(contents(copied).values())
     assert b"hunter2" not in kept and b"oc.env" not in kept and b"exp_name: mine" in kept

@@ -176,7 +176,7 @@ SEVERAL = ("trainer=FSDPTrainer", "batch_size=8")
             "this trainer cannot shard quantized",
         ),
         (["trainer=TensorParallelTrainer", "batch_size=8", "lora=default"], "cannot split an adapter"),
-        ([*SEVERAL, "device=mps"], "device=mps trainer=FSDPTrainer: each process takes a GPU of its own"),
+        ([*SEVERAL, "device=mps"], "device=mps trainer=FSDPTrainer: each process uses its own GPU"),
         ([*SEVERAL, "n_processes=3", "replicate=2"], "replicate=2: must divide the number of processes, 3"),
         ([*SEVERAL, "n_processes=9"], "each of 9 processes needs an example of every batch; set it to 9 or more"),
         (["precision=float32", "model.policy_dtype=bfloat16"], "computing in float32 needs"),
@@ -195,7 +195,7 @@ SEVERAL = ("trainer=FSDPTrainer", "batch_size=8")
         (["model.reference_dtype=bfloat16", "sync_reference=8"], "the reference takes the policy's dtype"),
         (
             ["precision=auto", "model.policy_dtype=bfloat16", "sync_reference=8", "sync_mix=0.5"],
-            "bfloat16 rounds small changes of the mix away",
+            "bfloat16 would round away the mix's small changes",
         ),
         (["loss=kto", "batch_size=1"], "set batch_size=2 or more"),
         (
@@ -238,15 +238,13 @@ def test_a_wrong_value_makes_no_second_line_about_its_combinations():
 def test_processes_of_torchrun_need_a_trainer_for_several(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     (line,) = problems(*VALID)
-    assert line.startswith("trainer=BasicTrainer WORLD_SIZE=2: several processes were started for one; set")
+    assert line.startswith("trainer=BasicTrainer WORLD_SIZE=2: this trainer uses one process; set")
     assert problems(*VALID, *SEVERAL) == []
     assert problems(*VALID, *SEVERAL, "n_processes=2", "replicate=2") == []
     (line,) = problems(*VALID, *SEVERAL, "n_processes=4")
     assert line == "n_processes=4 WORLD_SIZE=2: torchrun or srun sets the number of processes; set n_processes=auto"
     (line,) = problems(*VALID, *SEVERAL, "dry_run=true")
-    assert line.startswith(
-        "dry_run=true WORLD_SIZE=2: one process computes what N need; start without torchrun and srun"
-    )
+    assert line.startswith("dry_run=true WORLD_SIZE=2: a dry run uses one process; start without torchrun and srun")
     (line,) = problems(*VALID, *SEVERAL, "replicate=4")
     assert line == "replicate=4: must divide the number of processes, 2"
     monkeypatch.setenv("WORLD_SIZE", "1")

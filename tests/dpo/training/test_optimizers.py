@@ -353,14 +353,14 @@ def test_bfloat16_parameters_decay_in_their_groups():
     "overrides, line",
     [
         (["optimizer_args={beta: 1}"], "optimizer_args.beta: RMSprop has no such argument; it takes alpha, eps, "),
-        (["optimizer_args={lr: 1}"], "optimizer_args.lr=1: is a setting of its own; use lr=1"),
-        (["optimizer_args={weight_decay: 1}"], "optimizer_args.weight_decay=1: is a setting of its own; use weight"),
-        (["optimizer=Adam", "optimizer_args={betas: 3}"], "optimizer_args={'betas': 3}: Adam does not take these ("),
+        (["optimizer_args={lr: 1}"], "optimizer_args.lr=1: is a separate setting; use lr=1"),
+        (["optimizer_args={weight_decay: 1}"], "optimizer_args.weight_decay=1: is a separate setting; use weight"),
+        (["optimizer=Adam", "optimizer_args={betas: 3}"], "optimizer_args={'betas': 3}: Adam does not accept them ("),
         (
             ["optimizer=Adam", "optimizer_args={eps: -1}"],
-            "optimizer_args={'eps': -1}: Adam does not take these (Invali",
+            "optimizer_args={'eps': -1}: Adam does not accept them (Invali",
         ),
-        (["optimizer=SGD", "optimizer_args={nesterov: true}"], "optimizer_args={'nesterov': True}: SGD does not take"),
+        (["optimizer=SGD", "optimizer_args={nesterov: true}"], "optimizer_args={'nesterov': True}: SGD does not acc"),
     ],
 )
 def test_arguments_are_checked_before_anything_loads(overrides, line, monkeypatch):

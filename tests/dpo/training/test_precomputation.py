@@ -105,10 +105,10 @@ def test_merged_examples_and_training_have_caches_of_their_own(precompute, ranki
     precompute(rankings)
     capsys.readouterr()
     precompute(rankings)
-    assert "taken from" in capsys.readouterr().out
+    assert "read from" in capsys.readouterr().out
     monkeypatch.setattr(precomputation, "MAX_MERGED_SHARE", 0.0)
     precompute(rankings)
-    assert "taken from" not in capsys.readouterr().out
+    assert "read from" not in capsys.readouterr().out
 
 
 def test_pairs_are_merged_in_chunks_and_equally_many_responses_share_microbatches(precompute, rankings, monkeypatch):

@@ -34,7 +34,7 @@ CACHED = (
     "eval_batch_size=4",
     "max_tokens_per_pass=300",
 )
-TAKEN = "Reference: log-probabilities taken from"
+TAKEN = "Reference: log-probabilities read from"
 
 
 # A cache is used where it holds the same numbers
