@@ -45,7 +45,7 @@ class Candidate:
 
 
 def find_candidate(path: Path, as_reference: bool = False) -> Candidate:
-    """The policy or the reference of RUN or RUN/step-N; UserError if it has no weights."""
+    """The policy or reference of RUN or RUN/step-N; UserError if it has no weights."""
     from omegaconf import OmegaConf
 
     from dpo.settings.run_config import read_run_config
@@ -59,7 +59,7 @@ def find_candidate(path: Path, as_reference: bool = False) -> Candidate:
         raise UserError(f"{weights}: there is no such file; give a run that has written a checkpoint")
     if weights is not None and config.get("lora") is None:
         OmegaConf.update(config, "model.archive", str(weights))  # load these weights instead of the initial ones
-    config.trackers = []  # they may not be installed here
+    config.trackers = []  # may not be installed here
     defaults = default_values(CONFIG, config.loss.name, resumed=True)
     settings, loss = validate({k: v for k, v in flatten(config).items() if k not in REMOVED}, defaults, LOSSES)
     name = f"{REFERENCE} of {settings.exp_name}" if as_reference else settings.exp_name
@@ -71,14 +71,14 @@ def find_candidate(path: Path, as_reference: bool = False) -> Candidate:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Tokenized prompts of one candidate; stops are the ids besides eos at which a text ends."""
+    """A candidate's tokenized prompts; stops are stop tokens in addition to eos."""
 
     examples: "list[TokenizedExample]"
     tokenizer: "PreTrainedTokenizerBase"
     stops: list[int]
 
     def for_judge(self) -> list[Any]:
-        """The prompts as a judge sees them: texts, or messages if a chat template renders them."""
+        """The prompts for a judge: texts, or messages if a chat template renders them."""
         return [example.text.original_prompt for example in self.examples]
 
 
@@ -93,7 +93,7 @@ def prompts_of_run(candidate: Candidate, n: int | None) -> Prompts:
 
 
 def prompts_of_file(path: Path, candidate: Candidate, n: int | None) -> Prompts:
-    """The first n prompts of a file, with a run's chat template and length limits."""
+    """The first n prompts of a file, with the run's chat template and length limits."""
     from dpo.data.chat import RowFormatter
     from dpo.data.examples import Tokenization
     from dpo.data.jsonl import JsonRows
@@ -114,7 +114,7 @@ def prompts_of_file(path: Path, candidate: Candidate, n: int | None) -> Prompts:
 
 
 def read_prompt(row: Any, formatter: "RowFormatter", number: int, source: str) -> "TextExample":
-    """The prompt of a file's row, in an example with a placeholder as response; UserError names the row."""
+    """The prompt of a row, as an example with a placeholder response; UserError names the row."""
     from dpo.data.rows import Row, as_messages, checked_text
 
     try:
@@ -130,7 +130,7 @@ def read_prompt(row: Any, formatter: "RowFormatter", number: int, source: str) -
 
 
 def same_prompts(a: Candidate, b: Candidate, file: Path | None, n: int | None) -> tuple[Prompts, Prompts]:
-    """The same prompts for both candidates, of a file or of their evaluation data; UserError if these differ."""
+    """The same prompts for both candidates, from a file or their evaluation data; UserError if these differ."""
     if file is not None:
         return prompts_of_file(file, a, n), prompts_of_file(file, b, n)
     of_a = prompts_of_run(a, n)
@@ -155,7 +155,7 @@ def load_model(candidate: Candidate, device: "torch.device") -> "PreTrainedModel
     settings = candidate.settings
     model = load_policy(settings, load_model_config(settings.model)[0], device)
     if settings.lora is not None:
-        adapter = add_adapter(model, settings)  # a new adapter changes nothing: the model is the reference
+        adapter = add_adapter(model, settings)  # a new adapter changes nothing: without weights this is the reference
         if candidate.weights is not None:
             path = str(candidate.weights)
             adapter.load_state_dict(load_archive(path), path)
@@ -163,7 +163,7 @@ def load_model(candidate: Candidate, device: "torch.device") -> "PreTrainedModel
 
 
 def sample(candidate: Candidate, prompts: Prompts, like: "Settings") -> list[str]:
-    """A text per prompt, sampled with the temperature, limits and seed of some settings."""
+    """A text per prompt, sampled with the temperature, limits and seed of `like`."""
     import torch
 
     from dpo.model.loading import set_quantized_dtype

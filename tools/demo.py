@@ -1,4 +1,4 @@
-"""`make demo`: SFT and then DPO on short film reviews (dpo/data/film_reviews.py), and their result.
+"""`make demo`: SFT, then DPO, on short film reviews (dpo/data/film_reviews.py), with a summary.
 
 python -m tools.demo                                           SFT, then DPO; exit code 1 if the policy is not good
 python -m tools.demo --figure docs/demo.svg .cache/demo_TIME   draw the result of a demo that has run
@@ -21,7 +21,7 @@ SHARED = [
     *("model=tiny", "datasets=[demo]", "max_length=128", "max_prompt_length=64", "eval_batch_size=200"),
     *("minimum_log_interval_secs=5", "wandb.enabled=false"),
 ]
-# The settings lie far from any edge: docs/demo.md has what was measured around them.
+# The settings are robust: docs/demo.md has measurements around them.
 STAGES = {
     "sft": [
         "loss=sft",
@@ -33,7 +33,7 @@ STAGES = {
     "dpo": [
         "loss=dpo",
         "loss.beta=2",  # lets the gradient fade once a warm review is some 10 times likelier than the cold one
-        *("optimizer=SGD", "lr=0.08"),  # RMSprop moves all weights alike, also those that no preference depends on
+        *("optimizer=SGD", "lr=0.08"),  # RMSprop moves all weights alike, even those that no preference depends on
         *("batch_size=32", "n_epochs=1", "warmup_steps=15"),  # 62 updates in all; the default warmup is 150
         *("eval_every=500", "n_eval_model_samples=200"),  # 5 evaluations, the first and the last included
     ],
@@ -45,14 +45,14 @@ MAX_MORE_BROKEN = 0.05  # share of samples in addition to the SFT model's
 
 
 def overrides(stage: str, base: Path) -> list[str]:
-    """The overrides of the demo's "sft" or "dpo" run, whose run directory is BASE/STAGE."""
+    """The overrides of the demo's "sft" or "dpo" run in BASE/STAGE."""
     archive = [f"model.archive='{base / 'sft' / 'LATEST' / 'policy.pt'}'"] if stage == "dpo" else []
     return [*STAGES[stage], *SHARED, *archive, f"local_run_dir='{base / stage}'"]
 
 
 def train(base: Path) -> int:
-    """Run SFT and then DPO through the command line; return the exit code of the one that failed, else 0."""
-    # One thread is as fast for such a small model, and other work on the machine disturbs it less.
+    """Run SFT, then DPO, through the command line; return the exit code of a failed run, else 0."""
+    # One thread is as fast for such a small model, and less sensitive to other work on the machine.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for stage in STAGES:
         command = ["train.py", *overrides(stage, base)]
@@ -87,7 +87,7 @@ class DemoResult:
         return cls(evaluation["rewards_eval/accuracies"], evaluation["rewards_eval/margins"], samples)
 
     def counts(self, model: str) -> dict[str, int]:
-        """How many of a model's samples are "warm", "cold" and "broken"."""
+        """The number of a model's samples that are "warm", "cold" and "broken"."""
         counts = Counter(map(judge, self.samples[model].values()))
         return {verdict: counts[verdict] for verdict in VERDICTS}
 
@@ -164,7 +164,7 @@ def draw(run: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the demo, or draw the figure of one; return the exit code, 1 if the policy is not good."""
+    """Run the demo, or draw a figure; return the exit code, 1 if the policy is not good enough."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -182,7 +182,7 @@ def main(arguments: list[str]) -> int:
 
 
 def next_steps(base: Path) -> str:
-    """Return commands that work as they are printed, for a demo that has run in a folder."""
+    """Commands to try, which work as printed, for a demo in the folder base."""
     python = shlex.quote(os.path.relpath(sys.executable))
     prompt = r"\n\nHuman: How was The Golden Harbour, a comedy about two sisters.\n\nAssistant:"
     load = f"pipe = pipeline('text-generation', '{base / 'dpo' / 'LATEST' / 'hf'}')"

@@ -1,6 +1,6 @@
-"""dry_run=true: the time and the peak memory that a run will take, measured on a few of its updates.
+"""dry_run=true: forecasts a run's time and peak memory from a few of its updates.
 
-Of several processes only the memory is forecast: an estimate from the model's shape, for which no weights are loaded.
+For several processes, only the memory is forecast, by an estimate from the model's shape, without loading weights.
 """
 
 import time
@@ -30,11 +30,11 @@ from dpo.training.objectives import Loss
 from trainers import NO_MEMORY, BasicTrainer, Inputs
 
 COUNTED = 20_000  # training examples whose tokens are counted, at most
-TIMED_UPDATES, TIMED_SECONDS = 20, 30.0  # updates are timed until one of the two is reached
+TIMED_UPDATES, TIMED_SECONDS = 20, 30.0  # updates are timed until either limit is reached
 
 
 def dry_run(settings: Settings, loss: Loss, inputs: Inputs, config: DictConfig, signals: Signals) -> None:
-    """Print the forecast of a run; what is written meanwhile goes to a temporary folder."""
+    """Print the forecast of a run; files go to a temporary folder."""
     if settings.trainer != "BasicTrainer":
         log_message(memory_of_processes(settings, loss, inputs))
         return
@@ -50,7 +50,7 @@ def dry_run(settings: Settings, loss: Loss, inputs: Inputs, config: DictConfig, 
 
 
 def memory_of_processes(settings: Settings, loss: Loss, inputs: Inputs) -> str:
-    """Estimate the memory of the process that needs most; UserError if their number does not suit the settings."""
+    """Estimate the memory of the process that needs most; UserError if the settings do not fit their number."""
     n = count_processes(settings.n_processes, settings.device)
     replicate, tensor = mesh_sizes(settings, n)
     device = inputs.device
@@ -81,7 +81,7 @@ def memory_of_processes(settings: Settings, loss: Loss, inputs: Inputs) -> str:
 
 @dataclass(frozen=True)
 class Workload:
-    """Some of a run's training batches: their examples and tokens, and the batch with the longest microbatch."""
+    """Statistics of a run's first training batches: examples, tokens, and the batch with the longest microbatch."""
 
     examples: int
     tokens: int
@@ -91,7 +91,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Seconds:
-    """What was timed: per token of an update and of an evaluation, per evaluation and model for samples."""
+    """Measured times: per token for updates and evaluations, per evaluation and model for samples."""
 
     update: float
     first_evaluation: float
@@ -100,9 +100,9 @@ class Seconds:
 
 
 def forecast(trainer: BasicTrainer, eval_batches: BatchIterator) -> None:
-    """Print the forecast for a new trainer, which is trained meanwhile.
+    """Print the forecast; this trains the trainer, which must be new.
 
-    The trainer evaluates on a few examples; eval_batches are those of the run.
+    The trainer evaluates on a few examples; eval_batches has all of the run's.
     """
     device, settings = trainer.device, trainer.settings
     peaks = {"loading": peak_memory(device)}
@@ -111,7 +111,7 @@ def forecast(trainer: BasicTrainer, eval_batches: BatchIterator) -> None:
     reset_peak_memory(device)
     trainer.train_step(workload.longest)
     update = time_updates(trainer)
-    peaks["an update"] = peak_memory(device)  # after several: microbatches of other lengths fragment the memory
+    peaks["an update"] = peak_memory(device)  # after several: microbatches of different lengths fragment memory
     if copied := copied_bytes(settings, trainer.policy, trainer.optimizer, device):
         peaks["an update while a checkpoint is written"] = peaks["an update"] + copied
     reset_peak_memory(device)
@@ -159,7 +159,7 @@ def count_tokens(*batches: Batch) -> int:
 
 
 def time_updates(trainer: BasicTrainer) -> float:
-    """The seconds per token of the first updates, including what the training loop waits for."""
+    """Seconds per token of the first updates, including waiting for data."""
     tokens, start = 0, time.perf_counter()
     for batch in prefetch(islice(trainer.train_batches.from_start(), TIMED_UPDATES)):
         trainer.train_step(batch)
@@ -170,18 +170,18 @@ def time_updates(trainer: BasicTrainer) -> float:
 
 
 def time_evaluations(trainer: BasicTrainer) -> tuple[float, float]:
-    """The seconds per token of a first evaluation and of later ones, which reuse the reference's numbers."""
+    """Seconds per token of the first evaluation, and of later ones, which reuse the reference's numbers."""
     tokens = count_tokens(*trainer.eval_batches.from_start())
     start = time.perf_counter()
     trainer.evaluate()
     middle = time.perf_counter()
     trainer.evaluate()
     first, later = (middle - start) / tokens, (time.perf_counter() - middle) / tokens
-    return first, first if trainer.settings.sync_reference else later  # a reference that changes is computed again
+    return first, first if trainer.settings.sync_reference else later  # a synced reference is computed again
 
 
 def time_samples(trainer: BasicTrainer, eval_batches: BatchIterator) -> float:
-    """The seconds for the samples of one model at an evaluation, scaled from the first batch of prompts."""
+    """Seconds for one model's samples at an evaluation, scaled from the first batch of prompts."""
     settings = trainer.settings
     if not settings.sample_during_eval:
         return 0.0
@@ -215,7 +215,7 @@ def time_to_the_end(
 
 
 def count_evaluations(trainer: BasicTrainer) -> int:
-    """How many evaluations a run makes: a first one, those due before an update, and the last."""
+    """The number of a run's evaluations: the first one, those due before an update, and the last."""
     settings, n_updates = trainer.settings, len(trainer.train_batches)
     due = (n_updates - 1) * settings.batch_size // settings.eval_every
     return int(settings.do_first_eval) + min(n_updates - 1, due) + 1

@@ -1,4 +1,4 @@
-"""The runs of a sweep: a line for each, and their reward against their KL, as in Figure 2 of arXiv 2305.18290.
+"""Summarizes the runs of a sweep, and plots reward against KL, as in Figure 2 of arXiv 2305.18290.
 
 python -m tools.frontier SWEEP                            write SWEEP/frontier.html, as a sweep does when it ends
 python -m tools.frontier RUN1 RUN2 …                      write frontier.html here
@@ -17,15 +17,15 @@ from dpo.reporting.page import Figure, Record, RunFiles, render, run_files, sett
 from dpo.system.console import guard_streams, log_message
 from dpo.system.errors import UserError, exit_on_error
 
-NAMES = ("exp_name", "local_run_dir", "seed")  # settings that do not tell curves apart
+NAMES = ("exp_name", "local_run_dir", "seed")  # settings that do not distinguish curves
 CHARTS = {ACCURACY: "rewards_eval/accuracies", MARGIN: "rewards_eval/margins"}
 WIN_RATE = Chart("Win rate over the reference, by the judge")
 X_LABEL = "KL to the reference, nats per response"
-Points = tuple[list[float], list[float]]  # KL, and what it is compared with, of each evaluation
+Points = tuple[list[float], list[float]]  # for each evaluation: KL and a metric
 
 
 def labels(runs: Sequence[RunFiles]) -> list[str]:
-    """For each run the settings by which it differs from the others, without the seed."""
+    """For each run, the settings that differ between runs, without the seed."""
     if len(runs) == 1:
         return [runs[0].name]
     differing = {key: values for key, values in settings(runs).items() if key not in NAMES}
@@ -49,7 +49,7 @@ def points(run: RunFiles, metric: str) -> Points:
 
 
 def win_rates(run: RunFiles, command: str) -> Points:
-    """The KL of each evaluation, and how often a judge prefers its samples to the reference's."""
+    """For each evaluation: the KL, and how often a judge prefers the samples to the reference's."""
     from dpo.reporting.comparison import Comparison, prompt_scores
 
     texts: dict[tuple[int, str], dict[str, str]] = defaultdict(dict)
@@ -71,7 +71,7 @@ def win_rates(run: RunFiles, command: str) -> Points:
 
 
 def curves(runs: Sequence[RunFiles], judge: str | None = None) -> dict[Chart, list[Line]]:
-    """The curves of each chart: reward against KL; no chart if no run has recorded a KL."""
+    """The curves of each chart, reward against KL; empty if no run has recorded a KL."""
     by_chart = {chart: [points(run, metric) for run in runs] for chart, metric in CHARTS.items()}
     if judge is not None:
         by_chart = {WIN_RATE: [win_rates(run, judge) for run in runs]} | by_chart
@@ -104,7 +104,7 @@ def page(runs: Sequence[RunFiles], charts: dict[Chart, list[Line]]) -> str:
 
 
 def close_sweep(folder: Path, paths: Sequence[Path], judge: str | None = None, svg: Path | None = None) -> None:
-    """Print a line per run of a sweep that has a run directory, and write frontier.html into the sweep's folder.
+    """Print a line per run that has a run directory, and write frontier.html into the sweep's folder.
 
     svg is a file for the first chart.
     """

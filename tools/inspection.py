@@ -1,4 +1,4 @@
-"""inspect=N: what would be trained on, printed before any weights load: tokens, lengths, and doubtful pairs."""
+"""inspect=N: prints what would be trained on, before any weights load: tokens, lengths, and doubtful pairs."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-MEASURED = 20_000  # examples whose lengths are measured, at most
+MEASURED = 20_000  # maximum examples that are measured
 BINS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 BAR = 40  # characters of the longest bar of a histogram
 
@@ -38,7 +38,7 @@ KINDS = {
 
 
 def inspect_inputs(settings: Settings, loss: Loss, inputs: Inputs) -> None:
-    """Print the first examples token by token, and what is known of all lengths and of doubtful pairs."""
+    """Print the first examples token by token, then statistics of lengths and doubtful pairs."""
     printer = TokenPrinter(
         inputs.tokenizer, with_ids=settings.inspect_ids, in_color=sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )
@@ -62,19 +62,19 @@ def print_text(*lines: str) -> None:
 
 @dataclass(frozen=True)
 class TokenPrinter:
-    """Writes tokens so that their kinds can be told apart."""
+    """Formats tokens so that their kinds can be distinguished."""
 
     tokenizer: "PreTrainedTokenizerBase"
     in_color: bool
     with_ids: bool
 
     def paint(self, text: str, kind: str) -> str:
-        """Return text in the brackets and the color of a kind of token."""
+        """Put the brackets and the color of a kind of token around text."""
         left, right, color = KINDS[kind]
         return f"{color}{left}{text}{right}\033[0m" if self.in_color else f"{left}{text}{right}"
 
     def lines(self, name: str, tokens: Sequence[tuple[str, int]], position: int) -> Iterator[str]:
-        """Yield a line with some tokens, (kind, id); with ids another one for each token, from a position on."""
+        """Yield a line with tokens, (kind, id); with_ids adds a line per token, counted from position."""
         line = f"{name}: "
         for kind, group in groupby(tokens, lambda token: token[0]):
             ids = [token for _, token in group]
@@ -117,13 +117,13 @@ def response_names(example: TextExample) -> tuple[str, ...]:
 
 
 def without_limits(example: TokenizedExample, batches: BatchIterator) -> TokenizedExample:
-    """The example as it would be without max_length and max_prompt_length."""
+    """The example without the limits max_length and max_prompt_length."""
     unlimited = replace(batches.tokenize, max_length=2**31, max_prompt_length=2**31 - 1)
     return unlimited([example.text])[0] if example.truncated else example
 
 
 def lost_tokens(whole: list[int], kept: list[int]) -> list[int]:
-    """The tokens that a truncated prompt lacks; they lie between a common start and a common end."""
+    """The tokens that a truncated prompt lacks, between a common start and a common end."""
     n = len(whole) - len(kept)
     start = next((i for i, pair in enumerate(zip(whole, kept, strict=False)) if pair[0] != pair[1]), len(kept))
     return whole[start : start + n]
@@ -133,7 +133,7 @@ def lost_tokens(whole: list[int], kept: list[int]) -> list[int]:
 
 
 def length_lines(batches: BatchIterator, max_tokens: int) -> Iterator[str]:
-    """Yield histograms of lengths, how often the chosen response is longer, and what each layout computes."""
+    """Yield histograms of lengths, how often the chosen response is longer, and the tokens of each layout."""
     lengths: dict[str, list[int]] = {"prompt": []}
     tokens = dict.fromkeys(LAYOUTS, 0)
     longer = equal = 0
@@ -173,7 +173,7 @@ def histogram(name: str, values: Sequence[int]) -> Iterator[str]:
 
 
 def doubt_lines(train: BatchIterator, test: BatchIterator) -> Iterator[str]:
-    """Yield how many examples repeat or contradict an earlier one, and how many of the test split are trained on."""
+    """Yield how many examples repeat or contradict an earlier one, and how many test examples are also trained on."""
     known: set[int] = set()
     prompts: set[int] = set()
     contradictions = repeated = 0

@@ -30,8 +30,8 @@ INSTRUCTION = (
     "Two answers to the same prompt follow. Decide which of them helps the user more and is more correct; do not prefer"
     " an answer for its length or its place. End your reply with one word: A, B or tie."
 )
-ATTEMPTS = 4  # for a request that fails
-PAUSE = 2.0  # seconds before the second attempt, doubled for each further one
+ATTEMPTS = 4  # per request
+PAUSE = 2.0  # seconds before the second attempt, doubled for each further attempt
 AT_ONCE = 8  # requests
 
 
@@ -54,7 +54,7 @@ def demo_judge(question: Question) -> str:
 
 @dataclass(frozen=True)
 class ChatJudge:
-    """Asks a chat model; url is what comes before /chat/completions."""
+    """Asks a chat model; url is the part before /chat/completions."""
 
     url: str
     model: str
@@ -133,7 +133,7 @@ def reward_judge(name: str, device: str) -> Callable[[Question], str]:
 
 
 def make_judge(options: argparse.Namespace) -> tuple[Callable[[Question], str], int]:
-    """The judge, and how many questions it is asked at once."""
+    """The judge, and its number of concurrent questions."""
     if options.kind == "openai":
         return ChatJudge(options.url, options.model, os.environ.get("OPENAI_API_KEY")), AT_ONCE
     return (demo_judge if options.kind == "demo" else reward_judge(options.model, options.device)), 1

@@ -137,8 +137,7 @@ class LayoutCheck:
 
     @torch.no_grad()
     def difference(self, examples: Sequence[TokenizedExample], expected: Tensor) -> float:
-        """Compute the largest difference, in nats, between a token's log-probability in the layout and the expected
-        one.
+        """Compute the largest difference, in nats, of a token's log-probability in the layout from the expected one.
 
         In the last example, only the tokens at its end have expected values and are compared.
         """
@@ -153,8 +152,7 @@ def largest_difference(actual: Tensor, expected: Tensor) -> float:
 
 
 def resize(example: TokenizedExample, n_tokens: int, max_length: int) -> TokenizedExample:
-    """Resize an example's responses to 8, 7, ... tokens, and its prompt so that it has n_tokens with the first
-    response.
+    """Resize an example: 8, 7, ... tokens per response, n_tokens for the prompt with the first response.
 
     Tokens are repeated if there are too few: a response of one token would be predicted only from its prompt.
     """

@@ -1,5 +1,5 @@
-"""What is measured and shown: metrics, the diagnosis of evaluations, trackers, the HTML page, the model card.
+"""Metrics, the diagnosis of evaluations, trackers, the HTML report, the model card.
 
-Read metrics.py first: how one value per example becomes a record of metrics.jsonl. This is the highest package, and
-may import all others of the engine.
+Read metrics.py first: it turns values per example into records of metrics.jsonl. This is the highest package and may
+import all others of the engine.
 """

@@ -1,4 +1,4 @@
-"""Two models' texts compared by a judge: win rates, also with the influence of length removed."""
+"""Compares two models' texts with a judge: win rates, also controlled for length."""
 
 import json
 import math
@@ -13,8 +13,8 @@ import numpy as np
 from dpo.reporting.statistics import Z, wilson_interval
 from dpo.system.errors import UserError
 
-SCORES = {"A": 1.0, "tie": 0.5, "B": 0.0}  # A's score by the judge's answer
-RIDGE = 0.1  # inverse variance of a normal prior on the regression's weights, which keeps them finite
+SCORES = {"A": 1.0, "tie": 0.5, "B": 0.0}  # A's score for each answer of the judge
+RIDGE = 0.1  # inverse variance of the normal prior that keeps the regression's weights finite
 
 
 class Rate(NamedTuple):
@@ -26,24 +26,24 @@ class Rate(NamedTuple):
 
 
 def prompt_scores(answers: Sequence[str], swapped: Sequence[str]) -> list[float]:
-    """Return A's mean score per prompt, by the answers with A's text shown first and with B's text shown first."""
+    """A's mean score per prompt, from the answers with A's text first and those with B's text first."""
     return [(SCORES[one] + 1 - SCORES[other]) / 2 for one, other in zip(answers, swapped, strict=True)]
 
 
 def win_rate(scores: Sequence[float]) -> Rate:
     """The mean of the prompts' scores; a tie counts half.
 
-    Wilson's interval takes each prompt as one trial, since its two answers are not independent. It is too wide if there
-    are many ties: scores of one half vary less than wins and losses.
+    Wilson's interval counts each prompt as one trial, since its two answers are not independent. It is too wide if
+    there are many ties: scores of one half vary less than wins and losses.
     """
     low, high = wilson_interval(sum(scores), len(scores))
     return Rate(sum(scores) / len(scores), low, high)
 
 
 def length_controlled(scores: Sequence[float], lengths: Sequence[int], other_lengths: Sequence[int]) -> Rate:
-    """Estimate the win rate of A if its texts were as long as B's: arXiv 2404.04475.
+    """Estimate A's win rate if its texts were as long as B's: arXiv 2404.04475.
 
-    A logistic regression explains the score of prompt i by d_i, the length of A's text minus that of B's:
+    A logistic regression models the score of prompt i by d_i, the length of A's text minus the length of B's:
 
         score_i = sigmoid(theta + phi tanh(d_i / std(d))).
 
@@ -71,7 +71,7 @@ def length_controlled(scores: Sequence[float], lengths: Sequence[int], other_len
 
 
 def ask_judge(command: str, questions: Sequence[dict[str, Any]]) -> list[str]:
-    """The judge's answer to each question, A, B or tie; UserError if it fails or answers otherwise."""
+    """The judge's answer to each question, A, B or tie; UserError if it fails or gives another answer."""
     text = "".join(f"{json.dumps(question)}\n" for question in questions)
     try:
         done = subprocess.run(shlex.split(command), input=text, stdout=subprocess.PIPE, encoding="utf-8")
@@ -93,7 +93,7 @@ def ask_judge(command: str, questions: Sequence[dict[str, Any]]) -> list[str]:
 class Comparison:
     """Texts of A and B for the same prompts, and the answers of a judge that sees them in both orders.
 
-    answers are those with A's text shown first; in swapped B's text is shown first, so that "A" stands for B's text.
+    answers are given with A's text first. In swapped, B's text is first, so that the answer "A" means B's text.
     """
 
     prompts: list[Any]
@@ -111,7 +111,7 @@ class Comparison:
         return cls(prompts, a, b, answers[: len(prompts)], answers[len(prompts) :])
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row per prompt for people to read."""
+        """A readable row per prompt."""
         names = ("prompt", "a", "b", "answer_ab", "answer_ba")
         columns = (self.prompts, self.a, self.b, self.answers, self.swapped)
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]

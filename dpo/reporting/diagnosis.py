@@ -24,13 +24,13 @@ from dpo.training.objectives import by_label
 from dpo.training.references import Reference
 
 QUANTILES = (5, 25, 50, 75, 95)  # percent
-# Advice is given where both are exceeded; docs/report.md has the measurements from which they were chosen.
+# Advice is given if both are exceeded; docs/report.md has the measurements behind them.
 DISPLACED_SHARE = 0.6  # of the pairs
-FALL_PER_TOKEN = 0.2  # mean loss of a chosen response's tokens against the reference, in nats
+FALL_PER_TOKEN = 0.2  # mean fall of the chosen responses' tokens against the reference, in nats
 
 
 def log_ratios(policy: Logps, reference: Logps | None) -> dict[str, Tensor]:
-    """Return log pi(y) - log ref(y), (batch,) each for chosen and rejected, in nats per response; {} without pairs."""
+    """log pi(y) - log ref(y) of chosen and rejected responses, (batch,), in nats per response; {} without pairs."""
     if reference is None or policy.sums.shape[1] != 2:
         return {}
     chosen, rejected = (policy.sums.detach() - reference.sums).unbind(1)
@@ -38,9 +38,9 @@ def log_ratios(policy: Logps, reference: Logps | None) -> dict[str, Tensor]:
 
 
 def lengths(batch: PackedBatch) -> dict[str, Tensor]:
-    """The numbers of tokens of chosen and rejected responses, (batch,) each; a target of SFT counts as chosen.
+    """The number of tokens of chosen and rejected responses, (batch,) each; an SFT target counts as chosen.
 
-    For single responses with a label, return those of desirable and undesirable responses.
+    For single labelled responses: those of desirable and undesirable ones.
     """
     columns = batch.lengths.float().unbind(1)
     if batch.examples[0].text.label is not None:
@@ -65,15 +65,15 @@ def diagnose(metrics: BatchMetrics) -> dict[str, float]:
 
 
 def named(figures: Mapping[str, float]) -> dict[str, float]:
-    """Return figures under their names in records, without those that are not defined."""
+    """The figures under their names in records, without undefined ones."""
     return {f"diagnosis/{name}": value for name, value in figures.items() if not math.isnan(value)}
 
 
 def displacement(columns: Mapping[str, np.ndarray], examples: Sequence[TokenizedExample]) -> dict[str, float]:
     """Measure how far the chosen responses became less likely than under the reference; arXiv 2410.08847.
 
-    The share of such pairs is given for all pairs, for those with and without a truncated text, and for the halves with
-    more and with less similar responses. The share of no pairs is NaN.
+    The share of such pairs is computed for all pairs, for those with and without a truncated text, and for the halves
+    with more and with less similar responses. The share of no pairs is NaN.
     """
     displaced = columns["log_ratios/chosen"] < 0
     truncated = np.array([bool(example.truncated) for example in examples])
@@ -96,7 +96,7 @@ def displacement(columns: Mapping[str, np.ndarray], examples: Sequence[Tokenized
 
 
 def displacement_advice(metrics: Mapping[str, float]) -> str | None:
-    """A line of advice if the chosen responses of an evaluation fell further than usual."""
+    """Advice, if an evaluation's chosen responses fell further than usual."""
     share = metrics.get("diagnosis/displaced", 0.0)
     fall = -metrics.get("diagnosis/chosen_log_ratio_per_token", 0.0)
     if share < DISPLACED_SHARE or fall < FALL_PER_TOKEN:
@@ -116,7 +116,7 @@ def diagnose_samples(
 ) -> dict[str, float]:
     """The metrics of samples: entropy, length, and divergence from the reference.
 
-    samples are those of "policy" and, if there is one, of "reference" for the same prompts.
+    samples has those of "policy" and, with a reference, of "reference", for the same prompts.
     """
     metrics = BatchMetrics()
     for batch, scale, _ in split_batch(samples["policy"]):

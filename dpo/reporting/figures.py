@@ -1,4 +1,4 @@
-"""Charts as SVG, in colours that can be read on white and on black."""
+"""Charts as SVG, in colours that are readable on white and on black."""
 
 import html
 import io
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 INK = "#7d8590"  # of texts and axes
 COLORS = ("#3f86d6", "#d9702c", "#2f9e6e", "#8f5fbf", "#d0488a", "#94870f")  # of lines and bars
-MAX_POINTS = 600  # of a line; more would not be visible
+MAX_POINTS = 600  # per line; more would not be visible
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points connected in their order; band holds the lower and the upper edge of an area around them."""
+    """Points connected in order; band has the lower and the upper edge of an area around them."""
 
     label: str
     x: Sequence[float]
@@ -28,7 +28,7 @@ class Line:
 
 
 def line_chart(title: str, lines: Sequence[Line], scale: str = "linear", x_label: str = "examples") -> str:
-    """Draw lines; those with the same label have the same colour and one entry in the legend.
+    """Draw lines; those with the same label share a colour and an entry in the legend.
 
     scale is that of y: "share" is from 0 to 1; "log" is logarithmic if the values span two orders of magnitude.
     """
@@ -103,7 +103,7 @@ def add_axes(
     y_label: str = "",
     place: tuple[float, float, float, float] | None = None,
 ) -> "Axes":
-    """Add axes at a place (left, bottom, width, height) from 0 to 1, by default those of a figure with one chart."""
+    """Add axes at place, (left, bottom, width, height) from 0 to 1; by default they fill the figure."""
     if place is None:  # matplotlib's layouts find margins by drawing each figure twice
         left = 0.16 if y_label else 0.125
         place = (left, 0.19, 0.98 - left, 0.7)
@@ -119,7 +119,7 @@ def add_axes(
 
 
 def write_ticks_in_full(axes: "Axes", x: Iterable[float]) -> None:
-    """Write each tick in full: a common factor would overlap the title. Whole numbers get whole ticks."""
+    """Write ticks in full, since a common factor would overlap the title. Whole numbers get whole ticks."""
     from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
 
     for axis in (axes.xaxis, axes.yaxis):
@@ -133,7 +133,7 @@ def write_ticks_in_full(axes: "Axes", x: Iterable[float]) -> None:
 
 
 def to_svg(figure: "Figure", label: str) -> str:
-    """A figure as an <svg> element, which may also be a file; texts stay texts, label is for screen readers."""
+    """A figure as an <svg> element, also valid as a file. Texts stay texts; label is for screen readers."""
     import matplotlib
 
     file = io.StringIO()

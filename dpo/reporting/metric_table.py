@@ -1,4 +1,4 @@
-"""METRICS: where each metric is shown, and how, besides metrics.jsonl and the trackers, which have every metric."""
+"""METRICS: where and how each metric is shown. metrics.jsonl and the trackers have every metric anyway."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ def record_name(name: str, split: str) -> str:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of report.html; meaning stands below it. scale "share" is from 0 to 1, "log" by orders of magnitude."""
+    """A chart of report.html; meaning is its caption. scale "share" is from 0 to 1, "log" logarithmic."""
 
     title: str
     meaning: str = ""
@@ -28,12 +28,12 @@ class Chart:
 class Metric:
     """A metric, and where it is shown.
 
-    name      as the code that computes it names it: metrics.jsonl has rewards_train/margins for rewards/margins
-    chart     the chart that draws it, perhaps beside other metrics
+    name      its name in the code: rewards/margins is rewards_train/margins in metrics.jsonl
+    chart     the chart that draws it, possibly with other metrics
     label     of its curve
-    splits    of a metric of single examples: whether updates (train), evaluations (eval) or both are drawn
-    headline  its newest value stands at the top of the page, in the model card and in the summary of a sweep
-    console   the console shows it after each update; after an evaluation it shows all metrics
+    splits    for a metric of single examples: whether updates (train), evaluations (eval) or both are drawn
+    headline  its newest value is shown at the top of the page, in the model card and in the summary of a sweep
+    console   the console shows it after each update (after an evaluation it shows all metrics)
     pairs     pairs.jsonl has its value for each evaluated pair
     """
 
@@ -105,5 +105,5 @@ def interval(record: Mapping[str, Any], name: str) -> tuple[float, float] | None
 
 
 def format_values(record: Mapping[str, float], names: Iterable[str]) -> str:
-    """Format those of some metrics that a record has."""
+    """Format the metrics of these names that the record has."""
     return ", ".join(f"{name} {record[name]:.4g}" for name in names if name in record)

@@ -1,4 +1,4 @@
-"""Metrics of a batch, and where they go: metrics.jsonl, samples.jsonl, pairs.jsonl, the console and trackers."""
+"""Collects metrics and writes them to metrics.jsonl, samples.jsonl, pairs.jsonl, the console and trackers."""
 
 import json
 import math
@@ -24,14 +24,14 @@ from dpo.system.files import atomic_write, naming_file
 
 
 class BatchMetrics:
-    """Collects one value per example for each metric, on the device, until the means are needed."""
+    """Collects one value per example and metric, on the device, until the means are needed."""
 
     def __init__(self) -> None:
         self.examples: list[TokenizedExample] = []
         self.values: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def add(self, examples: Sequence[TokenizedExample], values: dict[str, torch.Tensor]) -> None:
-        """Add a tensor of shape (examples,) for each metric, a shorter one where only some examples have the metric."""
+        """Add a tensor of shape (examples,) per metric, or a shorter one if only some examples have the metric."""
         self.examples += examples
         for name, value in values.items():
             self.values[name].append(value)
@@ -60,7 +60,7 @@ class BatchMetrics:
         return torch.cat(self.values[name])
 
     def rows(self) -> list[dict[str, Any]]:
-        """A dict per example for JSON: its source, row and texts, and the metrics that all examples have."""
+        """A JSON-compatible dict per example: source, row, texts, and the metrics that all examples have."""
         columns = {name: torch.cat(parts).tolist() for name, parts in self.values.items()}
         rows = []
         for i, example in enumerate(self.examples):
@@ -102,7 +102,7 @@ def check_evaluation(loss: float, examples: int) -> None:
 
 
 class RecordFile:
-    """A file of JSON lines that only grows, but for records that a resumed run writes again."""
+    """An append-only JSON lines file; a resumed run cuts records that it will write again."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -110,7 +110,7 @@ class RecordFile:
         self.drop_partial_record()
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write rows; OSError with the name of the file if the disk does not take them."""
+        """Write rows; OSError with the name of the file if that fails."""
         with naming_file(self.path):
             self.file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             self.file.flush()
@@ -130,7 +130,7 @@ class RecordFile:
         self.drop_partial_record()
 
     def drop_partial_record(self) -> None:
-        """Drop a last line without a newline, left by a kill or a full disk, so that the next record starts a line."""
+        """Drop a last line without a newline, left by a kill or a full disk; the next record must start a new line."""
         size = os.fstat(self.file.fileno()).st_size
         if size == 0:
             return
@@ -141,12 +141,12 @@ class RecordFile:
             log_message(f"{self.path}: dropped its last record, {size - end:,} bytes of an incomplete line.")
 
     def close(self) -> None:
-        with suppress(OSError):  # of a record that could not be written: it has been reported
+        with suppress(OSError):  # for a record that could not be written, already reported
             self.file.close()
 
 
 class MetricLogger:
-    """Writes every record to metrics.jsonl at once; the console and trackers get some of those of updates."""
+    """Writes every record to metrics.jsonl immediately; the console and trackers may skip records of updates."""
 
     def __init__(self, run_dir: Path, tracker: Tracker, minimum_interval_secs: float = 0.0):
         self.metrics = RecordFile(run_dir / "metrics.jsonl")
@@ -158,7 +158,7 @@ class MetricLogger:
         self.last_shown = float("-inf")
 
     def log(self, record: dict[str, float], thin: bool = False) -> None:
-        """Log a record, which holds `examples` and `updates`; of thin ones at most one per interval is shown."""
+        """Log a record with `examples` and `updates`; at most one thin record per interval is shown."""
         self.metrics.append([{name: value if math.isfinite(value) else None for name, value in record.items()}])
         now = time.monotonic()
         if thin and now - self.last_shown < self.minimum_interval_secs:
@@ -169,9 +169,9 @@ class MetricLogger:
             log_message(console_line(record, CONSOLE if thin else record))
 
     def log_samples(self, examples: int, samples: Mapping[str, Sequence[TokenizedExample]]) -> None:
-        """Write what each model ("policy", "reference") sampled for the same prompts; print the first three.
+        """Write the samples of each model ("policy", "reference") for the same prompts; print the first three.
 
-        The texts go unchanged to samples.jsonl and to the trackers' tables policy_samples and reference_samples.
+        samples.jsonl and the trackers' tables policy_samples and reference_samples get the texts unchanged.
         """
         for model, drawn in samples.items():
             texts = [(sample.text.prompt, sample.text.responses[0]) for sample in drawn]
@@ -188,9 +188,9 @@ class MetricLogger:
             log_message("\n".join(lines))
 
     def log_pairs(self, examples: int, metrics: BatchMetrics) -> None:
-        """Append a line per evaluated pair to pairs.jsonl; nothing where there are no pairs.
+        """Append a line per evaluated pair to pairs.jsonl, if there are pairs.
 
-        A checksum of the responses distinguishes the pairs of one row: their order depends on the token budget.
+        A checksum of the responses identifies the pairs of one row, whose order depends on the token budget.
         """
         if "rewards/margins" not in metrics.values:
             return
@@ -206,7 +206,7 @@ class MetricLogger:
         return [file.size() for file in self.files]
 
     def cut(self, sizes: list[int]) -> None:
-        """Truncate the files to earlier sizes, 0 for a file without one; a resumed run writes the rest again."""
+        """Truncate the files to earlier sizes, 0 if one is missing; a resumed run writes the rest again."""
         for i, file in enumerate(self.files):
             file.cut(sizes[i] if i < len(sizes) else 0)
 
@@ -218,7 +218,7 @@ class MetricLogger:
 
 
 class NoLogger(MetricLogger):
-    """The logger of all ranks but the main one: writes nothing."""
+    """The logger of all ranks but the main one; writes nothing."""
 
     def __init__(self) -> None:
         self.files = []
@@ -238,7 +238,7 @@ class NoLogger(MetricLogger):
 
 
 def make_logger(run_dir: Path, ranks: Ranks, make_tracker: Callable[[], Tracker], interval: float) -> MetricLogger:
-    """The logger of a run, which writes on the main rank only; interval: seconds between shown updates."""
+    """The logger of a run; only the main rank writes. interval: minimum seconds between shown updates."""
     return MetricLogger(run_dir, make_tracker(), interval) if ranks.is_main else NoLogger()
 
 
@@ -249,7 +249,7 @@ def console_line(record: Mapping[str, float], names: Iterable[str]) -> str:
 
 
 def log_notes(truncated: Counter[str], n_examples: int, advice: str | None) -> None:
-    """Print advice on an evaluation, if any, and how many training examples were truncated so far."""
+    """Print advice, if any, and how many training examples have been truncated."""
     if advice is not None:
         log_message(f"Advice: {advice}.")
     if truncated:

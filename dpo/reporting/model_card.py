@@ -1,4 +1,4 @@
-"""The model card of an export, README.md, as the Hub reads it; of paths on this machine it has the last part only."""
+"""The model card of an export, README.md in the Hub's format; it has only the last part of local paths."""
 
 import inspect
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from dpo.system.errors import UserError
 from dpo.training.objectives import Loss
 
 TEMPLATE = Path(__file__).with_suffix(".md.jinja")
-PLACEHOLDER = "PATH/OF/THIS/FOLDER"  # in place of a repository where the export is not uploaded
+PLACEHOLDER = "PATH/OF/THIS/FOLDER"  # if the export is not uploaded to a repository
 TRAINING = (
     *("lr", "scheduler", "min_lr_ratio", "warmup_steps", "optimizer", "optimizer_args", "weight_decay"),
     *("max_grad_norm", "batch_size", "n_epochs", "n_examples", "max_length", "max_prompt_length", "precision"),
@@ -37,7 +37,7 @@ class Outcome:
 
 
 def model_card(settings: Settings, loss: Loss, outcome: Outcome) -> str:
-    """The card as Markdown with a front matter in YAML."""
+    """The card as Markdown with YAML front matter."""
     from huggingface_hub import ModelCard, ModelCardData
 
     lora = settings.lora
@@ -78,17 +78,17 @@ def model_card(settings: Settings, loss: Loss, outcome: Outcome) -> str:
 
 
 def earlier_stage(archive: Path) -> str:
-    """Name the run that wrote the weights of model.archive, or the file if it lies in no run directory."""
+    """Name the run that wrote model.archive, or the file if it is not in a run directory."""
     try:
         stored: Any = OmegaConf.to_container(read_run_config(archive.parent.parent), resolve=False)
         names = ", ".join(public_name(str(name)) for name in stored["datasets"])
         return f"the run {stored['exp_name']} (`loss={stored['loss']['name']}` on {names})"
-    except (UserError, KeyError, TypeError):  # not in a run, or in one of the original implementation
+    except (UserError, KeyError, TypeError):  # not in a run directory, or in one of the original implementation
         return f"the file {archive.name}"
 
 
 def public_name(name: str) -> str:
-    """A name on the Hub as it is, and the last part of a path."""
+    """A name on the Hub unchanged, or the last part of a path."""
     return name if is_hub_name(name) or "/" not in name else Path(name).name
 
 
@@ -98,7 +98,7 @@ def interval_text(metrics: Mapping[str, float], name: str) -> str:
 
 
 def training_settings(settings: Settings, loss: Loss) -> dict[str, Any]:
-    """The settings of the training, without any path, as {dotted key: value}."""
+    """The training settings without paths, as {dotted key: value}."""
     values: dict[str, Any] = {f"loss.{key}": value for key, value in loss.model_dump().items()}
     values |= {key: getattr(settings, key) for key in TRAINING}
     values["model.policy_dtype"] = settings.model.policy_dtype

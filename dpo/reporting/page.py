@@ -1,4 +1,4 @@
-"""report.html: one run, or several, as an HTML page; evaluation pairs with likely wrong labels."""
+"""report.html: an HTML page about one or several runs, and pairs with likely wrong labels."""
 
 import json
 from collections import defaultdict
@@ -47,7 +47,7 @@ class RunFiles:
 
     @property
     def evaluation(self) -> dict[str, float]:
-        """The metrics of the newest evaluation that are finite."""
+        """The finite metrics of the newest evaluation."""
         record = next((record for record in reversed(self.metrics) if "loss/eval" in record), {})
         return {name: value for name, value in record.items() if value is not None}
 
@@ -56,9 +56,9 @@ class RunFiles:
         return str(self.settings["exp_name"])
 
     def read(self, name: str) -> list[Record]:
-        """Read a file of JSON lines, without a last one that is still being written."""
+        """Read a JSON lines file, without a last line that is still being written."""
         path = self.path / name
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # texts hold other line ends
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # not splitlines
         return [json.loads(line) for line in lines]
 
 
@@ -67,7 +67,7 @@ def run_files(path: Path) -> RunFiles:
     from dpo.settings.run_config import find_run_dir
 
     files = RunFiles(find_run_dir(path))
-    assert files.settings  # read now, since config.yaml tells whether it is a run directory
+    assert files.settings  # raises if config.yaml is missing
     return files
 
 
@@ -78,8 +78,8 @@ def run_files(path: Path) -> RunFiles:
 class Suspect:
     """A pair with a negative margin at every evaluation after the first update.
 
-    place is the number of its row and, if several pairs of this row were evaluated, the number of the pair. margin is
-    the mean over these evaluations.
+    place is the row number and, if several pairs of the row were evaluated, the number of the pair. margin is the mean
+    over these evaluations.
     """
 
     source: str
@@ -88,7 +88,7 @@ class Suspect:
 
 
 def suspects(pairs: Iterable[Record]) -> list[Suspect]:
-    """The suspects among the lines of pairs.jsonl, the lowest margin first."""
+    """The suspects in the records of pairs.jsonl, lowest margin first."""
     margins: dict[tuple[str, int, int], list[float]] = defaultdict(list)
     numbers: dict[tuple[str, int], dict[int, int]] = defaultdict(dict)  # of the pairs of a row, by their checksums
     for pair in pairs:
@@ -115,7 +115,7 @@ class Figure(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A name in metrics.jsonl that a chart draws; faint: the noisy values of updates."""
+    """A metric in metrics.jsonl that a chart draws; faint: noisy values of updates."""
 
     label: str
     metric: str
@@ -152,15 +152,15 @@ def write_page(path: Path, page: str) -> None:
 
 
 def update_report(path: Path) -> None:
-    """Write report.html of a run directory; a failure is printed in one line, and training goes on."""
+    """Write report.html into a run directory; a failure is only printed, and training continues."""
     try:
         write_report(path / "report.html", [RunFiles(path)])
-    except Exception as error:  # whatever it is
+    except Exception as error:  # of any kind
         log_message(f"report.html was not written ({summarize_error(error)})")
 
 
 def page(runs: Sequence[RunFiles]) -> str:
-    """The page as HTML that needs neither a network nor JavaScript."""
+    """The page as HTML, which needs neither a network nor JavaScript."""
     from dpo.reporting.diagnosis import displacement_advice
 
     several = len(runs) > 1
@@ -186,7 +186,7 @@ def page(runs: Sequence[RunFiles]) -> str:
 
 
 def names_of(runs: Sequence[RunFiles]) -> list[str]:
-    """The names of runs; their folders if names are equal, their paths if folders are equal."""
+    """The names of runs; folders if names are not unique, paths if folders are not."""
     choices = [[run.name for run in runs], [run.path.name for run in runs], [str(run.path) for run in runs]]
     return next((names for names in choices if len(set(names)) == len(names)), choices[-1])
 
@@ -200,7 +200,7 @@ def render(**values: Any) -> str:
 
 
 def headlines(run: RunFiles) -> dict[str, str]:
-    """The numbers at the top of a run's page by their labels."""
+    """The numbers at the top of a run's page, by label."""
     newest = run.metrics[-1] if run.metrics else {}
     numbers = {name: f"{newest.get(name, 0):,}" for name in ("examples", "updates")}
     for chart, curves in CURVES.items():
@@ -211,7 +211,7 @@ def headlines(run: RunFiles) -> dict[str, str]:
 
 
 def number(chart: Chart, line: "Line", run: RunFiles) -> dict[str, str]:
-    """The last value of a line by a label with its interval and, for an older value, its place in the run."""
+    """A line's last value, by a label with its interval and, if it is not from the newest record, its step."""
     is_share = chart.scale == "share"
     label = [chart.title, line.label]
     if line.x[-1] != run.metrics[-1]["examples"]:
@@ -224,9 +224,9 @@ def number(chart: Chart, line: "Line", run: RunFiles) -> dict[str, str]:
 
 
 def figures_and_numbers(runs: Sequence[RunFiles], names: Sequence[str]) -> tuple[list[Figure], dict[str, str]]:
-    """A figure for each chart with a metric that was recorded more than once, and the others as numbers.
+    """A figure for each chart with a metric that was recorded more than once; the other metrics as numbers.
 
-    Several runs are compared by their evaluations, if one of them has more than one.
+    Several runs are compared by evaluations, if a run has more than one.
     """
     from dpo.reporting.figures import line_chart
 
@@ -248,7 +248,7 @@ def figures_and_numbers(runs: Sequence[RunFiles], names: Sequence[str]) -> tuple
 
 
 def line_of(run: RunFiles, curve: Curve, name: str = "") -> "Line | None":
-    """A curve of a run, labelled with the run's name if one is given; None if the run has no such metric."""
+    """A run's curve, labelled with name if given; None if the run does not have the metric."""
     from dpo.reporting.figures import Line
 
     records = [record for record in run.metrics if record.get(curve.metric) is not None]
@@ -265,7 +265,7 @@ def line_of(run: RunFiles, curve: Curve, name: str = "") -> "Line | None":
 
 
 def pair_figures(run: RunFiles) -> dict[str, list[Figure]]:
-    """Return charts of the pairs of the newest evaluation under a heading."""
+    """Charts of the newest evaluation's pairs, under a heading."""
     from dpo.reporting.figures import scatter_chart
 
     newest = [pair for pair in run.pairs if pair["examples"] == run.pairs[-1]["examples"]]
@@ -287,12 +287,12 @@ def pair_figures(run: RunFiles) -> dict[str, list[Figure]]:
 
 
 def samples_by_prompt(run: RunFiles) -> dict[str, dict[str, str]]:
-    """For each prompt the sample of the reference, and those of the policy by when they were drawn."""
+    """For each prompt: the reference's sample, and the policy's samples by step."""
     texts: dict[str, dict[str, str]] = defaultdict(dict)
     for sample in run.samples:
         column = "reference" if sample["model"] == "reference" else f"after {sample['examples']:,}"
         texts[sample["prompt"]][column] = sample["sample"]
-    # The sort is stable: the reference comes first, the policy's samples stay in their order.
+    # A stable sort: the reference comes first, the policy's samples keep their order.
     return {
         prompt: dict(sorted(columns.items(), key=lambda item: item[0] != "reference"))
         for prompt, columns in texts.items()
@@ -300,7 +300,7 @@ def samples_by_prompt(run: RunFiles) -> dict[str, dict[str, str]]:
 
 
 def settings(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
-    """The settings of a run, or those that differ between several."""
+    """The settings of a run, or those that differ between several runs."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     values = {key: [str(run.settings.get(key, "")) for run in runs] for key in keys}
     return {key: row for key, row in values.items() if len(runs) == 1 or len(set(row)) > 1}

@@ -47,7 +47,7 @@ def calibration_error(margins: np.ndarray) -> float:
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> float:
-    """Return Pearson's correlation, NaN if x or y is constant."""
+    """Pearson's correlation; NaN if x or y is constant."""
     if x.std() == 0 or y.std() == 0:
         return math.nan
     return float(np.corrcoef(x, y)[0, 1])

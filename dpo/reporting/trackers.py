@@ -16,7 +16,7 @@ from dpo.system.network import is_reachable
 
 
 class Tracker:
-    """What a tracker does; this one does nothing."""
+    """The interface of a tracker; this one does nothing."""
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Log metrics at a step, counted in examples."""
@@ -29,7 +29,7 @@ class Tracker:
 
 
 class Trackers(Tracker):
-    """Several trackers by their names; one that raises is reported once and left out from then on."""
+    """Several trackers by name; one that raises is reported and disabled."""
 
     def __init__(self, makers: Mapping[str, Callable[[], Tracker]]):
         self.trackers: dict[str, Tracker] = {}
@@ -39,10 +39,10 @@ class Trackers(Tracker):
 
     @contextmanager
     def guard(self, name: str) -> Iterator[None]:
-        """Leave a tracker out if it raises."""
+        """Disable a tracker that raises."""
         try:
             yield
-        except Exception as error:  # whatever it is: a broken tracker must not stop a training
+        except Exception as error:  # of any kind: a broken tracker must not stop training
             self.trackers.pop(name, None)
             log_message(f"{name}: switched off after {type(error).__name__}: {summarize_error(error)}")
 
@@ -62,7 +62,7 @@ class Trackers(Tracker):
 
 
 class RunTracker(Tracker):
-    """Sends metrics to a run of wandb, or of a library with the same interface."""
+    """Sends metrics to wandb, or a library with the same interface."""
 
     library: Any
     run: Any
@@ -79,9 +79,9 @@ class RunTracker(Tracker):
 
 class WandbTracker(RunTracker):
     def __init__(self, run_dir: Path, settings: dict[str, Any]):
-        """Start a run with settings for wandb.init: online if there is a key and the server answers, else offline.
+        """Start a run with settings for wandb.init: offline unless there is a key and the server responds.
 
-        A resumed run keeps its id, which is read from the run directory.
+        A resumed run keeps its id, read from the run directory.
         """
         import wandb  # slow to import
 
@@ -94,7 +94,7 @@ class WandbTracker(RunTracker):
         settings |= {"mode": mode, "resume": "allow" if run_id and mode == "online" else None}
         try:
             self.run = wandb.init(**settings)
-        except Exception:  # the server did not answer in time, or refused the key
+        except Exception:  # the server did not respond in time, or refused the key
             mode = "offline"
             self.run = wandb.init(**settings | {"mode": mode, "resume": None})
         if mode == "offline":
@@ -108,7 +108,7 @@ def wandb_folders(run_dir: Path) -> list[Path]:
 
 
 def can_reach_wandb(wandb: ModuleType) -> bool:
-    """Whether wandb has a key and its server answers within 2 seconds, without asking the user for a key."""
+    """Whether wandb has a key and its server responds within 2 seconds, without prompting for a key."""
     url = wandb.setup().settings.base_url
     try:
         in_netrc = netrc.netrc().authenticators(urllib.parse.urlparse(url).hostname) is not None
@@ -121,7 +121,7 @@ class TensorBoardTracker(Tracker):
     """Writes metrics and tables into RUN/tensorboard, for `tensorboard --logdir`."""
 
     def __init__(self, run_dir: Path, resumed_at: int | None):
-        """Open an event file; TensorBoard hides what a resumed run recorded after the examples that it resumes at."""
+        """Open an event file; TensorBoard hides earlier records beyond resumed_at, in examples."""
         from torch.utils.tensorboard import SummaryWriter  # slow to import; optional
 
         purge_step = None if resumed_at is None else resumed_at + 1
@@ -144,7 +144,7 @@ class TrackioTracker(RunTracker):
     """Sends metrics and tables to trackio, which stores them in TRACKIO_DIR, for `trackio show`."""
 
     def __init__(self, project: str, run_dir: Path, config: Any, is_resumed: bool):
-        """Start or continue a run with the name of the run directory."""
+        """Start or continue a run named like the run directory."""
         import trackio
 
         self.library = trackio

@@ -12,8 +12,8 @@ from dpo.model.logps import ResponseLogps
 from dpo.system.devices import peak_memory
 from dpo.training.references import Reference
 
-SIZE = {"cpu": 512, "mps": 2048, "cuda": 8192}  # rows and columns of the matrices that are multiplied to measure a rate
-SECONDS = 0.1  # of multiplying; a single product may take longer if a CPU emulates bfloat16
+SIZE = {"cpu": 512, "mps": 2048, "cuda": 8192}  # rows and columns of the matrices that measure the rate
+SECONDS = 0.1  # of measuring; a single product takes longer if a CPU emulates bfloat16
 
 
 def memory_use(device: torch.device, ranks: Ranks) -> dict[str, float]:
@@ -23,7 +23,7 @@ def memory_use(device: torch.device, ranks: Ranks) -> dict[str, float]:
 
 
 class Utilization:
-    """Model FLOPs utilization as in PaLM (arXiv 2204.02311, appendix B), of a measured rate of matrix products.
+    """Model FLOPs utilization, relative to a measured rate of matrix products: PaLM, arXiv 2204.02311, appendix B.
 
     Per weight and token an update needs 2 FLOPs in each forward pass, of policy and reference, 2 for the gradient of
     activations, and 2 for the gradient of a trained weight. The head counts only for response tokens. Attention,
@@ -43,13 +43,13 @@ class Utilization:
         self.head = self.flops(p for p in policy.parameters() if id(p) in head)
         self.body = self.flops(p for p in policy.parameters() if id(p) not in head | embeddings)
         self.device, self.dtype, self.n_devices = next(policy.parameters()).device, dtype, n_devices
-        # A mixture of experts uses only some of its weights for a token, and how many is not known here.
+        # A mixture of experts uses only some of its weights for a token; how many is not known here.
         self.is_dense = not any("experts" in name.split(".") for name, _ in policy.named_modules())
 
     def flops(self, parameters: Iterable[torch.nn.Parameter]) -> int:
         """The FLOPs per token for some parameters in an update."""
         matrices = [parameter for parameter in parameters if parameter.dim() >= 2]
-        sizes = [p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in matrices]  # two weights of 4 bits
+        sizes = [p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in matrices]  # uint8 holds two 4-bit weights
         trained = sum(size for size, p in zip(sizes, matrices, strict=True) if p.requires_grad)
         return 2 * (sum(sizes) * (self.n_passes + 1) + trained)
 

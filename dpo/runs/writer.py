@@ -38,8 +38,7 @@ class CheckpointWriter:
         self.error: BaseException | None = None
 
     def write(self, step: int, states: dict[str, Any], metrics: dict[str, float], blocking: bool = False) -> None:
-        """Write a checkpoint after the previous one; return once it is on disk or, in the background, once it is
-        copied.
+        """Write a checkpoint after the previous one; in the background, return once the states are copied.
 
         RunError if this or the previous one cannot be written.
         """
