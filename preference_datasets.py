@@ -1,8 +1,8 @@
-"""Preference data sets: where pairs of responses come from, and what is kept of them.
+"""Preference data sets: how they are loaded, and which of their rows are kept.
 
 A data set is a map from a prompt to its responses, its pairs (chosen index, rejected index) and one sft_target.
 To add one: write a function like get_shp that returns such a map, as PreferenceData or as a plain dict, and name it in
-DATASETS. PreferenceData counts its rows by itself.
+DATASETS. PreferenceData counts its rows automatically.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -64,7 +64,7 @@ def add_dialogues(data: PreferenceData, row: Mapping[str, Any]) -> None:
 
 
 def get_shp(split: str, silent: bool = False, cache_dir: str | None = None) -> PreferenceData:
-    """Load the Stanford Human Preferences; a row counts if one score is at least twice the other."""
+    """Load the Stanford Human Preferences; a row is kept if one score is at least twice the other."""
     rows = load_hub_split("stanfordnlp/SHP", split, cache_dir)
     scores: dict[str, list[float]] = {}
     data = PreferenceData("keep_start")
@@ -109,13 +109,13 @@ def add_se_row(data: PreferenceData, row: Mapping[str, Any]) -> None:
         data.counts.warn("it has one answer and so no pair")
     for chosen, rejected in pairs:
         data.accepts(question, responses[chosen], responses[rejected])
-    if prompt in data:  # as in the original, the later question's answers take the place of the earlier one's
+    if prompt in data:  # as in the original, the later answers replace the earlier ones
         data.drop_prompt(prompt, "a later row has the same question")
     data.add(prompt, responses, pairs, best_response(responses, scores))
 
 
 def best_response(responses: list[str], scores: list[float]) -> str:
-    """The response with the highest score; of equal texts the first one's score counts, as in the original."""
+    """The response with the highest score; equal texts have the first one's score, as in the original."""
     return max(responses, key=lambda response: scores[responses.index(response)])
 
 
@@ -197,7 +197,7 @@ def load_data(
 ) -> tuple[Groups, Groups]:
     """Load the training and the test split of all data sets, each concatenated, and log the statistics of their rows.
 
-    labels: rows of one response with a label are taken too; UserError where these and pairs come together.
+    labels: also accept rows of one response with a label; UserError if they are mixed with pairs.
     """
     train: list[Groups] = []
     test: list[Groups] = []
@@ -250,7 +250,7 @@ def load_named(name: str, split: str, sft: bool, tokenize: Tokenization) -> Grou
 
 
 def load_tables(source: Source, reading: Reading) -> dict[str, TableData]:
-    """Read the rows of a data set's tables once, check and count them, and choose those of both splits."""
+    """Read, check and count the rows of a data set's tables once, and choose those of each split."""
     index = index_rows(source.train, reading)
     test_index = index if source.test is None else index_rows(source.test, reading)
     held_out = ("train", "test") if source.test is None else (None, None)

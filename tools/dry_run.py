@@ -62,8 +62,8 @@ def memory_of_processes(settings: Settings, loss: Loss, inputs: Inputs) -> str:
     for batch in first_batches(inputs.train_batches):
         examples = batch.examples
         for share in balance(list(map(len, examples)), n // tensor):
-            part = [examples[i] for i in share]
-            microbatches = packer(part, settings.gradient_accumulation_steps)
+            rank_examples = [examples[i] for i in share]
+            microbatches = packer(rank_examples, settings.gradient_accumulation_steps)
             longest = max([longest, *(one.n_tokens for one in microbatches)])
     needed, available, place = estimate.at(longest), total_memory(device), "the memory of a GPU here"
     if device.type != "cuda":
@@ -121,14 +121,14 @@ def forecast(trainer: BasicTrainer, eval_batches: BatchIterator) -> None:
     samples = time_samples(trainer, eval_batches)
     peaks["sampling"] = peak_memory(device)
     parts = time_to_the_end(trainer, eval_batches, workload, Seconds(update, first, later, samples))
-    listed = ", ".join(f"{what} {duration(seconds)}" for what, seconds in parts.items() if seconds)
+    breakdown = ", ".join(f"{what} {duration(seconds)}" for what, seconds in parts.items() if seconds)
     peak, phase = max((peak, phase) for phase, peak in peaks.items())
     n_updates = len(trainer.train_batches)
     tokens = workload.tokens / workload.examples * settings.batch_size
     log_message(
         f"Updates: {n_updates:,} of {settings.batch_size} examples, {tokens:,.0f} tokens each.\n"
         f"Time: {update * tokens:.3g} seconds per update, {1 / update:,.0f} tokens per second.\n"
-        f"Time to the end: {duration(sum(parts.values()))} ({listed}), plus loading, saving and the report.\n"
+        f"Time to the end: {duration(sum(parts.values()))} ({breakdown}), plus loading, saving and the report.\n"
         f"Peak memory: {peak / 1e9:.2f} of {total_memory(device) / 1e9:.1f} GB, in {phase}; an update needs"
         f" {peaks['an update'] / 1e9:.2f} GB, its longest microbatch has {workload.longest_microbatch:,} tokens."
     )

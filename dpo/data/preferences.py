@@ -40,14 +40,14 @@ class RowStatistics(Counter[str]):
 
     def summary(self, n_prompts: int) -> str:
         """One line for the log."""
-        reasons, others = [], [f"{n_prompts:,} prompts"]
+        reasons, details = [], [f"{n_prompts:,} prompts"]
         for what, n in self.items():
             if n and what.startswith(DROPPED):
                 reasons.append(f"{n:,} because {what.removeprefix(DROPPED)}")
             elif n and what not in ("kept", "read"):  # functions of earlier versions count "read" themselves
-                others.append(f"{n:,} {what}")
+                details.append(f"{n:,} {what}")
         dropped = f", {self.dropped:,} dropped ({', '.join(reasons)})" if reasons else ""
-        return "; ".join([f"{self.read:,} rows read: {self['kept']:,} kept{dropped}", *others])
+        return "; ".join([f"{self.read:,} rows read: {self['kept']:,} kept{dropped}", *details])
 
 
 class Entry(TypedDict):

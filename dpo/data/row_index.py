@@ -324,34 +324,34 @@ def first_of_each(values: "Ints") -> Any:
 class Concatenation(Sequence[Sequence[TextExample]]):
     """The groups of several data sets, concatenated."""
 
-    parts: Sequence[Sequence[Sequence[TextExample]]]
+    data_sets: Sequence[Sequence[Sequence[TextExample]]]
 
     @cached_property
     def ends(self) -> list[int]:
-        return list(accumulate(map(len, self.parts)))
+        return list(accumulate(map(len, self.data_sets)))
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def __getitem__(self, item: Any) -> Any:
-        part = bisect_right(self.ends, item)
-        return self.parts[part][item - self.ends[part] + len(self.parts[part])]
+        index = bisect_right(self.ends, item)
+        return self.data_sets[index][item - self.ends[index] + len(self.data_sets[index])]
 
     def __iter__(self) -> Iterator[Sequence[TextExample]]:
-        return (group for part in self.parts for group in part)
+        return (group for data_set in self.data_sets for group in data_set)
 
     def scores(self) -> Iterator[tuple[float, ...]]:
         """Yield the scores of each example; empty if the data set has none."""
-        return (scores for part in self.parts for scores in scores_of(part))
+        return (scores for data_set in self.data_sets for scores in scores_of(data_set))
 
     def digest(self) -> bytes:
         """A SHA-256 of the examples in their order."""
         digest = hashlib.sha256()
-        for part in self.parts:
-            if isinstance(part, TableData):
-                digest.update(part.digest())
+        for data_set in self.data_sets:
+            if isinstance(data_set, TableData):
+                digest.update(data_set.digest())
             else:
-                hash_texts(digest, part)
+                hash_texts(digest, data_set)
         return digest.digest()
 
 
@@ -362,8 +362,8 @@ def scores_of(groups: Sequence[Sequence[TextExample]]) -> Iterator[tuple[float, 
     return (text.scores for group in groups for text in group)
 
 
-def concatenate(parts: Sequence[Sequence[Sequence[TextExample]]]) -> Sequence[Sequence[TextExample]]:
-    return parts[0] if len(parts) == 1 else Concatenation(parts)
+def concatenate(data_sets: Sequence[Sequence[Sequence[TextExample]]]) -> Sequence[Sequence[TextExample]]:
+    return data_sets[0] if len(data_sets) == 1 else Concatenation(data_sets)
 
 
 def score_problems(groups: Sequence[Sequence[TextExample]]) -> list[str]:

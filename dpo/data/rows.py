@@ -31,7 +31,7 @@ def checked_text(text: object, name: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{name} holds half of a surrogate pair, which is not a text") from None
+        raise UserError(f"{name} contains half of a surrogate pair, which is not valid text") from None
     return text
 
 

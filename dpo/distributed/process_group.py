@@ -162,7 +162,7 @@ def check_same(fingerprints: Mapping[str, str], ranks: Ranks) -> None:
 
 
 def join(settings: Settings) -> Ranks:
-    """Join the other processes, if the trainer needs several; a dry run needs one alone."""
+    """Join the other processes, if the trainer needs several; a dry run needs only one."""
     if settings.trainer == "BasicTrainer" or settings.dry_run:
         return ALONE
     ranks = ProcessGroup(pick_device(settings.device), timedelta(seconds=settings.collective_timeout))

@@ -1,6 +1,6 @@
 """What a process asks of the other processes of its run.
 
-`Ranks` is a process that trains alone. process_group.py has the same for one process of several.
+`Ranks` is a single process. process_group.py has the same interface for one process of several.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """A process that trains alone."""
+    """A single process."""
 
     rank = 0
     world_size = 1

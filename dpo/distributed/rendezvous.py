@@ -12,7 +12,7 @@ POLL_INTERVAL = 0.05  # seconds
 
 
 def agree_on_start(store: Store, rank: int, world_size: int, timeout: float) -> str:
-    """Give this start a name: the same on all ranks, and unlike that of any earlier start in the store.
+    """A name for this start: the same on all ranks, and different from earlier starts in the store.
 
     torchrun's store outlives restarts, and torchrun's restart count differs between machines: a machine that lost a
     process counts a restart, the others only see that the members have changed. So rank 0 names the start. Every other

@@ -32,7 +32,7 @@ def shard(
     weights: Weights,
     split: Split = lambda modules: None,
 ) -> ResponseLogps:
-    """Shard a module's parameters in place: each layer by itself, then the rest (embeddings, norm and head).
+    """Shard a module's parameters in place: each layer separately, then the rest (embeddings, norm and head).
 
     mesh has the dimensions replicate and shard, and perhaps others. Within shard, every rank holds a part of each
     parameter, and gathers a layer to compute it. Over replicate, such groups repeat. With shard of size 1, every rank
@@ -95,13 +95,13 @@ def no_weights(parameter: nn.Parameter) -> Tensor:
 
 @torch.no_grad()
 def copy_shards(source: nn.Module, module: nn.Module) -> None:
-    """Copy the weights that this rank holds of a sharded module into another one that is sharded in the same way."""
+    """Copy this rank's weights of a sharded module into another module that is sharded in the same way."""
     for weight, target in zip(source.parameters(), module.parameters(), strict=True):
         local_part(target).copy_(local_part(weight))
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Get the part of a tensor that this rank holds, in the same memory."""
+    """This rank's shard of a tensor, sharing its memory."""
     part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return part
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from dpo.distributed.process_group import tensor_size
 from dpo.settings.schema import Settings
 
-# By transformers' names. Norms of q and k see one rank's heads alone, as those of sequence parallelism its tokens.
+# Keys are transformers' names. Norms of q and k see only one rank's heads, like sequence parallelism's see its tokens.
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "colwise": ColwiseParallel,
     "rowwise": RowwiseParallel,
@@ -61,7 +61,7 @@ def plan_problems(settings: Settings, config: PreTrainedConfig) -> list[str]:
 
 def parallelize(model: PreTrainedModel, mesh: DeviceMesh, modules: Iterable[nn.Module]) -> None:
     """Split the modules that the plan of the model's config names over a one-dimensional mesh, in place."""
-    # Gathering a tensor over two dimensions of a mesh takes two steps, of which DTensor warns.
+    # Gathering a tensor over two dimensions of a mesh takes two steps, and DTensor warns about it.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     plan = model.config.get_text_config().base_model_tp_plan or {}
     names = {module: name for name, module in model.base_model.named_modules()}

@@ -18,7 +18,7 @@ from dpo.system.errors import EXIT_CODES, exit_code_of, print_errors, summarize_
 
 HEARTBEAT_INTERVAL = 0.5  # seconds
 HEARTBEAT_TIMEOUT = 15.0  # seconds without a heartbeat after which a rank counts as stopped
-GRACE_PERIOD = 8.0  # seconds that the main thread has to end by itself after a failure
+GRACE_PERIOD = 8.0  # seconds after a failure in which the main thread may exit normally
 COLLECTIVE = re.compile(r"gloo|NCCL|onnection (closed|reset|refused)|Broken pipe|[Pp]rocess ?[Gg]roup")
 
 
@@ -110,7 +110,7 @@ class Watchdog:
                     cause = f"the store of all ranks is gone ({summarize_error(error)})"
                     self.report(Failure(self.rank, cause, EXIT_CODES["rank"]))
             if self.failure is not None and not self.closing.is_set():
-                time.sleep(GRACE_PERIOD)  # the main thread ends by itself, unless it waits for a rank that is gone
+                time.sleep(GRACE_PERIOD)  # the main thread exits, unless it waits for a rank that is gone
                 sys.stderr.flush()
                 os._exit(self.failure.code)
 

@@ -185,13 +185,13 @@ def unexpected_tensors(model: PreTrainedModel, name: str, unexpected: Iterable[s
 
     Other modules are heads that this architecture does not load, such as `mtp` for multi-token prediction.
     """
-    parts = {key.partition(".")[0] for key in model.state_dict()}
+    modules = {key.partition(".")[0] for key in model.state_dict()}
     unexpected = [key for key in unexpected if not DROPPABLE.search(key)]
-    ignored = Counter(key.partition(".")[0] for key in unexpected if key.partition(".")[0] not in parts)
+    ignored = Counter(key.partition(".")[0] for key in unexpected if key.partition(".")[0] not in modules)
     if ignored:
-        counts = ", ".join(f"{part} ({n:,})" for part, n in ignored.items())
+        counts = ", ".join(f"{module} ({n:,})" for module, n in ignored.items())
         log_message(f"model.name_or_path={name}: ignored tensors of modules that this model lacks: {counts}")
-    return [key for key in unexpected if key.partition(".")[0] in parts]
+    return [key for key in unexpected if key.partition(".")[0] in modules]
 
 
 def copy_reference(policy: M, dtype: str | None, clone: Callable[[M], M] = copy.deepcopy) -> M:
@@ -230,10 +230,10 @@ SUSPICIOUS = re.compile("drop|jitter|noise|random|stochastic|sampl|gumbel")
 
 def disable_randomness(config: PreTrainedConfig) -> None:
     """Set every rate of dropout, jitter or noise to 0 in a model's config and its nested configs."""
-    for part in configs(config):
-        for key, value in vars(part).items():
+    for nested in configs(config):
+        for key, value in vars(nested).items():
             if isinstance(value, float) and RANDOM.search(key):
-                setattr(part, key, 0.0)
+                setattr(nested, key, 0.0)
 
 
 def configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -264,7 +264,7 @@ def is_random(model: PreTrainedModel) -> bool:
 def check_deterministic(model: PreTrainedModel) -> None:
     """Raise UserError, with the config's suspicious settings, if the outputs are random in training mode."""
     if is_random(model):
-        keys = [key for part in configs(model.config) for key in vars(part) if SUSPICIOUS.search(key)]
+        keys = [key for nested in configs(model.config) for key in vars(nested) if SUSPICIOUS.search(key)]
         raise UserError(
             "model.name_or_path: this model's outputs are random in training, so policy and reference would differ"
             f" before the first update; possible causes in its config: {', '.join(keys) or 'none found'}"

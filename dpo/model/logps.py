@@ -44,8 +44,8 @@ class Logps:
 
         sizes: the same lengths, flat, as Python integers if known, since reading them from a device waits.
         """
-        parts = tokens.split(lengths.flatten().tolist() if sizes is None else list(sizes))
-        sums = pad_sequence(parts, batch_first=True).sum(1)  # segment_reduce does not support MPS
+        by_response = tokens.split(lengths.flatten().tolist() if sizes is None else list(sizes))
+        sums = pad_sequence(by_response, batch_first=True).sum(1)  # segment_reduce does not support MPS
         return cls(sums.view(lengths.shape), lengths, tokens)
 
     @property

@@ -39,10 +39,10 @@ class BatchMetrics:
     def means(self, split: str, ranks: Ranks = ALONE) -> dict[str, float]:
         """Average over the examples of all ranks, under the original's names: rewards_train/chosen, loss/train."""
         columns = {name: torch.cat(values).cpu().double() for name, values in self.values.items()}  # MPS has no float64
-        parts = ranks.gather_shares({name: (column.sum().item(), len(column)) for name, column in columns.items()})
+        shares = ranks.gather_shares({name: (column.sum().item(), len(column)) for name, column in columns.items()})
         means = {}
-        for name in dict.fromkeys(name for part in parts for name in part):
-            sums, counts = zip(*(part[name] for part in parts if name in part), strict=True)
+        for name in dict.fromkeys(name for share in shares for name in share):
+            sums, counts = zip(*(share[name] for share in shares if name in share), strict=True)
             if sum(counts):
                 means[record_name(name, split)] = sum(sums) / sum(counts)
         return means
@@ -50,7 +50,7 @@ class BatchMetrics:
     def gathered(self, ranks: Ranks) -> "BatchMetrics":
         """Collect the examples and values of all ranks, on the host."""
         merged = BatchMetrics()
-        values = {name: torch.cat(parts).cpu() for name, parts in self.values.items()}
+        values = {name: torch.cat(tensors).cpu() for name, tensors in self.values.items()}
         for examples, columns in ranks.gather_shares((self.examples, values)):
             merged.add(examples, columns)
         return merged
@@ -61,7 +61,7 @@ class BatchMetrics:
 
     def rows(self) -> list[dict[str, Any]]:
         """A JSON-compatible dict per example: source, row, texts, and the metrics that all examples have."""
-        columns = {name: torch.cat(parts).tolist() for name, parts in self.values.items()}
+        columns = {name: torch.cat(tensors).tolist() for name, tensors in self.values.items()}
         rows = []
         for i, example in enumerate(self.examples):
             text = example.text

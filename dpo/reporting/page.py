@@ -96,12 +96,12 @@ def suspects(pairs: Iterable[Record]) -> list[Suspect]:
         number = of_row.setdefault(pair.get("pair", 0), len(of_row) + 1)  # earlier versions wrote no checksum
         if pair["examples"]:
             margins[pair["source"], pair["row"], number].append(float(pair["rewards/margins"]))
-    found = []
+    suspected = []
     for (source, row, number), values in margins.items():
         if all(value < 0 for value in values):  # NaN is not negative
             place = f"{row}, pair {number}" if (source, row, 2) in margins else str(row)
-            found.append(Suspect(source, place, sum(values) / len(values)))
-    return sorted(found, key=lambda suspect: suspect.margin)
+            suspected.append(Suspect(source, place, sum(values) / len(values)))
+    return sorted(suspected, key=lambda suspect: suspect.margin)
 
 
 # The page

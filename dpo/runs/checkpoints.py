@@ -120,11 +120,11 @@ def find_corruption(folder: Path) -> str | None:
     lines, _, digest_of_lines = text.rpartition("# ")
     if digest_of_lines != hashlib.sha256(lines.encode()).hexdigest() + "\n":
         return f"{MANIFEST} is damaged"
-    listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())}
-    missing = {f"{name}.pt" for name in (SHARDED if INDEX in listed else PARTS)} - set(listed)
-    if missing or any(Path(name).name != name for name in listed):
-        return f"{MANIFEST} lists {', '.join(sorted(listed)) or 'nothing'}"
-    for name, digest in listed.items():
+    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())}
+    missing = {f"{name}.pt" for name in (SHARDED if INDEX in digests else PARTS)} - set(digests)
+    if missing or any(Path(name).name != name for name in digests):
+        return f"{MANIFEST} lists {', '.join(sorted(digests)) or 'nothing'}"
+    for name, digest in digests.items():
         path = folder / name
         if path.is_symlink() or not path.is_file():
             return f"{name} is missing"

@@ -206,9 +206,9 @@ class AdapterWeights:
         """The last parts of the adapted layers' names, or full names if other layers share a last part."""
         linear = (name for name, module in self.model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D)))
         names = {name.removesuffix(".base_layer") for name in linear if ".lora_" not in name}
-        parts = lora.last_parts(self.shape.targets)
-        alike = {name for name in names if name.rpartition(".")[2] in parts}
-        return parts if alike == set(self.shape.targets) else list(self.shape.targets)
+        last_parts = lora.last_parts(self.shape.targets)
+        alike = {name for name in names if name.rpartition(".")[2] in last_parts}
+        return last_parts if alike == set(self.shape.targets) else list(self.shape.targets)
 
     def merged_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights of the model with the adapter merged into it."""

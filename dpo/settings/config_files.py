@@ -13,7 +13,7 @@ REQUIRED = "???"  # OmegaConf's sign for a value without a default
 
 @dataclass(frozen=True)
 class Setting:
-    """One key: its full name, its default as YAML writes it, its comment, and the section that it stands in."""
+    """One key: its full name, its default as in YAML, its comment, and its section."""
 
     key: str
     default: str
@@ -33,7 +33,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Group:
-    """A folder of which a run chooses one file, as config/loss/.
+    """A folder from which a run chooses one file, such as config/loss/.
 
     default  the file that is chosen if none is named, ??? if one must be named
     main     the file that explains the keys that others leave without a comment
@@ -53,7 +53,7 @@ class ConfigFiles:
     groups: tuple[Group, ...]
 
     def keys(self) -> list[str]:
-        """Every key that some run may hold, each once."""
+        """Every key that a run may have, without duplicates."""
         options = [option for group in self.groups for option in group.options]
         settings = [*self.settings, *(setting for option in options for setting in option.settings)]
         return list(dict.fromkeys(setting.key for setting in settings))
@@ -76,7 +76,7 @@ def read_config_files(config_dir: Path) -> ConfigFiles:
 
 
 def _read_group(folder: Path, default: str) -> Group:
-    """Read a group; a key without a comment gets that of the file with the most comments."""
+    """Read a group; a key without a comment gets the comment from the file with the most comments."""
     options = [_read_option(path) for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)]
     main = max(options, key=lambda option: sum(bool(setting.comment) for setting in option.settings))
     comments = {setting.key: setting.comment for setting in main.settings}
@@ -89,7 +89,7 @@ def _read_group(folder: Path, default: str) -> Group:
 
 
 def _read_option(path: Path) -> Option:
-    """Read one file of a group, whose keys begin with the group's name; `name` is set by the choice of the file."""
+    """Read one file of a group. Keys begin with the group's name; the choice of the file sets `name`."""
     lines, root = _load(path)
     summary = lines[0].lstrip("# ") if lines and lines[0].startswith("#") else ""
     complete = all(key.value != "defaults" for key, _ in _pairs(root))
@@ -103,7 +103,7 @@ def _load(path: Path) -> tuple[list[str], yaml.Node | None]:
 
 
 def _settings(lines: list[str], node: yaml.Node | None, prefix: str = "") -> Iterator[Setting]:
-    """Yield the settings below a node, those of nested mappings with dotted keys."""
+    """Yield the settings below a node, with dotted keys for nested mappings."""
     for key, value in _pairs(node):
         if key.value in INTERNAL:
             continue
@@ -111,7 +111,7 @@ def _settings(lines: list[str], node: yaml.Node | None, prefix: str = "") -> Ite
             yield from _settings(lines, value, f"{prefix}{key.value}.")
             continue
         line = key.start_mark.line
-        last = value if value.end_mark.line == line else key  # a list may stand in the lines below its key
+        last = value if value.end_mark.line == line else key  # a list may be in the lines below its key
         comment = re.match(r"[\s:]*#(.*)", lines[line][last.end_mark.column :])
         sections = [above[1:].strip() for above in lines[1:line] if above.startswith("#")]
         section = sections[-1] if sections else ""

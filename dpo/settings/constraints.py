@@ -48,7 +48,7 @@ NOT_QUANTIZED = "only the weights of model.name_or_path can be quantized; set lo
 NOT_UPLOADED = "only this machine has the adapter's base model; set push_to_hub=null"
 RULES: tuple[Rule, ...] = (
     # Training
-    Rule("batch_size gradient_accumulation_steps", lambda size, parts: size % parts,
+    Rule("batch_size gradient_accumulation_steps", lambda size, n_steps: size % n_steps,
          "batch_size must be divisible by gradient_accumulation_steps"),
     Rule("max_prompt_length max_length", ge,
          "max_prompt_length must be below max_length, or no token is left for a response"),

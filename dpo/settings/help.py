@@ -111,9 +111,9 @@ def help_for_key(config_dir: Path, key: str, data_sets: Sequence[str] = ()) -> s
             return "\n".join(_option_lines(group, value) if value else _group_lines(group))
     entries = _entries(files)
     exact = [entry for entry in entries if entry.key == name]
-    parts = [entry for entry in entries if entry.key.startswith(f"{name}.") or entry.key.endswith(f".{name}")]
+    members = [entry for entry in entries if entry.key.startswith(f"{name}.") or entry.key.endswith(f".{name}")]
     lines = []
-    for setting in exact or parts:
+    for setting in exact or members:
         default = "required, there is no default" if setting.default == REQUIRED else f"default: {setting.default}"
         lines += ["", f"{setting.key} ({entries[setting]})", *_wrap(setting.comment, "  "), f"  {default}"]
         if setting.key == "datasets":

@@ -1,6 +1,6 @@
-"""Hints on settings that do not exist: names of other trainers, typing errors, keys of other losses.
+"""Hints for settings that do not exist: names from other trainers, typos, keys of other losses.
 
-Nothing slow is imported, so that mistyped commands are answered at once.
+Nothing slow is imported, so that mistyped commands fail immediately.
 """
 
 import difflib
@@ -136,7 +136,9 @@ OTHER_LOSSES = {  # loss names of other libraries, and the settings to use here
     "sppo_hard": "sppo",
     "dpo_positive": "dpop",
 }
-HYDRA_FLAG = re.compile(r"--(config|experimental|hydra|shell)|-(cp|cn|cd|sc)$")  # with these, Hydra alone judges
+HYDRA_FLAG = re.compile(
+    r"--(config|experimental|hydra|shell)|-(cp|cn|cd|sc)$"
+)  # with these, only Hydra checks the arguments
 
 
 def argument_problems(
@@ -147,7 +149,7 @@ def argument_problems(
     known    the dotted names of all settings
     options  the names of each group's files
 
-    Hydra's own flags, deletions and interpolations pass, since only Hydra can judge them.
+    Hydra's own flags, deletions and interpolations pass, since only Hydra can check them.
     """
     if any(HYDRA_FLAG.match(argument) for argument in arguments):
         return []
@@ -249,7 +251,7 @@ def _names(known: Collection[str]) -> dict[str, str]:
 
 
 def _groups(known: Collection[str]) -> list[str]:
-    """The names that stand before a dot, as wandb, model and loss."""
+    """The names before a dot, such as wandb, model and loss."""
     return list(dict.fromkeys(key.partition(".")[0] for key in known if "." in key))
 
 

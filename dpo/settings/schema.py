@@ -340,7 +340,7 @@ def flatten(config: DictConfig, prefix: str = "") -> dict[str, Any]:
 
 
 def default_values(config_dir: Path, loss_name: str | None, resumed: bool = False) -> dict[str, Any]:
-    """The defaults of the keys that a config may lack: those of model, loss and lora; in a resumed run, of all keys."""
+    """The defaults of keys that a config may lack: model, loss and lora keys; in a resumed run, all keys."""
     files = {"model": config_dir / "model" / "blank_model.yaml", "loss": config_dir / "loss" / f"{loss_name}.yaml"}
     files["lora"] = config_dir / "lora" / "default.yaml"
     groups = {group: read_yaml(path) for group, path in files.items() if path.is_file()}

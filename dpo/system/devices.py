@@ -126,7 +126,7 @@ def limit_onednn_cache() -> None:
 
 
 def total_memory(device: torch.device) -> int:
-    """The bytes of memory of a device; for a CPU those of the machine."""
+    """The bytes of memory of a device; for a CPU, of the machine."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -80,7 +80,7 @@ def atomic_dir(final: Path, write: Callable[[Path], None], digests: Mapping[str,
 def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
     """List the SHA-256 of every file in a folder, and flush all of it to disk, with permissions by the umask.
 
-    digests holds those that are known already, by file name.
+    digests has those that are already known, by file name.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     lines = "".join(f"{digests.get(path.name) or sha256(path)}  {path.name}\n" for path in files)

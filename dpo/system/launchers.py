@@ -11,7 +11,7 @@ PORTS = range(20_000, 30_000)  # below those that the system gives to clients
 
 
 def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """Describe one of several tasks of srun by the variables that torchrun sets; nothing for a process alone.
+    """The variables that torchrun would set for one of several tasks of srun; empty for a single process.
 
     Raises UserError where the tasks cannot form a run, with the command that does.
     """

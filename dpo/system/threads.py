@@ -28,7 +28,7 @@ VARIABLES = ("MKL_NUM_THREADS", "OMP_NUM_THREADS")  # the first that is set is t
 class ThreadCheck:
     """Times the run's number of threads against smaller ones after each of the first updates, then advises once.
 
-    It runs between updates and on tensors of its own, so it changes nothing that the run computes. Several processes
+    It runs between updates and on separate tensors, so it changes nothing that the run computes. Several processes
     measure at the same time; the main one prints.
     """
 
@@ -63,9 +63,9 @@ def halvings(n: int) -> list[int]:
 
 
 def fewer_threads(seconds: Mapping[int, Sequence[float]]) -> tuple[int, float] | None:
-    """The fastest number of threads and its speed over that of the largest; None if none is clearly faster.
+    """The fastest number of threads and its speedup over the largest number; None if none is clearly faster.
 
-    Medians are compared, so that a moment in which the machine did something else does not decide.
+    Medians are compared, so that a short disturbance has no effect.
     """
     medians = {n: statistics.median(times) for n, times in seconds.items()}
     best = min(medians, key=lambda n: medians[n])
@@ -107,8 +107,8 @@ def time_products(n: int, width: int, dtype: torch.dtype) -> float:
 def set_threads(device: torch.device, recorded: Mapping[str, Any]) -> None:
     """Set the number of a CPU's threads for a run; recorded is the environment of the run that is resumed, if any.
 
-    The environment variable wins over the recorded number, and more threads than torch would use here are not taken.
-    A number is set in any case: before that, MKL may use fewer threads for some products, and round them differently
+    An environment variable overrides the recorded number, which is limited to torch's default here.
+    The number is always set: otherwise MKL may use fewer threads for some products, and round them differently
     (mkl_set_dynamic).
     """
     if device.type != "cpu":
@@ -117,7 +117,7 @@ def set_threads(device: torch.device, recorded: Mapping[str, Any]) -> None:
     before = None if variable_set() else recorded_threads(recorded, device)
     n = min(before or default, default)
     if n != default:
-        log_message(f"Number of threads: {n}, as before the stop; {VARIABLES[-1]}={default} uses all of this machine.")
+        log_message(f"Number of threads: {n}, as before the stop; {VARIABLES[-1]}={default} uses all cores.")
     torch.set_num_threads(n)
 
 

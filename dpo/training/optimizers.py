@@ -137,22 +137,24 @@ def optimizer_problems(settings: Settings) -> list[str]:
 class CombinedOptimizer(Optimizer):
     """Several optimizers for different parameters, stepped together; a scheduler sees all their groups."""
 
-    def __init__(self, parts: Sequence[Optimizer]):
-        self.parts = parts
-        super().__init__([group for part in parts for group in part.param_groups], {})  # the same dict objects
+    def __init__(self, optimizers: Sequence[Optimizer]):
+        self.optimizers = optimizers
+        super().__init__(
+            [group for optimizer in optimizers for group in optimizer.param_groups], {}
+        )  # the same dict objects
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
         assert closure is None
-        for part in self.parts:
-            part.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self.parts]}
+        return {"parts": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        for optimizer, state in zip(self.optimizers, state_dict["parts"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
 class StochasticRoundingOptimizer(Optimizer):

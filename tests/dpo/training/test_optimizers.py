@@ -374,7 +374,7 @@ def test_muon_takes_the_matrices_of_layers_and_adamw_the_rest():
     module = policy_of((3, 4), (4,), (2, 2, 2))
     options = options_of(module, "optimizer=Muon", "optimizer_args={momentum: 0.5}")
     optimizer = make_optimizer("Muon", list(module.parameters()), 0.5, options)
-    muon, adamw = optimizer.parts
+    muon, adamw = optimizer.optimizers
     assert [tuple(p.shape) for group in muon.param_groups for p in group["params"]] == [(3, 4)]
     assert [tuple(p.shape) for group in adamw.param_groups for p in group["params"]] == [(5, 4), (4,), (2, 2, 2)]
     (group,) = muon.param_groups
@@ -415,7 +415,7 @@ def test_muon_and_adamw_step_as_torchs_own_and_resume_bit_for_bit():
 
 def test_a_run_with_muon_trains_and_its_head_is_adamws(make_trainer):
     trainer = make_trainer("loss=sft", "loss.normalize=tokens", "optimizer=Muon", "lr=1e-3", "warmup_steps=0")
-    muon, adamw = trainer.optimizer.parts
+    muon, adamw = trainer.optimizer.optimizers
     head = trainer.policy.head.weight
     assert any(parameter is head for group in adamw.param_groups for parameter in group["params"])
     assert all(parameter.dim() == 2 for group in muon.param_groups for parameter in group["params"])
