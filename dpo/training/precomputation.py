@@ -91,7 +91,7 @@ class Precomputation:
         train = self.train_batches
         if merged_share <= MAX_MERGED_SHARE:
             log_message(
-                "Reference: each response is computed once, together with the others of its prompt, which takes about"
+                "Reference: each response is computed once, together with the others of its prompt: about"
                 f" {merged_share:.0%} of the pairs' tokens."
             )
             texts = (text for group in train.groups for text in group)

@@ -138,7 +138,7 @@ def recorded(n, device=None):
 )
 def test_a_resumed_run_computes_with_the_threads_of_its_checkpoint(stored, expected, machine, capsys):
     set_threads(CPU, stored)
-    line = "Number of threads: 2, as before the stop; OMP_NUM_THREADS=8 uses all of this machine.\n"
+    line = "Number of threads: 2, as before the stop; OMP_NUM_THREADS=8 uses all cores.\n"
     assert machine == [8, expected] and capsys.readouterr().out == (line if expected == 2 else "")
 
 

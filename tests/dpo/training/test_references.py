@@ -257,7 +257,7 @@ def test_a_cache_that_cannot_be_written_is_one_line_and_stops_nothing(tmp_path, 
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "reference.pt"
     CachedReference(texts(1), 2).save(path, "key")
-    line = rf"{re.escape(str(path))}: cannot be written \(.*\), so it may be computed again\.\n"
+    line = rf"{re.escape(str(path))}: cannot be written \(.*\), so a later run may compute it again\.\n"
     assert re.fullmatch(line, capsys.readouterr().out)
 
 
