@@ -72,7 +72,7 @@ LOADING = "before training; a smaller model needs less"
 
 
 def load_inputs(settings: Settings, loss: Loss) -> Inputs:
-    """Load the data, the tokenizer and the model's config; UserError with a line for each misfit."""
+    """Load the data, the tokenizer and the model's config; UserError with one line per problem."""
     raise_problems(optimizer_problems(settings))
     model = settings.model
     names = {model.name_or_path: True, model.tokenizer_name_or_path or model.name_or_path: True}
@@ -98,7 +98,7 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
 def load_batches(
     settings: Settings, loss: Loss, tokenize: Tokenization, formatter: RowFormatter
 ) -> tuple[BatchIterator, BatchIterator]:
-    """Load the data of training and of evaluation, and log what is unusual; UserError if the run cannot use it."""
+    """Load training and evaluation data, and log anything unusual; UserError if the run cannot use it."""
     train, test = load_data(settings, loss.n_responses == 1, tokenize, formatter, loss.takes_labels)
     train_batches = BatchIterator(
         train, tokenize, settings.batch_size, settings.seed, settings.n_epochs, settings.n_examples
@@ -189,7 +189,7 @@ def load_on_main(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir, dt
 
 
 def without_policy_weights(models: Models) -> Models:
-    """Make what the main rank sends to the others."""
+    """The values that the main rank sends to the others."""
     policy = without_weights(models.policy)
     adapter = models.adapter and replace(models.adapter, model=policy.model)
     return replace(models, policy=policy, adapter=adapter)

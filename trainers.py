@@ -82,7 +82,7 @@ class Inputs:
 
 @dataclass
 class Models:
-    """The policy, its reference, and how both compute; build.py adds one after the other."""
+    """The policy, its reference, and how both compute; build.py fills in the fields step by step."""
 
     policy: ResponseLogps
     adapter: AdapterWeights | None  # if it alone is trained
@@ -166,7 +166,7 @@ class BasicTrainer:
         """Copy the weights of a prepared module to its prepared copy, if `copy` did not."""
 
     def split_batch(self, examples: Sequence[TokenizedExample], n_equal: int = 1) -> Iterator[Microbatch]:
-        """Yield this rank's microbatches of a batch; its share is divided into n_equal equal parts first."""
+        """Yield this rank's microbatches of a batch, first split into n_equal groups of equal size."""
         return BatchSplitter(self.packer, self.ranks)(examples, n_equal)
 
     def sums_of_logps(
@@ -320,7 +320,7 @@ class BasicTrainer:
         return means | diagnose(metrics)
 
     def sample(self) -> dict[str, float]:
-        """Log samples of policy and reference, for the same prompts every time, and compute metrics of them."""
+        """Log samples of policy and reference, always for the same prompts, and compute their metrics."""
         prompts = distinct_prompts(self.eval_batches, self.settings.n_eval_model_samples)
         with self.clock("sampling"), self.autocast():
             samples = {"policy": self.sampler.sample(self.policy.model, prompts, "sampling the policy")}
@@ -332,7 +332,7 @@ class BasicTrainer:
     # State
 
     def save(self, metrics: dict[str, float] | None = None, logs: list[int] | None = None) -> None:
-        """Write a checkpoint, with the metrics of the evaluation that is saved with it, if any.
+        """Write a checkpoint, with the metrics of its evaluation, if any.
 
         logs: the sizes in bytes to which a resumed run cuts the log files, by default their current sizes.
         """
@@ -408,7 +408,7 @@ def next_multiple(n: int, interval: int | None) -> float:
 
 
 def environment(trainer: BasicTrainer) -> dict[str, Any]:
-    """What decides how a trainer's numbers are rounded; checkpoints keep it."""
+    """Everything that determines a trainer's rounding; checkpoints store it."""
     return platform(trainer.device) | {
         "threads": torch.get_num_threads(),
         "world_size": trainer.ranks.world_size,

@@ -151,7 +151,6 @@ class RowIndex:
 
 
 def flags_of(row: Row, example: TextExample, eos: str, lacks_token: bool) -> int:
-    """The flags of a row."""
     label = row.extras.get("label")
     flags = EVERY_TARGET * row.every_target | PROMPTS_DIFFER * row.prompts_differ
     flags |= DESIRABLE * (label is True) | UNDESIRABLE * (label is False)
