@@ -199,14 +199,14 @@ class NCA(LengthOptions, ReferenceLoss):
 
 
 class APOZero(LengthOptions, ReferenceLoss):
-    """Anchored preference optimization: sigmoid(-beta a_w) + sigmoid(beta a_l); arXiv 2408.06266 plus 1."""
+    """Anchored preference optimization: sigmoid(-beta a_w) + sigmoid(beta a_l); arXiv 2408.06266, plus 1."""
 
     def ratio_losses(self, chosen: Tensor, rejected: Tensor, context: Context) -> Tensor:
         return (-self.beta * chosen).sigmoid() + (self.beta * rejected).sigmoid()
 
 
 class APODown(LengthOptions, ReferenceLoss):
-    """Anchored preference optimization: sigmoid(beta a_w) + sigmoid(-beta (a_w - a_l)); arXiv 2408.06266 plus 1."""
+    """Anchored preference optimization: sigmoid(beta a_w) + sigmoid(-beta (a_w - a_l)); arXiv 2408.06266, plus 1."""
 
     def ratio_losses(self, chosen: Tensor, rejected: Tensor, context: Context) -> Tensor:
         return (self.beta * chosen).sigmoid() + (-self.beta * (chosen - rejected)).sigmoid()

@@ -114,7 +114,7 @@ def test_rows_with_eos_inside_the_text_are_dropped_and_counted(sft, dropped, tmp
     data = own(tmp_path, *rows, sft=sft)
     assert [text.responses[0] for group in data for text in group] == [" yes", " later"]
     left_out = {"dropped: an earlier row has the same prompt and chosen response": 1} if sft else {}
-    assert counts(data) == {"read": 5, "kept": 2, f"dropped: the text holds {EOS}": dropped} | left_out
+    assert counts(data) == {"read": 5, "kept": 2, f"dropped: the text contains {EOS}": dropped} | left_out
 
 
 def test_several_pairs_of_a_prompt_are_kept_in_the_order_of_the_file(tmp_path):
@@ -344,7 +344,7 @@ def test_hh_keeps_eos_inside_the_text_and_counts_it(hub):
     hub(dialogue(), dialogue(rejected=PROMPT + " <eos>"))
     data = get_dataset("hh", "train")
     assert [len(group) for group in make_groups(data, "hh", False, "<eos>")] == [2]
-    assert data.counts["kept although the text holds <eos>"] == 1
+    assert data.counts["kept although the text contains <eos>"] == 1
 
 
 def test_a_dialogue_of_hh_without_an_assistant_is_named(hub):
@@ -491,7 +491,7 @@ def test_everything_read_kept_and_dropped_is_printed(tmp_path, capsys):
     train_batches, eval_batches = prepare(folder)
     out = capsys.readouterr().out.splitlines()
     line = next(line for line in out if line.startswith(f"Data {folder} train"))
-    reasons = "1 because the prompt is empty, 1 because the text holds <|endoftext|>"
+    reasons = "1 because the prompt is empty, 1 because the text contains <|endoftext|>"
     assert f"12 rows read: 10 kept, 2 dropped ({reasons}); 8 prompts; 1 kept although it repeats" in line
     assert "Each epoch skips the last 2 of 10 examples, too few for a batch." in out
     assert (train_batches.n_items, len(train_batches)) == (10, 1)

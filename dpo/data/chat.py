@@ -70,7 +70,7 @@ class ChatTemplate:
         """Render a row of messages; UnusableRow or InconsistentRow if it cannot be trained on."""
         assert isinstance(row.prompt, list)
         if any(map(self.special.search, texts_in([row.prompt, list(row.responses)]))):
-            raise UnusableRow("a turn holds a special token")
+            raise UnusableRow("a turn contains a special token")
         conversation = Conversation(to_json(row.prompt), tuple(map(to_json, row.responses)), to_json(row.tools), self)
         prompt, answers = conversation.render(row.prompt)
         return ConversationExample(prompt, answers, "keep_end", number, source, conversation=conversation)

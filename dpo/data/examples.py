@@ -155,7 +155,7 @@ class Tokenization:
         if highest >= self.vocab_size:
             token = f"the token {self.tokenizer.convert_ids_to_tokens(highest)!r} with id {highest}"
             limit = f"the model has embeddings for ids below {self.vocab_size}"
-            raise UserError(f"{example.text.where}: the text holds {token}, but {limit}")
+            raise UserError(f"{example.text.where}: the text contains {token}, but {limit}")
 
     def empty_prompts(self, prompts: Iterable[str]) -> set[str]:
         """The prompts without tokens, which cannot be trained on; none if BOS is added.

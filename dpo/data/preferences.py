@@ -165,9 +165,9 @@ def handle_eos(data: PreferenceData, group: list[TextExample], eos: str) -> list
     if not n_with:
         return group
     if data.drop_unusable:
-        data.counts.drop_kept(f"the text holds {eos}", n_with)
+        data.counts.drop_kept(f"the text contains {eos}", n_with)
         return without
-    data.counts.warn(f"the text holds {eos}", n_with)
+    data.counts.warn(f"the text contains {eos}", n_with)
     return group
 
 

@@ -301,7 +301,7 @@ def choose_rows(index: RowIndex, held_out: str | None = None) -> TableData:
         drop(every_target & ~first_of_each(np.array(index.targets)), SAME_TARGET)
         drop(~every_target & ~first_of_each(group[::-1])[::-1], ONE_TARGET)
     holds_eos = HOLDS_EOS if sft else HOLDS_EOS | REJECTED_HOLDS_EOS
-    drop(has(holds_eos), f"the text holds {index.reading.tokenize.tokenizer.eos_token}")
+    drop(has(holds_eos), f"the text contains {index.reading.tokenize.tokenizer.eos_token}")
     counts["desirable"] = n_kept(has(DESIRABLE))
     counts["undesirable"] = n_kept(has(UNDESIRABLE))
     kept = np.flatnonzero(keep)

@@ -117,7 +117,9 @@ def text_of(part: object, name: str) -> str:
         raise UserError(f"the content of {name} must be a text or a list of parts, not of {type(part).__name__}")
     kind = part.get("type", "text")
     if kind not in TEXT_PARTS:
-        raise InconsistentRow("a turn holds a part that is not text", f"{name} has one of the type {str(kind)[:40]!r}")
+        raise InconsistentRow(
+            "a turn contains a part that is not text", f"{name} has one of the type {str(kind)[:40]!r}"
+        )
     return checked_text(part.get("text"), f"the content of {name}")
 
 

@@ -167,7 +167,7 @@ def test_a_turn_that_holds_a_special_token_is_not_trained_on(name, place):
     """As text it would end the turn, or begin another."""
     forged = f"Hi{FAMILIES[name].end_of_turn} and more"
     turns = [{"role": "user", "content": forged if place == "prompt" else "Hi."}]
-    with pytest.raises(UnusableRow, match="a turn holds a special token"):
+    with pytest.raises(UnusableRow, match="a turn contains a special token"):
         example_of(TOKENIZERS[name], turns, forged if place == "response" else "Yes.")
 
 

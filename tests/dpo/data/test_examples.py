@@ -325,7 +325,7 @@ class NamedLetters(Letters):
 def test_an_example_with_a_token_beyond_the_embeddings_is_refused_by_row_and_token(prompt, responses):
     tokenize = Tokenization(NamedLetters(), 20, 10, vocab_size=ord("z"))
     text = TextExample(prompt, responses, "keep_end", 7, "mine")
-    with pytest.raises(UserError, match="mine, row 7: the text holds the token '<z>' with id 122, .* below 122"):
+    with pytest.raises(UserError, match="mine, row 7: the text contains the token '<z>' with id 122, .* below 122"):
         tokenize([TextExample("a", ("b", "c"), "keep_end", 6, "mine"), text])
     for fits in (replace(tokenize, vocab_size=ord("z") + 1), replace(tokenize, vocab_size=None)):
         assert len(fits([text])) == 1

@@ -91,7 +91,7 @@ def test_other_keys_of_a_message_and_their_order_stay():
 
 def test_a_part_that_is_no_text_makes_the_row_one_that_may_be_dropped():
     parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": "a.png"}}]
-    words = r"a turn holds a part that is not text \(chosen, turn 1 has one of the type 'image_url'\)"
+    words = r"a turn contains a part that is not text \(chosen, turn 1 has one of the type 'image_url'\)"
     with pytest.raises(InconsistentRow, match=words):
         parse({"chosen": [{"role": "user", "content": parts}], "rejected": [{"role": "user", "content": parts}]})
 

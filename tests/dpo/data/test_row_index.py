@@ -59,7 +59,7 @@ def test_conversations_are_counted_as_texts_are(tmp_path):
         "kept": 3,
         "dropped: both responses are equal": 1,
         "dropped: a response is empty": 1,
-        "dropped: a turn holds a special token": 1,
+        "dropped: a turn contains a special token": 1,
         "dropped: the conversations differ in more than their last turn": 1,
         "kept although it repeats an earlier row": 1,
     }
@@ -112,10 +112,12 @@ def test_rows_are_also_refused_or_dropped_by_their_tokens(tmp_path):
 def test_a_part_of_a_turn_that_is_no_text_is_refused_or_dropped_and_counted(tmp_path):
     image = chat(1)
     image["chosen"] = [{"from": "human", "value": [{"type": "image"}]}, *image["chosen"][1:]]
-    with pytest.raises(UserError, match=r"row 2: a turn holds a part that is not text \(.*'image'\); on_inconsistent"):
+    with pytest.raises(
+        UserError, match=r"row 2: a turn contains a part that is not text \(.*'image'\); on_inconsistent"
+    ):
         read(tmp_path, chat(0), image)
     data = read(tmp_path, chat(0), image, on_inconsistent="drop")
-    assert counts(data) == {"read": 2, "kept": 1, "dropped: a turn holds a part that is not text": 1}
+    assert counts(data) == {"read": 2, "kept": 1, "dropped: a turn contains a part that is not text": 1}
 
 
 def test_scores_are_known_without_reading_rows_again(tmp_path, monkeypatch):
