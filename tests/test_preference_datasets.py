@@ -152,7 +152,7 @@ UNREADABLE = {
     "a number of 5,000 digits": (b'{"chosen": ' + b"1" * 5000 + b"}", "is not JSON"),
     "JSON 100,000 deep": (b"[" * 100_000, "is not JSON"),
     "bytes that are no UTF-8": (GOOD.replace(b"yes", b"y\xe9s"), "is not UTF-8"),
-    "half of a surrogate pair": (GOOD.replace(b"yes", b"\\ud83d"), "holds half of a surrogate pair"),
+    "half of a surrogate pair": (GOOD.replace(b"yes", b"\\ud83d"), "contains half of a surrogate pair"),
 }
 
 
