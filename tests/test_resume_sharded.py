@@ -91,7 +91,7 @@ def change_layer(apply: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], 
     "apply, line",
     [
         (torch.detach, "no gradient reaches 4 of 28 trained tensors that affect the log-probabilities"),
-        (lambda output: output * 1.01, "from its reference, although both have the same weights"),
+        (lambda output: output * 1.01, "before the first update, although they have the same weights"),
     ],
     ids=["a cut graph", "another reference"],
 )

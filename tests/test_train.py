@@ -321,7 +321,7 @@ def test_tensors_of_parts_that_the_model_does_not_have_are_listed_and_ignored_an
         save_file(weights | {extra: torch.zeros(2)}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
         run = run_forked("loss=sft", *SHORT, "n_examples=8", "debug=true", f"model.name_or_path='{tmp_path / 'model'}'")
         assert run.returncode == code, run.stderr
-        assert ("not loaded are ignored: mtp (1)" in run.stdout) == (code == 0)
+        assert ("that this model lacks: mtp (1)" in run.stdout) == (code == 0)
         assert ("unexpected ['transformer.surplus']" in run.stderr) == (code == 2)
 
 

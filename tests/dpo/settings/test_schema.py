@@ -191,7 +191,7 @@ SEVERAL = ("trainer=FSDPTrainer", "batch_size=8")
         (["loss.divergence=js", "loss.reference_free=true"], "without a reference there is no divergence from it"),
         (["loss=simpo", "sync_reference=8"], "sync_reference=8: the loss has no reference"),
         (["loss.reference_free=true", "sync_reference=8"], "sync_reference=8: the loss has no reference"),
-        (["loss.precompute_reference=true", "sync_reference=8"], "a reference that is computed once cannot follow"),
+        (["loss.precompute_reference=true", "sync_reference=8"], "a precomputed reference cannot follow"),
         (["model.reference_dtype=bfloat16", "sync_reference=8"], "the reference takes the policy's dtype"),
         (
             ["precision=auto", "model.policy_dtype=bfloat16", "sync_reference=8", "sync_mix=0.5"],

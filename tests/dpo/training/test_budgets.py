@@ -140,7 +140,10 @@ def test_inspecting_on_a_gpu_estimates_from_the_config_alone(monkeypatch, capsys
     monkeypatch.setattr(inspection, "read_facts", lambda device: gpu(24))
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("loads weights"))
     inspection.inspect_inputs(settings, loss, build.load_inputs(settings, loss))
-    assert "max_tokens_per_pass=auto: microbatches of up to 32,768 tokens; by an estimate" in capsys.readouterr().out
+    assert (
+        "max_tokens_per_pass=auto: microbatches of up to 32,768 tokens; training is estimated"
+        in capsys.readouterr().out
+    )
 
 
 def test_an_estimate_is_made_for_a_gpu_alone_and_a_number_is_kept(capsys):
@@ -153,11 +156,11 @@ def test_an_estimate_is_made_for_a_gpu_alone_and_a_number_is_kept(capsys):
     assert resolve_max_tokens("fit", gpu(25), estimate) == 10_240 and capsys.readouterr().out == ""
     assert resolve_max_tokens("auto", gpu(25), estimate) == 10_240  # (0.9 * 25 - 1) GB / 2 MB = 10,750
     said = (
-        "max_tokens_per_pass=auto: microbatches of up to 10,240 tokens; by an estimate, training needs 21.5 of 22.5 GB"
+        "max_tokens_per_pass=auto: microbatches of up to 10,240 tokens; training is estimated to need 21.5 of 22.5 GB"
     )
     assert capsys.readouterr().out == f"{said} with them.\n"
     assert resolve_max_tokens("auto", gpu(1), estimate) == 1_024
-    assert "3.0 of 0.9 GB with them; set activation_checkpointing=true" in capsys.readouterr().out
+    assert "3.0 of 0.9 GB; set activation_checkpointing=true" in capsys.readouterr().out
 
 
 def test_a_gpus_number_is_recorded_for_a_resumed_run_and_a_cpus_is_not(make_trainer, monkeypatch, capsys):
@@ -167,7 +170,10 @@ def test_a_gpus_number_is_recorded_for_a_resumed_run_and_a_cpus_is_not(make_trai
     capsys.readouterr()
     trainer = make_trainer("loss=dpo", "max_tokens_per_pass=auto")
     assert trainer.packer.max_tokens == trainer.run.config.max_tokens_per_pass == 32_768
-    assert "max_tokens_per_pass=auto: microbatches of up to 32,768 tokens; by an estimate" in capsys.readouterr().out
+    assert (
+        "max_tokens_per_pass=auto: microbatches of up to 32,768 tokens; training is estimated"
+        in capsys.readouterr().out
+    )
 
 
 # The search
