@@ -139,9 +139,8 @@ class CombinedOptimizer(Optimizer):
 
     def __init__(self, optimizers: Sequence[Optimizer]):
         self.optimizers = optimizers
-        super().__init__(
-            [group for optimizer in optimizers for group in optimizer.param_groups], {}
-        )  # the same dict objects
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # the same dict objects
+        super().__init__(groups, {})
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
         assert closure is None

@@ -158,7 +158,7 @@ def test_an_estimate_is_made_for_a_gpu_alone_and_a_number_is_kept(capsys):
     said = (
         "max_tokens_per_pass=auto: microbatches of up to 10,240 tokens; training is estimated to need 21.5 of 22.5 GB"
     )
-    assert capsys.readouterr().out == f"{said} with them.\n"
+    assert capsys.readouterr().out == f"{said}.\n"
     assert resolve_max_tokens("auto", gpu(1), estimate) == 1_024
     assert "3.0 of 0.9 GB; set activation_checkpointing=true" in capsys.readouterr().out
 
@@ -279,7 +279,7 @@ def test_the_search_leaves_no_trace(optimizer, make_trainer, monkeypatch):
     recompute_activations(policy.model, on=False)
     with training_state(settings, policy, trainer.device):
         assert policy.training and all(p.grad is not None for p in policy.trained_parameters())
-        n_states = sum(len(part.state) for part in getattr(made[0], "parts", made))
+        n_states = sum(len(each.state) for each in getattr(made[0], "optimizers", made))
         assert n_states == len(policy.trained_parameters()) and recomputes(policy.model)
         peak_of_microbatch(policy, next(trainer.packer(next(iter(trainer.train_batches)).examples)), torch.float32)
         assert torch.rand(3).sum() > 0  # draws, as an adapter's dropout does
