@@ -246,7 +246,7 @@ def bfloat16_note(parameters: Iterable[Parameter], optimizer_name: str) -> str |
         return None
     more = 2 * (2 + count_moments(optimizer_name)) * n / 1e9  # weight, gradient and moments take 2 bytes more each
     return (
-        "model.policy_dtype=bfloat16: most updates are smaller than the rounding of the weights, so they are rounded"
+        "model.policy_dtype=bfloat16: updates below the rounding of the weights would be lost, so they are rounded"
         f" stochastically; model.policy_dtype=float32 trains exactly and needs {more:.2g} GB more"
     )
 
