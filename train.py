@@ -162,6 +162,9 @@ def start(arguments: Sequence[str], signals: Signals) -> None:
     help_code = print_help(arguments, CONFIG, list(DATASETS), load_losses)
     if help_code is not None:
         sys.exit(help_code)
+    os.environ.update(torchrun_variables(os.environ))
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        mark_rank(os.environ.get("RANK", "0"))
     register_resolvers()
     if any(re.match(r"resume=(?!null$)", argument) for argument in arguments):
         return resume(arguments, signals)
@@ -198,9 +201,6 @@ def main() -> None:
     guard_streams()
     arguments = sys.argv[1:]
     with ProcessSignals().installed() as signals:
-        exit_on_error(lambda: os.environ.update(torchrun_variables(os.environ)))
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            mark_rank(os.environ.get("RANK", "0"))
         exit_on_error(lambda: start(arguments, signals))
 
 

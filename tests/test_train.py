@@ -123,6 +123,14 @@ def test_help_is_one_page_however_it_is_asked_for(answers):
     ]  # fmt: skip
 
 
+def test_help_is_printed_where_the_tasks_of_a_job_cannot_train():
+    command, job = [sys.executable, "train.py"], os.environ | {"SLURM_NTASKS": "2"}
+    page = subprocess.run([*command, "--help", "lr"], cwd=ROOT, env=job, capture_output=True, text=True, check=True)
+    assert "default: 5e-7" in page.stdout
+    refused = subprocess.run([*command, *TINY_MODEL], cwd=ROOT, env=job, capture_output=True, text=True)
+    assert refused.returncode == 2 and "SLURM_NTASKS=2: this job has 2 tasks" in refused.stderr
+
+
 def test_hydra_prints_the_composed_config_and_the_completion_of_a_shell(answers):
     code, config, refusal, _ = answers[(*TINY_MODEL, "--cfg", "job")]
     assert (code, refusal) == (0, "") and "max_length: 64\n" in config and "  name: dpo\n" in config

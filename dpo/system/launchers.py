@@ -22,8 +22,9 @@ def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
         return slurm_variables(environment, n_tasks)
     if n_tasks > 1:  # a script without srun looks like one of its tasks
         raise UserError(
-            f"SLURM_NTASKS={n_tasks}: this job has {n_tasks} tasks, and each would train a separate run; start "
-            f"`srun --ntasks-per-node=1 torchrun --nproc-per-node=N train.py ...`, or `srun --ntasks=1 {COMMAND} ...`"
+            f"SLURM_NTASKS={n_tasks}: this job has {n_tasks} tasks, but srun did not start this process; "
+            "start `srun --ntasks-per-node=1 torchrun --nproc-per-node=N train.py ...`, "
+            f"or `srun --ntasks=1 {COMMAND} ...`"
         )
     for name in MPI_SIZES:
         n = int(environment.get(name) or 1)
