@@ -37,13 +37,11 @@ TABLE = {
     "max_samples max_train_samples": "use n_examples{}, the training examples of all epochs",
     "random_seed manual_seed data_seed": "seed",
     # Precision, memory and devices
-    "bf16 bfloat16 mixed_precision": "use precision=bfloat16 or precision=float32",
+    "bf16 bfloat16 mixed_precision": "use precision=bfloat16, or precision=float32 without it",
     "fp16 float16": "use precision=bfloat16 or precision=float32; float16 needs loss scaling, which is not supported",
     "fp32 tf32": "use precision=float32",
     "dtype torch_dtype": "use precision for the computation and model.policy_dtype for the parameters",
-    "gradient_checkpointing use_gradient_checkpointing gradient_checkpointing_kwargs": (
-        "use activation_checkpointing=true or activation_checkpointing=false"
-    ),
+    "gradient_checkpointing use_gradient_checkpointing": "activation_checkpointing",
     "torch_compile use_torch_compile": "compile",
     "flash_attn flash_attention attn_implementation": "leave it out: layout and device choose the attention kernel",
     "deepspeed zero_stage fsdp use_fsdp fsdp_config device_map nnodes num_nodes": ON_GPUS,
