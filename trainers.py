@@ -35,6 +35,7 @@ from dpo.distributed.sharding import (
 )
 from dpo.distributed.splitting import BatchSplitter, Microbatch
 from dpo.distributed.tensor_parallel import parallelize
+from dpo.model.accumulation import accumulate_in_place
 from dpo.model.logps import ResponseLogps, response_logps
 from dpo.model.packing import PackedBatch, Packer
 from dpo.model.sampling import Sampler, distinct_prompts
@@ -154,7 +155,7 @@ class BasicTrainer:
     @staticmethod
     def prepare(module: ResponseLogps, settings: Settings, ranks: Ranks, dtype: torch.dtype) -> ResponseLogps:
         """Prepare the policy or the second model, before the optimizer gets the policy's parameters."""
-        return module
+        return accumulate_in_place(module)
 
     @staticmethod
     def copy(module: ResponseLogps) -> ResponseLogps:

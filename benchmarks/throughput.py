@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from dpo.data.examples import TextExample, Tokenization, TokenizedExample
+from dpo.model.accumulation import accumulate_in_place
 from dpo.model.attention import attention_kinds, use_attention
 from dpo.model.loading import compile_layers, recompute_activations
 from dpo.model.logps import ResponseLogps, response_logps
@@ -132,6 +133,13 @@ class Bench:
         for model in (self.policy, *(reference.module.model for reference in self.references.values())):
             for module in model.modules():
                 module._compiled_call_impl = module.compiled_call if on else None
+
+    def accumulate(self, in_place: bool) -> None:
+        """Add to the gradients of head and embeddings in place, or let autograd do it as the original does."""
+        for part in (self.policy.get_input_embeddings(), self.policy.get_output_embeddings()):
+            part._forward_hooks.clear()
+        if in_place:
+            accumulate_in_place(self.response_logps)
 
     def finish(self) -> None:
         """Clip, step, and clear the gradient, as training does."""
@@ -248,6 +256,7 @@ def run_once(bench: Bench, way: Way, batch: list[TokenizedExample], kind: str) -
         bench.reference(way.dtype)
     bench.use_compiled(way.compile)
     bench.response_logps.float32_head = way.cached and way.dtype != torch.float32
+    bench.accumulate(in_place=way.update is update)
     reset_peak_memory(bench.device)
     start = clock(bench.device)
     numbers = way.update(bench, way, batch)

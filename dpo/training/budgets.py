@@ -279,7 +279,10 @@ def peak_of_microbatch(policy: ResponseLogps, batch: PackedBatch, dtype: torch.d
 
 @contextmanager
 def training_state(settings: Settings, policy: ResponseLogps, device: torch.device) -> Iterator[Optimizer]:
-    """Allocate the optimizer's state and use training mode; undo both at the end."""
+    """Allocate the optimizer's state and use training mode; undo both at the end.
+
+    Training needs a little less memory, since it adds gradients in place (dpo/model/accumulation.py).
+    """
     states, was_training = random_states(), policy.training
     optimizer = stepped_optimizer(settings, policy)
     policy.train()

@@ -11,6 +11,7 @@ import yaml
 from tiny_models import EXAMPLES, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpo.model.accumulation import accumulate_in_place
 from dpo.model.attention import sdpa_attention_forward, use_attention
 from dpo.model.logps import Logps, ResponseLogps, response_logps
 from dpo.model.packing import LAYOUTS
@@ -70,7 +71,7 @@ def test_an_update_uses_operators_that_mps_has_and_no_float64(name, layout, dtyp
     monkeypatch.setattr("dpo.model.logps.CHUNK_BYTES", 0)
     monkeypatch.setattr("dpo.model.logps.CHUNK_TOKENS", 7)
     monkeypatch.setattr("dpo.model.attention.cpu_attention", as_on_a_gpu)
-    module = ResponseLogps.wrap(tiny(name), float32_head=dtype != torch.float32)
+    module = accumulate_in_place(ResponseLogps.wrap(tiny(name), float32_head=dtype != torch.float32))
     use_attention(module.model, "packed")
     optimizer = torch.optim.RMSprop(module.parameters(), lr=1e-3)
     with Recorder() as recorder:
