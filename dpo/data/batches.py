@@ -142,8 +142,8 @@ def data_problems(settings: Settings, train_batches: BatchIterator, eval_batches
     problems = []
     n = train_batches.n_items
     if n < settings.batch_size:
-        remedy = f"lower it to {n} or less" if n else "add some"
-        problems.append(f"batch_size={settings.batch_size}: the training data holds {n} examples; {remedy}")
+        mitigation = f"lower it to {n} or less" if n else "add some"
+        problems.append(f"batch_size={settings.batch_size}: the training data holds {n} examples; {mitigation}")
     elif len(train_batches) == 0:
         problems.append("n_epochs, n_examples: no update would be made; raise them")
     if eval_batches.n_items == 0:

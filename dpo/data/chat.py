@@ -35,8 +35,8 @@ class ChatTemplate:
     def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "ChatTemplate":
         """Detect how the template ends a turn; UserError if there is no template or it fails."""
         if not tokenizer.chat_template:
-            remedy = "choose an instruct model, set model.tokenizer_name_or_path to one, or set prompt_format=hh"
-            raise UserError(f"model.tokenizer_name_or_path: the tokenizer has no chat template; {remedy}")
+            mitigation = "choose an instruct model, set model.tokenizer_name_or_path to one, or set prompt_format=hh"
+            raise UserError(f"model.tokenizer_name_or_path: the tokenizer has no chat template; {mitigation}")
         tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         tokens |= {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
         special = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))

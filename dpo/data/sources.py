@@ -111,8 +111,10 @@ def csv_form(path: Path, usual: str) -> tuple[str, Any]:
             with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
                 headers[delimiter] = next(csv.reader(file, delimiter=delimiter), [])
         except (UnicodeDecodeError, *UNREADABLE, csv.Error) as error:
-            remedy = "; save it as UTF-8, which Excel calls CSV UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-            raise UserError(f"{path}, row 0: cannot be read ({summarize_error(error)}){remedy}") from None
+            mitigation = (
+                "; save it as UTF-8, which Excel calls CSV UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+            )
+            raise UserError(f"{path}, row 0: cannot be read ({summarize_error(error)}){mitigation}") from None
     delimiter, header = max(headers.items(), key=lambda item: len(item[1]))  # of equals the first
     names = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
     if not names or len(set(names)) < len(names):
@@ -153,9 +155,9 @@ class SplitNames:
                 raise UserError(f"split_{split}={given}: {where} has no such split; it has {join_names(sorted(names))}")
             candidates = [name for name in usual[split] if name in names] if given is None else [given]
             if split == "train" and not candidates:
-                remedy = f"set split_train to one of {join_names(sorted(names))}, " if names else "add one"
-                remedy += "or give files as a glob, datasets=['FOLDER/*.jsonl']" if names else ""
-                raise UserError(f"datasets=[{where}]: there is no train{SUFFIXES}; {remedy}")
+                mitigation = f"set split_train to one of {join_names(sorted(names))}, " if names else "add one"
+                mitigation += "or give files as a glob, datasets=['FOLDER/*.jsonl']" if names else ""
+                raise UserError(f"datasets=[{where}]: there is no train{SUFFIXES}; {mitigation}")
             chosen += candidates[:1]
         if len(chosen) > len(set(chosen)):
             problem = f"{where} would be both trained and evaluated on {chosen[0]}; set them to different splits"
@@ -227,8 +229,8 @@ def open_folder(folder: Path, splits: SplitNames) -> Source:
             else:
                 files.setdefault(split if is_named_by_file else place.name, []).append(path)
     if subsets and not USUAL & files.keys() and splits.train is None:
-        remedy = f"give datasets=[{','.join(map(str, subsets))}]"
-        raise UserError(f"datasets=[{folder}]: its folders have splits of their own; {remedy}")
+        mitigation = f"give datasets=[{','.join(map(str, subsets))}]"
+        raise UserError(f"datasets=[{folder}]: its folders have splits of their own; {mitigation}")
     chosen = splits.choose(files, str(folder))
     for split in chosen:
         whole = [path.name for path in files[split] if path.name.partition(".")[0] == split]

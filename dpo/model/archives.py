@@ -20,14 +20,14 @@ def load_archive(path: str) -> dict[str, Any]:
 
     The state is {name: tensor}, or for a LoRA run the state_dict of `dpo.runs.weights.AdapterWeights`.
     """
-    remedy = "model.archive must be a policy.pt of a run here or of the original"
+    mitigation = "model.archive must be a policy.pt of a run here or of the original"
     try:
         archive = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise UserError(f"model.archive={path}: there is no such file; {remedy}") from None
+        raise UserError(f"model.archive={path}: there is no such file; {mitigation}") from None
     except Exception as error:  # torch raises many kinds of errors for a damaged file or one with more than weights
         reason = summarize_error(error)
-        raise UserError(f"model.archive={path}: cannot be read ({reason}); {remedy}") from None
+        raise UserError(f"model.archive={path}: cannot be read ({reason}); {mitigation}") from None
     state: Any = archive.get("state") if isinstance(archive, dict) else None
     weights = state["weights"] if is_adapter(state) else state
     if not isinstance(weights, dict) or not all(
@@ -37,7 +37,7 @@ def load_archive(path: str) -> dict[str, Any]:
         and not value.is_meta
         for name, value in weights.items()
     ):
-        raise UserError(f"model.archive={path}: holds no weights under 'state'; {remedy}")
+        raise UserError(f"model.archive={path}: holds no weights under 'state'; {mitigation}")
     return state
 
 

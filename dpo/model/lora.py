@@ -124,8 +124,8 @@ def read_adapter(folder: str) -> StoredAdapter:
         shape = AdapterShape(config["r"], config["lora_alpha"], **flags, targets=tuple(layers))
     except Exception as error:  # missing or foreign files raise many kinds of errors
         reason = summarize_error(error)
-        remedy = "give the folder of a LoRA adapter in peft's format, such as RUN/LATEST/hf"
-        raise UserError(f"lora.path={folder}: cannot be read ({reason}); {remedy}") from None
+        mitigation = "give the folder of a LoRA adapter in peft's format, such as RUN/LATEST/hf"
+        raise UserError(f"lora.path={folder}: cannot be read ({reason}); {mitigation}") from None
     init = config.get("init_lora_weights", True)
     extras = [name for name in ("alpha_pattern", "rank_pattern", "modules_to_save") if config.get(name)]
     extras += [f"init_lora_weights={init}"] * (init not in KEEPS_BASE)

@@ -18,7 +18,7 @@ class Rule(NamedTuple):
 
     keys       names of the settings; the rule is skipped if one of them is missing or invalid
     is_broken  called with their values
-    message    cause and remedy, printed after "KEY=VALUE KEY=VALUE: "
+    message    cause and mitigation, printed after "KEY=VALUE KEY=VALUE: "
     """
 
     keys: str

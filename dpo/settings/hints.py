@@ -202,11 +202,11 @@ def suggest_option(group: str, name: str, options: Sequence[str]) -> str:
         return f"{problem}; use loss={OTHER_LOSSES[name.lower()]}"
     if "/" not in name and (near := _nearest(name, options, cutoff=0.8)):  # a path or a name on the Hub is no error
         return f"{problem}; did you mean {near}?"
-    remedies = {
+    mitigations = {
         "model": f"use model.name_or_path={name}, a folder or a name on the Hub",
         "lora": "leave it out to train all weights",
     }
-    return f"{problem}; {remedies[group]}" if group in remedies else problem
+    return f"{problem}; {mitigations[group]}" if group in mitigations else problem
 
 
 def _hint(name: str, value: str | None) -> str | None:

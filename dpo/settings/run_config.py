@@ -98,8 +98,8 @@ def override_run_config(config: DictConfig, arguments: Sequence[str], known: Seq
             applied[key] = value
         else:
             kept = f"{key}={format_value(settings[key])}" if key in settings else f"its own {key}"
-            remedy = new_run_from(Path(path) / "LATEST")
-            problems.append(f"{key}={format_value(value)}: a resumed run keeps {kept}; leave this out, or {remedy}")
+            mitigation = new_run_from(Path(path) / "LATEST")
+            problems.append(f"{key}={format_value(value)}: a resumed run keeps {kept}; leave this out, or {mitigation}")
     for key, value in settings.items():
         if key not in applied and is_interpolated(value):
             problems.append(f"{key}={value}: is not resolved again when a run is resumed; add {key}=VALUE")

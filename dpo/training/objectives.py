@@ -81,11 +81,11 @@ class Loss(LossSettings, ABC):
             yield f"model.reference_dtype={dtype} loss.precompute_reference=true: {problem}"
         name, label = settings.get("loss.name"), settings.get("columns.label")
         if label is not None and self.n_responses == 2 and not self.takes_labels:
-            remedy = "set columns.label=null, or choose a loss of single responses, such as loss=kto"
-            yield f"loss={name} columns.label={label}: this loss reads no label; {remedy}"
+            mitigation = "set columns.label=null, or choose a loss of single responses, such as loss=kto"
+            yield f"loss={name} columns.label={label}: this loss reads no label; {mitigation}"
         if self.needs_scores and settings.get("columns.score_chosen", "") is None:
-            remedy = "set columns.score_chosen=NAME and columns.score_rejected=NAME"
-            yield f"loss={name} columns.score_chosen=null: this loss reads a score of each response; {remedy}"
+            mitigation = "set columns.score_chosen=NAME and columns.score_rejected=NAME"
+            yield f"loss={name} columns.score_chosen=null: this loss reads a score of each response; {mitigation}"
 
     @property
     def needs_reference(self) -> bool:
