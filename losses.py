@@ -253,8 +253,8 @@ class ORPO(PreferenceLoss):
         return logps.means
 
     def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
-        below_0 = policy.clamp(max=-(2.0**-126))  # else probability 1 has infinite odds and no gradient
-        log_odds = below_0 - (-below_0.expm1()).log()
+        below_0 = policy.clamp(max=-(2.0**-126))  # else the odds of probability 1 have no gradient
+        log_odds = policy - (-below_0.expm1()).log()
         return -policy[:, 0] - self.beta * logsigmoid(log_odds[:, 0] - log_odds[:, 1])
 
 
