@@ -141,9 +141,9 @@ def build_trainer(
     logger = open_logger(settings, run)
     models.reference = make_reference(settings, loss, inputs, models, run)
     reshard(models.policy)  # the optimizer is made of sharded parameters
-    if models.second is not None:
-        prepare(models.second)
-        trainer_class.copy_weights(models.policy, models.second)
+    if isinstance(models.reference, ModelReference):
+        models.reference.module = prepare(models.reference.module)
+        trainer_class.copy_weights(models.policy, models.reference.module)
     if settings.activation_checkpointing:
         recompute_activations(models.policy.model)
     trainer = trainer_class(settings, loss, inputs, models, run, logger, signals)

@@ -6,11 +6,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from dpo.distributed.ranks import Ranks
-from dpo.distributed.sharding import reshard
+from dpo.distributed.sharding import local_part, reshard
 from dpo.model.logps import Logps, ResponseLogps
 from dpo.system.console import log_message
 from dpo.system.errors import UserError, summarize_error
@@ -75,13 +74,13 @@ def check_gradients(policy: ResponseLogps, compute_logps: Callable[[], Tensor], 
 
 def has_gradient(parameter: Parameter) -> bool:
     """Whether this rank holds a gradient of the parameter that is not 0 everywhere."""
-    return parameter.grad is not None and bool(local(parameter.grad).any())
+    return parameter.grad is not None and bool(local_part(parameter.grad).any())
 
 
 @torch.no_grad()
 def change_logps(policy: ResponseLogps, parameters: Iterable[Parameter], compute_logps: Callable[[], Tensor]) -> bool:
     """Whether changing the parameters changes the log-probabilities; their values are restored."""
-    weights = [local(parameter) for parameter in parameters]
+    weights = [local_part(parameter) for parameter in parameters]
     values = [weight.clone() for weight in weights]
     was_training = policy.training
     policy.eval()
@@ -97,11 +96,6 @@ def change_logps(policy: ResponseLogps, parameters: Iterable[Parameter], compute
         weight.copy_(value)
     policy.train(was_training)
     return is_changed
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a tensor, or the whole tensor if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def shorten(names: Iterable[str]) -> str:
