@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from dpo.data.chat import RowFormatter
 from dpo.data.examples import TextExample, Tokenization, Truncation
+from dpo.data.messages import checked_text
 from dpo.data.preferences import Entry, PreferenceData, as_preference_data, make_groups, naming_row
 from dpo.data.row_index import Reading, TableData, choose_rows, concatenate, index_rows
-from dpo.data.rows import ASSISTANT, DIFFERENT_PROMPTS, checked_text, split_dialogues
+from dpo.data.rows import ASSISTANT, DIFFERENT_PROMPTS, split_dialogues
 from dpo.data.sources import Source, SplitNames, open_source
 from dpo.settings.schema import Settings
 from dpo.system.console import log_message, progress

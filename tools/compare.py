@@ -115,7 +115,8 @@ def prompts_of_file(path: Path, candidate: Candidate, n: int | None) -> Prompts:
 
 def read_prompt(row: Any, formatter: "RowFormatter", number: int, source: str) -> "TextExample":
     """The prompt of a row, as an example with a placeholder response; UserError names the row."""
-    from dpo.data.rows import Row, as_messages, checked_text
+    from dpo.data.messages import as_messages, checked_text
+    from dpo.data.rows import Row
 
     try:
         prompt = row["prompt"]

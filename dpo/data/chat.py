@@ -8,7 +8,8 @@ from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dpo.data.examples import TextExample, Tokenization
-from dpo.data.rows import ASSISTANT, InconsistentRow, Message, Row, UnusableRow, to_json
+from dpo.data.messages import InconsistentRow, Message, UnusableRow, to_json
+from dpo.data.rows import ASSISTANT, Row
 from dpo.system.errors import UserError, summarize_error
 
 if TYPE_CHECKING:

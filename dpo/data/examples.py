@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from dpo.data.rows import UnusableRow
+from dpo.data.messages import UnusableRow
 from dpo.system.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TypedDict, get_args
 
 from dpo.data.examples import TextExample, Truncation
-from dpo.data.rows import checked_text
+from dpo.data.messages import checked_text
 from dpo.system.errors import UserError
 
 REPEATED = "it repeats an earlier row"

@@ -16,17 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo.data.chat import RowFormatter
 from dpo.data.examples import TextExample, Tokenization, hash_texts
+from dpo.data.messages import InconsistentRow, UnusableRow, to_json
 from dpo.data.preferences import NO_TOKEN, ONE_TARGET, REPEATED, RowStatistics, naming_row, validation_errors
-from dpo.data.rows import (
-    COLUMNS,
-    DIFFERENT_PROMPTS,
-    InconsistentRow,
-    Row,
-    UnusableRow,
-    find_columns,
-    parse_row,
-    to_json,
-)
+from dpo.data.rows import COLUMNS, DIFFERENT_PROMPTS, Row, find_columns, parse_row
 from dpo.data.sources import Table, note_columns
 from dpo.system.console import progress
 from dpo.system.errors import UserError

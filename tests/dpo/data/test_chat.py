@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from dpo.data.chat import ChatTemplate, RowFormatter
 from dpo.data.examples import TextExample, Tokenization
-from dpo.data.rows import InconsistentRow, Row, UnusableRow
+from dpo.data.messages import InconsistentRow, UnusableRow
+from dpo.data.rows import Row
 from dpo.system.errors import UserError
 
 TOKENIZERS = {name: family.tokenizer() for name, family in FAMILIES.items()}

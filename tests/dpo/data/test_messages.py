@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo.data.rows import InconsistentRow, UnusableRow, as_message, as_messages, find_columns, parse_row
+from dpo.data.messages import InconsistentRow, UnusableRow, as_message, as_messages
+from dpo.data.rows import find_columns, parse_row
 from dpo.system.errors import UserError
 
 SHAREGPT = {"system": ["system"], "user": ["human", "user", "Human"], "assistant": ["gpt", "chatgpt", "assistant"]}

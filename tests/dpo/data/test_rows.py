@@ -3,7 +3,8 @@
 import pytest
 
 from dpo.data import rows
-from dpo.data.rows import Row, UnusableRow, find_columns, parse_row
+from dpo.data.messages import UnusableRow
+from dpo.data.rows import Row, find_columns, parse_row
 from dpo.settings.schema import Column
 from dpo.system.errors import UserError
 
