@@ -1,136 +1,36 @@
-"""Opens files, folders and hub data sets, and chooses their splits; tables read a row when it is needed."""
+"""Chooses the tables of a data set: files, folders and hub data sets, and their splits."""
 
-import csv
-import io
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from glob import glob
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dpo.data.jsonl import COMPRESSED, UNREADABLE, JsonRows, open_bytes
+import yaml
+
+from dpo.data.columns import PAIR, PREFERENCES
+from dpo.data.formats import FORMATS, SUFFIXES, DatasetTable, Table, open_file, suffix_of
 from dpo.system.console import on_terminal
 from dpo.system.errors import UserError, summarize_error
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
-SHARD = re.compile(r"-\d{5}-of-\d{5}.*$")
+SHARD = re.compile(r"-\d{5}-of-(\d{5}).*$")
+IS_CACHE = re.compile(r"cache-.*\.arrow")  # of the datasets library
+CARD = re.compile(r"---\s*\n(.*?^configs:.*?\n)---", re.DOTALL | re.MULTILINE)  # a README.md that begins with YAML
 TEST_NAMES = ("test", "validation", "valid", "val", "dev", "eval", "evaluation")
-USUAL = {f"{name}{kind}" for name in ("train", *TEST_NAMES) for kind in ("", "_sft", "_prefs")}  # names of splits
+USUAL_SPLITS = {f"{name}{kind}" for name in ("train", *TEST_NAMES) for kind in ("", "_sft", "_prefs")}
 MAX_NAMES = 8  # in a note
-BATCH = 100  # rows of a table per read when iterating
-
-
-class ArrowTable:
-    """A table of the datasets library; rows stay on disk until they are read by index, from 0.
-
-    JSON columns, which the library uses for values of mixed types, are decoded; images and the like are not.
-    """
-
-    def __init__(self, name: str, rows: "Dataset"):
-        import datasets
-        import pyarrow
-
-        self.name, self.rows = name, rows.with_format("arrow")  # faster than one row at a time
-        self.json = datasets.Features({key: kind for key, kind in rows.features.items() if "Json(" in repr(kind)})
-        pyarrow.default_memory_pool().release_unused()  # hundreds of megabytes, where a large file was converted
-
-    def columns(self) -> list[str]:
-        return list(self.rows.column_names)
-
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        batches = (batch.to_pylist() for batch in self.rows.iter(batch_size=BATCH))
-        return enumerate(map(self.decode, chain.from_iterable(batches)), start=1)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.decode(self.rows[index].to_pylist()[0])
-
-    def decode(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with its JSON columns decoded."""
-        return row | self.json.decode_example({name: row[name] for name in self.json}) if self.json else row
-
-
-Table = JsonRows | ArrowTable
-
-
-# Formats of files
-
-
-def open_csv(path: Path, delimiter: str) -> Table:
-    """Open a CSV file; all columns are text: a response may be "12", "NA" or "None"."""
-    delimiter, features = csv_form(path, delimiter)
-    return open_arrow(path, "csv", sep=delimiter, features=features, na_filter=False)
-
-
-def open_arrow(path: Path, kind: str, **options: Any) -> Table:
-    """Open a file with a loader of the datasets library; UserError that names it if it cannot be read."""
-    with reading(str(path)):
-        import datasets  # slow to import, and not needed for files of JSON
-
-        return ArrowTable(str(path), datasets.load_dataset(kind, data_files=str(path), split="train", **options))
-
-
-# One line per format: the suffix, and the function that opens a file.
-FORMATS: dict[str, Callable[[Path], Table]] = {
-    ".jsonl": JsonRows,
-    ".json": JsonRows,
-    ".csv": partial(open_csv, delimiter=","),
-    ".tsv": partial(open_csv, delimiter="\t"),
-    ".parquet": partial(open_arrow, kind="parquet"),
-}
-SUFFIXES = f"{', '.join(list(FORMATS)[:-1])} or {list(FORMATS)[-1]}"
-
-
-def suffix_of(path: Path) -> str:
-    """The suffix of a file, without that of its compression."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-
-
-def open_file(path: Path) -> Table:
-    return FORMATS[suffix_of(path)](path)
-
-
-def csv_form(path: Path, usual: str) -> tuple[str, Any]:
-    """The delimiter and columns of a CSV file, from its first line; Excel may use other delimiters.
-
-    A column without a name gets pandas's name for it. UserError if the file cannot be read.
-    """
-    import datasets
-
-    headers: dict[str, list[str]] = {}
-    for delimiter in (usual, ";", "\t"):
-        try:
-            with io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", newline="") as file:
-                headers[delimiter] = next(csv.reader(file, delimiter=delimiter), [])
-        except (UnicodeDecodeError, *UNREADABLE, csv.Error) as error:
-            mitigation = (
-                "; save it as UTF-8, which Excel calls CSV UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-            )
-            raise UserError(f"{path}, row 0: cannot be read ({summarize_error(error)}){mitigation}") from None
-    delimiter, header = max(headers.items(), key=lambda item: len(item[1]))  # of equals the first
-    names = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"{path}, row 0: the first line must name each column once, not {join_names(names)}")
-    return delimiter, datasets.Features(dict.fromkeys(names, datasets.Value("string")))
-
-
-# Data sets and their splits
 
 
 @dataclass
 class Source:
-    """The tables of a data set's training and test splits (test=None: a share is held out), and notes."""
+    """The tables of a data set's training and test splits, and notes; test=None: some prompts are held out."""
 
-    train: list[Table]
-    test: list[Table] | None = None
+    train: Sequence[Table]
+    test: Sequence[Table] | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -155,8 +55,10 @@ class SplitNames:
                 raise UserError(f"split_{split}={given}: {where} has no such split; it has {join_names(sorted(names))}")
             candidates = [name for name in usual[split] if name in names] if given is None else [given]
             if split == "train" and not candidates:
-                mitigation = f"set split_train to one of {join_names(sorted(names))}, " if names else "add one"
-                mitigation += "or give files as a glob, datasets=['FOLDER/*.jsonl']" if names else ""
+                mitigation = "add one"
+                if names:
+                    mitigation = f"set split_train to one of {join_names(sorted(names))}"
+                    mitigation += ", or give files as a glob, datasets=['FOLDER/*.jsonl']"
                 raise UserError(f"datasets=[{where}]: there is no train{SUFFIXES}; {mitigation}")
             chosen += candidates[:1]
         if len(chosen) > len(set(chosen)):
@@ -172,7 +74,8 @@ class SplitNames:
 
 def is_hub_name(name: str) -> bool:
     """Whether a name is a hub data set, me/set or me/set:config, and not a path on this machine."""
-    return HUB_NAME.fullmatch(name) is not None and not Path(name).exists() and suffix_of(Path(name)) not in FORMATS
+    exists = Path(name).exists() or Path(name.partition(":")[0]).exists()
+    return HUB_NAME.fullmatch(name) is not None and not exists and suffix_of(Path(name)) not in FORMATS
 
 
 def open_source(name: str, splits: SplitNames, known: Collection[str] = ()) -> Source:
@@ -181,14 +84,19 @@ def open_source(name: str, splits: SplitNames, known: Collection[str] = ()) -> S
     known are the names of built-in data sets, for the message about an unknown name.
     """
     path = Path(os.path.expanduser(name))  # leaves ~ in place if there is no such home
-    if path.is_dir():
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():  # written by save_to_disk
-            return open_datasets(str(path), splits, lambda datasets: datasets.load_from_disk(str(path)))
-        return open_folder(path, splits)
+    if path.is_dir() and any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # save_to_disk
+        return open_datasets(str(path), splits, lambda datasets: datasets.load_from_disk(str(path)))
+    folder, _, config = (str(path), "", "") if path.exists() else str(path).rpartition(":")
+    if folder and Path(folder).is_dir():
+        return open_folder(Path(folder), config, splits)
     files = [path] if path.is_file() else sorted(map(Path, glob(str(path), recursive=True)))
-    if files and all(suffix_of(file) in FORMATS and file.is_file() for file in files):
+    data = [file for file in files if suffix_of(file) in FORMATS and not file.is_dir()]
+    if data:
         splits.check_none(name)
-        return Source([open_file(file) for file in files])
+        unknown = [file for file in files if file not in data and not (file.is_dir() and "**" in name)]
+        if unknown:
+            raise UserError(f"datasets=[{name}]: {unknown[0]} is no file of {SUFFIXES}; give a glob of such files only")
+        return Source([open_file(file) for file in data])
     if is_hub_name(name):
         repository, _, config = name.partition(":")
         advice = "; give the path of a local folder, or try datasets=[demo], which needs no download"
@@ -200,64 +108,141 @@ def open_source(name: str, splits: SplitNames, known: Collection[str] = ()) -> S
 
 
 def open_datasets(name: str, splits: SplitNames, load: Callable[[Any], Any], advice: str = "") -> Source:
-    """Open a table, or tables by split, loaded by the datasets library."""
-    with reading(f"data set {name}", advice):
-        import datasets
-
-        loaded = load(datasets)
-    if not isinstance(loaded, dict):
-        splits.check_none(name)
-        return Source([ArrowTable(name, loaded)])
-    chosen = splits.choose(loaded, name)
-    tables: list[list[Table]] = [[ArrowTable(f"{name} {split}", loaded[split])] for split in chosen]
-    return Source(tables[0], tables[1] if tables[1:] else None, split_notes(name, chosen))
-
-
-def open_folder(folder: Path, splits: SplitNames) -> Source:
-    """Open a folder of files named by split: train.jsonl, data/train-00000-of-00002.parquet, test/a.csv."""
-    places = [folder, *(path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != ".")]
-    files: dict[str, list[Path]] = {}  # of each split
-    subsets: dict[Path, None] = {}  # folders with splits of their own
-    for place in places:
-        for path in sorted(place.iterdir()):
-            if not (path.is_file() and suffix_of(path) in FORMATS and path.name[0] != "."):
-                continue
-            split = SHARD.sub("", path.name.partition(".")[0])
-            is_named_by_file = place == folder or place.name == "data"
-            if not is_named_by_file and split in USUAL and place.name not in USUAL:
-                subsets[place] = None
-            else:
-                files.setdefault(split if is_named_by_file else place.name, []).append(path)
-    if subsets and not USUAL & files.keys() and splits.train is None:
-        mitigation = f"give datasets=[{','.join(map(str, subsets))}]"
-        raise UserError(f"datasets=[{folder}]: its folders have splits of their own; {mitigation}")
-    chosen = splits.choose(files, str(folder))
-    for split in chosen:
-        whole = [path.name for path in files[split] if path.name.partition(".")[0] == split]
-        if len(whole) > 1:
-            raise UserError(f"datasets=[{folder}]: holds both {whole[0]} and {whole[1]}; remove one")
-    read = [path for split in chosen for path in files[split]]
-    tables = [[open_file(path) for path in files[split]] for split in chosen]
-    notes = split_notes(str(folder), chosen) + note_ignored_files(folder, read)
-    return Source(tables[0], tables[1] if tables[1:] else None, notes)
-
-
-@contextmanager
-def reading(what: str, advice: str = "") -> Iterator[None]:
-    """Turn errors of the datasets library into one line that names what could not be read, and silence its logs."""
-    import datasets
+    """Open what load(datasets) gives, a table or tables by split; UserError in one line if it cannot be read."""
+    import datasets  # slow to import, and not needed for files
+    import pyarrow
 
     level = datasets.utils.logging.get_verbosity()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     if not on_terminal():
         datasets.utils.logging.disable_progress_bar()
     try:
-        yield
+        loaded = load(datasets)
     except Exception as error:  # of many kinds: no network, no such data set, disk full, wrong format
         cause = error.__cause__ or error.__context__ or error
-        raise UserError(f"{what}: cannot be read ({summarize_error(cause)}){advice}") from None
+        raise UserError(f"data set {name}: cannot be read ({summarize_error(cause)}){advice}") from None
     finally:
         datasets.utils.logging.set_verbosity(level)
+    pyarrow.default_memory_pool().release_unused()  # hundreds of megabytes after a large file was converted
+    if not isinstance(loaded, dict):
+        splits.check_none(name)
+        return Source([DatasetTable(name, loaded)])
+    chosen = splits.choose(loaded, name)
+    tables = [[DatasetTable(f"{name} {split}", loaded[split])] for split in chosen]
+    return Source(tables[0], tables[1] if tables[1:] else None, split_notes(name, chosen))
+
+
+# The files of a folder: by configuration and split
+
+Splits = dict[str, list[Path]]
+
+
+def open_folder(folder: Path, config: str, splits: SplitNames) -> Source:
+    """Open the splits of a folder, or of one of its configurations."""
+    card_configs = configs_of_card(folder)
+    configs = card_configs or configs_by_name(folder)
+    config = choose_config(folder, configs, config, splits)
+    files, where = configs[config], f"{folder}:{config}" if config else str(folder)
+    chosen = splits.choose(files, where)
+    if not card_configs:
+        for split in chosen:
+            check_complete(where, split, files[split])
+    read = [path for split in chosen for path in files[split]]
+    tables = [[open_file(path) for path in files[split]] for split in chosen]
+    notes = split_notes(where, chosen) + note_ignored_files(folder, read)
+    if ignored := [escape(name) for name in configs if name and configs[name] != files]:
+        notes.append(f"{where}: configurations ignored: {join_names(ignored)}")
+    return Source(tables[0], tables[1] if tables[1:] else None, notes)
+
+
+def check_complete(where: str, split: str, files: Sequence[Path]) -> None:
+    """Raise UserError if a split is in two formats, as train.csv and train.jsonl, or lacks some of its shards."""
+    same_name = [path.name for path in files if path.name.partition(".")[0] == split]
+    if len(same_name) > 1:
+        raise UserError(f"datasets=[{where}]: holds both {same_name[0]} and {same_name[1]}; remove one")
+    shards = Counter((split_of(path.name), shard[1]) for path in files if (shard := SHARD.search(path.name)))
+    for (_, total), n in shards.items():
+        if n != int(total):
+            problem = f"{split} has {n:,} of {int(total):,} shards; download the others, or give the files as a glob"
+            raise UserError(f"datasets=[{where}]: {problem}")
+
+
+def choose_config(folder: Path, configs: Mapping[str, Splits], given: str, splits: SplitNames) -> str:
+    """Choose the given configuration, the folder itself (""), "default" or the only one; UserError if none fits."""
+    names = [name for name in configs if name]
+    top_level = configs.get("", {})
+    if given and given not in names:
+        known = f"it has {join_names(names)}" if names else "it has none"
+        raise UserError(f"datasets=[{folder}:{given}]: there is no such configuration; {known}")
+    if given or not names or USUAL_SPLITS & top_level.keys() or splits.train in top_level:
+        return given
+    if "default" in names:
+        return "default"
+    if len(names) == 1:
+        return names[0]
+    mitigation = f"give datasets=[{','.join(f'{folder}:{name}' for name in names)}]"
+    raise UserError(f"datasets=[{folder}]: has {len(names)} configurations; {mitigation}")
+
+
+def configs_by_name(folder: Path) -> dict[str, Splits]:
+    """Find a folder's files by configuration and split, by the names that the Hub uses.
+
+    train.jsonl, data/train-00000-of-00002.parquet and train/a.csv belong to the folder itself, the configuration "".
+    NAME/train.jsonl and NAME/train/0000.parquet belong to the configuration NAME.
+    """
+    configs: dict[str, Splits] = {"": {}}
+    for path in (path for depth in ("*", "*/*", "*/*/*") for path in sorted(folder.glob(depth))):
+        *parents, name = path.relative_to(folder).parts
+        is_hidden = any(part[0] == "." for part in (*parents, name)) or IS_CACHE.match(name)
+        if is_hidden or path.is_dir() or suffix_of(path) not in FORMATS:
+            continue
+        split = split_of(name)
+        parents = [parent for parent in parents if parent != "data"]
+        if len(parents) == 2 or (parents and (split not in USUAL_SPLITS or split_of(parents[0]) in USUAL_SPLITS)):
+            split = split_of(parents.pop())
+        configs.setdefault("".join(parents), {}).setdefault(split, []).append(path)
+    return configs
+
+
+def split_of(name: str) -> str:
+    """The split that a file or folder is named by."""
+    return SHARD.sub("", name.partition(".")[0])
+
+
+def configs_of_card(folder: Path) -> dict[str, Splits]:
+    """Find the files that the YAML of a README.md lists, as the Hub does; {} if it lists none.
+
+    https://huggingface.co/docs/hub/datasets-manual-configuration
+    """
+    card = folder / "README.md"
+    head = CARD.match(card.read_text("utf-8", errors="replace")) if card.is_file() else None
+    configs: dict[str, Splits] = {}
+    try:
+        for entry in yaml.safe_load(head[1])["configs"] if head else ():
+            files = files_of_config(folder / entry.get("data_dir", ""), entry.get("data_files"))
+            configs[str(entry["config_name"])] = files
+            if entry.get("default"):
+                configs[""] = files
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{card}: its configs cannot be read ({summarize_error(error)}); correct them") from None
+    return configs
+
+
+def files_of_config(folder: Path, listed: Any) -> Splits:
+    """The files of a configuration by split. listed: patterns (for train), or {split, path}; None: by name."""
+    if listed is None:
+        return configs_by_name(folder)[""]
+    files: Splits = {}
+    for entry in [listed] if isinstance(listed, str) else listed:
+        split, patterns = ("train", entry) if isinstance(entry, str) else (entry["split"], entry["path"])
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            names = [
+                name
+                for name in sorted(glob(pattern, root_dir=folder, recursive=True))
+                if suffix_of(Path(name)) in FORMATS
+            ]
+            files.setdefault(split, []).extend(folder / name for name in names or [pattern])  # which open_file refuses
+    return files
 
 
 # Notes on splits, files and columns
@@ -265,14 +250,15 @@ def reading(what: str, advice: str = "") -> Iterator[None]:
 
 def split_notes(name: str, chosen: Sequence[str]) -> list[str]:
     """A line that names the splits, or nothing for the names train and test."""
+    if chosen in (["train"], ["train", "test"]):
+        return []
     test = chosen[1] if len(chosen) > 1 else "a held-out share of it"
-    usual = chosen in (["train"], ["train", "test"])
-    return [] if usual else [f"{name}: training on the split {chosen[0]}, evaluating on {test}"]
+    return [f"{name}: training on the split {chosen[0]}, evaluating on {test}"]
 
 
 def note_ignored_files(folder: Path, read: Collection[Path]) -> list[str]:
     """A line that lists the unread data files of a folder, or nothing."""
-    suffixes = {*FORMATS, ".arrow", ".txt"}
+    suffixes = {*FORMATS, ".txt"}
     paths = [path for path in folder.iterdir() if suffixes & set(path.suffixes) and path.is_file()]
     ignored = [escape(path.name) for path in sorted(paths) if path not in read and path.name[0] != "."]
     names = [escape(path.relative_to(folder).as_posix()) for path in sorted(read)]
@@ -280,12 +266,17 @@ def note_ignored_files(folder: Path, read: Collection[Path]) -> list[str]:
 
 
 def note_columns(name: str, columns: Mapping[str, str], n_rows: Counter[str], roles: Sequence[str]) -> list[str]:
-    """A line on columns named differently from their role, and one on unread columns.
+    """A line on columns with another name than their role, and a line on columns that are not read.
 
-    n_rows is the number of rows with each column; roles are those of the columns that are read.
+    n_rows is the number of rows with each column; roles are the roles of the columns that are read.
     """
-    notes = []
-    renamed = [f"{role} is the column {escape(columns[role])}" for role in roles if columns.get(role, role) != role]
+    notes, renamed = [], []
+    used = {role: columns[role] for role in roles if role in columns}
+    order = next((escape(used[role]) for role in PREFERENCES if role in used), None)
+    if order and used.keys() >= {*PAIR}:
+        first, second = (escape(used.pop(role)) for role in PAIR)
+        renamed.append(f"{order} says which of {first} and {second} is better")
+    renamed += [f"{role} is the column {escape(column)}" for role, column in used.items() if column != role]
     if renamed:
         notes.append(f"{name}: {join_names(renamed)}")
     read = [columns[role] for role in roles if role in columns]

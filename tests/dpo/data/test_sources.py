@@ -1,23 +1,17 @@
 """Files, folders, saved data sets and hub data sets: what is opened, which splits, and what is said of it."""
 
-import bz2
 import csv
-import gzip
-import io
 import json
-import lzma
 from collections import Counter
 from pathlib import Path
 
 import datasets
-import pyarrow
 import pytest
 from conftest import golden_rows, read_data, without_measurements
 
 from dpo.data.rows import ASSISTANT
 from dpo.data.sources import (
     SplitNames,
-    csv_form,
     is_hub_name,
     join_names,
     note_columns,
@@ -33,69 +27,44 @@ def pairs(n, start=0):
     return [{"prompt": f"Say {i}.", "chosen": f" {i}.", "rejected": " no."} for i in range(start, start + n)]
 
 
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-OPENERS[".zst"] = lambda path, mode: pyarrow.output_stream(str(path), compression="zstd")
-
-
 def write(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    kind = path.name.split(".")[1]
-    if kind == "parquet":
+    if ".parquet" in path.name:
         datasets.Dataset.from_list(rows).to_parquet(path)
+    elif ".arrow" in path.name:
+        with datasets.arrow_writer.ArrowWriter(path=str(path)) as writer:
+            writer.write_batch({name: [row[name] for row in rows] for name in rows[0]})
+            writer.finalize()
+    elif ".csv" in path.name:
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
     else:
-        with io.TextIOWrapper(OPENERS.get(path.suffix, open)(path, "wb"), newline="") as file:
-            if kind in ("csv", "tsv"):
-                writer = csv.DictWriter(file, list(rows[0]), delimiter="," if kind == "csv" else "\t")
-                writer.writeheader()
-                writer.writerows(rows)
-            elif kind == "json":
-                json.dump(rows, file)
-            else:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+        lines = [json.dumps(row) for row in rows]
+        path.write_text(f"[{','.join(lines)}]" if path.suffix == ".json" else "".join(f"{line}\n" for line in lines))
     return path
-
-
-def texts(data):
-    return [(text.prompt, text.responses, text.row) for group in data for text in group]
-
-
-FILES = ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet"]
-FILES += [f"a.{kind}.{suffix}" for kind in ("jsonl", "json", "csv") for suffix in ("gz", "bz2", "xz", "zst")]
-FILES.remove("a.csv.zst")  # for which the datasets library needs zstandard
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_every_kind_of_file_gives_the_same_examples_with_the_same_row_numbers(name, tmp_path):
-    rows = [
-        {"prompt": "12", "chosen": "NA", "rejected": "None"},  # as text, whatever a table could make of it
-        {"prompt": 'a "quoted",\n\tcell', "chosen": " é😀", "rejected": " \u2028x"},
-        *pairs(20),
-    ]
-    path = write(tmp_path / name, rows)
-    data = read_data(path)
-    found = sorted(texts(data["train"]) + texts(data["test"]), key=lambda text: text[2])
-    assert found == [(row["prompt"], (row["chosen"], row["rejected"]), i) for i, row in enumerate(rows, start=1)]
-    assert len(data["test"]) == 2
-
-
-@pytest.mark.parametrize("name", ["list.json", "lines.json"])
-def test_a_json_file_holds_a_list_or_lines(name, tmp_path):
-    lines = [json.dumps(row) for row in pairs(10)]
-    (tmp_path / name).write_text(f"\ufeff [{', '.join(lines)}]" if name == "list.json" else "\n".join(lines))
-    assert len(texts(read_data(tmp_path / name)["train"])) == 9
 
 
 def test_a_glob_reads_its_files_in_order_and_names_each_in_errors(tmp_path):
     write(tmp_path / "b.jsonl", pairs(5, 5))
     write(tmp_path / "a.csv", pairs(5))
     write(tmp_path / "c.txt.jsonl", [{"prompt": "x", "chosen": 5, "rejected": "y"}])
-    splits = read_data(f"{tmp_path}/[ab].*").values()
-    found = sorted(
-        (text.prompt, Path(text.source).name, text.row) for data in splits for group in data for text in group
-    )
-    assert found == [(f"Say {i}.", ("a.csv", "b.jsonl")[i // 5], i % 5 + 1) for i in range(10)]
+    tables = open_source(f"{tmp_path}/[ab].*", ANY).train
+    assert [Path(table.name).name for table in tables] == ["a.csv", "b.jsonl"]
+    assert [row for table in tables for row in table] == [(i % 5 + 1, row) for i, row in enumerate(pairs(10))]
     with pytest.raises(UserError, match=r"c\.txt\.jsonl, row 1: chosen must be a text, not int"):
         read_data(f"{tmp_path}/*")
+
+
+def test_a_glob_that_matches_other_files_is_refused(tmp_path):
+    write(tmp_path / "a.jsonl", pairs(3))
+    write(tmp_path / "b" / "part.jsonl", pairs(3))
+    assert len(open_source(f"{tmp_path}/**", ANY).train) == 2  # which also matches folders
+    for other in ("b", "README.md"):
+        with pytest.raises(UserError, match=rf"{other} is no file of .jsonl, .*; give a glob of such files only"):
+            open_source(f"{tmp_path}/*", ANY)
+        (tmp_path / "b").rename(tmp_path / "README.md") if other == "b" else None
 
 
 # Splits
@@ -180,24 +149,6 @@ def test_a_folder_of_save_to_disk_is_read(kind, tmp_path, capsys):
     assert said == (kind == "splits")
 
 
-def test_tables_keep_values_of_several_types_and_images_are_not_decoded(tmp_path):
-    """One call of a tool has a number, the other a text, so that the library keeps the turns as JSON."""
-    turns = [{"role": "user", "content": "Hi."}]
-    calls = [
-        {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": x}}]} for x in (1, "a")
-    ]
-    rows = [
-        {"prompt": turns, "chosen": [call], "rejected": "no", "image": {"path": None, "bytes": b"no image"}}
-        for call in calls
-    ]
-    table = datasets.Dataset.from_list(rows, on_mixed_types="use_json").cast_column("image", datasets.Image())
-    table.save_to_disk(tmp_path / "saved")
-    (found,) = open_source(str(tmp_path / "saved"), ANY).train
-    for read in ([row for _, row in found], [found[0], found[1]]):
-        assert [row["chosen"] for row in read] == [[call] for call in calls]
-        assert [row["prompt"] for row in read] == [turns] * 2
-
-
 def test_a_hub_data_set_is_loaded_by_the_datasets_library_with_its_configuration(monkeypatch):
     calls = []
 
@@ -234,51 +185,18 @@ def test_a_folder_is_a_folder_though_a_hub_name_could_be_meant(tmp_path, monkeyp
     assert splits_of(open_source("me/set", ANY)) == (["train.jsonl"], None)
 
 
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("a.parquet", b"not parquet", "a.parquet: cannot be read"),
-        ("a.csv", b"", "a.csv, row 0: the first line must name each column"),
-        ("a.csv", b"prompt,prompt\n1,2\n", "a.csv, row 0: the first line must name each column once"),
-        ("a.csv", b"prompt,chosen,rejected\na,b,c,d\n1,2,3,4\n1,2,3,4,5\n", "a.csv: cannot be read"),
-        ("a.csv", b"prompt,chosen\xff,rejected\na,b,c\n", "a.csv, row 0: cannot be read"),
-        ("a.csv", "prompt".encode("utf-16"), "save it as UTF-8, which Excel calls CSV UTF-8"),
-        ("a.json", b'{\n "data": []}', "a .json file is one list of rows, or has a row per line"),
-        ("a.json", b"[1, 2", "a.json, row 1 and on: is not a valid JSON list"),
-        ("a.json", b'[{"a": 1}, 5]', "a.json, row 1: chosen must be a text, not missing; the row's columns: a"),
-        *((f"a.{kind}.{suffix}", b"12", f"a.{kind}.{suffix}, {at}: cannot be read (")
-          for kind, at in (("jsonl", "after row 0"), ("json", "after row 0"), ("csv", "row 0"))
-          for suffix in ("gz", "bz2", "xz", "zst")),
-        ("a.txt", b"", "neither a known data set"),
-    ],
-)  # fmt: skip
-def test_a_file_that_cannot_be_read_is_named_in_one_line(name, content, words, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        read_data(tmp_path / name)
-    assert words in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_a_csv_file_may_be_one_of_excel_or_of_pandas(delimiter, tmp_path):
-    """A byte order mark, quotes, a line break within a cell, Windows line ends; a column without a name."""
-    cells = [["", "prompt", "chosen", "rejected"], *([str(i), f'"{i}", {delimiter}?', "a\nb", "c"] for i in range(10))]
-    with open(tmp_path / "a.csv", "w", encoding="utf-8-sig", newline="") as file:
-        csv.writer(file, delimiter=delimiter).writerows(cells)
-    (table,) = open_source(str(tmp_path / "a.csv"), ANY).train
-    row = {"Unnamed: 0": "1", "prompt": f'"1", {delimiter}?', "chosen": "a\nb", "rejected": "c"}
-    assert list(table)[1] == (2, row)
-    (tmp_path / "b.csv").write_text('prompt;chosen;"rejected, worse"\n1;2;3\n')
-    assert csv_form(tmp_path / "b.csv", ",")[0] == ";"
-
-
 def test_a_folder_of_folders_with_splits_of_their_own_is_refused(tmp_path, monkeypatch):
     for place in ("harmless", "helpful"):
         for split in ("train", "test"):
             write(tmp_path / place / f"{split}.jsonl", pairs(3))
-    folders = f"{tmp_path}/harmless,{tmp_path}/helpful"
-    with pytest.raises(UserError, match=rf"its folders have splits of their own; give datasets=\[{folders}\]"):
+    folders = f"{tmp_path}:harmless,{tmp_path}:helpful"
+    with pytest.raises(UserError, match=rf"has 2 configurations; give datasets=\[{folders}\]"):
         open_source(str(tmp_path), ANY)
+    source = open_source(f"{tmp_path}:helpful", ANY)
+    assert splits_of(source) == (["train.jsonl"], ["test.jsonl"]) and "/helpful/" in source.train[0].name
+    assert source.notes == [f"{tmp_path}:helpful: configurations ignored: harmless"]
+    with pytest.raises(UserError, match="there is no such configuration; it has harmless, helpful"):
+        open_source(f"{tmp_path}:gone", ANY)
     write(tmp_path / "train.jsonl", pairs(3))
     assert splits_of(open_source(str(tmp_path), ANY)) == (["train.jsonl"], None)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -288,25 +206,99 @@ def test_a_folder_of_folders_with_splits_of_their_own_is_refused(tmp_path, monke
             open_source(name, ANY)
 
 
-@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz", "zst"])
-def test_a_compressed_file_that_is_cut_is_refused_and_two_files_in_a_row_are_read_to_the_end(suffix, tmp_path):
-    content = write(tmp_path / f"a.jsonl.{suffix}", pairs(10)).read_bytes()
-    (tmp_path / f"twice.jsonl.{suffix}").write_bytes(content + content)
-    data = read_data(tmp_path / f"twice.jsonl.{suffix}")
-    assert data["train"].counts.read == 20
-    for name in ("cut.jsonl", "cut.json"):
-        (tmp_path / f"{name}.{suffix}").write_bytes(content[:-4])
-        with pytest.raises(UserError, match=rf"{name}\.{suffix}, after row \d+: cannot be read"):
-            read_data(tmp_path / f"{name}.{suffix}")
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
 
 
-def test_a_file_of_json_that_changes_while_it_is_read_is_refused(tmp_path):
-    path = write(tmp_path / "a.jsonl", pairs(10))
-    train = read_data(path)["train"]
-    assert train[0][0].prompt == "Say 0."
-    path.write_text(path.read_text().replace("Say", "Sing"))
-    with pytest.raises(UserError, match=r"a\.jsonl: has changed since the run began"):
-        train[0][0]
+def paths_of(folder, name="", splits=ANY):
+    """The paths of a folder's training and test files, relative to it."""
+    source = open_source(f"{folder}{name}", splits)
+    return [
+        [Path(t.name).relative_to(folder).as_posix() for t in tables or ()] for tables in (source.train, source.test)
+    ]
+
+
+@pytest.mark.parametrize(
+    "train, test, ignored",
+    [
+        (["default/train/0000.parquet", "default/train/0001.parquet"], ["default/test/0000.parquet"], []),
+        (["default/train/0000.parquet"], [], ["other/train/0000.parquet"]),
+        (["NAME/train-00000-of-00002-ab12.parquet", "NAME/train-00001-of-00002-ab12.parquet"], [], []),
+        (["NAME/data/train-00000-of-00001.parquet"], ["NAME/data/test-00000-of-00001.parquet"], []),
+        (["data/train/a.jsonl"], ["data/validation/a.jsonl"], []),
+        (["train.parquet/part-00000-ab.snappy.parquet", "train.parquet/part-00001-ab.snappy.parquet"], [], []),
+        (["train/data-00000-of-00001.arrow"], [], ["train/cache-ab12.arrow", "train/.b.jsonl", "train/_SUCCESS"]),
+        (["train.jsonl"], [], ["old/train/0000.parquet", "new/train.jsonl"]),
+        (["train.jsonl.gz"], ["test.ndjson"], []),
+    ],
+)
+def test_layouts_of_the_hub_are_found(train, test, ignored, tmp_path):
+    touch(tmp_path, *train, *test, *ignored)
+    assert paths_of(tmp_path) == [train, test]
+
+
+def test_a_split_that_lacks_some_of_its_shards_is_refused(tmp_path):
+    touch(tmp_path, "data/train-00000-of-00003.parquet", "data/train-00002-of-00003.parquet")
+    with pytest.raises(UserError, match="train has 2 of 3 shards; download the others, or give the files as a glob"):
+        open_source(str(tmp_path), ANY)
+    assert len(open_source(f"{tmp_path}/data/*.parquet", ANY).train) == 2
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: lists
+  data_files:
+  - split: train
+    path:
+    - a/*.jsonl
+    - b.csv
+  - split: test
+    path: held-out.jsonl
+- config_name: one
+  data_files: "**/x.jsonl"
+  default: true
+- config_name: named
+  data_dir: named
+---
+configs: none
+"""
+
+
+def test_the_files_that_a_card_lists_are_read(tmp_path):
+    touch(tmp_path, "a/1.jsonl", "a/2.jsonl", "a/3.txt", "b.csv", "held-out.jsonl", "train.jsonl", "c/d/x.jsonl")
+    touch(tmp_path, "named/train.jsonl", "named/dev.jsonl")
+    assert paths_of(tmp_path) == [["train.jsonl"], []]
+    (tmp_path / "README.md").write_text(CARD)
+    assert paths_of(tmp_path) == [["c/d/x.jsonl"], []]
+    assert open_source(str(tmp_path), ANY).notes[1:] == [f"{tmp_path}: configurations ignored: lists, named"]
+    assert paths_of(tmp_path, ":lists") == [["a/1.jsonl", "a/2.jsonl", "b.csv"], ["held-out.jsonl"]]
+    assert paths_of(tmp_path, ":named") == [["named/train.jsonl"], ["named/dev.jsonl"]]
+    with pytest.raises(UserError, match="there is no such configuration; it has lists, one, named"):
+        open_source(f"{tmp_path}:other", ANY)
+    (tmp_path / "held-out.jsonl").unlink()
+    with pytest.raises(UserError, match=r"held-out\.jsonl: cannot be read \(No such file"):
+        open_source(f"{tmp_path}:lists", ANY).test[0].columns()
+
+
+def test_a_card_that_lists_what_is_not_there_or_lists_nothing(tmp_path):
+    touch(tmp_path, "train.jsonl")
+    card = tmp_path / "README.md"
+    for text in ("# Data\n", "---\nlicense: mit\n---\n", "---\n- a\n---\n", "---\n\n---\nconfigs:\n"):
+        card.write_text(text)
+        assert paths_of(tmp_path) == [["train.jsonl"], []]
+    refused = {
+        "configs: 5": r"README\.md: its configs cannot be read \('int' object is not iterable\); correct them",
+        "configs: [": r"README\.md: its configs cannot be read",
+        "configs:\n- data_files: train.jsonl": r"its configs cannot be read \('config_name'\)",
+        "configs:\n- config_name: a\n  data_files: gone/*": r"gone/\*: must be a file of \.jsonl",
+    }
+    for text, words in refused.items():
+        card.write_text(f"---\n{text}\n---\n")
+        with pytest.raises(UserError, match=words):
+            open_source(str(tmp_path), ANY)
 
 
 # The same pairs in every form
@@ -369,6 +361,13 @@ def test_columns_that_are_not_read_are_listed_in_one_line_with_their_rows():
 def test_what_was_taken_for_what_is_said_where_names_differ():
     assert note_columns("data", COLUMNS, Counter(), ("chosen", "rejected")) == [
         "data: rejected is the column response_k"
+    ]
+
+
+def test_of_two_responses_in_no_order_none_is_called_the_chosen_one():
+    columns = {"chosen": "response_1", "rejected": "response_2", "preference_strength": "strength"}
+    assert note_columns("data", columns, Counter(), tuple(columns)) == [
+        "data: strength says which of response_1 and response_2 is better, preference_strength is the column strength"
     ]
 
 
