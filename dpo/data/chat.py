@@ -1,23 +1,40 @@
-"""Renders conversations with the tokenizer's chat template, and checks the result token by token."""
+"""Renders conversations with the tokenizer's chat template, and finds the text that is trained on."""
 
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
+from functools import cached_property
 from os.path import commonprefix
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
-from dpo.data.examples import TextExample, Tokenization
-from dpo.data.messages import InconsistentRow, Message, UnusableRow, to_json
-from dpo.data.rows import ASSISTANT, Row
+from dpo.data.examples import Rendered, Segment
+from dpo.data.messages import (
+    A_THOUGHT,
+    THOUGHT,
+    THOUGHT_KEYS,
+    InconsistentRow,
+    Message,
+    UnusableRow,
+    n_system,
+    to_json,
+    without_thought,
+)
+from dpo.data.places import TOOLS, PlaceFinder, Places, Text, is_written, texts_of
 from dpo.system.errors import UserError, summarize_error
 
 if TYPE_CHECKING:
+    from jinja2 import Template, nodes
     from transformers import PreTrainedTokenizerBase
 
-PromptFormat = Literal["auto", "chat", "text", "hh"]
+CLOCK = "strftime_now"  # the function by which templates read the clock
+RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}
+TEMPLATE_KEYS = "model.tokenizer_name_or_path, chat_template"  # in errors
 CONTEXT = 30  # characters shown before and after a difference
 PROBE: list[Message] = [{"role": "user", "content": "probe question"}, {"role": "assistant", "content": "probe answer"}]
+PROBE_CALL = {"type": "function", "function": {"name": "probe_tool", "arguments": {"key": "value"}}}
+OPENED = re.compile(r"<think>\s*$")  # at the end of a generation prompt
+EARLIER_THOUGHT = "a thought of an earlier turn"
 
 
 @dataclass(frozen=True)
@@ -28,178 +45,319 @@ class ChatTemplate:
     """
 
     tokenizer: "PreTrainedTokenizerBase"
-    end_of_turn: str
-    writes_end: bool  # whether the template writes end_of_turn
     special: re.Pattern[str]  # matches any special token; turns must not contain one
+    arguments: Mapping[str, Any]  # of apply_chat_template
+    time: datetime  # the time that the template sees
+    clock_formats: tuple[str, ...]  # how it writes the time; empty if it does not read the clock
+    end_of_turn: str = ""
+    writes_end: bool = False  # whether the template writes end_of_turn
+    arguments_as_text: bool = False  # whether the template accepts the arguments of a call only as a JSON text
 
     @classmethod
-    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "ChatTemplate":
-        """Detect how the template ends a turn; UserError if there is no template or it fails."""
+    def of(
+        cls,
+        tokenizer: "PreTrainedTokenizerBase",
+        arguments: Mapping[str, Any] | None = None,
+        time: datetime | None = None,
+    ) -> "ChatTemplate":
+        """Detect how the template ends a turn; UserError if there is no template, it fails or lacks an argument.
+
+        arguments are chat_template_args. time is what a template that reads the clock sees; None: now.
+        """
         if not tokenizer.chat_template:
             mitigation = "choose an instruct model, set model.tokenizer_name_or_path to one, or set prompt_format=hh"
             raise UserError(f"model.tokenizer_name_or_path: the tokenizer has no chat template; {mitigation}")
         tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         tokens |= {token for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
+        tokens -= {"<think>", "</think>"}  # turns may contain them
         special = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))))
-        template = cls(tokenizer, str(tokenizer.eos_token), False, special)
+        names = names_read(tokenizer)
+        for name in arguments or ():
+            if name not in names:
+                known = ", ".join(names) or "none"
+                raise UserError(f"chat_template_args.{name}: the chat template does not read it; it reads {known}")
+        template = cls(
+            tokenizer,
+            special,
+            arguments or {},
+            time or datetime.now(),
+            clock_formats(tokenizer),
+            str(tokenizer.eos_token),
+        )
         answer = str(PROBE[-1]["content"])
         try:
             before, _, after = template.render(PROBE, None, False).rpartition(answer)
         except InconsistentRow as error:
-            raise UserError(f"model.tokenizer_name_or_path: the chat template fails ({error})") from None
+            raise UserError(f"{TEMPLATE_KEYS}: the chat template fails ({error})") from None
         if not before:
-            raise UserError("model.tokenizer_name_or_path: the chat template does not write the assistant's turn")
+            raise UserError(f"{TEMPLATE_KEYS}: the chat template does not write the assistant's turn")
+        call = [PROBE[0], {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]}]
+        as_text = replace(template, arguments_as_text=True)
+        if not template.accepts(call) and as_text.accepts(call):
+            template = as_text
         end = special.search(after)
         return replace(template, end_of_turn=end[0], writes_end=True) if end else template
 
+    def accepts(self, messages: Sequence[Message]) -> bool:
+        """Whether the template renders a conversation without an error."""
+        try:
+            self.render(messages, None, False)
+        except InconsistentRow:
+            return False
+        return True
+
+    @cached_property
+    def places(self) -> PlaceFinder:
+        end_of_turn = self.end_of_turn if self.writes_end else None
+        return PlaceFinder(self.render, self.special, end_of_turn, "</think>" in str(self.tokenizer.chat_template))
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What rendered texts depend on besides the messages."""
+        times = [self.time.strftime(form) for form in self.clock_formats]
+        return self.tokenizer.chat_template, *([dict(self.arguments), times] if self.arguments or times else [])
+
     def stops(self) -> list[int]:
-        """The stop tokens of generation: end-of-turn and eos."""
+        """The ids that stop generation: end-of-turn and eos."""
         end_of_turn = int(self.tokenizer.convert_tokens_to_ids(self.end_of_turn))  # type: ignore[arg-type]  # one token
         return list(dict.fromkeys((end_of_turn, self.tokenizer.eos_token_id)))
 
     def render(self, messages: Sequence[Message], tools: list[Any] | None, generate: bool) -> str:
-        """Render a conversation as text, with generate up to the start of the assistant's turn; or InconsistentRow."""
+        """Render a conversation as text; generate adds the start of the assistant's turn. Or InconsistentRow."""
+        if self.arguments_as_text:
+            messages = [with_arguments_as_text(message) for message in messages]
         try:
+            if self.clock_formats:
+                compiled(self.tokenizer.get_chat_template(None, tools)).globals[CLOCK] = self.time.strftime
             text: str = self.tokenizer.apply_chat_template(  # type: ignore[assignment]  # a text, if not tokenized
-                list(messages), tools=tools, tokenize=False, add_generation_prompt=generate
+                list(messages), tools=tools, tokenize=False, add_generation_prompt=generate, **self.arguments
             )
-        except Exception as error:  # templates refuse rows by an exception, and raise nearly anything for missing keys
+        except Exception as error:  # templates refuse rows by exceptions, and missing keys raise nearly any
             raise InconsistentRow("the chat template refuses it", summarize_error(error)) from None
         return text
 
-    def example(self, row: Row, number: int, source: str) -> TextExample:
-        """Render a row of messages; UnusableRow or InconsistentRow if it cannot be trained on."""
-        assert isinstance(row.prompt, list)
-        if any(map(self.special.search, texts_in([row.prompt, list(row.responses)]))):
-            raise UnusableRow("a turn contains a special token")
-        conversation = Conversation(to_json(row.prompt), tuple(map(to_json, row.responses)), to_json(row.tools), self)
-        prompt, answers = conversation.render(row.prompt)
-        return ConversationExample(prompt, answers, "keep_end", number, source, conversation=conversation)
+    def conversation(
+        self, prompt: list[Message], responses: Sequence[list[Message]], tools: list[Any] | None
+    ) -> "Conversation":
+        """A prompt with responses, which can be rendered; each response begins and ends with the assistant's turn."""
+        return Conversation(prompt, tuple(responses), tools, self)
 
-    def answer(self, prompt: str, whole: str, response: Message) -> str:
-        """The trained part of a rendered conversation: the text after the prompt, up to the end of the turn."""
-        if not whole.startswith(prompt):
-            at = len(commonprefix([prompt, whole]))
-            near = [text[max(0, at - CONTEXT) : at + CONTEXT] for text in (prompt, whole)]
-            details = f"at character {at} the prompt has {near[0]!r}, the conversation {near[1]!r}"
-            raise InconsistentRow("the rendered conversation does not begin with the rendered prompt", details)
-        answer = whole[len(prompt) :]
-        content = str(response.get("content") or "").strip()
-        if content not in answer:
-            raise InconsistentRow("the chat template changes the response", f"{content[:60]!r} became {answer[:60]!r}")
-        check_calls(response, answer)
-        if not self.writes_end:
-            return answer.rstrip() + self.end_of_turn
-        if answer.count(self.end_of_turn) != 1:
-            raise InconsistentRow(f"the response has no end of turn {self.end_of_turn}, or several", repr(answer[-60:]))
-        return answer[: answer.index(self.end_of_turn) + len(self.end_of_turn)]
+    def response(self, messages: list[Message], n_prompt: int, tools: list[Any] | None, prompt: str) -> Rendered:
+        """Render a conversation of n_prompt turns, rendered as prompt, and one response.
+
+        The result's prompt lacks the thoughts that the template removes when this response follows.
+        """
+        whole, last = self.render(messages, tools, False), len(messages) - 1
+        texts = texts_of(messages, tools)
+        places = self.places_in(whole, messages, tools)
+        missing = {index for index, by_design in places.missing.items() if not by_design}
+        removed = {texts[index].turn for index, by_design in places.missing.items() if by_design}
+        for keep_space in (True, False) if removed else ():
+            without = [without_thought(turn, keep_space) if i in removed else turn for i, turn in enumerate(messages)]
+            if self.render(without, tools, False) == whole:
+                messages, prompt = without, self.render(without[:n_prompt], tools, True)
+                break
+        starts = {n_prompt: prompt}
+        for turn in range(n_prompt + 1, len(messages)):
+            if messages[turn]["role"] == "assistant":
+                starts[turn] = self.render(messages[:turn], tools, True)
+        if OPENED.search(starts[last]) and not whole.startswith(starts[last]):
+            whole = self.continue_thought(starts[last], whole, messages[last])
+            missing -= {index for index in missing if texts[index].turn == last and texts[index].what == A_THOUGHT}
+        if missing:
+            raise left_out(texts[min(missing)])
+        segments = tuple(self.split(whole, starts, places))
+        turns = dict(zip(starts, (segment.text for segment in segments if segment.trained), strict=True))
+        for turn, what, value in texts:
+            text = prompt if turn < n_prompt else turns.get(turn, whole)
+            if not is_written(value, text) and not (turn in removed and what == A_THOUGHT):
+                details = f"{at_turn(turn)}{excerpt(value)} is not in {excerpt(text)}"
+                raise InconsistentRow(f"the chat template changes {what}", details)
+        return Rendered(prompt, (segments,), (EARLIER_THOUGHT,) if removed else ())
+
+    def places_in(self, whole: str, messages: list[Message], tools: list[Any] | None) -> Places:
+        """The places of a conversation rendered as whole; UnusableRow if a turn's text contains a special token."""
+        special = tuple(self.special.findall(whole))
+        foreign = [text for text in texts_in([messages, tools]) if self.special.search(text)]
+        places = self.places(messages, tools)
+        if foreign and (special != places.special or any(is_written(text, whole) for text in foreign)):
+            raise UnusableRow("a turn contains a special token")
+        if special != places.special:
+            places = self.places.find(messages, tools)  # other keys, such as names, matter as well
+        return places if special == places.special else Places()
+
+    def continue_thought(self, start: str, whole: str, turn: Message) -> str:
+        """Insert the last turn's thought into whole, in which the template wrote only the answer.
+
+        start is the generation prompt, which ends with the opening of a thought.
+        """
+        header = OPENED.sub("", start)
+        thought = next((f"{text.strip()}\n</think>\n\n" for key in THOUGHT_KEYS if (text := turn.get(key))), "")
+        if match := THOUGHT.fullmatch(turn["content"]):
+            thought = match[2].lstrip() + match[3]
+        if not thought or not whole.startswith(header):
+            problem = "the generation prompt opens a thought, which the response does not continue"
+            advice = "write it as thought</think>answer, or with reasoning_content"
+            raise InconsistentRow(problem, f"{advice}, or {self.without_opened_thought}")
+        return start + thought + whole[len(header) :].lstrip()
+
+    def split(self, whole: str, starts: Mapping[int, str], places: Places) -> Iterator[Segment]:
+        """Divide a rendered conversation into segments; starts is the text before each turn of the response."""
+        tokens, end, last = list(self.special.finditer(whole)), 0, max(starts)
+        for turn, before in starts.items():
+            if not whole.startswith(before):
+                if OPENED.search(before):
+                    problem = "the generation prompt opens a thought, which only the last turn of a response continues"
+                    raise InconsistentRow(problem, f"set train_on=last, or {self.without_opened_thought}")
+                details = difference(before, whole, "the prompt has {}, the conversation {}")
+                raise InconsistentRow("the rendered conversation does not begin with the rendered prompt", details)
+            if end:
+                yield Segment(whole[end : len(before)], False)
+            if not self.writes_end:
+                if turn != last:
+                    raise InconsistentRow(
+                        "the chat template writes no end of turn, so a response can have only one turn"
+                    )
+                yield Segment(whole[len(before) :].rstrip() + self.end_of_turn, True)
+                return
+            end = self.find_end(turn, len(before), whole, tokens, places, is_last=turn == last)
+            yield Segment(whole[len(before) : end], True)
+
+    def find_end(
+        self, turn: int, start: int, whole: str, tokens: list[re.Match[str]], places: Places, is_last: bool
+    ) -> int:
+        """The position after the end-of-turn token of the turn that begins at start; InconsistentRow if unknown."""
+        if turn in places.ends:
+            end = tokens[places.ends[turn]].end()
+        else:
+            ends = [token.end() for token in tokens if token.start() >= start and token[0] == self.end_of_turn]
+            end = ends[0] if is_last and len(ends) == 1 and places.special is None else 0
+        if end <= start:
+            details = excerpt(whole[start:])
+            raise InconsistentRow(f"a turn of the response has no end of turn {self.end_of_turn}, or several", details)
+        return end
+
+    @cached_property
+    def without_opened_thought(self) -> str:
+        """Advice on how to make the generation prompt open no thought."""
+        for name in names_read(self.tokenizer):
+            without = replace(self, arguments={**self.arguments, name: False})
+            if "think" in name and not OPENED.search(without.render(PROBE[:1], None, True)):
+                return f"set chat_template_args={{{name}: false}}"
+        return "use chat_template=FILE, another template, whose generation prompt opens none"
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """An example's messages as JSON, which are rendered again without the oldest turns if it is too long."""
+    """A prompt with responses as messages; if it is too long, it can be rendered without its oldest turns."""
 
-    prompt: str
-    responses: tuple[str, ...]
-    tools: str
+    prompt: list[Message]
+    responses: tuple[list[Message], ...]
+    tools: list[Any] | None
     template: ChatTemplate = field(repr=False, compare=False)
 
-    def render(self, messages: Sequence[Message]) -> tuple[str, tuple[str, ...]]:
-        """Render messages as the prompt, and the trained part of each response."""
-        tools = json.loads(self.tools)
-        prompt, answers = self.template.render(messages, tools, True), []
-        for turn in map(json.loads, self.responses):
-            whole = self.template.render([*messages, turn], tools, False)
-            answers.append(self.template.answer(prompt, whole, turn))
-        for turn in messages:
-            content = str(turn.get("content") or "").strip()
-            if turn["role"] in ("system", "user") and content not in prompt:
-                raise InconsistentRow(f"the chat template leaves out or changes a turn of the {turn['role']}")
-            if turn["role"] == "tool" and content not in prompt and to_json(content)[1:-1] not in prompt:
-                raise InconsistentRow("the chat template leaves out or changes what a tool returned")
-            check_calls(turn, prompt)
-        if missing := [name for name in function_names(tools) if name not in prompt]:
-            raise InconsistentRow("the chat template leaves out the tools", f"{missing[0]!r} is not in the prompt")
-        return prompt, tuple(answers)
+    def render(self) -> Rendered:
+        """Render prompt and responses; UnusableRow or InconsistentRow if they cannot be trained on."""
+        return self.render_after(self.prompt)
 
-    def shorter(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Yield prompt and answers without the oldest turns, up to the next turn of the user each time."""
-        messages = json.loads(self.prompt)
-        n_kept = int(messages[0]["role"] in ("system", "developer"))
-        for start in range(n_kept + 1, len(messages)):
-            if messages[start]["role"] == "user":
-                yield self.render([*messages[:n_kept], *messages[start:]])
+    def shorter(self) -> Iterator[Rendered]:
+        """Yield ever shorter conversations; each begins, after the system turns, with the next turn of the user."""
+        n_kept = n_system(self.prompt)
+        for start in range(n_kept + 1, len(self.prompt)):
+            if self.prompt[start]["role"] == "user":
+                yield self.render_after([*self.prompt[:n_kept], *self.prompt[start:]])
+
+    def render_after(self, prompt: list[Message]) -> Rendered:
+        """Render the responses after the turns of a prompt."""
+        text = self.template.render(prompt, self.tools, True)
+        rendered = [
+            self.template.response([*prompt, *turns], len(prompt), self.tools, text) for turns in self.responses
+        ]
+        prompts = list(dict.fromkeys(one.prompt for one in rendered)) or [text]
+        if len(prompts) > 1:
+            details = difference(prompts[0], prompts[1], "one has {}, another one {}")
+            raise InconsistentRow("the prompt is rendered differently before each response", details)
+        removed = dict.fromkeys(what for one in rendered for what in one.removed)
+        return Rendered(prompts[0], tuple(segments for one in rendered for segments in one.responses), tuple(removed))
 
 
-@dataclass(frozen=True, slots=True)
-class ConversationExample(TextExample):
-    """A rendered conversation with all special tokens; the last one ends the response's turn.
+def compiled(text: str) -> "Template":
+    """A chat template as transformers compiles and caches it, with the functions that it adds."""
+    from transformers.utils import chat_template_utils
 
-    Prompt and response are tokenized as one text; an over-long prompt loses whole turns.
-    """
-
-    conversation: Conversation = field(kw_only=True)
-
-    is_conversation: ClassVar[bool] = True
-    shortened_by: ClassVar[str] = "oldest turns"
-
-    @property
-    def original_prompt(self) -> Any:
-        """The messages before the response."""
-        return json.loads(self.conversation.prompt)
-
-    @property
-    def content(self) -> tuple[object, ...]:
-        """What its tokens depend on; caches of earlier versions contain hashes of its repr."""
-        return (self.prompt, self.responses, self.conversation)
-
-    def strings(self) -> list[str]:
-        """The texts to tokenize: the prompt, and the prompt with each response."""
-        return [self.prompt, *(self.prompt + response for response in self.responses)]
-
-    def split_ids(self, ids: list[list[int]], rules: Tokenization) -> tuple[list[int], list[list[int]]]:
-        """The ids of the prompt and of each response; InconsistentRow unless all begin with the prompt's."""
-        prompt, *wholes = ids
-        for whole in wholes:
-            if whole[: len(prompt)] != prompt:
-                at = next(i for i, (a, b) in enumerate(zip(prompt, [*whole, -1], strict=False)) if a != b)
-                near = [rules.tokenizer.decode(some[max(0, at - 4) : at + 4]) for some in (prompt, whole)]
-                details = f"at token {at} the prompt has {near[0]!r}, the conversation {near[1]!r}"
-                raise InconsistentRow("the conversation's tokens do not begin with the prompt's tokens", details)
-        return with_bos(prompt, rules), [whole[len(prompt) :] for whole in wholes]
-
-    def shorten(self, prompt: list[int], responses: list[list[int]], rules: Tokenization) -> list[int]:
-        """The prompt's ids without as many of the oldest turns as necessary.
-
-        UnusableRow if the last turn alone is too long, InconsistentRow if the responses' ids would change.
-        """
-        for text, answers in self.conversation.shorter():
-            prompt = with_bos(rules.ids([text])[0], rules)
-            if rules.fits(prompt, responses) or len(prompt) <= rules.max_prompt_length:
-                shorter = replace(self, prompt=text, responses=answers)
-                if shorter.split_ids(rules.ids(shorter.strings()), rules)[1] != responses:
-                    raise InconsistentRow("leaving out the oldest turns changes the response's tokens")
-                return prompt
-        raise UnusableRow("the last turn alone is longer than max_prompt_length")
+    template: Template = chat_template_utils._compile_jinja_template(text)
+    return template
 
 
-def with_bos(prompt: list[int], rules: Tokenization) -> list[int]:
-    """The prompt with a BOS, if model.add_bos requests one and the template wrote none."""
-    bos = rules.tokenizer.bos_token_id
-    return [bos, *prompt] if rules.add_bos and prompt[:1] != [bos] else prompt
+def syntax_trees(tokenizer: "PreTrainedTokenizerBase") -> list["nodes.Template"]:
+    """The parsed templates of a tokenizer, which may have one for tools; UserError if one cannot be parsed."""
+    templates: Any = tokenizer.chat_template
+    texts = templates.values() if isinstance(templates, dict) else [templates]
+    try:
+        return [compiled(text).environment.parse(text) for text in texts]
+    except Exception as error:  # any error of Jinja's parser
+        problem = f"the chat template fails ({summarize_error(error)})"
+        raise UserError(f"{TEMPLATE_KEYS}: {problem}") from None
 
 
-def check_calls(turn: Message, text: str) -> None:
-    """Raise InconsistentRow if a rendered text lacks the names of functions that a turn calls."""
-    if missing := [name for name in function_names(turn.get("tool_calls")) if name not in text]:
-        raise InconsistentRow("the chat template leaves out a call of a tool", f"{missing[0]!r} is called")
+def names_read(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The variables that a tokenizer's chat template reads, other than those that every template can read."""
+    from jinja2.meta import find_undeclared_variables
+
+    names = {name for tree in syntax_trees(tokenizer) for name in find_undeclared_variables(tree)}
+    return sorted(names - RESERVED - set(tokenizer.special_tokens_map))
 
 
-def function_names(functions: object) -> list[str]:
-    """The names in a list of functions or calls, directly or under "function"."""
-    items = functions if isinstance(functions, list) else []
-    inner = [item.get("function", item) for item in items if isinstance(item, dict)]
-    return [item["name"] for item in inner if isinstance(item, dict) and isinstance(item.get("name"), str)]
+def clock_formats(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
+    """The formats in which a tokenizer's chat template writes the time; empty if it does not read the clock."""
+    from jinja2 import nodes
+
+    trees = syntax_trees(tokenizer)
+    reads = any(name.name == CLOCK for tree in trees for name in tree.find_all(nodes.Name))
+    calls = [call for tree in trees for call in tree.find_all(nodes.Call) if getattr(call.node, "name", "") == CLOCK]
+    formats = [call.args[0].value for call in calls if call.args and isinstance(call.args[0], nodes.Const)]
+    if reads and (not calls or len(formats) < len(calls)):  # some format is unknown
+        return ("%Y-%m-%dT%H:%M:%S.%f",)
+    return tuple(sorted(set(formats)))
+
+
+def left_out(text: Text) -> InconsistentRow:
+    remedy = "use chat_template=FILE with a place for it, or remove it from the data"
+    return InconsistentRow(
+        f"the chat template leaves out {text.what}", f"{at_turn(text.turn)}{excerpt(text.value)}; {remedy}"
+    )
+
+
+def at_turn(turn: int) -> str:
+    return "" if turn == TOOLS else f"turn {turn + 1}: "
+
+
+def excerpt(value: object) -> str:
+    text = value.strip() if isinstance(value, str) else value
+    return repr(text if len(str(text)) <= 2 * CONTEXT else f"{str(text)[: 2 * CONTEXT]}...")
+
+
+def difference(a: str, b: str, sentence: str) -> str:
+    """Say where two texts first differ; sentence has a place, {}, for the context in each text."""
+    at = len(commonprefix([a, b]))
+    contexts = [repr(text[max(0, at - CONTEXT) : at + CONTEXT]) for text in (a, b)]
+    return f"at character {at} {sentence.format(*contexts)}"
+
+
+def with_arguments_as_text(message: Message) -> Message:
+    """The message with the arguments of its calls as JSON texts."""
+    if "tool_calls" not in message:
+        return message
+    return {**message, "tool_calls": [call_with_text(call) for call in message["tool_calls"]]}
+
+
+def call_with_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    changed = dict(call)
+    if isinstance(call.get("function"), Mapping):
+        changed["function"] = call_with_text(call["function"])
+    if "arguments" in call and not isinstance(call["arguments"], str):
+        changed["arguments"] = to_json(call["arguments"])
+    return changed
 
 
 def texts_in(value: object) -> Iterator[str]:
@@ -209,50 +367,3 @@ def texts_in(value: object) -> Iterator[str]:
     elif isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
             yield from texts_in(item)
-
-
-def hh_example(row: Row, number: int, source: str) -> TextExample:
-    r"""Write messages as hh's dialogues, \n\nHuman: ... \n\nAssistant: ...; UserError for other turns."""
-    names = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
-    turns = [*row.prompt, *row.responses]
-    if row.tools or any(not isinstance(turn, dict) or turn["role"] not in names for turn in turns):
-        raise UserError("prompt_format=hh supports only user and assistant turns, no system turn and no tools")
-    prompt = "".join(names[turn["role"]] + turn["content"] for turn in row.prompt if isinstance(turn, dict))
-    answers = tuple(f" {turn['content']}" for turn in row.responses)
-    return TextExample(f"{prompt}\n\nAssistant:", answers, "keep_end", number, source)
-
-
-@dataclass
-class RowFormatter:
-    """Makes examples from rows by prompt_format; the chat template is inspected when a row first needs it."""
-
-    prompt_format: PromptFormat
-    tokenizer: "PreTrainedTokenizerBase"
-    template: ChatTemplate | None = None
-    plain_text: TextExample | None = None  # the first text prompt, if the tokenizer has a chat template
-
-    def warning(self) -> str | None:
-        """A warning about text prompts for a model with a chat template; None without any."""
-        if self.plain_text is None:
-            return None
-        problem = "a text prompt is used as it is; prompt_format=chat renders it with the chat template."
-        return f"{self.plain_text.where}: {problem}"
-
-    def __call__(self, row: Row, number: int, source: str) -> TextExample:
-        """Make an example from a row; UserError if the format does not support it, UnusableRow if it is unusable."""
-        if isinstance(row.prompt, str):
-            if self.prompt_format == "chat":
-                raise UserError(
-                    "prompt_format=chat needs messages, or a prompt and its responses, not dialogues as text"
-                )
-            text = TextExample(row.prompt, row.responses, "keep_end", number, source)
-            if self.prompt_format == "auto" and self.plain_text is None and self.tokenizer.chat_template:
-                self.plain_text = None if ASSISTANT in row.prompt else text
-            return text
-        if self.prompt_format == "text":
-            raise UserError("holds messages, which prompt_format=text does not support; use auto, chat or hh")
-        if self.prompt_format == "hh":
-            return hh_example(row, number, source)
-        if self.template is None:
-            self.template = ChatTemplate.of(self.tokenizer)
-        return self.template.example(row, number, source)

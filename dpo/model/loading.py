@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpo.data.examples import special_token_problems
 from dpo.model.archives import DROPPABLE, is_adapter, load_archive, load_weights
 from dpo.model.lora import find_targets, merge_adapter
+from dpo.settings.constraints import is_template
 from dpo.settings.schema import ModelSettings, Settings
 from dpo.system.console import log_message
 from dpo.system.errors import UserError, is_out_of_memory, summarize_error
@@ -57,8 +59,10 @@ def fetch(what: str, name: str, load: Callable[[], T]) -> T:
         raise UserError(f"{what}={name}: cannot be loaded ({summarize_error(error)}); {advice}") from None
 
 
-def load_model_config(settings: ModelSettings) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Load the model's config, with all randomness off, and the tokenizer."""
+def load_model_config(
+    settings: ModelSettings, chat_template: str | None = None
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Load the model's config, with all randomness off, and the tokenizer, possibly with another chat template."""
     name = settings.name_or_path
     tokenizer_name = settings.tokenizer_name_or_path or name
     load_config = partial(AutoConfig.from_pretrained, name, trust_remote_code=False)
@@ -66,6 +70,9 @@ def load_model_config(settings: ModelSettings) -> tuple[PreTrainedConfig, PreTra
     config = fetch("model.name_or_path", name, load_config)
     tokenizer = fetch("model.tokenizer_name_or_path", tokenizer_name, load_tokenizer)
     disable_randomness(config)
+    if chat_template is not None:
+        is_text = is_template(chat_template)
+        tokenizer.chat_template = chat_template if is_text else Path(chat_template).read_text(encoding="utf-8")
     return config, tokenizer
 
 

@@ -86,6 +86,12 @@ class RunDir:
     def __exit__(self, *exception: object) -> None:
         self.open_files.close()
 
+    def start_time(self) -> datetime:
+        """When the run started, as chat templates see it: recorded if one reads the clock, else now, on all ranks."""
+        now = self.ranks.run_on_main(lambda: datetime.now().replace(microsecond=0))
+        recorded = self.config.get("chat_template_time")
+        return datetime.fromisoformat(recorded) if recorded else now
+
     def create(self) -> None:
         """Create, lock and record the directory of a new run; UserError if it is not empty or cannot be created."""
 
@@ -187,7 +193,7 @@ def settings_fingerprint(config: DictConfig, with_device: bool = False) -> str:
 
     with_device gives the fingerprint of earlier versions, in which a resumed run kept its device.
     """
-    free = ("exp_name", "local_run_dir", *MAY_MOVE, *MAY_CHANGE, *MAY_GROW)
+    free = ("exp_name", "local_run_dir", "chat_template_time", *MAY_MOVE, *MAY_CHANGE, *MAY_GROW)
     values = flatten(config).items()
     kept = {key: value for key, value in values if key not in free or (with_device and key == "device")}
     return hashlib.sha256(repr(sorted(kept.items())).encode()).hexdigest()

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo.data.messages import InconsistentRow, UnusableRow, as_message, as_messages
-from dpo.data.rows import find_columns, parse_row
+from dpo.data.columns import find_columns
+from dpo.data.messages import InconsistentRow, as_message, as_messages, as_tools, comparable
+from dpo.data.rows import RowOptions, parse_row
 from dpo.system.errors import UserError
 
 SHAREGPT = {"system": ["system"], "user": ["human", "user", "Human"], "assistant": ["gpt", "chatgpt", "assistant"]}
@@ -16,7 +17,7 @@ CLOCK = {"name": "clock", "arguments": {"zone": "CET"}}
 
 
 def parse(row, **options):
-    return parse_row(row, find_columns(row, {}, "data"), **{"sft": False, **options})
+    return parse_row(row, find_columns(row, {}, "data"), RowOptions(**options))
 
 
 def sides(row):
@@ -59,10 +60,10 @@ def test_a_conversation_is_the_same_in_every_form(data, both):
         {"chosen": [*other, answers[0]], "rejected": [*other, answers[1]], "conversation": other},
     ]
     for row in rows:
-        assert sides(parse(row)) == (prompt, (chosen, rejected))
+        assert sides(parse(row)) == (prompt, ([chosen], [rejected]))
     whole = {"conversations": [*other, answers[0]]}
-    assert sides(parse(whole, sft=True)) == (prompt, (chosen,))
-    assert sides(parse(whole | {"label": False}, labels=True)) == (prompt, (chosen,))
+    assert sides(parse(whole, sft=True)) == (prompt, ([chosen],))
+    assert sides(parse(whole | {"label": False}, labels=True)) == (prompt, ([chosen],))
 
 
 def test_a_function_call_becomes_a_call_of_a_tool():
@@ -81,6 +82,81 @@ def test_a_function_call_becomes_a_call_of_a_tool():
     for value in ("{", "[]", "3", '{"arguments": {}}'):
         with pytest.raises(UserError, match="a turn is a function_call, "):
             as_message({"from": "function_call", "value": value}, "a turn")
+
+
+CALL = {"type": "function", "function": {"name": "clock", "arguments": {"zone": None, "at": [1.5, "a"]}}}
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [{"type": "function", "function": {"name": "clock", "arguments": '{"zone": null, "at": [1.5, "a"]}'}}],
+        [{"id": None, "type": "function", "function": CALL["function"] | {"parsed": None}}],
+        json.dumps([CALL]),
+    ],
+)
+def test_the_arguments_of_a_call_are_an_object_and_keep_their_nulls(calls):
+    assert as_message({"role": "assistant", "content": None, "tool_calls": calls}, "a turn")["tool_calls"] == [CALL]
+    for arguments in ("not JSON", '"Rome"', "3"):
+        call = {"name": "clock", "arguments": arguments}
+        assert as_message({"role": "assistant", "tool_calls": [call]}, "a turn")["tool_calls"] == [call]
+
+
+def test_arguments_become_an_object_wherever_the_call_stands():
+    texts = {"name": "clock", "arguments": '{"zone": "CET"}'}
+    for message in (
+        {"role": "assistant", "content": None, "tool_calls": [texts]},
+        {"role": "assistant", "content": None, "function_call": texts},
+        {"from": "function_call", "value": json.dumps(texts)},
+        {"role": "tool_call", "content": json.dumps(texts)},
+    ):
+        (call,) = as_message(message, "a turn")["tool_calls"]
+        assert call.get("function", call) == CLOCK
+    empty = {"name": "clock", "arguments": ""}
+    assert as_message({"role": "assistant", "tool_calls": [empty]}, "a turn")["tool_calls"][0]["arguments"] == {}
+    for calls in ([3], {"name": "clock"}, "{"):
+        with pytest.raises(InconsistentRow, match="the calls of a turn "):
+            as_message({"role": "assistant", "content": "", "tool_calls": calls}, "a turn")
+
+
+def test_the_parameters_of_a_tool_are_an_object_and_keep_their_nulls():
+    schema = {"type": "object", "properties": {"zone": {"type": ["string", "null"], "default": None}}}
+    tool = {"type": "function", "function": {"name": "clock", "parameters": schema}}
+    as_text = {"type": "function", "function": {"name": "clock", "parameters": json.dumps(schema), "strict": None}}
+    for value in ([tool], [as_text], json.dumps([tool]), [json.dumps(tool)], json.dumps([as_text])):
+        assert as_tools(value, "tools") == [tool]
+
+
+def test_an_empty_list_of_calls_is_no_call_and_a_null_text_is_empty():
+    for calls in ([], None, ""):
+        turn = {"role": "assistant", "content": "a", "tool_calls": calls, "refusal": None}
+        assert as_message(turn, "a turn") == {"role": "assistant", "content": "a"}
+    for role in ("system", "user", "assistant"):
+        assert as_message({"role": role, "content": None}, "a turn") == {"role": role, "content": ""}
+    assert as_messages(None, "chosen", "assistant") == [{"role": "assistant", "content": ""}]
+
+
+def test_a_developer_turn_may_follow_the_system_turn():
+    turns = [{"role": role, "content": "a"} for role in ("system", "developer", "user")]
+    assert as_messages(turns, "prompt", "user") == turns
+    for other in ([turns[0], *turns], [turns[2], turns[1]]):
+        with pytest.raises(InconsistentRow, match="prompt has a system turn that is not its first turn"):
+            as_messages(other, "prompt", "user")
+
+
+def test_messages_are_compared_by_role_name_and_texts():
+    call = {"id": "1", "function": CLOCK}
+    turn = {"role": "assistant", "content": "a", "tool_calls": [call], "reasoning_content": "b"}
+    same = {
+        "role": "assistant",
+        "content": "a",
+        "score": 3,
+        "tool_calls": [{"id": "2", "function": CLOCK}],
+        "thinking": "b",
+    }
+    assert comparable(turn) == comparable(same)
+    for other in ({"content": "c"}, {"reasoning_content": "c"}, {"tool_calls": [{"function": CLOCK | {"name": "c"}}]}):
+        assert comparable(turn) != comparable(turn | other)
 
 
 def test_other_keys_of_a_message_and_their_order_stay():
@@ -102,17 +178,17 @@ def test_a_part_that_is_no_text_makes_the_row_one_that_may_be_dropped():
     [
         ({"from": "bot", "value": "a"}, "one of the roles system, .*, or ShareGPT's human and gpt, not 'bot'"),
         ({"from": "human"}, "the content of a turn must be a text, not NoneType"),
+        (None, "a turn must be a message with role and content, not NoneType"),
         ({"from": "human", "value": 3}, "the content of a turn must be a text, not int"),
         ({"role": "user", "content": ["a"]}, "the content of a turn must be a text or a list of parts, not of str"),
         ({"role": "user", "content": [{"type": "text"}]}, "the content of a turn must be a text, not NoneType"),
     ],
 )
 def test_a_message_of_another_form_is_refused(turn, words):
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(InconsistentRow, match=f"a message has a form that cannot be used .*{words}"):
         as_message(turn, "a turn")
-    assert not isinstance(caught.value, UnusableRow)
 
 
 def test_shareGPT_written_as_a_text_is_found_out():
-    with pytest.raises(UserError, match="prompt holds messages as a text"):
+    with pytest.raises(UserError, match="messages are written as a text that is not JSON"):
         parse({"prompt": "[{'from': 'human', 'value': 'a'}]", "chosen": "b", "rejected": "c"})

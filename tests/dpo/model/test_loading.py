@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import transformers
-from conftest import GOLDENS, inputs_of
+from conftest import GOLDENS, TINY, inputs_of, validated
 from tiny_models import COMMON, EXPERTS, ROTARY, make_examples, tiny, tiny_config
 
 import build
@@ -17,6 +17,7 @@ from dpo.model.loading import (
     compile_layers,
     disable_randomness,
     is_random,
+    load_model_config,
     rope_problem,
 )
 from dpo.model.logps import ResponseLogps, response_logps
@@ -157,7 +158,7 @@ def hub(monkeypatch):
 def test_a_hub_that_is_needed_and_cannot_be_reached_is_not_tried(settings, is_needed, hub, capsys, monkeypatch):
     """Its client would try again for minutes, for each file."""
     constants, asked = hub
-    monkeypatch.setattr(build, "load_model_config", lambda settings: 1 / 0)
+    monkeypatch.setattr(build, "load_model_config", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         inputs_of("loss=dpo", "device=cpu", "max_length=160", "max_prompt_length=96", *settings)
     assert asked == [constants.ENDPOINT] * is_needed
@@ -170,3 +171,16 @@ def test_a_hub_that_can_be_reached_is_used(hub, monkeypatch, capsys):
     monkeypatch.setattr(loading, "is_reachable", lambda url: True)
     loading.skip_unreachable_hub({"no/such": True})
     assert not constants.HF_HUB_OFFLINE and capsys.readouterr().out == ""
+
+
+def test_a_chat_template_of_the_run_is_exported_and_its_file_must_exist(tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages[0].content }}é", encoding="utf-8")
+    for value in (str(file), file.read_text(encoding="utf-8")):
+        settings = validated("loss=dpo", *TINY)[0].model
+        tokenizer = load_model_config(settings, value)[1]
+        assert tokenizer.chat_template == "{{ messages[0].content }}é"
+    tokenizer.save_pretrained(tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+    with pytest.raises(UserError, match="chat_template=no.jinja: no such file; give the path of a Jinja template"):
+        validated("loss=dpo", *TINY, "chat_template=no.jinja")
