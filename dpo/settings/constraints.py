@@ -44,6 +44,11 @@ def for_several_processes(key: str, off: tuple[Any, ...], trainer: str = "FSDPTr
     return Rule(f"{key} trainer", lambda value, name: not is_distributed(name) and value not in off, message)
 
 
+def is_template(text: str) -> bool:
+    """Whether chat_template is a template's text, not a file."""
+    return "{{" in text or "{%" in text
+
+
 NOT_QUANTIZED = "only the weights of model.name_or_path can be quantized; set lora.quantize=null"
 NOT_UPLOADED = "only this machine has the adapter's base model; set push_to_hub=null"
 RULES: tuple[Rule, ...] = (
@@ -73,9 +78,14 @@ RULES: tuple[Rule, ...] = (
     Rule("sync_reference sync_mix model.policy_dtype", lambda n, mix, dtype: n and mix != 1 and dtype == "bfloat16",
          "bfloat16 would round away the mix's small changes; set sync_mix=1 or model.policy_dtype=float32"),
     # Data
+    Rule("chat_template", lambda template: template and not is_template(template) and not Path(template).is_file(),
+         "no such file; give the path of a Jinja template, or its text"),
+    *(Rule(f"{name} prompt_format", lambda value, form: value is not None and form in ("text", "hh"),
+           "has no effect, since no chat template is applied; leave it out, or set prompt_format=chat")
+      for name in ("chat_template_args", "chat_template_time")),
     Rule("columns.score_chosen columns.score_rejected", lambda *columns: columns.count(None) == 1,
          "set both or neither"),
-    *(Rule(f"columns.label columns.{name}", lambda label, column: None not in (label, column),
+    *(Rule(f"columns.label columns.{name}", lambda *columns: not {None, "none"} & {*columns},
            "a row has one response and a label, or a chosen and a rejected response; set the columns of one kind")
       for name in ("chosen", "rejected", "score_chosen")),
     Rule("inspect_ids inspect", lambda ids, n: ids and not n, "has no effect without inspect=N; set it"),

@@ -90,7 +90,8 @@ TABLE = {
     "prompt_key": "columns.prompt",
     "chosen_key": "columns.chosen",
     "rejected_key": "columns.rejected",
-    "chat_template apply_chat_template template": "use prompt_format=chat, which uses the tokenizer's chat template",
+    "apply_chat_template template": "use prompt_format=chat, which uses the tokenizer's chat template",
+    "chat_template_kwargs template_kwargs enable_thinking reasoning_effort": "use chat_template_args='{NAME: VALUE}'",
     "shuffle group_by_length": "leave it out: the order of each epoch depends only on seed",
     "packing sample_packing padding_free": "leave it out: layout=shared_prefix, the default, already packs",
     "max_seq_length max_seq_len seq_length sequence_len max_len cutoff_len context_length model_max_length": (

@@ -26,7 +26,9 @@ MAY_CHANGE = (
     "n_processes replicate tensor_parallel ddp reduce_every_pass collective_timeout"
 ).split()
 MAY_GROW = ("n_epochs", "n_examples")
-MAY_MOVE = "datasets local_dirs model.name_or_path model.tokenizer_name_or_path model.archive lora.path".split()
+MAY_MOVE = (
+    "datasets local_dirs chat_template model.name_or_path model.tokenizer_name_or_path model.archive lora.path"
+).split()
 
 
 def find_run_dir(path: Path) -> Path:

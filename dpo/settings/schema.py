@@ -5,12 +5,13 @@ Defaults, units and meanings are only in config/*.yaml; a field here declares th
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from dpo.settings.config_files import format_value
@@ -19,7 +20,7 @@ from dpo.settings.hints import suggest
 from dpo.system.errors import raise_problems
 from dpo.system.installation import COMMAND
 
-MAPPINGS = ("optimizer_args",)  # settings that are mappings with keys of their own
+MAPPINGS = ("optimizer_args", "chat_template_args")  # settings that are mappings with keys of their own
 REMOVED = ("fsdp_port",)  # keys of earlier versions that did nothing; the config.yaml of their runs has them
 
 # The types of values. A description completes the sentence "KEY=VALUE: must be ...".
@@ -32,6 +33,14 @@ Smoothing = Annotated[float, Field(strict=True, ge=0, lt=0.5, description="a num
 Flag = Annotated[bool, Field(strict=True, description="true or false")]
 Rate = Annotated[float, Field(strict=True, ge=0, lt=1, description="a number from 0, below 1")]
 Dtype = Literal["float32", "bfloat16"]
+
+
+def check_time(text: str) -> str:
+    datetime.fromisoformat(text)
+    return text
+
+
+Time = Annotated[str, AfterValidator(check_time), Field(description="a time, as 2026-01-31 or 2026-01-31T12:00")]
 
 
 def whole(unit: str, ge: int, le: int | None = None) -> Any:
@@ -60,7 +69,8 @@ class Column:
 
     names: tuple[str, ...] = ()  # in lower case; without names the column is read only if the user sets it
     takes_first: bool = False  # the first of several candidates is read; otherwise the user must choose
-    is_number: bool = False  # a number, stored in the example's field of this name
+    is_number: bool = False  # a number of the row, in `numbers` of its examples
+    keys: tuple[str, ...] = ()  # where the responses are objects, the keys that hold the same
 
 
 class ColumnSettings(Group):
@@ -68,15 +78,55 @@ class ColumnSettings(Group):
 
     prompt: Annotated[Text | None, Column(("prompt", "question", "instruction", "input"))]
     input: Annotated[Text | None, Column()]
-    chosen: Annotated[Text | None, Column(("chosen", "response_j"))]
-    rejected: Annotated[Text | None, Column(("rejected", "response_k"))]
+    chosen: Annotated[Text | None, Column(("chosen", "response_j", "preferred_output"))]
+    rejected: Annotated[
+        Text | None,
+        Column(("rejected", "response_k", "non_preferred_output", "rejected_response", "rejected_messages")),
+    ]
     completion: Annotated[Text | None, Column(("completion", "response"), takes_first=True)]
-    label: Annotated[Text | None, Column(("label",))]
+    label: Annotated[Text | None, Column(("label", "kto_tag"))]
     messages: Annotated[Text | None, Column(("messages", "conversations", "conversation"), takes_first=True)]
     system: Annotated[Text | None, Column(("system",))]
     tools: Annotated[Text | None, Column(("tools",))]
+    responses: Annotated[
+        Text | None,
+        Column(
+            ("responses", "completions", "answers", "generations", "candidates"),
+            keys=("response", "text", "content", "completion", "answer", "output"),
+        ),
+    ]
+    scores: Annotated[Text | None, Column(("scores", "ratings"), keys=("score", "overall_score", "rating", "pm_score"))]
+    ranks: Annotated[Text | None, Column(("ranks",), keys=("rank",))]
+    preferred: Annotated[
+        Text | None,
+        Column(
+            (
+                "better_response_id",
+                "safer_response_id",
+                "preferred",
+                "preferred_response",
+                "preference",
+                "better_response",
+                "winner",
+            )
+        ),
+    ]
+    preference_strength: Annotated[Text | None, Column(("preference_strength", "overall_preference"))]
     score_chosen: Annotated[Text | None, Column()]
     score_rejected: Annotated[Text | None, Column()]
+    weight: Annotated[Text | None, Column(is_number=True)]
+
+
+# Columns of two responses in no order, in lower case; another column says which is better.
+UNORDERED_PAIRS = (
+    ("response_0", "response_1"),
+    ("response_1", "response_2"),
+    ("response1", "response2"),
+    ("response_a", "response_b"),
+    ("conversation_a", "conversation_b"),
+)
+# Columns of the worse response where `messages` is the better conversation.
+REJECTED_BESIDE_MESSAGES = ("rejected_response", "rejected_messages")
 
 
 class ModelSettings(Group):
@@ -128,10 +178,18 @@ class Settings(Group):
     wandb: WandbSettings
 
     datasets: list[Text] = Field(min_length=1, description="a list, as in [hh] or [hh,shp]")
+    shares: Annotated[list[Positive], Field(min_length=1)] | None = Field(
+        description="a list of numbers, one per data set, as in [1,0.5]"
+    )
     split_train: Text | None
     split_test: Text | None
     columns: ColumnSettings
+    pairs: Literal["best_worst", "all", "best_rest"]
+    train_on: Literal["response", "last", "all"]
     prompt_format: Literal["auto", "chat", "text", "hh"]
+    chat_template: Text | None = Field(description="a file, or the text of a template")
+    chat_template_args: dict[str, Any] | None = Field(description="{NAME: VALUE, ...}")
+    chat_template_time: Time | None
     inspect: int = whole("examples", ge=0)
     inspect_ids: Flag
     on_inconsistent: Literal["refuse", "drop"]
@@ -317,7 +375,9 @@ def allowed(kind: type[BaseModel], key: str) -> str:
     field = kind.model_fields[name]
     members = (field.annotation, *get_args(field.annotation))
     choices = [choice for member in members for choice in get_args(member) if isinstance(choice, str)]
-    described = [part.description for member in members for part in getattr(member, "__metadata__", ())]
+    described = [
+        getattr(part, "description", None) for member in members for part in getattr(member, "__metadata__", ())
+    ]
     descriptions = [field.description, f"one of {', '.join(choices)}" if choices else None, *described]
     optional = ", or null" if type(None) in members else ""
     return next((text for text in descriptions if text), "another value") + optional

@@ -229,6 +229,13 @@ def test_a_loss_says_what_it_refuses_also_where_another_of_its_settings_is_wrong
     assert len(lines) == 3 and all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
 
 
+def test_a_role_without_a_column_and_scores_of_lists_are_accepted():
+    assert problems(*VALID, "columns.label=none", "columns.chosen=a", "columns.rejected=b") == []
+    assert problems(*VALID, "loss=kto", "columns.label=none", "columns.chosen=a") == []
+    assert problems(*VALID, "loss=odpo", "columns.scores=overall_score") == []
+    assert len(problems(*VALID, "loss=odpo", "columns.scores=none")) == 1
+
+
 def test_a_wrong_value_makes_no_second_line_about_its_combinations():
     assert problems(*VALID, "batch_size=0", "gradient_accumulation_steps=3") == [
         "batch_size=0: must be a whole number of examples, 1 or more"
@@ -348,3 +355,13 @@ def test_a_yaml_file_without_optional_keys_takes_their_defaults():
     assert (loss.beta, loss.average_log_prob) == (0.3, False)
     defaults = yaml.safe_load((ROOT / "config" / "model" / "blank_model.yaml").read_text())
     assert settings.model.model_dump() == defaults | {"name_or_path": "somewhere"}
+
+
+def test_the_time_that_chat_templates_see_is_a_date_or_a_time():
+    for time in ("2026-01-31", "2026-01-31T12:00"):
+        assert validated(*VALID, f"chat_template_time={time}")[0].chat_template_time == time
+    for time in ("noon", "31", "2026-13-01"):
+        line = f"chat_template_time={time}: must be a time, as 2026-01-31 or 2026-01-31T12:00, or null"
+        assert problems(*VALID, f"chat_template_time={time}") == [line]
+    line = "chat_template_args={'a': 1} prompt_format=hh: has no effect, since no chat template is applied"
+    assert problems(*VALID, "chat_template_args={a: 1}", "prompt_format=hh")[0].startswith(line)
