@@ -50,12 +50,13 @@ class SFT(Loss):
     def batch_sums(self, examples: Iterable[TokenizedExample], logps: ComputeLogps) -> dict[str, float]:
         if self.normalize != "tokens":
             return {}
-        lengths = [len(example.responses[0]) for example in examples]
-        return {"examples": len(lengths), "tokens": sum(lengths)}
+        weights_and_lengths = [(example.text.weight, len(example.trained_responses[0])) for example in examples]
+        n_examples = sum(weight for weight, _ in weights_and_lengths)
+        return {"examples": n_examples, "tokens": sum(weight * length for weight, length in weights_and_lengths)}
 
     def __call__(self, policy: Logps, reference: Logps | None, context: Context) -> tuple[Tensor, Metrics]:
         losses = -(policy.means if self.normalize == "example" else policy.sums)[:, 0]
-        if self.normalize == "tokens":  # the trainer takes the mean over examples
+        if self.normalize == "tokens":  # the trainer takes the weighted mean over examples
             losses = losses * (context.sums["examples"] / context.sums["tokens"])
         return losses, {"logps/chosen": policy.sums[:, 0].detach(), "loss": losses.detach()}
 

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -79,6 +80,7 @@ class Inputs:
     train_batches: BatchIterator
     eval_batches: BatchIterator
     stops: list[int]  # ids that end a turn in the conversations of the data, if there are any
+    template_time: datetime | None = None  # that the chat template saw, if it reads the clock
 
 
 @dataclass
@@ -199,18 +201,19 @@ class BasicTrainer:
             self.evaluate_and_save(final=True)
 
     def train_step(self, batch: Batch) -> dict[str, float]:
-        """Update the policy once, by the gradient of the batch's mean loss, and return the update's metrics."""
+        """Update the policy once, by the gradient of the batch's weighted mean loss; return the update's metrics."""
         start = time.perf_counter()
         self.policy.train()
         metrics = BatchMetrics()
         with self.clock("forward_backward"), self.autocast():
             sums = self.loss.batch_sums(batch.examples, self.sums_of_logps)
+            total_weight = sum(example.text.weight for example in batch.examples)
             n_equal = self.settings.gradient_accumulation_steps
             for microbatch, scale, is_last in self.split_batch(batch.examples, n_equal):
                 self.policy.set_requires_gradient_sync(is_last or self.settings.reduce_every_pass)
                 with self.packer.memory_hint(microbatch):
                     losses = self.losses(microbatch, metrics if scale else None, sums)
-                    (losses.sum() * scale / len(batch.examples)).backward()
+                    ((losses * microbatch.weights).sum() * scale / total_weight).backward()
         with self.clock("forward_backward"):  # reading the norm waits for a GPU
             grad_norm = self.clip_gradient()
             check_finite(metrics, grad_norm, self.updates + 1, self.run.path, self.ranks)

@@ -3,15 +3,17 @@
 import inspect
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_loss as default_loss
-from tiny_models import make_examples, respond
+from tiny_models import PLENTY, make_examples, mask_responses, respond, tiny, weigh
 
 import trainers
-from dpo.model.logps import Logps
+from dpo.model.logps import Logps, ResponseLogps, response_logps
+from dpo.model.packing import make_microbatches
 from dpo.reporting.metrics import BatchMetrics
 from dpo.training.objectives import Context
 from losses import LOSSES, preference_loss
@@ -215,7 +217,7 @@ def test_metrics_have_the_originals_names_and_no_gradient(name):
     assert not any(value.requires_grad for value in values.values())
     assert all(value.shape == (2,) for value in values.values())
     metrics = BatchMetrics()
-    metrics.add((), values)
+    metrics.add([respond([1], [2])] * 2, values)
     assert set(metrics.means("train")) == ({"logps_train/chosen", "loss/train"} if name == "sft" else TRAIN_METRICS)
     assert set(metrics.means("eval")) == {key.replace("train", "eval") for key in metrics.means("train")}
 
@@ -564,14 +566,24 @@ def test_sft_can_average_over_an_examples_or_the_batchs_tokens():
     assert metrics["logps/chosen"].tolist() == [-12.0, -4.0]
     examples = [respond([1], [5, 6, 7]), respond([1, 2], [8])]
     assert loss.batch_sums(iter(examples), None) == {"examples": 2, "tokens": 4}
+    assert loss.batch_sums(iter([weigh(examples[0], 2.0), examples[1]]), None) == {"examples": 3, "tokens": 7}
+    assert loss.batch_sums(iter([mask_responses(examples[0], [1, 0, 1])]), None) == {"examples": 1, "tokens": 2}
     assert make_loss("sft").batch_sums(iter(examples), None) == {}
+
+
+def test_a_mean_loss_is_weighted_and_other_means_are_not():
+    """(3 * 1 + 1 * 5) / 4 = 2; and (1 + 5) / 2 = 3."""
+    metrics = BatchMetrics()
+    for weight, value in ((3.0, 1.0), (1.0, 5.0)):
+        metrics.add([weigh(respond([1], [2]), weight)], {"loss": tensor(value), "rewards/margins": tensor(value)})
+    assert metrics.means("train") == {"loss/train": 2.0, "rewards_train/margins": 3.0}
 
 
 def test_metrics_are_means_over_examples_not_over_passes():
     """One pass of three examples and one of a single one: (1 + 2 + 3 + 10) / 4 = 4; the mean of means would be 6."""
     metrics = BatchMetrics()
-    metrics.add((), {"loss": tensor(1.0, 2.0, 3.0)})
-    metrics.add((), {"loss": tensor(10.0)})
+    metrics.add([respond([1], [2])] * 3, {"loss": tensor(1.0, 2.0, 3.0)})
+    metrics.add([respond([1], [2])], {"loss": tensor(10.0)})
     assert metrics.means("train") == {"loss/train": 4.0}
 
 
@@ -597,3 +609,50 @@ def test_a_loss_and_its_gradient_are_finite_wherever_log_probabilities_are(name,
             losses, _ = compute(loss, *arguments, sums=sums, examples=scored(2.0))
             losses.sum().backward()
             assert losses.isfinite().all() and logps.grad.isfinite().all(), (policy, reference)
+
+
+MASKED = [
+    ("dpo", {"token_weights": "wpo", "nll_weight": 1.0}),
+    ("dpo", {"ld_alpha": 0.5}),
+    ("ipo", {"average_log_prob": True}),
+    ("cpo", {"average_nll": True}),
+    ("sft", {"normalize": "example"}),
+    ("sft", {"normalize": "tokens"}),
+]
+
+
+@pytest.fixture(scope="module")
+def passes():
+    """A function that computes examples with a policy and a reference, of which the policy is float64 and random."""
+    modules = [ResponseLogps.wrap(tiny(name).double()) for name in ("Llama", "Qwen2")]
+
+    @torch.no_grad()
+    def compute_logps(examples):
+        (batch,) = make_microbatches(examples, "shared_prefix", PLENTY)
+        for module in modules:
+            module.with_collisions = True
+        return [response_logps(module, batch) for module in modules]
+
+    return compute_logps
+
+
+@pytest.mark.parametrize("name, options", OPTIONS + MASKED, ids=str)
+def test_a_loss_of_masked_responses_is_that_of_their_trained_tokens(name, options, passes):
+    """Against the log-probabilities of all tokens, of which the trained ones are chosen here by hand."""
+    loss = make_loss(name, **options)
+    masks = [([1, 0, 0, 1, 1], [0, 1, 1]), ([1, 1], [1, 0, 1, 1, 0, 0, 0, 1])]
+    examples = make_examples([(9, 5, 3), (4, 2, 8)])
+    examples = [replace(one, responses=one.responses[: loss.n_responses]) for one in examples]
+    examples = [replace(one, text=replace(one.text, scores=(2.0, 1.0), label=True)) for one in examples]
+    masked = [mask_responses(one, *mask[: loss.n_responses]) for one, mask in zip(examples, masks, strict=True)]
+    chosen = torch.tensor([bit for one in masked for mask in one.loss_masks for bit in mask])
+    lengths = torch.tensor([[sum(mask) for mask in one.loss_masks] for one in masked])
+    by_hand = [
+        replace(Logps.from_tokens(all_tokens.tokens[chosen], lengths), collisions=all_tokens.collisions[chosen])
+        for all_tokens in passes(examples)
+    ]
+    sums = loss.batch_sums(iter(masked), lambda mismatched: [logps.sums for logps in passes(mismatched)])
+    context = Context(masked, sums)
+    expected, actual = loss(*by_hand, context)[0], loss(*passes(masked), context)[0]
+    assert actual.tolist() == pytest.approx(expected.tolist(), rel=1e-9)
+    assert actual.tolist() != pytest.approx(loss(*passes(examples), context)[0].tolist(), rel=1e-3)

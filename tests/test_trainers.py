@@ -14,10 +14,12 @@ import pytest
 import torch
 from chat_families import FAMILIES, TURNS, answer
 from conftest import TINY, golden_rows, inputs_of, tiny_config, tiny_tokenizer, without_measurements
+from tiny_models import mask_responses, weigh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MistralConfig
 
 import build
 import losses
+from dpo.data.mixture import Mixture
 from dpo.distributed.splitting import Microbatch
 from dpo.model import logps
 from dpo.model.logps import response_logps
@@ -152,23 +154,33 @@ def flat_gradient(model):
 
 def sum_of_logps(model, prompt, response):
     """Return log pi(response | prompt) from one unpadded sequence."""
+    return sum_of_trained_logps(model, prompt, response, [True] * len(response))
+
+
+def sum_of_trained_logps(model, prompt, response, mask):
+    """Return the sum of log pi(token | all before it) over the tokens of a response that its mask has."""
     logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-    return logits.log_softmax(-1)[range(len(response)), response].sum()
+    return logits.log_softmax(-1)[range(len(response)), response][torch.tensor(mask)].sum()
 
 
 def oracle_gradient(trainer, examples):
-    """Return the gradient of the mean loss in float64, one unpadded sequence at a time; beta is 0.1."""
+    """Return the gradient of the mean loss in float64, one unpadded sequence at a time; beta is 0.1.
+
+    The mean is weighted, and a response has the log-probability of its trained tokens.
+    """
     policy = copy.deepcopy(trainer.policy.model).double()
     reference = trainer.reference and copy.deepcopy(trainer.reference.module.model).double()
     for example in examples:
-        sums = [sum_of_logps(policy, example.prompt, response) for response in example.responses]
+        masks = example.loss_masks or [[True] * len(response) for response in example.responses]
+        responses = list(zip(example.responses, masks, strict=True))
+        sums = [sum_of_trained_logps(policy, example.prompt, *response) for response in responses]
         if len(sums) == 1:
             loss = -sums[0]
         else:
             with torch.no_grad():
-                others = [sum_of_logps(reference, example.prompt, response) for response in example.responses]
+                others = [sum_of_trained_logps(reference, example.prompt, *response) for response in responses]
             loss = losses.preference_loss(*sums, *others, beta=0.1)[0]
-        (loss / len(examples)).backward()
+        (example.text.weight * loss / sum(other.text.weight for other in examples)).backward()
     return flat_gradient(policy)
 
 
@@ -190,6 +202,45 @@ def test_accumulation_and_token_budget_change_nothing_in_the_gradient(layout, lo
         actual = gradient(trainer, batch, accumulation)
         assert (actual - expected).norm() < 1e-5 * expected.norm(), accumulation
         assert len(passes) == accumulation or max_tokens == 300
+
+
+@pytest.mark.parametrize("loss", ["sft", "dpo"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_masks_and_weights_have_the_gradient_of_the_trained_tokens_in_a_weighted_mean(layout, loss, make_trainer):
+    """Every third token is context, in every other example; the weights are 1/2, 1, 3/2, ..."""
+    trainer = make_trainer(f"loss={loss}", f"layout={layout}", "max_tokens_per_pass=300", "lr=1e-30")
+    perturb(trainer.policy)
+    batch = next(iter(trainer.train_batches))
+    examples = [weigh(example, 0.5 + 0.5 * i) for i, example in enumerate(batch.examples)]
+    for i in range(0, len(examples), 2):
+        masks = [[j % 3 != 1 for j in range(len(response))] for response in examples[i].responses]
+        examples[i] = mask_responses(examples[i], *masks)
+    expected, plain = oracle_gradient(trainer, examples), oracle_gradient(trainer, batch.examples)
+    for accumulation in (1, 4):
+        actual = gradient(trainer, dataclasses.replace(batch, examples=examples), accumulation)
+        assert (actual - expected).norm() < 1e-5 * expected.norm() < 0.1 * (actual - plain).norm()
+
+
+@pytest.mark.parametrize("settings", [("loss=dpo",), ("loss=sft",), ("loss=sft", "loss.normalize=tokens")], ids=str)
+def test_a_weight_of_2_counts_as_the_same_example_twice(settings, make_trainer):
+    """Also where the batch is accumulated, and in the mean loss of an evaluation; other means count it once."""
+    trainer = make_trainer(*settings, "max_tokens_per_pass=300", "lr=1e-30")
+    perturb(trainer.policy)
+    batch = next(iter(trainer.train_batches))
+    first, *others = batch.examples
+    once = dataclasses.replace(batch, examples=[weigh(first, 2.0), *others])
+    twice = dataclasses.replace(batch, examples=[first, *batch.examples])
+    expected = gradient(trainer, twice, 1)
+    for accumulation in (1, 4):
+        assert (gradient(trainer, once, accumulation) - expected).norm() < 1e-5 * expected.norm()
+    found = []
+    for some in (once, twice, batch):
+        trainer.eval_batches = SimpleNamespace(from_start=lambda some=some: [some])
+        found.append((trainer.train_step(some), trainer.evaluate()))
+    for split, (of_once, of_twice, of_batch) in zip(("train", "eval"), zip(*found, strict=True), strict=True):
+        assert of_once[f"loss/{split}"] == pytest.approx(of_twice[f"loss/{split}"], rel=1e-5)
+        assert of_once[f"loss/{split}"] != pytest.approx(of_batch[f"loss/{split}"], rel=2e-5)
+        assert of_once[f"logps_{split}/chosen"] == pytest.approx(of_batch[f"logps_{split}/chosen"], rel=1e-5)
 
 
 @pytest.mark.parametrize("every_pass", [False, True])
@@ -255,19 +306,19 @@ def flat_values(model):
 
 def test_the_next_batch_is_made_while_an_update_is_computed(make_trainer, monkeypatch):
     trainer = make_trainer("loss=sft", "n_examples=16", "n_eval_examples=8", "do_first_eval=false", "debug=true")
-    made, second, waited = [], threading.Event(), []
-    tokenize, train_step = trainer.train_batches.tokenize, trainer.train_step
+    read, second, waited = [], threading.Event(), []
+    get, train_step = Mixture.__getitem__, trainer.train_step
 
-    def tokenized(texts):
-        made.append(texts)
-        if len(made) == 2:
+    def counted(examples, index):
+        read.append(index)
+        if len(read) == 16:
             second.set()
-        return tokenize(texts)
+        return get(examples, index)
 
-    trainer.train_batches.tokenize = tokenized
+    monkeypatch.setattr(Mixture, "__getitem__", counted)
     monkeypatch.setattr(trainer, "train_step", lambda batch: waited.append(second.wait(60)) or train_step(batch))
     trainer.train()
-    assert waited == [True, True] and len(made) == 2
+    assert waited == [True, True]
 
 
 def test_policy_and_reference_are_compiled_where_that_is_asked(make_trainer, monkeypatch):
@@ -370,10 +421,15 @@ def test_ktos_divergence_comes_from_all_mismatched_pairs_of_the_batch(name, make
 
 
 def test_an_update_on_rows_with_a_label_is_that_of_its_equation(make_trainer, tmp_path):
-    """The mean of sigmoid(z - r) and 1.5 sigmoid(r - z), in float64, one unpadded sequence at a time; beta is 0.1."""
+    """The weighted mean of sigmoid(z - r) and 1.5 sigmoid(r - z), in float64, one unpadded sequence at a time.
+
+    beta is 0.1. z, the rewards and the accuracy are means without weights.
+    """
     trainer = make_trainer(*settings_of("kto of labels", tmp_path / "data"), "lr=1e-30")
     perturb(trainer.policy)
     batch = next(iter(trainer.train_batches))
+    weights = [1.0 + i % 3 for i in range(len(batch.examples))]
+    batch = dataclasses.replace(batch, examples=list(map(weigh, batch.examples, weights)))
     policy = copy.deepcopy(trainer.policy.model).double()
     reference = copy.deepcopy(trainer.reference.module.model).double()
 
@@ -389,14 +445,15 @@ def test_an_update_on_rows_with_a_label_is_that_of_its_equation(make_trainer, tm
         reward = 0.1 * log_ratio(example)
         rewards[example.text.label].append(reward.item())
         loss = (z - reward).sigmoid() if example.text.label else 1.5 * (reward - z).sigmoid()
-        (loss / len(batch.examples)).backward()
-        total += loss.item()
+        mean = example.text.weight * loss / sum(weights)
+        mean.backward()
+        total += mean.item()
     expected = flat_gradient(policy)
     assert all(rewards.values())
     assert (gradient(trainer, batch, 2) - expected).norm() < 1e-5 * expected.norm()
     metrics = trainer.train_step(batch)
     right = sum(r > z for r in rewards[True]) + sum(r < z for r in rewards[False])
-    assert metrics["loss/train"] == pytest.approx(total / len(batch.examples), rel=1e-5)
+    assert metrics["loss/train"] == pytest.approx(total, rel=1e-5)
     assert metrics["rewards_train/accuracies"] == right / len(batch.examples)
     for side, label in (("desirable", True), ("undesirable", False)):
         mean = sum(rewards[label]) / len(rewards[label])
@@ -494,7 +551,10 @@ def test_scores_reach_odpo_and_the_fingerprints_of_the_run(make_trainer, tmp_pat
 @pytest.mark.parametrize(
     "scores, line",
     [
-        ({"score_chosen": 1}, "FILE, row 2: score_rejected must be a finite number, not 'None'"),
+        (
+            {"score_chosen": 1},
+            "FILE, row 2: score_rejected must be a number, not null; on_inconsistent=drop skips such rows",
+        ),
         ({"score_chosen": True, "score_rejected": 0}, "FILE, row 2: score_chosen must be a finite number, not 'True'"),
         (
             {"score_chosen": math.inf, "score_rejected": 0},

@@ -1,6 +1,8 @@
 """FSDPTrainer on several processes gives the numbers of one, and those of the original."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -13,6 +15,7 @@ from conftest import GOLDENS, TINY, compose, validated
 from ranks import run_ranks
 from test_goldens import compare_steps, overrides_of, read
 from test_trainers import labelled_rows
+from tiny_models import weigh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
@@ -25,6 +28,7 @@ from dpo.runs.run_dir import RunDir
 PLAIN = ("loss=dpo", "max_tokens_per_pass=300", "n_eval_model_samples=3")  # of 4 ranks, one has no sample of its own
 UNEVEN = ("loss=dpo", "max_tokens_per_pass=100", "eval_batch_size=3", "n_eval_examples=12")
 KTO = ("loss=kto", "max_tokens_per_pass=300")
+WEIGHTS = (1.0, 2.0, 0.5, 1.0, 4.0, 1.0, 3.0, 0.25)
 LORA = (*PLAIN, "lora=default", "lora.r=4")
 ADAPTERS = {
     "plain": LORA,
@@ -78,8 +82,8 @@ def move(policy) -> None:
             parameter += noise
 
 
-def whole_gradient(trainer) -> torch.Tensor:
-    """Return the gradient of the first batch before it is clipped, as one vector."""
+def whole_gradient(trainer, weights: Sequence[float] = ()) -> torch.Tensor:
+    """Return the gradient of the first batch before it is clipped, as one vector; with weights of its examples."""
     kept, clip = [], trainer.clip_gradient
 
     def keep():
@@ -90,7 +94,9 @@ def whole_gradient(trainer) -> torch.Tensor:
 
     trainer.clip_gradient = keep
     move(trainer.policy)
-    trainer.train_step(next(iter(trainer.train_batches)))
+    batch = next(iter(trainer.train_batches))
+    weighted = [weigh(*pair) for pair in zip(batch.examples, weights, strict=True)] if weights else batch.examples
+    trainer.train_step(replace(batch, examples=weighted))
     return kept[0]
 
 
@@ -171,7 +177,7 @@ def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
         (folder / "evaluations.json").write_text(json.dumps(evaluations))
     trainer = build(folder / "kto", ranks, *TINY, *KTO, f"datasets=['{folder / 'labels'}']", "trainer=FSDPTrainer")
     sums, n_examples = divergence(trainer)
-    shares, gradient = ranks.gather((sums, n_examples)), whole_gradient(trainer)
+    shares, gradient = ranks.gather((sums, n_examples)), whole_gradient(trainer, WEIGHTS)
     if rank == 0:
         (folder / "shares.json").write_text(json.dumps(shares))
         torch.save(gradient, folder / "kto.pt")
@@ -260,7 +266,7 @@ def test_each_rank_computes_its_share_of_what_ktos_divergence_needs_and_all_get_
     assert n_examples == 8 <= sum(counts) < 8 + n and max(counts) < 8 and len(shares) == n
     for own, _ in shares:
         assert own == shares[0][0] == pytest.approx(sums, rel=1e-5)
-    expected = whole_gradient(trainer)
+    expected = whole_gradient(trainer, WEIGHTS)
     assert (torch.load(folder / "kto.pt") - expected).norm() < 1e-5 * expected.norm()
 
 

@@ -1,5 +1,7 @@
 """Tiny random models and examples of token ids, which several tests share."""
 
+from dataclasses import replace
+
 import torch
 import transformers
 
@@ -64,6 +66,16 @@ def respond(prompt, *responses):
     return TokenizedExample(
         TextExample("", ("",) * len(responses), "keep_end", 1, ""), list(prompt), tuple(map(list, responses))
     )
+
+
+def mask_responses(example, *masks):
+    """Set an example's loss masks, given as 1 for each trained token and 0 for each other."""
+    return replace(example, loss_masks=tuple([bool(value) for value in mask] for mask in masks))
+
+
+def weigh(example, weight):
+    """Set an example's weight."""
+    return replace(example, text=replace(example.text, numbers={"weight": weight}))
 
 
 @torch.no_grad()

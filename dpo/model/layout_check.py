@@ -155,11 +155,12 @@ def resize(example: TokenizedExample, n_tokens: int, max_length: int) -> Tokeniz
     """Resize an example: 8, 7, ... tokens per response, n_tokens for the prompt with the first response.
 
     Tokens are repeated if there are too few: a response of one token would be predicted only from its prompt.
+    Loss masks are left out, so that all tokens are compared.
     """
     longest = max(1, max_length // 2)
     responses = tuple(cycle(response, min(8 - k, longest)) for k, response in enumerate(example.responses))
     n_prompt = max(1, min(n_tokens, max_length) - len(responses[0]))
-    return replace(example, prompt=cycle(example.prompt, n_prompt), responses=responses)
+    return replace(example, prompt=cycle(example.prompt, n_prompt), responses=responses, loss_masks=())
 
 
 def cycle(tokens: list[int], n: int) -> list[int]:

@@ -25,7 +25,7 @@ FLOAT32_BYTES = {"cpu": 2**22, "mps": 2**25, "cuda": 2**25}
 
 @dataclass(frozen=True)
 class Logps:
-    """The log-probabilities of a batch's responses, in at least float32.
+    """The log-probabilities of a batch's responses, in at least float32. Tokens are the trained ones.
 
     sums        (batch, n_responses) log pi(response | prompt)
     lengths     (batch, n_responses) the number of tokens of each response
@@ -55,7 +55,7 @@ class Logps:
 
 
 class ResponseLogps(torch.nn.Module):
-    """Computes the log-probability of each response token with a causal language model.
+    """Computes the log-probability of each trained token with a causal language model.
 
     Call the module, never its forward method, so that hooks of a wrapped root (FSDP2, DDP, compile) run. The head is
     looked up at each call and no parameter is stored elsewhere, so parameters can be replaced (fully_shard) and modules
@@ -65,7 +65,7 @@ class ResponseLogps(torch.nn.Module):
     def __init__(self, model: PreTrainedModel, separate_head: bool = False, float32_head: bool = False):
         """Wrap a model.
 
-        separate_head: call the head only on the hidden states of response tokens, in chunks. This is correct if the
+        separate_head: call the head only on the hidden states of trained tokens, in chunks. This is correct if the
         logits are the head's output for the last hidden states (see wrap).
         float32_head: compute logits in float32 whatever the body's dtype. Most of the effect that other examples in a
         microbatch have on a bfloat16 log-probability is the rounding of the logits. No effect without a separate head.
@@ -93,7 +93,7 @@ class ResponseLogps(torch.nn.Module):
         """Do nothing; FSDP replaces this method."""
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """Compute the log-probability of each response token, (n,), response after response, in at least float32.
+        """Compute the log-probability of each trained token, (n,), response after response, in at least float32.
 
         With collisions the result is (2, n), with their log in the second row.
         """
@@ -125,7 +125,7 @@ class ResponseLogps(torch.nn.Module):
 
 
 def response_logps(module: ResponseLogps, batch: PackedBatch) -> Logps:
-    sizes = [len(response) for example in batch.examples for response in example.responses]
+    sizes = [len(response) for example in batch.examples for response in example.trained_responses]
     tokens = module(batch)
     if tokens.dim() == 1:
         return Logps.from_tokens(tokens, batch.lengths, sizes)
@@ -160,7 +160,7 @@ def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
 
 
 def response_logits(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Compute the model's logits that predict the response tokens, (n, vocabulary), and few others."""
+    """Compute the model's logits that predict the trained tokens, (n, vocabulary), and few others."""
     width = batch.inputs["input_ids"].shape[1]
     columns, kept = torch.unique(batch.sources % width, return_inverse=True)
     logits = model(**model_inputs(model, batch), logits_to_keep=columns).logits

@@ -15,19 +15,21 @@ class PackedBatch:
     """The tensors of a microbatch: some examples of a batch, computed in one forward pass.
 
     inputs           input_ids (rows, seq), with attention_mask or, where they restart, position_ids of the same shape
-    sources          (n,) flat position in (rows, seq) whose output predicts each response token
-    targets          (n,) the response tokens, response after response
-    lengths          (examples, n_responses) number of tokens of each response
+    sources          (n,) flat position in (rows, seq) whose output predicts each trained token
+    targets          (n,) the trained tokens, response after response
+    lengths          (examples, n_responses) number of trained tokens of each response
+    weights          (examples,) the factor of each example's loss
     examples         the examples, in this order
     segments         (2, seq) for a row of several examples: the index of each token's example, and of its branch
                      (0: prompt, 1 and up: responses); they determine the attention mask; else None
-    branch_lengths   for such a row, the lengths of each example's prompt and responses; else empty
+    branch_lengths   for such a row, the number of all tokens of each example's prompt and responses; else empty
     """
 
     inputs: dict[str, torch.Tensor]
     sources: torch.Tensor
     targets: torch.Tensor
     lengths: torch.Tensor
+    weights: torch.Tensor
     examples: tuple[TokenizedExample, ...]
     segments: torch.Tensor | None = None
     branch_lengths: tuple[tuple[int, ...], ...] = ()
@@ -47,6 +49,7 @@ class PackedBatch:
             sources=move(self.sources),
             targets=move(self.targets),
             lengths=move(self.lengths),
+            weights=move(self.weights),
             segments=None if self.segments is None else move(self.segments),
         )
 
@@ -68,7 +71,7 @@ def padded(examples: Sequence[TokenizedExample]) -> PackedBatch:
     for i, example in enumerate(examples):
         for k, response in enumerate(example.responses):
             start = (n * k + i) * width + len(example.prompt) - 1
-            sources.extend(range(start, start + len(response)))
+            sources.extend(example.trained(k, range(start, start + len(response))))
     return pack({"input_ids": input_ids, "attention_mask": mask}, sources, examples)
 
 
@@ -86,8 +89,9 @@ def shared_prefix(examples: Sequence[TokenizedExample]) -> PackedBatch:
         branches.append((n_prompt, *map(len, example.responses)))
         tokens += example.prompt
         positions += range(n_prompt)
-        for response in example.responses:
-            sources += [start + n_prompt - 1, *range(len(tokens), len(tokens) + len(response) - 1)]
+        for k, response in enumerate(example.responses):
+            predicting = [start + n_prompt - 1, *range(len(tokens), len(tokens) + len(response) - 1)]
+            sources += example.trained(k, predicting)
             tokens += response
             positions += range(n_prompt, n_prompt + len(response))
     inputs = {"input_ids": torch.tensor([tokens]), "position_ids": torch.tensor([positions])}
@@ -99,9 +103,11 @@ def shared_prefix(examples: Sequence[TokenizedExample]) -> PackedBatch:
 
 def pack(inputs: dict[str, torch.Tensor], sources: list[int], examples: Sequence[TokenizedExample]) -> PackedBatch:
     """Make a packed batch; sources are in the order of the examples' responses."""
-    targets = [token for example in examples for response in example.responses for token in response]
-    lengths = [[len(response) for response in example.responses] for example in examples]
-    return PackedBatch(inputs, torch.tensor(sources), torch.tensor(targets), torch.tensor(lengths), tuple(examples))
+    trained = [example.trained_responses for example in examples]
+    targets = torch.tensor([token for responses in trained for response in responses for token in response])
+    lengths = torch.tensor([[len(response) for response in responses] for responses in trained])
+    weights = torch.tensor([example.text.weight for example in examples])
+    return PackedBatch(inputs, torch.tensor(sources), targets, lengths, weights, tuple(examples))
 
 
 # From a batch to microbatches

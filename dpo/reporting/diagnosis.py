@@ -38,7 +38,7 @@ def log_ratios(policy: Logps, reference: Logps | None) -> dict[str, Tensor]:
 
 
 def lengths(batch: PackedBatch) -> dict[str, Tensor]:
-    """The number of tokens of chosen and rejected responses, (batch,) each; an SFT target counts as chosen.
+    """The number of trained tokens of chosen and rejected responses, (batch,) each; an SFT target counts as chosen.
 
     For single labelled responses: those of desirable and undesirable ones.
     """
@@ -77,7 +77,7 @@ def displacement(columns: Mapping[str, np.ndarray], examples: Sequence[Tokenized
     """
     displaced = columns["log_ratios/chosen"] < 0
     truncated = np.array([bool(example.truncated) for example in examples])
-    distances = np.array([edit_distance(*example.responses) for example in examples])
+    distances = np.array([edit_distance(*example.trained_responses) for example in examples])
     similar = distances <= np.median(distances)
     groups = {
         "displaced": np.ones_like(displaced),

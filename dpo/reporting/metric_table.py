@@ -35,6 +35,7 @@ class Metric:
     headline  its newest value is shown at the top of the page, in the model card and in the summary of a sweep
     console   the console shows it after each update (after an evaluation it shows all metrics)
     pairs     pairs.jsonl has its value for each evaluated pair
+    weighted  its mean over examples is weighted by their weights (columns.weight)
     """
 
     name: str
@@ -44,6 +45,7 @@ class Metric:
     headline: bool = False
     console: bool = False
     pairs: bool = False
+    weighted: bool = False
 
     def recorded(self, split: Split) -> str:
         """Return its name in the records of updates (train) or of evaluations (eval)."""
@@ -52,7 +54,7 @@ class Metric:
 
 BOTH: tuple[Split, ...] = ("train", "eval")
 EVAL: tuple[Split, ...] = ("eval",)
-LOSS = Chart("Loss", "mean over the examples")
+LOSS = Chart("Loss", "mean over the examples, weighted if they have weights")
 ACCURACY = Chart("Reward accuracy", "share of pairs whose chosen response has the higher reward", "share")
 MARGIN = Chart("Reward margin", "chosen minus rejected reward")
 REWARDS = Chart("Rewards, evaluation", "beta times log(policy / reference)")
@@ -68,7 +70,7 @@ MFU = Chart("Share of the matrix rate (mfu)", "of the device's measured rate of 
 
 # In the order of the page.
 METRICS = (
-    Metric("loss", LOSS, splits=BOTH, headline=True, console=True),
+    Metric("loss", LOSS, splits=BOTH, headline=True, console=True, weighted=True),
     Metric("rewards/accuracies", ACCURACY, splits=BOTH, headline=True, console=True, pairs=True),
     Metric("rewards/margins", MARGIN, splits=BOTH, headline=True, console=True, pairs=True),
     Metric("rewards/chosen", REWARDS, "chosen", EVAL, pairs=True),
@@ -92,7 +94,8 @@ METRICS = (
 )
 CONSOLE = tuple(metric.recorded("train") for metric in METRICS if metric.console)
 HEADLINES = {metric.recorded("eval"): metric for metric in METRICS if metric.headline}
-PAIR_COLUMNS = frozenset(metric.name for metric in METRICS if metric.pairs)
+PAIR_COLUMNS = frozenset(metric.name for metric in METRICS if metric.pairs) | {"weight"}
+WEIGHTED = frozenset(metric.name for metric in METRICS if metric.weighted)
 
 
 def interval(record: Mapping[str, Any], name: str) -> tuple[float, float] | None:

@@ -16,7 +16,7 @@ import torch
 
 from dpo.data.examples import TokenizedExample
 from dpo.distributed.ranks import ALONE, Ranks
-from dpo.reporting.metric_table import CONSOLE, PAIR_COLUMNS, format_values, record_name
+from dpo.reporting.metric_table import CONSOLE, PAIR_COLUMNS, WEIGHTED, format_values, record_name
 from dpo.reporting.trackers import Tracker
 from dpo.system.console import log_message, on_terminal, printable
 from dpo.system.errors import RunError
@@ -37,9 +37,17 @@ class BatchMetrics:
             self.values[name].append(value)
 
     def means(self, split: str, ranks: Ranks = ALONE) -> dict[str, float]:
-        """Average over the examples of all ranks, under the original's names: rewards_train/chosen, loss/train."""
-        columns = {name: torch.cat(values).cpu().double() for name, values in self.values.items()}  # MPS has no float64
-        shares = ranks.gather_shares({name: (column.sum().item(), len(column)) for name, column in columns.items()})
+        """Average over the examples of all ranks, under the original's names: rewards_train/chosen, loss/train.
+
+        The mean loss is weighted by the examples' weights, other means are not.
+        """
+        weights = torch.tensor([example.text.weight for example in self.examples], dtype=torch.float64)
+        totals = {}
+        for name, values in self.values.items():
+            column = torch.cat(values).cpu().double()  # MPS has no float64
+            factors = weights if name in WEIGHTED else torch.ones_like(column)
+            totals[name] = ((factors * column).sum().item(), factors.sum().item())
+        shares = ranks.gather_shares(totals)
         means = {}
         for name in dict.fromkeys(name for share in shares for name in share):
             sums, counts = zip(*(share[name] for share in shares if name in share), strict=True)
@@ -60,12 +68,16 @@ class BatchMetrics:
         return torch.cat(self.values[name])
 
     def rows(self) -> list[dict[str, Any]]:
-        """A JSON-compatible dict per example: source, row, texts, and the metrics that all examples have."""
+        """A JSON-compatible dict per example: source, row, texts, weight, and the metrics that all examples have.
+
+        A weight of 1 is left out.
+        """
         columns = {name: torch.cat(tensors).tolist() for name, tensors in self.values.items()}
         rows = []
         for i, example in enumerate(self.examples):
             text = example.text
             row = {"source": text.source, "row": text.row, "prompt": text.prompt, "responses": text.responses}
+            row |= {"weight": text.weight} if text.weight != 1 else {}
             for name, column in columns.items():
                 if len(column) == len(self.examples):
                     row[name] = column[i] if math.isfinite(column[i]) else str(column[i])

@@ -20,7 +20,7 @@ PLACEHOLDER = "PATH/OF/THIS/FOLDER"  # if the export is not uploaded to a reposi
 TRAINING = (
     *("lr", "scheduler", "min_lr_ratio", "warmup_steps", "optimizer", "optimizer_args", "weight_decay"),
     *("max_grad_norm", "batch_size", "n_epochs", "n_examples", "max_length", "max_prompt_length", "precision"),
-    *("sync_reference", "sync_mix", "seed"),
+    *("sync_reference", "sync_mix", "seed", "chat_template_args", "chat_template_time"),
 )
 
 

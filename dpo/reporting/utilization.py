@@ -26,7 +26,7 @@ class Utilization:
     """Model FLOPs utilization, relative to a measured rate of matrix products: PaLM, arXiv 2204.02311, appendix B.
 
     Per weight and token an update needs 2 FLOPs in each forward pass, of policy and reference, 2 for the gradient of
-    activations, and 2 for the gradient of a trained weight. The head counts only for response tokens. Attention,
+    activations, and 2 for the gradient of a trained weight. The head counts only for trained tokens. Attention,
     recomputed activations and padding are not counted.
     """
 
@@ -71,6 +71,6 @@ class Utilization:
         rates = {"examples_per_second": len(examples) / seconds, "tokens_per_second": tokens / seconds}
         if not self.is_dense:
             return rates
-        responses = sum(len(response) for example in examples for response in example.responses)
-        flops = self.body * tokens + self.head * responses
+        trained = sum(len(response) for example in examples for response in example.trained_responses)
+        flops = self.body * tokens + self.head * trained
         return rates | {"mfu": flops / seconds / (self.rate * self.n_devices)}

@@ -80,11 +80,12 @@ class Loss(LossSettings, ABC):
             problem = "the policy itself computes the reference's log-probabilities; set model.reference_dtype=null"
             yield f"model.reference_dtype={dtype} loss.precompute_reference=true: {problem}"
         name, label = settings.get("loss.name"), settings.get("columns.label")
-        if label is not None and self.n_responses == 2 and not self.takes_labels:
+        if label not in (None, "none") and self.n_responses == 2 and not self.takes_labels:
             mitigation = "set columns.label=null, or choose a loss of single responses, such as loss=kto"
             yield f"loss={name} columns.label={label}: this loss reads no label; {mitigation}"
-        if self.needs_scores and settings.get("columns.score_chosen", "") is None:
-            mitigation = "set columns.score_chosen=NAME and columns.score_rejected=NAME"
+        has_lists = settings.get("columns.scores") not in (None, "none")
+        if self.needs_scores and settings.get("columns.score_chosen", "") is None and not has_lists:
+            mitigation = "set columns.score_chosen=NAME and columns.score_rejected=NAME, or columns.scores=NAME"
             yield f"loss={name} columns.score_chosen=null: this loss reads a score of each response; {mitigation}"
 
     @property
@@ -382,6 +383,14 @@ def mismatch(examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
     for i, example in enumerate(examples):
         following = (examples[(i + k) % n] for k in range(1, n))
         other = next((e for e in following if e.prompt != example.prompt), examples[(i + 1) % n])
-        responses = tuple(response[: longest - len(example.prompt)] for response in other.responses)
-        mismatched.append(replace(example, responses=responses))
+        room = longest - len(example.prompt)
+        responses = tuple(response[:room] for response in other.responses)
+        masks = tuple(truncate_mask(mask, room) for mask in other.loss_masks)
+        mismatched.append(replace(example, responses=responses, loss_masks=masks))
     return mismatched
+
+
+def truncate_mask(mask: list[bool], n: int) -> list[bool]:
+    """The first n values; all True if none is, so that no response is empty."""
+    first = mask[:n]
+    return first if any(first) else [True] * len(first)

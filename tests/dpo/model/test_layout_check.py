@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from tiny_models import EXACT, EXAMPLES, NOT_EXACT, make_examples, sums_of_logps, tiny
+from tiny_models import EXACT, EXAMPLES, NOT_EXACT, make_examples, mask_responses, sums_of_logps, tiny
 
 from dpo.model import layout_check
 from dpo.model.attention import use_attention
@@ -34,6 +34,16 @@ def test_a_model_that_cannot_take_the_shared_prefix_falls_back_and_trains(name, 
     torch.cat(logps).sum().backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients and all(g.isfinite().all() for g in gradients)
+
+
+def test_all_tokens_of_masked_examples_are_compared(monkeypatch):
+    counts, compare = [], layout_check.largest_difference
+    monkeypatch.setattr(
+        layout_check, "largest_difference", lambda a, b: counts.append((len(a), len(b))) or compare(a, b)
+    )
+    masked = [mask_responses(one, *([i == 0 for i in range(len(y))] for y in one.responses)) for one in EXAMPLES]
+    assert [layout_chosen_for(tiny("Llama"), some) for some in (EXAMPLES, masked)] == ["shared_prefix"] * 2
+    assert counts[0] == counts[1]
 
 
 def test_a_window_that_no_real_example_fills_is_still_found():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import GOLDENS
-from tiny_models import EXAMPLES, PLENTY, respond, sums_of_logps, tiny
+from tiny_models import EXAMPLES, PLENTY, mask_responses, respond, sums_of_logps, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -111,6 +111,49 @@ def test_sft_examples_have_the_log_probability_of_their_one_response(family, lay
     chosen = [respond(example.prompt, example.responses[0]) for example in family.examples]
     actual = sums_of_logps(ResponseLogps(family.model), chosen, layout)
     torch.testing.assert_close(actual, family.expected[:, :1], rtol=1e-6, atol=1e-6)
+
+
+# Masked responses
+
+
+def without_every_third(example):
+    """Make context of the second token of each three, but not of a response's last one."""
+    masks = [[i % 3 != 1 or i == len(y) - 1 for i in range(len(y))] for y in example.responses]
+    return mask_responses(example, *masks)
+
+
+@pytest.mark.parametrize("max_tokens", BUDGETS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_context_in_a_response_is_seen_and_not_counted(family, layout, max_tokens, module):
+    """Against the sum over the trained tokens, of one unpadded sequence at a time."""
+    examples, expected = [without_every_third(example) for example in family.examples], []
+    with torch.no_grad():
+        for example in examples:
+            for response, mask in zip(example.responses, example.loss_masks, strict=True):
+                logits = family.model(torch.tensor([example.prompt + response])).logits[0, len(example.prompt) - 1 : -1]
+                tokens = logits.log_softmax(-1)[range(len(response)), response]
+                expected.append(tokens[torch.tensor(mask)].sum())
+    actual = sums_of_logps(module, examples, layout, max_tokens)
+    torch.testing.assert_close(actual, torch.stack(expected).view(-1, 2), rtol=1e-6, atol=1e-6)
+    assert ((actual - family.expected).abs() > 0.1).any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_gradient_comes_from_the_logits_that_predict_context(layout):
+    """The last hidden state at a position has a gradient only from the logits there."""
+    module, hidden = wrapped("Llama"), []
+    example = mask_responses(respond([5, 6, 7], [8, 9, 10, 11, 12], [13]), [1, 1, 0, 0, 1], [1])
+    (batch,) = make_microbatches([example], layout, PLENTY)
+
+    def keep(_, __, output):
+        output[0].retain_grad()
+        hidden.append(output[0])
+
+    module.model.base_model.register_forward_hook(keep)
+    response_logps(module, batch).sums.sum().backward()
+    with_gradient = hidden[0].grad.flatten(0, 1).abs().sum(1).nonzero().flatten().tolist()
+    assert with_gradient == sorted(set(batch.sources.tolist()))
+    assert with_gradient == {"shared_prefix": [2, 3, 6], "padded": [2, 3, 6, 10]}[layout]
 
 
 # Hand-derived: a model whose prediction never depends on the context

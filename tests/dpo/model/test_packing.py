@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from tiny_models import make_examples, respond
+from tiny_models import make_examples, mask_responses, respond
 
 from dpo.model.packing import LAYOUTS, Packer, balance, make_microbatches
 from dpo.system.errors import RunError
@@ -53,6 +53,26 @@ def test_a_shared_prefix_is_computed_once_and_without_padding():
         [*[0] * 3, *[1] * 2, *[2] * 4, *[0], *[1], *[2] * 3, *[0] * 9, *[1], *[2] * 2],
     ]
     assert part.branch_lengths == ((3, 2, 4), (1, 1, 3), (9, 1, 2))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_context_in_a_response_is_computed_and_no_target(layout):
+    """Of [5, 6, 7, 8] 5 and 8 are trained: 5 is predicted from the prompt's 4, and 8 from the context's 7."""
+    masked = mask_responses(respond([3, 4], [5, 6, 7, 8], [9]), [1, 0, 0, 1], [1])
+    (part,) = make_microbatches([masked, PAIRS[0]], layout, PLENTY)
+    (whole,) = make_microbatches([respond([3, 4], [5, 6, 7, 8], [9]), PAIRS[0]], layout, PLENTY)
+    assert part.targets.tolist() == [5, 8, 9, *[1, EOS], *[2, 2, 0, EOS]]
+    assert part.inputs["input_ids"].flatten()[part.sources].tolist() == [4, 7, 4, *[3, 1], *[3, 2, 2, 0]]
+    assert part.lengths.tolist() == [[2, 1], [2, 4]]
+    assert part.branch_lengths == whole.branch_lengths
+    assert all(torch.equal(part.inputs[name], tensor) for name, tensor in whole.inputs.items())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_mask_of_all_tokens_is_none(layout):
+    masked = [mask_responses(pair, *([1] * len(response) for response in pair.responses)) for pair in PAIRS]
+    for one, other in zip(*(make_microbatches(some, layout, 12) for some in (PAIRS, masked)), strict=True):
+        assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("sources", "targets", "lengths"))
 
 
 def test_a_padded_microbatch_has_a_row_per_response_the_first_ones_first_and_masks_what_fills_them():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import respond, tiny
+from tiny_models import mask_responses, respond, tiny
 
 from dpo.data.examples import TextExample, TokenizedExample
 from dpo.distributed.splitting import BatchSplitter
@@ -126,6 +126,14 @@ def test_displacement_is_split_by_truncation_and_by_similarity():
         "displaced_similar": 1.0,
         "displaced_different": 0.5,
     }
+
+
+def test_responses_are_as_similar_as_their_trained_tokens():
+    """Pair 0 differs in two tokens of context, pair 1 in one trained token."""
+    metrics = pairs([([5, 6, 7, 8], [5, 9, 9, 8]), ([5, 6, 7, 8], [5, 6, 7, 9])], [-1.0, 1.0], [-2.0] * 2)
+    metrics.examples = [mask_responses(example, [1, 0, 0, 1], [1, 0, 0, 1]) for example in metrics.examples]
+    found = diagnose(metrics)
+    assert (found["diagnosis/displaced_similar"], found["diagnosis/displaced_different"]) == (1.0, 0.0)
 
 
 def test_a_share_of_no_pairs_and_a_correlation_of_constants_are_left_out():

@@ -5,6 +5,7 @@ import zlib
 
 import pytest
 import torch
+from tiny_models import weigh
 
 from dpo.data.examples import TextExample, TokenizedExample
 from dpo.reporting.metrics import BatchMetrics, MetricLogger
@@ -94,6 +95,14 @@ def test_a_pair_is_logged_with_its_row_rewards_and_lengths_alone(tmp_path):
     (record,) = map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines())
     assert record.pop("pair") == zlib.crc32(b"('a', 'b')")
     assert record == {"examples": 8, "source": "mine", "row": 7, "rewards/margins": 0.5, "lengths/chosen": 3.0}
+
+
+def test_a_pair_is_logged_with_a_weight_that_is_not_1(tmp_path):
+    logger, metrics = MetricLogger(tmp_path, Tracker()), one_pair()
+    metrics.examples = [weigh(example, 0.5) for example in metrics.examples]
+    logger.log_pairs(8, metrics)
+    logger.close()
+    assert json.loads((tmp_path / "pairs.jsonl").read_text())["weight"] == 0.5
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "pairs.jsonl"])

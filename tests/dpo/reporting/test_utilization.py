@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY, validated
-from tiny_models import EXAMPLES, tiny
+from tiny_models import EXAMPLES, mask_responses, respond, tiny
 
 from dpo.model.logps import ResponseLogps
 from dpo.reporting import utilization
@@ -74,3 +74,11 @@ def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
     monkeypatch.setattr("dpo.reporting.utilization.time.perf_counter", lambda: next(times))
     found = Utilization(ResponseLogps.wrap(tiny("GPT2")), None, torch.float32)
     assert found.rate == pytest.approx(2 * 100**3 / 0.02)
+
+
+def test_the_head_counts_only_for_trained_tokens():
+    """One token less takes the head's FLOPs less."""
+    module = ResponseLogps.wrap(tiny("Llama"))
+    found, example = of(module, LIVE), respond([5, 6], [7, 8, 9])
+    rates = [found([one], seconds=1.0)["mfu"] for one in (example, mask_responses(example, [1, 0, 1]))]
+    assert rates[0] - rates[1] == pytest.approx(found.head / 1e6, rel=1e-9)

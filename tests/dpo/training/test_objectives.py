@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_loss
-from tiny_models import make_examples, respond
+from tiny_models import make_examples, mask_responses, respond
 
 from dpo.model.logps import Logps
 from dpo.training.objectives import Context, LengthOptions, desensitized_sums, mismatch, wpo_weights
@@ -164,6 +164,16 @@ def test_mismatched_examples_take_the_next_examples_responses_and_never_grow():
     assert second.responses[1] == examples[2].responses[1][:6]
     assert third.responses == examples[0].responses
     assert mismatch([respond([1], [2])])[0].responses == ([2],)
+
+
+def test_masks_are_cut_with_mismatched_responses_and_leave_none_without_a_trained_token():
+    """After the prompts of 1 and of 3 tokens, 4 and 2 are left: there the mask 0 0 1 would have no trained token."""
+    short, long = mask_responses(respond([1], [2, 3]), [1, 0]), mask_responses(respond([4, 5, 6], [7, 8]), [0, 1])
+    context_first = mask_responses(respond([9], [2, 3, 7]), [0, 0, 1])
+    assert [one.loss_masks for one in mismatch([short, long])] == [([False, True],), ([True, False],)]
+    cut = mismatch([long, context_first])[0]
+    assert cut.responses == ([2, 3],) and cut.loss_masks == ([True, True],)
+    assert mismatch([respond([1], [2, 3]), long])[1].loss_masks == ()
 
 
 def test_mismatched_examples_take_no_response_to_their_own_prompt_unless_there_is_no_other():
