@@ -1,21 +1,24 @@
-"""Measures what rows of data cost: the memory that a run holds, and the time until its first batch.
+"""Measures what rows of data cost: the time until the first batch of a first and a second run, memory and disk.
 
     python benchmarks/rows.py 100000 jsonl
 
-Makes N rows of text, loads them as train.py does, and prints one line of JSON. Memory is the process's own (RssAnon on
-Linux), without pages of files, which the system drops when it needs memory. cpu is the seconds of all threads, which
-other processes on the machine change less than those on the clock.
+Makes N rows of text, loads them as train.py does in two processes, one after the other, and prints a line of JSON for
+each. Memory is the process's own (RssAnon on Linux), without pages of files, which the system drops when it needs
+memory; worker is the peak of the largest process that helped. cpu is the seconds of all threads and processes, which
+other programs on the machine change less than those on the clock. disk is the size of the table in megabytes.
 """
 
 import argparse
 import json
 import re
+import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -49,8 +52,13 @@ def memory(kind: str) -> int:
     return int(found[1]) // 1024 if found else 0
 
 
-def measure(folder: Path) -> dict[str, float]:
-    """Load a folder as train.py does and make the first batch."""
+def cpu_seconds() -> float:
+    """The seconds of all threads and of processes that have ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def measure(folder: Path, facts: dict[str, object]) -> None:
+    """Load a folder as train.py does, make the first batch, and print facts and figures."""
     import hydra
 
     from dpo.settings.schema import default_values, flatten, validate
@@ -59,7 +67,7 @@ def measure(folder: Path) -> dict[str, float]:
 
     register_resolvers()
     overrides = ["loss=dpo", "model=tiny", f"datasets=['{folder}']", "device=cpu", "wandb.enabled=false"]
-    overrides += ["max_length=128", "max_prompt_length=64"]
+    overrides += ["max_length=128", "max_prompt_length=64", f"local_dirs=['{folder}']"]
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base=None):
         config = hydra.compose("config", overrides=overrides)
     settings, loss = validate(flatten(config), default_values(ROOT / "config", "dpo"), LOSSES)
@@ -68,12 +76,15 @@ def measure(folder: Path) -> dict[str, float]:
     from build import load_inputs
 
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    own, peak, start, cpu = memory("RssAnon"), memory("VmHWM"), time.perf_counter(), time.process_time()
+    own, peak, start, cpu = memory("RssAnon"), memory("VmHWM"), time.perf_counter(), cpu_seconds()
     inputs = load_inputs(settings, loss)
     inputs.train_batches.fingerprint()
     next(iter(inputs.train_batches))
-    times = {"cpu": round(time.process_time() - cpu, 1), "seconds": round(time.perf_counter() - start, 1)}
-    return times | {"megabytes": memory("RssAnon") - own, "peak": memory("VmHWM") - peak}
+    figures = {"seconds": round(time.perf_counter() - start, 1), "cpu": round(cpu_seconds() - cpu, 1)}
+    figures |= {"megabytes": memory("RssAnon") - own, "peak": memory("VmHWM") - peak}
+    worker = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
+    table = sum(path.stat().st_size for path in folder.glob("*/data_cache/*/*")) // 10**6
+    print(json.dumps({**facts, **figures, "worker": worker, "disk": table}))
 
 
 def main() -> None:
@@ -83,11 +94,14 @@ def main() -> None:
     parser.add_argument("kind", choices=("jsonl", "parquet"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        own = (Path(folder), arguments.n, arguments.kind)
-        writer = get_context("spawn").Process(target=write, args=own)  # whose memory is not counted
-        writer.start()
-        writer.join()
-        print(json.dumps({"rows": arguments.n, "kind": arguments.kind} | measure(Path(folder))))
+        steps: list[tuple[Callable[..., None], tuple[Any, ...]]]
+        steps = [(write, (Path(folder), arguments.n, arguments.kind))]  # each in a process of its own
+        for start in ("first", "second"):
+            steps.append((measure, (Path(folder), {"rows": arguments.n, "kind": arguments.kind, "start": start})))
+        for step, own in steps:
+            process = get_context("spawn").Process(target=step, args=own)
+            process.start()
+            process.join()
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from dpo.data.examples import TextExample, Tokenization, TokenizedExample
+from dpo.data.examples import Ids, TextExample, Tokenization, TokenizedExample
 from dpo.model.accumulation import accumulate_in_place
 from dpo.model.attention import attention_kinds, use_attention
 from dpo.model.loading import compile_layers, recompute_activations
@@ -91,7 +91,7 @@ class Bench:
         self.response_logps = ResponseLogps.wrap(self.policy)
         self.compile(self.policy)
         self.batches = self.make_batches()
-        self.cached_reference = CachedReference([e.text for batch in self.batches for e in batch], 2)
+        self.cached_reference = CachedReference(sum(map(len, self.batches)), 2)
         self.cached_reference.sums.zero_()
 
     def make_batches(self) -> list[list[TokenizedExample]]:
@@ -101,10 +101,16 @@ class Bench:
         cut = Tokenization(None, self.args.max_length, self.args.max_prompt_length).truncate  # type: ignore[arg-type]
         batches = []
         for b in range(self.args.repeats):
-            chosen = lengths[b * self.args.pairs : (b + 1) * self.args.pairs]
-            tokens = [[[rng.randrange(self.vocabulary) for _ in range(n)] for n in triple] for triple in chosen]
-            items = [TextExample(f"{b} {i}", ("", ""), "keep_end", i, "") for i in range(len(chosen))]
-            batches.append([cut(item, p, [c, r]) for item, (p, c, r) in zip(items, tokens, strict=True)])
+            triples = lengths[b * self.args.pairs : (b + 1) * self.args.pairs]
+            tokens = [[[rng.randrange(self.vocabulary) for _ in range(n)] for n in triple] for triple in triples]
+            items = [TextExample(f"{b} {i}", ("", ""), "keep_end", i, "") for i in range(len(triples))]
+            first = b * self.args.pairs
+            batches.append(
+                [
+                    cut(Ids(prompt, (chosen, rejected)), item, first + i)
+                    for i, (item, (prompt, chosen, rejected)) in enumerate(zip(items, tokens, strict=True))
+                ]
+            )
         return batches
 
     def reference(self, dtype: torch.dtype) -> ModelReference:
