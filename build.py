@@ -6,8 +6,9 @@
 import hashlib
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +17,10 @@ import torch
 from omegaconf import OmegaConf
 
 from dpo.data.batches import BatchIterator, data_problems, schedule_notes
-from dpo.data.chat import RowFormatter
+from dpo.data.chat import ChatTemplate
 from dpo.data.examples import Tokenization, bos_notes
-from dpo.data.row_index import concatenate, score_problems, scores_of
+from dpo.data.formatting import RowFormatter, template_time
+from dpo.data.records import Encoder
 from dpo.data.sources import is_hub_name
 from dpo.distributed.process_group import check_same, synchronize
 from dpo.distributed.ranks import Ranks
@@ -71,15 +73,18 @@ from utils import local_dir
 LOADING = "before training; a smaller model needs less"
 
 
-def load_inputs(settings: Settings, loss: Loss) -> Inputs:
-    """Load the data, the tokenizer and the model's config; UserError with one line per problem."""
+def load_inputs(settings: Settings, loss: Loss, start: datetime | None = None) -> Inputs:
+    """Load the data, the tokenizer and the model's config; UserError with one line per problem.
+
+    start is the time that chat templates see without chat_template_time; None: now.
+    """
     raise_problems(optimizer_problems(settings))
     model = settings.model
     names = {model.name_or_path: True, model.tokenizer_name_or_path or model.name_or_path: True}
     on_hub = {name: is_hub_name(name) or (name in DATASETS and name != "demo") for name in settings.datasets}
     skip_unreachable_hub(names | on_hub)
     device = pick_device(settings.device)
-    model_config, tokenizer = load_model_config(settings.model)
+    model_config, tokenizer = load_model_config(settings.model, settings.chat_template)
     problems = model_problems(settings, model_config, tokenizer, device)
     raise_problems(problems + plan_problems(settings, model_config))
     tokenize = Tokenization(
@@ -89,31 +94,49 @@ def load_inputs(settings: Settings, loss: Loss) -> Inputs:
         add_bos=settings.model.add_bos,
         vocab_size=model_config.get_text_config().vocab_size,
     )
-    formatter = RowFormatter(settings.prompt_format, tokenizer)
-    train_batches, eval_batches = load_batches(settings, loss, tokenize, formatter)
-    stops = formatter.template.stops() if formatter.template else []
-    return Inputs(device, model_config, tokenizer, train_batches, eval_batches, stops)
+    time = template_time(settings.chat_template_time, start)
+    formatter = RowFormatter(settings.prompt_format, tokenizer, settings.chat_template_args, time)
+    if settings.chat_template is not None or settings.chat_template_args is not None:
+        ChatTemplate.of(tokenizer, settings.chat_template_args, time)  # its errors are not those of the first row
+    drop = settings.on_inconsistent == "drop"
+    encoder = Encoder(formatter, tokenize, sft=loss.n_responses == 1, drop_inconsistent=drop)
+    train_batches, eval_batches, is_chat = load_batches(settings, loss, encoder)
+    stops = formatter.template.stops() if is_chat else []
+    time_seen = time if is_chat and formatter.template.clock_formats else None
+    raise_problems(list(unread_settings(settings, is_chat, time_seen)))
+    return Inputs(device, model_config, tokenizer, train_batches, eval_batches, stops, time_seen)
 
 
-def load_batches(
-    settings: Settings, loss: Loss, tokenize: Tokenization, formatter: RowFormatter
-) -> tuple[BatchIterator, BatchIterator]:
-    """Load training and evaluation data, and log anything unusual; UserError if the run cannot use it."""
-    train, test = load_data(settings, loss.n_responses == 1, tokenize, formatter, loss.takes_labels)
+def unread_settings(settings: Settings, is_chat: bool, time_seen: datetime | None) -> Iterator[str]:
+    """Yield a line for each setting of chat templates that changes nothing."""
+    if settings.chat_template_time is not None and time_seen is None:
+        yield f"chat_template_time={settings.chat_template_time}: no chat template reads the clock; leave it out"
+    if settings.chat_template_args is not None and not is_chat:
+        yield "chat_template_args: no row is rendered with the chat template; leave it out, or set prompt_format=chat"
+
+
+def load_batches(settings: Settings, loss: Loss, encoder: Encoder) -> tuple[BatchIterator, BatchIterator, bool]:
+    """Load training and evaluation data, and log anything unusual; UserError if the run cannot use it.
+
+    Also returns whether there are conversations.
+    """
+    cache = None if settings.dry_run else Path(local_dir(settings.local_dirs)) / "data_cache"
+    data = load_data(settings, encoder, cache, loss.takes_labels)
+    tokenize = encoder.tokenize
     train_batches = BatchIterator(
-        train, tokenize, settings.batch_size, settings.seed, settings.n_epochs, settings.n_examples
+        data.train, tokenize, settings.batch_size, settings.seed, settings.n_epochs, settings.n_examples
     )
     eval_batches = BatchIterator(
-        test, tokenize, settings.eval_batch_size, n_epochs=1, n_examples=settings.n_eval_examples, keep_last=True
+        data.test, tokenize, settings.eval_batch_size, n_epochs=1, n_examples=settings.n_eval_examples, keep_last=True
     )
-    problems = data_problems(settings, train_batches, eval_batches)
-    raise_problems(problems or (score_problems(concatenate([train, test])) if loss.needs_scores else []))
+    problems = data_problems(settings, train_batches, data.lost)
+    raise_problems(problems or (data.score_problems() if loss.needs_scores else []))
     notes = schedule_notes(settings, train_batches)
-    if formatter.template is None:  # a chat template writes its own BOS
+    if not data.is_chat:  # a chat template writes its own BOS
         notes = [*bos_notes(tokenize.tokenizer, tokenize.add_bos), *notes]
     for note in notes:
         log_message(note)
-    return train_batches, eval_batches
+    return train_batches, eval_batches, data.is_chat
 
 
 def build_trainer(
@@ -219,7 +242,7 @@ def check_fingerprints(loss: Loss, inputs: Inputs, models: Models, run: RunDir) 
     batches = {"the training data": inputs.train_batches, "the evaluation data": inputs.eval_batches}
     fingerprints = {name: one.fingerprint() for name, one in batches.items()}
     if loss.needs_scores:
-        scores = repr(list(scores_of(inputs.train_batches.groups)))
+        scores = repr(list(inputs.train_batches.examples.scores()))
         fingerprints["the scores"] = hashlib.sha256(scores.encode()).hexdigest()
     if models.adapter is not None:
         fingerprints |= models.adapter.fingerprints()
@@ -227,9 +250,7 @@ def check_fingerprints(loss: Loss, inputs: Inputs, models: Models, run: RunDir) 
         checksum = run.ranks.run_on_main(lambda: weights_checksum(models.policy.model.state_dict()))
         fingerprints["the reference's weights"] = checksum
     check_same(fingerprints, run.ranks)
-    run.check_fingerprints(
-        fingerprints, earlier={name: partial(one.fingerprint, by_text=True) for name, one in batches.items()}
-    )
+    run.check_fingerprints(fingerprints, earlier={name: one.earlier_fingerprint for name, one in batches.items()})
 
 
 def set_token_budget(settings: Settings, inputs: Inputs, models: Models, run: RunDir) -> None:
@@ -304,8 +325,7 @@ def cached_reference(settings: Settings, loss: Loss, inputs: Inputs, models: Mod
     if settings.sample_during_eval and not settings.dry_run:
         prompts = distinct_prompts(test, settings.n_eval_model_samples)
         samples = models.sampler.sample(models.policy.model, prompts, "sampling the reference")
-    examples = (example for batches in (train, test) for group in batches.groups for example in group)
-    cache = CachedReference(examples, loss.n_responses, samples)
+    cache = CachedReference(train.n_items + test.n_items, loss.n_responses, samples)
     if settings.dry_run:  # its losses mean nothing
         cache.sums.zero_()
         return cache

@@ -5,18 +5,24 @@ To add one: write a function like get_shp that returns such a map, as Preference
 DATASETS. PreferenceData counts its rows automatically.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from os.path import realpath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from dpo.data.chat import RowFormatter
 from dpo.data.examples import TextExample, Tokenization, Truncation
-from dpo.data.messages import checked_text
-from dpo.data.preferences import Entry, PreferenceData, as_preference_data, make_groups, naming_row
-from dpo.data.row_index import Reading, TableData, choose_rows, concatenate, index_rows
-from dpo.data.rows import ASSISTANT, DIFFERENT_PROMPTS, split_dialogues
-from dpo.data.sources import Source, SplitNames, open_source
+from dpo.data.formatting import plain_text_warning
+from dpo.data.loader import Loaded, Loader, NamedRows, RawData, TableRows
+from dpo.data.messages import checked_text, naming_row
+from dpo.data.mixture import Mixture, take_share
+from dpo.data.preferences import Entry, PreferenceData, as_preference_data
+from dpo.data.records import Encoder
+from dpo.data.rows import ASSISTANT, DIFFERENT_PROMPTS, RowOptions, split_dialogues
+from dpo.data.sources import SplitNames, open_source
+from dpo.data.statistics import DROPPED
 from dpo.settings.schema import Settings
 from dpo.system.console import log_message, progress
 from dpo.system.errors import UserError, summarize_error
@@ -60,8 +66,8 @@ def add_dialogues(data: PreferenceData, row: Mapping[str, Any]) -> None:
     """Add a pair of hh-style dialogues, which share all up to the last answer of the assistant."""
     dialogues = [checked_text(row[side], side) for side in ("chosen", "rejected")]
     prompt, (chosen, rejected), prompts_differ = split_dialogues(dialogues)
-    if data.add_pair(prompt, chosen, rejected) and prompts_differ:
-        data.counts.warn(DIFFERENT_PROMPTS)
+    data.add_pair(prompt, chosen, rejected)
+    data.counts.warn(DIFFERENT_PROMPTS, prompts_differ)
 
 
 def get_shp(split: str, silent: bool = False, cache_dir: str | None = None) -> PreferenceData:
@@ -86,7 +92,7 @@ def add_shp_row(data: PreferenceData, scores: dict[str, list[float]], row: Mappi
     prompt = f"\n\nHuman: {checked_text(row['history'], 'history')}{ASSISTANT}"
     responses = [f" {checked_text(row[name], name)}" for name in ("human_ref_A", "human_ref_B")]
     chosen, rejected = (0, 1) if row["labels"] == 1 else (1, 0)
-    data.accepts(row["history"], responses[chosen], responses[rejected])
+    data.counts.warn("the prompt is empty", not row["history"].strip())
     data.add(prompt, responses, [(chosen, rejected)], responses[0])
     scores.setdefault(prompt, []).extend((row["score_A"], row["score_B"]))
 
@@ -108,8 +114,7 @@ def add_se_row(data: PreferenceData, row: Mapping[str, Any]) -> None:
     pairs = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in combinations(range(len(scores)), 2)]
     if not pairs:
         data.counts.warn("it has one answer and so no pair")
-    for chosen, rejected in pairs:
-        data.accepts(question, responses[chosen], responses[rejected])
+    data.counts.warn("the prompt is empty", not question.strip())
     if prompt in data:  # as in the original, the later answers replace the earlier ones
         data.drop_prompt(prompt, "a later row has the same question")
     data.add(prompt, responses, pairs, best_response(responses, scores))
@@ -190,75 +195,122 @@ def tokenize_batch_element(
     return fields
 
 
-Groups = Sequence[Sequence[TextExample]]
+# From settings to examples
 
 
-def load_data(
-    settings: Settings, sft: bool, tokenize: Tokenization, formatter: RowFormatter, labels: bool = False
-) -> tuple[Groups, Groups]:
-    """Load the training and the test split of all data sets, each concatenated, and log the statistics of their rows.
+@dataclass(frozen=True)
+class LoadedData:
+    """The examples of both splits of all data sets.
+
+    is_chat: whether there are conversations. lost says of each split that has no example why.
+    """
+
+    train: Mixture
+    test: Mixture
+    is_chat: bool
+    lost: Mapping[str, str]
+
+    def score_problems(self) -> list[str]:
+        """A line on the first example without scores; only files and hub data sets can have scores."""
+        for mixture in (self.train, self.test):
+            for index, scores in enumerate(mixture.scores()):
+                if not scores:
+                    return [f"datasets: {mixture[index].text.where} has no scores, which this loss needs"]
+        return []
+
+
+def load_data(settings: Settings, encoder: Encoder, cache: Path | None, labels: bool = False) -> LoadedData:
+    """Load both splits of all data sets from their tables in a cache folder, and log the statistics of their rows.
 
     labels: also accept rows of one response with a label; UserError if they are mixed with pairs.
     """
-    train: list[Groups] = []
-    test: list[Groups] = []
-    paired, labelled = [], []
-    for name in distinct_datasets(settings.datasets):
-        if name in DATASETS:
-            check_named(name, settings)
-            paired.append(name)
-            train.append(load_named(name, "train", sft, tokenize))
-            test.append(load_named(name, "test", sft, tokenize))
-            continue
-        reading = Reading(
-            name,
-            columns=settings.columns.model_dump(),
-            sft=sft,
-            formatter=formatter,
-            tokenize=tokenize,
-            drop_inconsistent=settings.on_inconsistent == "drop",
-            labels=labels,
-        )
-        source = open_source(name, SplitNames(settings.split_train, settings.split_test, sft), DATASETS)
-        tables = load_tables(source, reading)
-        paired += [name for table in tables.values() if table.counts["kept"] > table.n_labelled]
-        labelled += [name for table in tables.values() if table.n_labelled]
-        train.append(tables["train"])
-        test.append(tables["test"])
-    if warning := formatter.warning():
-        log_message(warning)
+    names = distinct_datasets(settings.datasets)
+    loader = Loader(encoder, cache)
+    splits: list[Loaded] = []
+    for name in names:
+        splits += load_named(name, settings, loader) if name in DATASETS else load_files(name, settings, loader, labels)
+    check_kinds(splits)
+    if plain_texts := [split.plain_text for split in splits if split.plain_text is not None]:
+        log_message(plain_text_warning(plain_texts[0]))
+    train, test = splits[::2], splits[1::2]
+    shares = settings.shares or [1.0] * len(names)
+    if len(shares) != len(names):
+        raise UserError(f"shares={shares}: must have one number for each of the {len(names)} data sets")
+    parts = []
+    for loaded, name, share in zip(train, names, shares, strict=True):
+        part = loaded.split
+        if share != 1:
+            n_prompts = len(part.sizes)
+            part = take_share(part, share, settings.seed)
+            if n_prompts and not len(part):
+                raise UserError(f"shares: {share:g} of the {n_prompts:,} prompts of {name} is none; raise it")
+            n = f"{len(part):,} of {len(loaded.split):,} examples"
+            log_message(f"Data {name}: an epoch takes {n} (its share is {share:g})")
+        parts.append(part)
+    mixture = Mixture(parts).numbered_from(0)
+    test_mixture = Mixture([each.split for each in test]).numbered_from(len(mixture))
+    lost = {} if len(mixture) else {"train": why_lost(train)}
+    lost |= {} if len(test_mixture) else {"test": why_lost(test)}
+    return LoadedData(mixture, test_mixture, any(each.is_chat for each in splits), lost)
+
+
+def load_named(name: str, settings: Settings, loader: Loader) -> list[Loaded]:
+    """Load both splits of a data set in DATASETS; UserError if settings are given that its function does not read."""
+    unread = [f"columns.{role}" for role, column in settings.columns.model_dump().items() if column is not None]
+    unread += [key for key in ("split_train", "split_test") if getattr(settings, key) is not None]
+    if settings.prompt_format == "chat":
+        unread.append("prompt_format=chat")
+    if settings.train_on != "response":
+        unread.append(f"train_on={settings.train_on}")
+    if settings.pairs != "best_worst":
+        unread.append(f"pairs={settings.pairs}")
+    if unread:
+        raise UserError(f"{', '.join(unread)}: datasets=[{name}] reads its own columns, splits and texts; leave it out")
+    loaded = []
+    for split in ("train", "test"):
+        data = get_dataset(name, split)
+        encoder = replace(loader.encoder, truncation=data.truncation, keeps_unusable=not data.drop_unusable)
+        rows = NamedRows(name, list(data.numbered_rows(encoder.sft)))
+        loaded += replace(loader, encoder=encoder)(RawData(name, [rows], [split], data.counts))
+    return loaded
+
+
+def load_files(name: str, settings: Settings, loader: Loader, labels: bool) -> list[Loaded]:
+    """Load both splits of a folder, file or hub data set; without a test split, some prompts are held out."""
+    sft = loader.encoder.sft
+    source = open_source(name, SplitNames(settings.split_train, settings.split_test, sft), DATASETS)
+    is_chat = settings.prompt_format == "chat"
+    options = RowOptions(sft, labels, is_chat, settings.train_on, settings.pairs)
+    columns = settings.columns.model_dump()
+    train = [TableRows(table, columns, options) for table in source.train]
+    loaded = loader(RawData(name, train, ["train"] if source.test is not None else ["train", "test"]))
+    for note in source.notes:
+        log_message(note)
+    if source.test is not None:
+        test = [TableRows(table, columns, options) for table in source.test]
+        loaded += loader(RawData(name, test, ["test"]))
+    return loaded
+
+
+def check_kinds(splits: Sequence[Loaded]) -> None:
+    """Raise UserError if some data are pairs and others are single responses with a label."""
+    labelled = [split.name for split in splits if split.n_labelled]
+    paired = [split.name for split in splits if split.counts["kept"] > split.n_labelled]
     if paired and labelled:
         kinds = f"{labelled[0]} has rows with a label, {paired[0]} has pairs of responses"
         raise UserError(f"datasets: {kinds}; a run trains on one kind, so leave the other out")
-    return concatenate(train), concatenate(test)
 
 
-def check_named(name: str, settings: Settings) -> None:
-    """Raise UserError if settings ask for what a data set of DATASETS, which reads itself, cannot do."""
-    given = [f"columns.{role}" for role, column in settings.columns.model_dump().items() if column is not None]
-    given += [key for key in ("split_train", "split_test") if getattr(settings, key) is not None]
-    given += ["prompt_format=chat"] if settings.prompt_format == "chat" else []
-    if given:
-        raise UserError(f"{', '.join(given)}: datasets=[{name}] reads its own columns, splits and texts; leave it out")
-
-
-def load_named(name: str, split: str, sft: bool, tokenize: Tokenization) -> Groups:
-    """Load one split of a data set of DATASETS, and log what was read, kept and dropped."""
-    data = get_dataset(name, split)
-    groups = make_groups(data, name, sft, tokenize.tokenizer.eos_token, tokenize.empty_prompts(data))
-    log_message(f"Data {name} {split}: {data.counts.summary(len(data))}")
-    return groups
-
-
-def load_tables(source: Source, reading: Reading) -> dict[str, TableData]:
-    """Read, check and count the rows of a data set's tables once, and choose those of each split."""
-    index = index_rows(source.train, reading)
-    test_index = index if source.test is None else index_rows(source.test, reading)
-    held_out = ("train", "test") if source.test is None else (None, None)
-    data = {"train": choose_rows(index, held_out[0]), "test": choose_rows(test_index, held_out[1])}
-    notes = {"train": [*index.notes, *source.notes], "test": [] if test_index is index else test_index.notes}
-    for split, table in data.items():
-        log_message(f"Data {reading.name} {split}: {table.counts.summary(len(table))}")
-        for note in notes[split]:
-            log_message(note)
-    return data
+def why_lost(splits: Sequence[Loaded]) -> str:
+    """The most frequent reason for which rows were dropped, with an example."""
+    counts = Counter[str]()
+    details: dict[str, str] = {}
+    for split in splits:
+        counts += Counter({what: n for what, n in split.counts.items() if what.startswith(DROPPED)})
+        details |= split.details
+    if not counts:
+        return "it has no row"
+    what, n = counts.most_common(1)[0]
+    reason = what.removeprefix(DROPPED)
+    example = f" ({details[reason].removesuffix(f': {reason}')})" if reason in details else ""
+    return f"{n:,} of {sum(split.counts.read for split in splits):,} rows are dropped because {reason}{example}"

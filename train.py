@@ -84,7 +84,9 @@ def train(
 
         logging.disable_progress_bar()
     with open_run(Path(settings.local_run_dir), config, overrides, ranks) as run_dir:
-        inputs = load_inputs(settings, loss)
+        inputs = load_inputs(settings, loss, run_dir.start_time())
+        if inputs.template_time is not None and run_dir.config.get("chat_template_time") is None:
+            run_dir.config.chat_template_time = inputs.template_time.isoformat()
         if settings.inspect:
             return inspect_inputs(settings, loss, inputs)
         if settings.dry_run:

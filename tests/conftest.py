@@ -10,6 +10,7 @@ import tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 # The environment of every test, set before a library reads it: nothing that a user has set for other programs.
@@ -34,6 +35,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # whose home is that of the process
     os.environ["HOME"] = tempfile.mkdtemp(prefix="home-")  # without keys, caches and settings of other programs
 
 import hydra
+import numpy as np
 import pytest
 import torch
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -54,16 +56,19 @@ from transformers import (
 )
 
 from build import build_trainer, load_inputs
-from dpo.data.chat import RowFormatter
+from dpo.data.columns import COLUMNS
 from dpo.data.examples import Tokenization
-from dpo.data.jsonl import JsonRows
-from dpo.data.row_index import Reading, TableData
-from dpo.data.sources import SplitNames, open_source
+from dpo.data.formats import open_file
+from dpo.data.formatting import RowFormatter
+from dpo.data.loader import Loaded, Loader, NamedRows, RawData
+from dpo.data.mixture import Mixture
+from dpo.data.preferences import PreferenceData
+from dpo.data.records import Encoder
 from dpo.runs.run_dir import RunDir
-from dpo.settings.schema import Settings, default_values, flatten, validate
+from dpo.settings.schema import ColumnSettings, Settings, default_values, flatten, validate
 from dpo.training.objectives import Loss
 from losses import LOSSES
-from preference_datasets import DATASETS, load_tables
+from preference_datasets import load_files
 from trainers import BasicTrainer, Inputs
 from utils import register_resolvers
 
@@ -85,9 +90,13 @@ TINY = (
 )
 
 
+DATA_SETTINGS = {"split_train": None, "split_test": None, "train_on": "response", "pairs": "best_worst"}
+DATA_SETTINGS |= {"prompt_format": "auto"}
+
+
 def golden_rows(split: str) -> list[dict[str, str]]:
     """Return the dialogues of the goldens' data, split train or test."""
-    return [row for _, row in JsonRows(GOLDENS / "data" / f"{split}.jsonl")]
+    return [row for _, row in open_file(GOLDENS / "data" / f"{split}.jsonl")]
 
 
 def without_measurements(record: dict) -> dict:
@@ -207,15 +216,54 @@ def inputs_of(*overrides: str) -> Inputs:
     return load_inputs(*validated(*overrides))
 
 
-def read_data(name, sft=False, tokenizer=None, split_train=None, split_test=None, **options) -> dict[str, TableData]:
-    """Read the splits of one's own data as load_data does; options are prompt_format, on_inconsistent, columns..."""
+class Groups(list):
+    """The text examples of a split, group after group, with its statistics."""
+
+    def __init__(self, loaded: Loaded):
+        self.loaded, self.split, self.counts = loaded, loaded.split, loaded.counts
+        examples = (example.text for example in loaded.split)
+        super().__init__([list(islice(examples, size)) for size in loaded.split.sizes.tolist()])
+
+
+def read_data(name, sft=False, tokenizer=None, **options) -> dict[str, Groups]:
+    """Read the splits of one's own data as load_data does; options are settings, columns, and a cache of tables."""
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(GOLDENS / "tiny-gpt2")
     lengths = (options.pop("max_length", 160), options.pop("max_prompt_length", 96), options.pop("add_bos", False))
     drop = options.pop("on_inconsistent", "refuse") == "drop"
-    formatter = RowFormatter(options.pop("prompt_format", "auto"), tokenizer)
+    vocab_size, cache = options.pop("vocab_size", None), options.pop("cache", None)
+    formatter = RowFormatter(options.get("prompt_format", "auto"), tokenizer, options.pop("chat_template_args", None))
     labels = options.pop("labels", False)
-    reading = Reading(str(name), options, sft, formatter, Tokenization(tokenizer, *lengths), drop, labels)
-    return load_tables(open_source(str(name), SplitNames(split_train, split_test, sft), DATASETS), reading)
+    roles = {role: options.pop(role) for role in list(options) if role in COLUMNS}
+    settings = Settings.model_construct(
+        **DATA_SETTINGS | options, columns=ColumnSettings.model_construct(**dict.fromkeys(COLUMNS) | roles)
+    )
+    encoder = Encoder(formatter, Tokenization(tokenizer, *lengths, vocab_size), sft, drop_inconsistent=drop)
+    with tempfile.TemporaryDirectory() as temporary:
+        loaded = load_files(str(name), settings, Loader(encoder, Path(cache or temporary)), labels)
+        return {split: Groups(each) for split, each in zip(("train", "test"), loaded, strict=True)}
+
+
+def load_entries(data: PreferenceData, name: str, sft=False, tokenizer=None) -> Groups:
+    """Load what a function in DATASETS returned, as load_data does."""
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(GOLDENS / "tiny-gpt2")
+    encoder = Encoder(RowFormatter("auto", tokenizer), Tokenization(tokenizer, 160, 96), sft, data.truncation)
+    encoder.keeps_unusable = not data.drop_unusable
+    with tempfile.TemporaryDirectory() as cache:
+        rows = NamedRows(name, list(data.numbered_rows(sft)))
+        return Groups(*Loader(encoder, Path(cache))(RawData(name, [rows], ["train"], data.counts)))
+
+
+class Listed(list):
+    """Groups of text examples as a BatchIterator takes them, tokenized when they are needed."""
+
+    text_digest = Mixture.text_digest
+
+    def __init__(self, groups, tokenize):
+        super().__init__(text for group in groups for text in group)
+        self.sizes, self.tokenize = np.array([len(group) for group in groups], dtype=np.int64), tokenize
+
+    def __getitem__(self, index):
+        return self.tokenize([super().__getitem__(index)])[0]
 
 
 @pytest.fixture

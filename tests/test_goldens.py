@@ -18,6 +18,7 @@ import losses
 import preference_datasets
 from dpo.data.batches import BatchIterator
 from dpo.data.examples import TextExample, TokenizedExample
+from dpo.data.mixture import Mixture
 from dpo.model.logps import ResponseLogps, response_logps
 from dpo.model.packing import LAYOUTS, make_microbatches
 from dpo.reporting.metrics import BatchMetrics
@@ -164,8 +165,8 @@ def test_every_field_of_every_tokenized_pair_is_the_originals(truncation):
 def batches_of_rows(groups, batch_size, **limits):
     """Walk data as a trainer does, and return what a batch's items say of their rows, counted from 0."""
     return [
-        [(item.row - 1, item.prompt + item.responses[0]) for item in batch.examples]
-        for batch in BatchIterator(groups, list, batch_size, seed=0, **limits)
+        [(item.text.row - 1, item.text.prompt + item.text.responses[0]) for item in batch.examples]
+        for batch in BatchIterator(Mixture([groups.split]), groups.split.tokenize, batch_size, seed=0, **limits)
     ]
 
 

@@ -5,11 +5,12 @@ import inspect
 import json
 import random
 import re
+from collections import Counter
 from dataclasses import replace
 
 import datasets
 import pytest
-from conftest import GOLDENS, TINY, compose, golden_rows, inputs_of, read_data
+from conftest import GOLDENS, TINY, compose, golden_rows, inputs_of, load_entries, read_data
 from faults import command_line, fresh
 from tokenizers import normalizers
 from transformers import AutoTokenizer
@@ -18,7 +19,7 @@ import preference_datasets
 import train
 from dpo.system.errors import UserError
 from dpo.system.signals import Signals
-from preference_datasets import PreferenceData, distinct_datasets, get_dataset, make_groups
+from preference_datasets import PreferenceData, distinct_datasets, get_dataset
 
 PROMPT = "\n\nHuman: hi\n\nAssistant:"
 EOS = "<|endoftext|>"  # of the goldens' tokenizer
@@ -133,13 +134,12 @@ def test_a_prompt_without_a_pair_takes_part_in_the_shuffle_as_in_the_original(dr
     data = PreferenceData("keep_start", drop_unusable)
     data.add("alone", ["a"], [], "a")
     data.add("pair", ["a", "b"], [(0, 1)], "a")
-    assert [len(group) for group in make_groups(data, "se", sft, "<eos>")] == sizes
+    assert [len(group) for group in load_entries(data, "se", sft)] == sizes
 
 
 GOOD = json.dumps(pair()).encode()
 UNREADABLE = {
     "no assistant": (json.dumps({"chosen": "yes", "rejected": "no"}).encode(), "has no '\\n\\nAssistant:'"),
-    "a null field": (json.dumps(pair(chosen=None)).encode(), "chosen must be a text, not NoneType"),
     "a number": (json.dumps(pair(rejected=5)).encode(), "rejected must be a text, not int"),
     "a list": (
         json.dumps(pair(prompt=["hi"])).encode(),
@@ -166,7 +166,7 @@ def test_a_malformed_row_stops_the_run_with_one_line_that_names_file_and_row(lin
         read_data(tmp_path)
     message = str(caught.value)
     assert str(tmp_path / name) in message and reason in message
-    assert message.count("row 3") == 1 and "\n" not in message
+    assert len(re.findall("(row|line) 3", message)) == 1 and "\n" not in message
 
 
 def test_a_truncated_gzip_file_stops_the_run_and_names_the_last_good_row(tmp_path):
@@ -301,8 +301,8 @@ def test_sft_on_dialogues_trains_on_the_last_target_of_a_prompt_and_reports_it(t
     rows = [dialogue(PROMPT + " 1"), dialogue(PROMPT + " 2"), dialogue(PROMPT + " 3")]
     hub(*rows)
     named, mine = get_dataset("hh", "train"), own(tmp_path, *rows, sft=True)
-    for data, groups in ((named, make_groups(named, "hh", True, EOS)), (mine, mine)):
-        ((text,),) = groups
+    for data in (load_entries(named, "hh", sft=True), mine):
+        ((text,),) = data
         assert (text.responses, text.row) == ((" 3",), 3)
         assert counts(data) == {"read": 3, "kept": 1, ONE_TARGET: 2}
 
@@ -321,7 +321,7 @@ def test_hh_keeps_what_the_original_keeps_and_counts_it(hub):
         dialogue(chosen=two_turns + " c", rejected=two_turns),
     )
     data = get_dataset("hh", "train")
-    assert counts(data) == {
+    assert counts(load_entries(data, "hh")) == {
         "read": 6,
         "kept": 6,
         "kept although it repeats an earlier row": 1,
@@ -341,10 +341,10 @@ def test_hh_keeps_what_the_original_keeps_and_counts_it(hub):
 
 
 def test_hh_keeps_eos_inside_the_text_and_counts_it(hub):
-    hub(dialogue(), dialogue(rejected=PROMPT + " <eos>"))
-    data = get_dataset("hh", "train")
-    assert [len(group) for group in make_groups(data, "hh", False, "<eos>")] == [2]
-    assert data.counts["kept although the text contains <eos>"] == 1
+    hub(dialogue(), dialogue(rejected=PROMPT + f" {EOS}"))
+    data = load_entries(get_dataset("hh", "train"), "hh")
+    assert [len(group) for group in data] == [2]
+    assert data.counts[f"kept although the text contains {EOS}"] == 1
 
 
 def test_a_dialogue_of_hh_without_an_assistant_is_named(hub):
@@ -358,9 +358,8 @@ def test_hh_and_a_folder_of_the_same_rows_are_the_same_data(sft, hub):
     mine = read_data(GOLDENS / "data", sft)
     for split in ("train", "test"):
         hub(*golden_rows(split))
-        data = get_dataset("hh", split)
-        groups = make_groups(data, "hh", sft, EOS)
-        assert groups == [[replace(text, source="hh") for text in group] for group in mine[split]]
+        data = load_entries(get_dataset("hh", split), "hh", sft)
+        assert data == [[replace(text, source="hh") for text in group] for group in mine[split]]
         assert counts(data) == counts(mine[split])
 
 
@@ -384,7 +383,8 @@ def test_shp_keeps_what_the_original_keeps_and_counts_it(hub):
         PROMPT: {"responses": [" 4a", " 2b", " 1a", " 2b"], "pairs": [(0, 1), (3, 2)], "sft_target": " 4a"},
         "\n\nHuman: ho\n\nAssistant:": {"responses": [" 3a", " 0b"], "pairs": [(0, 1)], "sft_target": " 3a"},
     }
-    assert data.rows == {PROMPT: [1, 3], "\n\nHuman: ho\n\nAssistant:": [4]}
+    numbers = {prompt: [row.number for row in rows] for prompt, rows in data.rows.items()}
+    assert numbers == {PROMPT: [1, 3], "\n\nHuman: ho\n\nAssistant:": [4]}
     assert data.truncation == "keep_start"
 
 
@@ -401,7 +401,6 @@ def test_se_keeps_what_the_original_keeps_and_counts_it(hub):
         "read": 4,
         "kept": 3,
         "kept although it has one answer and so no pair": 1,
-        "kept although it repeats an earlier row": 1,
         "dropped: a later row has the same question": 1,
     }
     assert data[PROMPT] == {
@@ -418,11 +417,10 @@ def test_se_keeps_what_the_original_keeps_and_counts_it(hub):
 def test_a_question_of_se_that_comes_again_and_again_is_kept_once(sft, hub):
     answers = [{"text": "<p>a</p>", "pm_score": 1}, {"text": "<p>b</p>", "pm_score": 2}]
     hub(*({"question": "<p>hi</p>", "answers": answers} for _ in range(3)))
-    data = get_dataset("se", "train")
-    ((text,),) = make_groups(data, "se", sft, "<eos>")
+    data = load_entries(get_dataset("se", "train"), "se", sft)
+    ((text,),) = data
     assert text.row == 3
-    remark = {} if sft else {"kept although it repeats an earlier row": 2}
-    assert counts(data) == {"read": 3, "kept": 1, "dropped: a later row has the same question": 2} | remark
+    assert counts(data) == {"read": 3, "kept": 1, "dropped: a later row has the same question": 2}
 
 
 def test_public_names_keep_their_original_signatures():
@@ -448,6 +446,51 @@ def rows_of(batches):
     return [[example.text.row for example in batch.examples] for batch in batches]
 
 
+@pytest.mark.parametrize(
+    ("columns", "digests"),
+    [
+        ([], ["7a58e6bcafd9", "3aa2ae612b54"]),
+        (["columns.score_chosen=a", "columns.score_rejected=b"], ["5ba66ab2764f", "1d26e91de792"]),
+    ],
+)
+def test_rows_of_texts_keep_the_digest_of_earlier_versions(columns, digests, tmp_path):
+    rows = [pair(f"{i % 25}?", f"{i}", "no") | {"a": i % 3, "b": i % 2} for i in range(40)]
+    assert [data.examples.digest().hex()[:12] for data in prepare(write(tmp_path / "d", rows), *columns)] == digests
+
+
+def ranked(scores):
+    return {"prompt": "hi", "responses": ["a", "b", "c"], "scores": scores}
+
+
+@pytest.mark.parametrize("other", [[1, 2, 3], [3, 1, 2]])
+def test_the_digest_tells_apart_which_response_is_better(other, tmp_path):
+    """Otherwise a cached reference of the one would be taken for the other."""
+    digests = set()
+    for name, scores in (("a", [3, 2, 1]), ("b", other)):
+        folder = write(tmp_path / name, [ranked(scores)], [ranked(scores)])
+        digests |= {prepare(folder, "batch_size=1", "pairs=all")[0].examples.digest()}
+    assert len(digests) == 2
+
+
+def prompts_of_an_epoch(tmp_path, share):
+    """The prompts that an epoch takes of 8 prompts, of 2 pairs each, and how often."""
+    rows = [pair(f"prompt {i % 8}", f" {i}") for i in range(16)]
+    data, _ = prepare(write(tmp_path / "d", rows, rows[:1]), f"shares=[{share}]", "batch_size=1", "warmup_steps=0")
+    return Counter(example.text.prompt for batch in data for example in batch.examples)
+
+
+@pytest.mark.parametrize(("share", "times"), [(0.5, [2] * 4), (2, [4] * 8), (1.25, [2] * 6 + [4] * 2), (1, [2] * 8)])
+def test_a_share_takes_whole_prompts_as_often_as_it_says(share, times, tmp_path, capsys):
+    prompts = prompts_of_an_epoch(tmp_path, share)
+    assert sorted(prompts.values()) == times
+    assert (f"an epoch takes {sum(times)} of 16 examples" in capsys.readouterr().out) == (share != 1)
+
+
+def test_a_share_of_no_prompt_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"^shares: 0\.01 of the 8 prompts of .*/d is none; raise it$"):
+        prompts_of_an_epoch(tmp_path, 0.01)
+
+
 def test_sides_made_equal_by_truncation_are_counted_and_reported(tmp_path, capsys):
     """The responses differ only after 200 letters; at most 160 - 96 tokens of each are kept."""
     rows = [{"prompt": f"{i}" * 150, "chosen": "ab" * 100 + "x", "rejected": "ab" * 100 + "y"} for i in range(8)]
@@ -469,14 +512,31 @@ def test_too_little_data_is_told_in_one_line(tmp_path):
     assert "Traceback" not in run.stderr and not run.folder.exists()
 
 
+def test_a_reason_of_all_lost_rows_is_said_once_with_a_row(tmp_path):
+    folder = write(tmp_path / "data", [pair(chosen="a", rejected="a")] * 3, numbered(1))
+    reason = r"3 of 3 rows are dropped because both responses are equal \(.*train\.jsonl, row 1\)$"
+    with pytest.raises(UserError, match=reason):
+        prepare(folder)
+
+
 def test_no_data_and_no_evaluation_data_are_told_together(tmp_path):
     folder = write(tmp_path / "data", [], [])
     with pytest.raises(UserError) as caught:
         prepare(folder)
     lines = str(caught.value).splitlines()
-    assert len(lines) == 2 and "the training data holds 0 examples" in lines[0]
-    assert "0 or less" not in lines[0]
-    assert "no example to evaluate on" in lines[1]
+    assert len(lines) == 2 and "there is no example to train on: it has no row" in lines[0]
+    assert "no example to evaluate on: it has no row" in lines[1]
+
+
+def test_evaluation_data_that_are_all_dropped_or_cannot_be_held_out_say_why(tmp_path):
+    folder = write(tmp_path / "data", numbered(8), [pair(prompt="")])
+    with pytest.raises(UserError, match=r"evaluate on: 1 of 1 rows are dropped because the prompt is empty \("):
+        prepare(folder)
+    folder = write(tmp_path / "few", numbered(8))
+    with pytest.raises(
+        UserError, match="evaluate on: 8 of 8 rows are dropped because there is no test file: 0 of 8 pr"
+    ):
+        prepare(folder)
 
 
 def test_dropped_rows_count_towards_too_little_data(tmp_path):
@@ -509,7 +569,7 @@ def test_named_data_sets_and_files_mix(tmp_path):
     sizes = [prepare(folder, f"datasets=[{names}]") for names in ("demo", f"'{folder}',demo", f"demo,'{folder}'")]
     (demo, demo_test), *mixed = [(train.n_items, test.n_items) for train, test in sizes]
     assert mixed == [(demo + 8, demo_test + 2)] * 2
-    order = [text.source for group in sizes[1][0].groups for text in group]
+    order = [example.text.source for example in sizes[1][0].examples]
     assert order == [str(folder)] * 8 + ["demo"] * demo
 
 

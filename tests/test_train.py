@@ -202,10 +202,11 @@ def test_a_sweep_names_its_runs_by_what_differs_and_leaves_nothing_else(fixed, t
         assert folder == tmp_path / "sweep"
     else:
         assert re.fullmatch(r"dpo_tiny-gpt2_[\d_-]+", folder.name) and folder.parent.parent == tmp_path / "runs"
-    files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    paths = [path for path in tmp_path.rglob("*") if "data_cache" not in path.parts]
+    files = {path.name for path in paths if path.is_file()}
     assert files == {"config.yaml", "metrics.jsonl", "samples.jsonl", "pairs.jsonl", ".lock"}
     assert all(any(folder.iterdir()) for folder in tmp_path.rglob("*") if folder.is_dir())
-    assert [path.name for path in tmp_path.iterdir()] == ["sweep" if fixed else "runs"]
+    assert {path.name for path in tmp_path.iterdir()} - {".cache"} == {"sweep" if fixed else "runs"}
     lines = [
         line
         for line in swept.stdout.splitlines()
@@ -560,3 +561,32 @@ def test_bfloat16_keeps_parameters_optimizer_and_log_probabilities_in_float32(ma
     assert {p.dtype for p in trainer.policy.parameters()} == {torch.float32}
     states = [v for state in trainer.optimizer.state.values() for k, v in state.items() if k != "step"]
     assert {v.dtype for v in states} == {torch.float32}
+
+
+def test_a_resumed_run_renders_its_data_at_the_time_at_which_it_started(tmp_path, run_forked):
+    """The template writes seconds, and the reference was computed for the texts of the first start."""
+    for split in ("train", "test"):
+        rows = [
+            {"prompt": [{"role": "user", "content": f"Is {n} even?"}], "chosen": "Y", "rejected": "N"} for n in range(8)
+        ]
+        (tmp_path / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    template = tmp_path / "chat.jinja"
+    turns = "{%- for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor -%}"
+    template.write_text("{{- strftime_now('%H:%M:%S') -}}" + turns + "{{- 'assistant: ' if add_generation_prompt -}}")
+    data = (f"datasets=['{tmp_path}']", f"chat_template='{template}'", "loss.precompute_reference=true")
+    assert run_forked(*TINY, "loss=dpo", *data, "n_epochs=1", "chat_template_time=null").returncode == 0
+    folder = tmp_path / "run"
+    time = yaml.safe_load((folder / "config.yaml").read_text())["chat_template_time"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", time)
+    resumed = command_line(folder, (f"resume={folder}", "n_epochs=2"))
+    assert resumed.returncode == 0, resumed.stderr
+    assert yaml.safe_load((folder / "config.yaml").read_text())["chat_template_time"] == time
+
+
+def test_settings_of_chat_templates_that_change_nothing_are_refused():
+    for setting, words in (
+        ("chat_template_time=2026-01-31", "no chat template reads the clock"),
+        ("chat_template_args={a: 1}", "no row is rendered with the chat template"),
+    ):
+        with pytest.raises(UserError, match=words):
+            inputs_of("loss=dpo", *TINY, setting)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dpo.data.chat import RowFormatter
-    from dpo.data.examples import TextExample, TokenizedExample
+    from dpo.data.examples import TokenizedExample
+    from dpo.data.rows import Row
     from dpo.settings.schema import Settings
     from dpo.training.objectives import Loss
 
@@ -94,36 +94,39 @@ def prompts_of_run(candidate: Candidate, n: int | None) -> Prompts:
 
 def prompts_of_file(path: Path, candidate: Candidate, n: int | None) -> Prompts:
     """The first n prompts of a file, with the run's chat template and length limits."""
-    from dpo.data.chat import RowFormatter
     from dpo.data.examples import Tokenization
-    from dpo.data.jsonl import JsonRows
+    from dpo.data.formats import FileTable, read_json
+    from dpo.data.formatting import RowFormatter, template_time
+    from dpo.data.records import Encoder
     from dpo.model.loading import load_model_config
 
     settings = candidate.settings
-    config, tokenizer = load_model_config(settings.model)
+    config, tokenizer = load_model_config(settings.model, settings.chat_template)
     lengths, vocab_size = (settings.max_length, settings.max_prompt_length), config.get_text_config().vocab_size
     tokenize = Tokenization(tokenizer, *lengths, settings.model.add_bos, vocab_size)
-    formatter = RowFormatter(settings.prompt_format, tokenizer)
-    texts = [read_prompt(row, formatter, number, str(path)) for number, row in islice(JsonRows(path), n)]
-    if not texts:
+    time = template_time(settings.chat_template_time)
+    formatter = RowFormatter(settings.prompt_format, tokenizer, settings.chat_template_args, time)
+    raw_rows = islice(FileTable(path, read_json), n)
+    rows = [(number, read_prompt(raw, settings, str(path), number)) for number, raw in raw_rows]
+    if not rows:
         raise UserError(f"{path}: holds no prompt")
-    examples = tokenize(texts)
+    examples = Encoder(formatter, tokenize, sft=False).prompts(str(path), rows)
     if n_truncated := sum(bool(example.truncated) for example in examples):
-        log_message(f"{path}: {n_truncated} of {len(texts)} prompts are truncated for {candidate.name}.")
-    return Prompts(examples, tokenizer, formatter.template.stops() if formatter.template else [])
+        log_message(f"{path}: {n_truncated} of {len(rows)} prompts are truncated for {candidate.name}.")
+    is_chat = any(formatter.conversation(row) is not None for _, row in rows)
+    return Prompts(examples, tokenizer, formatter.template.stops() if is_chat else [])
 
 
-def read_prompt(row: Any, formatter: "RowFormatter", number: int, source: str) -> "TextExample":
-    """The prompt of a row, as an example with a placeholder response; UserError names the row."""
+def read_prompt(row: Any, settings: "Settings", source: str, number: int) -> "Row":
+    """The prompt of a row, without a response; UserError names the row."""
     from dpo.data.messages import as_messages, checked_text
     from dpo.data.rows import Row
 
     try:
         prompt = row["prompt"]
-        if isinstance(prompt, str):
-            return formatter(Row(checked_text(prompt, "prompt"), (".",)), number, source)
-        answer = {"role": "assistant", "content": "."}
-        return formatter(Row(as_messages(prompt, "prompt", "user"), (answer,)), number, source)
+        if isinstance(prompt, str) and settings.prompt_format != "chat":
+            return Row(checked_text(prompt, "prompt"), ())
+        return Row(as_messages(prompt, "prompt", "user"), ())
     except (KeyError, TypeError):
         raise UserError(f'{source}, row {number}: is not {{"prompt": text or messages}}') from None
     except UserError as error:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dpo.data.batches import BatchIterator
-from dpo.data.examples import TextExample, TokenizedExample
+from dpo.data.examples import LEFT_OUT_TURNS, TextExample, TokenizedExample
 from dpo.model.packing import LAYOUTS, make_microbatches
 from dpo.settings.schema import Settings
 from dpo.system.console import printable, progress, write_text
@@ -31,6 +31,7 @@ BAR = 40  # characters of the longest bar of a histogram
 # Each kind of token: its brackets, and its color on a terminal.
 KINDS = {
     "prompt": ("", "", "\033[2m"),
+    "context": ("", "", "\033[36m"),
     "trained": ("[", "]", "\033[32m"),
     "end of turn": ("{", "}", "\033[35m"),
     "cut": ("~", "~", "\033[9;31m"),
@@ -46,7 +47,7 @@ def inspect_inputs(settings: Settings, loss: Loss, inputs: Inputs) -> None:
     estimate = partial(estimate_before_loading, inputs.model_config, settings, loss, dtype)
     max_tokens = resolve_max_tokens(settings.max_tokens_per_pass, read_facts(inputs.device), estimate)
     train = inputs.train_batches
-    print_text("", f"Tokens: {', '.join(printer.paint(name, name) for name in KINDS)}")
+    print_text(*legend(settings, printer))
     for example in islice(chain.from_iterable(batch.examples for batch in train.from_start()), settings.inspect):
         print_text(*example_lines(example, train, printer))
     print_text(*(printable(line) for line in length_lines(train, max_tokens)))
@@ -78,7 +79,8 @@ class TokenPrinter:
         line = f"{name}: "
         for kind, group in groupby(tokens, lambda token: token[0]):
             ids = [token for _, token in group]
-            for part in [[token] for token in ids] if kind == "trained" else [ids]:
+            parts = [[token] for token in ids] if kind == "trained" else [ids]
+            for part in parts:
                 text = printable(str(self.tokenizer.decode(part))).replace("\n", "\n  ")
                 line += self.paint(text, kind)
         yield line
@@ -89,23 +91,52 @@ class TokenPrinter:
                 yield f"  {number:>6} {token:>8} {kind:<11} {printable(repr(self.tokenizer.decode([token])))}"
 
 
+def legend(settings: Settings, printer: TokenPrinter) -> Iterator[str]:
+    """Yield the lines above the examples: how kinds of tokens look, and the chat template's time, if one is set."""
+    yield f"\nTokens: {', '.join(printer.paint(name, name) for name in KINDS)}"
+    if settings.chat_template_time is not None:
+        yield f"The time that the chat template sees: {settings.chat_template_time}"
+
+
 def example_lines(example: TokenizedExample, batches: BatchIterator, printer: TokenPrinter) -> Iterator[str]:
-    """Yield the lines for an example: its source, its prompt, and each response."""
+    """Yield the lines for an example: its source and facts, its prompt, and each response."""
     text = example.text
-    cut = f"; cut: {', '.join(example.truncated)}" if example.truncated else ""
-    sizes = ", ".join(str(len(response)) for response in example.responses)
-    counts = f"{len(example.prompt)} tokens of prompt, {sizes} to train on"
-    yield f"\n{printable(text.source)}, row {text.row}: {counts}{cut}"
+    facts = "; ".join(example_facts(example))
+    yield f"\n{printable(text.source)}, row {text.row}: {printable(facts)}"
     whole = without_limits(example, batches)
-    lost = lost_tokens(whole.prompt, example.prompt)
-    tokens = [("cut", token) for token in lost] + [("prompt", token) for token in example.prompt]
+    cut = lost_tokens(whole.prompt, example.prompt)
+    tokens = [("cut", token) for token in cut] + [("prompt", token) for token in example.prompt]
     yield from printer.lines("prompt", tokens, 0)
-    for name, kept, response in zip(response_names(text), example.responses, whole.responses, strict=True):
-        if len(kept) == len(response):
-            tokens = [("trained", token) for token in kept[:-1]] + [("end of turn", kept[-1])]
-        else:
-            tokens = [("trained", token) for token in kept] + [("cut", token) for token in response[len(kept) :]]
-        yield from printer.lines(name, tokens, len(example.prompt))
+    for k, name in enumerate(response_names(text)):
+        n_kept = len(example.responses[k])
+        kinds = token_kinds(whole, k)[:n_kept] + ["cut"] * (len(whole.responses[k]) - n_kept)
+        yield from printer.lines(name, list(zip(kinds, whole.responses[k], strict=True)), len(example.prompt))
+
+
+def example_facts(example: TokenizedExample) -> Iterator[str]:
+    """Yield an example's numbers of tokens, scores, weight, warnings and cuts."""
+    text = example.text
+    sizes = ", ".join(str(len(response)) for response in example.trained_responses)
+    yield f"{len(example.prompt)} tokens of prompt, {sizes} to train on"
+    if example.loss_masks:
+        yield f"{', '.join(str(mask.count(False)) for mask in example.loss_masks)} of context"
+    if text.scores:
+        yield f"scores: {', '.join(f'{score:g}' for score in text.scores)}"
+    if text.weight != 1:
+        yield f"weight: {text.weight:g}"
+    yield from text.warnings
+    if example.truncated:
+        yield f"cut: {', '.join(example.truncated)}"
+
+
+def token_kinds(example: TokenizedExample, k: int) -> list[str]:
+    """The kind of each token of response k; the last token of each trained turn is its end."""
+    mask = example.loss_masks[k] if example.loss_masks else [True] * len(example.responses[k])
+    kinds = []
+    for is_trained, next_is_trained in zip(mask, [*mask[1:], False], strict=True):
+        kind = "trained" if next_is_trained else "end of turn"
+        kinds.append(kind if is_trained else "context")
+    return kinds
 
 
 def response_names(example: TextExample) -> tuple[str, ...]:
@@ -117,15 +148,20 @@ def response_names(example: TextExample) -> tuple[str, ...]:
 
 
 def without_limits(example: TokenizedExample, batches: BatchIterator) -> TokenizedExample:
-    """The example without the limits max_length and max_prompt_length."""
-    unlimited = replace(batches.tokenize, max_length=2**31, max_prompt_length=2**31 - 1)
-    return unlimited([example.text])[0] if example.truncated else example
+    """The training example as it is without max_length and max_prompt_length."""
+    if not example.truncated:
+        return example
+    rules = replace(batches.tokenize, max_length=2**31, max_prompt_length=2**31 - 1)
+    whole: TokenizedExample = batches.examples.with_rules(rules)[example.index]
+    if LEFT_OUT_TURNS in example.truncated:
+        whole = replace(whole, prompt=rules.with_bos(rules.ids([whole.text.prompt])[0]))
+    return whole
 
 
 def lost_tokens(whole: list[int], kept: list[int]) -> list[int]:
-    """The tokens that a truncated prompt lacks, between a common start and a common end."""
+    """The tokens that a truncated prompt lacks; they stand together, at the start, in the middle or at the end."""
     n = len(whole) - len(kept)
-    start = next((i for i, pair in enumerate(zip(whole, kept, strict=False)) if pair[0] != pair[1]), len(kept))
+    start = next((i for i, (a, b) in enumerate(zip(whole, kept, strict=False)) if a != b), len(kept))
     return whole[start : start + n]
 
 
@@ -141,7 +177,7 @@ def length_lines(batches: BatchIterator, max_tokens: int) -> Iterator[str]:
     for batch in progress(islice(batches.from_start(), n_batches), "measuring lengths", total=n_batches):
         for example in batch.examples:
             lengths["prompt"].append(len(example.prompt))
-            sizes = list(map(len, example.responses))
+            sizes = list(map(len, example.trained_responses))
             for name, size in zip(response_names(example.text), sizes, strict=True):
                 lengths.setdefault(name, []).append(size)
             longer += len(sizes) > 1 and sizes[0] > sizes[1]
@@ -149,7 +185,7 @@ def length_lines(batches: BatchIterator, max_tokens: int) -> Iterator[str]:
         for layout in LAYOUTS:
             tokens[layout] += sum(one.n_tokens for one in make_microbatches(batch.examples, layout, max_tokens))
     n = len(lengths["prompt"])
-    yield f"\nLengths in tokens, of the first {n:,} training examples:"
+    yield f"\nLengths in tokens, of the first {n:,} training examples (of responses, the trained tokens):"
     for name, values in lengths.items():
         yield from histogram(name, values)
     if "rejected" in lengths:
@@ -178,22 +214,26 @@ def doubt_lines(train: BatchIterator, test: BatchIterator) -> Iterator[str]:
     prompts: set[int] = set()
     contradictions = repeated = 0
     opposite = ""
-    for example in chain.from_iterable(progress(train.groups, "comparing training examples")):
-        is_label = example.label is not None
-        opposite = "the same response, the other label" if is_label else "the same pair in the opposite order"
+    for example in texts_of(train, "comparing training examples"):
+        has_label = example.label is not None
+        opposite = "the same response, the other label" if has_label else "the same pair in the opposite order"
+        opposite_label = not example.label if has_label else None
         key = hash((example.prompt, example.responses, example.label))
-        label = not example.label if is_label else None
-        opposite_key = hash((example.prompt, example.responses[::-1], label))
+        opposite_key = hash((example.prompt, example.responses[::-1], opposite_label))
         repeated += key in known
         contradictions += opposite_key != key and opposite_key in known
         known.add(key)
         prompts.add(hash(example.prompt))
     n_test = shared = shared_prompts = 0
-    for example in chain.from_iterable(progress(test.groups, "comparing test examples")):
+    for example in texts_of(test, "comparing test examples"):
         n_test += 1
         shared += hash((example.prompt, example.responses, example.label)) in known
         shared_prompts += hash(example.prompt) in prompts
     yield f"Of {train.n_items:,} training examples {repeated:,} repeat an earlier one."
     yield f"{contradictions:,} contradict an earlier one: {opposite}."
-    also = f"{shared:,} are also training examples, {shared_prompts:,} share a prompt with one"
-    yield f"Of {n_test:,} test examples {also}."
+    overlap = f"{shared:,} are also training examples, {shared_prompts:,} share a prompt with one"
+    yield f"Of {n_test:,} test examples {overlap}."
+
+
+def texts_of(batches: BatchIterator, title: str) -> Iterator[TextExample]:
+    return (example.text for example in progress(batches.examples, title))

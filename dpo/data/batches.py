@@ -3,12 +3,12 @@
 import hashlib
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dpo.data.examples import TextExample, Tokenization, TokenizedExample, hash_texts
+from dpo.data.examples import Tokenization, TokenizedExample
+from dpo.data.mixture import Mixture, members
 from dpo.settings.schema import Settings
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class BatchIterator:
     NumPy's legacy generator, and each epoch shuffles the order of groups that the previous one left.
     """
 
-    groups: Sequence[Sequence[TextExample]]
+    examples: Mixture
     tokenize: Tokenization
     batch_size: int
     seed: int = 0
@@ -53,40 +53,23 @@ class BatchIterator:
         """Whether examples are repeated, in different batches."""
         return len(self) > self.batches_per_epoch
 
-    def fingerprint(self, by_text: bool = False) -> str:
-        """A SHA-256 of the examples in order and of the tokenization.
+    def fingerprint(self) -> str:
+        """A SHA-256 of the examples in order and of the tokenization."""
+        digest = hashlib.sha256(repr((self.tokenize.settings(), self.n_items)).encode())
+        return hashlib.sha256(digest.digest() + self.examples.digest()).hexdigest()
 
-        Tables have hashes of their rows; by_text reads all rows again instead, as earlier versions did.
-        """
-        digest = hashlib.sha256(repr((self.tokenizer_rules(), self.n_items)).encode())
-        digest_of_rows = getattr(self.groups, "digest", None)
-        if digest_of_rows is not None and not by_text:
-            return hashlib.sha256(digest.digest() + digest_of_rows()).hexdigest()
-        hash_texts(digest, self.groups)
-        return digest.hexdigest()
-
-    def tokenizer_rules(self) -> tuple[object, object]:
-        """The vocabulary and the length limits, which determine an example's tokens."""
-        rules = self.tokenize
-        backend = getattr(rules.tokenizer, "backend_tokenizer", None)
-        vocabulary = backend.to_str() if backend is not None else sorted(rules.tokenizer.get_vocab().items())
-        return vocabulary, (rules.max_length, rules.max_prompt_length, rules.add_bos)
+    def earlier_fingerprint(self) -> str:
+        """The fingerprint of earlier versions, which reads all texts."""
+        return self.examples.text_digest(hashlib.sha256(repr((self.tokenize.settings(), self.n_items)).encode()))
 
     def settings(self) -> tuple[object, ...]:
-        """What determines the tokens of each batch, in addition to the examples."""
-        return (*self.tokenizer_rules(), self.batch_size, self.seed, self.n_epochs, self.n_examples)
+        """What determines the tokens of each batch besides the examples."""
+        return (*self.tokenize.identity(), self.batch_size, self.seed, self.n_epochs, self.n_examples)
 
-    @cached_property  # groups never change, and counting a million takes a while
-    def sizes(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
-        """The number of examples of each group, (groups,)."""
-        import numpy as np  # slow to import, and not needed for the names of data sets
-
-        return np.fromiter(map(len, self.groups), dtype=np.int64)
-
-    @cached_property
+    @property
     def n_items(self) -> int:
         """The number of examples of an epoch."""
-        return int(self.sizes.sum())
+        return len(self.examples)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -105,31 +88,28 @@ class BatchIterator:
         """Yield batches, starting at the position."""
         per_epoch = self.batches_per_epoch
         done = self.position["epoch"] * per_epoch + self.position["batch"]
-        order, shuffled = array("q", range(len(self.groups))), 0
+        order, shuffled = array("q", range(len(self.examples.sizes))), 0
         while done < len(self):
             epoch, start = divmod(done, per_epoch)
             while shuffled <= epoch:  # each shuffle starts from the previous order
                 random.Random(self.epoch_seed(shuffled)).shuffle(order)
                 shuffled += 1
-            groups, places = self.flatten(order)
+            indices = self.flatten(order)
             for index in range(start, min(per_epoch, len(self) - epoch * per_epoch)):
                 first = index * self.batch_size
                 n = self.batch_size
                 if self.keep_last and self.n_examples is not None:
                     n = min(n, self.n_examples - done * self.batch_size)
-                members = zip(groups[first : first + n].tolist(), places[first : first + n].tolist(), strict=True)
                 done += 1
                 self.position = {"epoch": done // per_epoch, "batch": done % per_epoch}
-                yield Batch(self.tokenize([self.groups[group][place] for group, place in members]), self.position)
+                examples = [self.examples[i] for i in indices[first : first + n].tolist()]
+                yield Batch(examples, self.position)
 
-    def flatten(self, order: "array[int]") -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
-        """The group of each example of an epoch and its index in the group, for an order of the groups."""
+    def flatten(self, order: "array[int]") -> "np.ndarray[Any, Any]":
+        """The indices of an epoch's examples, for an order of the groups."""
         import numpy as np
 
-        groups = np.frombuffer(order, dtype=np.int64)
-        sizes = self.sizes[groups]
-        starts = np.cumsum(sizes) - sizes
-        return np.repeat(groups, sizes), np.arange(sizes.sum()) - np.repeat(starts, sizes)
+        return members(self.examples.sizes, np.frombuffer(order, dtype=np.int64))
 
     def epoch_seed(self, epoch: int) -> int:
         import numpy as np
@@ -137,17 +117,20 @@ class BatchIterator:
         return int(np.random.RandomState(self.seed).randint(0, 2**32, size=epoch + 1, dtype=np.int64)[epoch])
 
 
-def data_problems(settings: Settings, train_batches: BatchIterator, eval_batches: BatchIterator) -> list[str]:
-    """One line for each kind of missing data."""
+def data_problems(settings: Settings, train_batches: BatchIterator, lost: Mapping[str, str]) -> list[str]:
+    """One line for each kind of missing data; lost says of each split that has no example why."""
     problems = []
     n = train_batches.n_items
     if n < settings.batch_size:
-        mitigation = f"lower it to {n} or less" if n else "add some"
-        problems.append(f"batch_size={settings.batch_size}: the training data holds {n} examples; {mitigation}")
+        if "train" in lost:
+            problems.append(f"datasets: there is no example to train on: {lost['train']}")
+        else:
+            problem = f"the training data holds {n} examples; lower it to {n} or less"
+            problems.append(f"batch_size={settings.batch_size}: {problem}")
     elif len(train_batches) == 0:
         problems.append("n_epochs, n_examples: no update would be made; raise them")
-    if eval_batches.n_items == 0:
-        problems.append("datasets: there is no example to evaluate on; add a test.jsonl with at least one")
+    if "test" in lost:
+        problems.append(f"datasets: there is no example to evaluate on: {lost['test']}")
     return problems
 
 

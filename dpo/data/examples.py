@@ -1,28 +1,47 @@
-"""From texts to token ids: tokenization, truncation, special tokens."""
+"""From texts to token ids: tokenization, special tokens, truncation."""
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import compress, repeat, zip_longest
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from dpo.data.messages import UnusableRow
+from dpo.data.messages import InconsistentRow, naming_row
 from dpo.system.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+NO_TOKEN = "the prompt has no tokens"  # so nothing would predict the first token of a response
+LEFT_OUT_TURNS = "oldest turns"  # a value in TokenizedExample.truncated
 Truncation = Literal["keep_start", "keep_end"]  # which end of an over-long prompt is kept
-PROMPT_START = 8  # characters that are tokenized to check that a prompt has a token
-CHUNK = 10_000  # strings per tokenizer call in that check
+
+
+class Segment(NamedTuple):
+    """A part of a response: the assistant's turns are trained on, turns of users and tools are context."""
+
+    text: str
+    trained: bool
+
+
+Response = tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as its chat template writes it, special tokens included; responses end with the end of a turn."""
+
+    prompt: str
+    responses: tuple[Response, ...]
+    removed: tuple[str, ...] = ()  # what the template removes by design
 
 
 @dataclass(frozen=True, slots=True)
 class TextExample:
-    """A prompt with one response or two (chosen, rejected) as text, and its row number in the data set.
+    """The texts of an example, and the row that they come from.
 
-    If the data set has them, scores are those of the two responses, chosen first, and label says whether the single
-    response is desirable. Conversations are a subclass, with its own tokenization and shortening.
+    responses are the chosen and the rejected response, or a single one, with all their turns. scores, if the data set
+    has them, are in the same order. label, if the data set has it, says whether the single response is desirable.
     """
 
     prompt: str
@@ -32,9 +51,14 @@ class TextExample:
     source: str
     scores: tuple[float, ...] = ()
     label: bool | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict, hash=False)  # of the row, by role, such as weight
+    warnings: tuple[str, ...] = ()  # each completes "kept although ..."
+    messages: Any = None  # the prompt as in the data set, if it is a conversation
 
-    is_conversation: ClassVar[bool] = False
-    shortened_by: ClassVar[str] = "prompt"  # counted if the prompt is shortened
+    @property
+    def weight(self) -> float:
+        """A factor of the example's loss."""
+        return self.numbers.get("weight", 1.0)
 
     @property
     def where(self) -> str:
@@ -44,47 +68,47 @@ class TextExample:
     @property
     def original_prompt(self) -> Any:
         """The prompt as in the data set: a text, or a list of messages."""
-        return self.prompt
-
-    @property
-    def content(self) -> tuple[object, ...]:
-        """What its tokens depend on; fingerprints and caches of earlier versions contain hashes of its repr."""
-        return (self.prompt, self.responses, self.truncation)
-
-    def strings(self) -> list[str]:
-        """The texts to tokenize: one for the prompt and one for each response."""
-        return [self.prompt, *self.responses]
-
-    def split_ids(self, ids: list[list[int]], rules: "Tokenization") -> tuple[list[int], list[list[int]]]:
-        """The ids of the prompt and of each response, from the strings' ids; UnusableRow if the prompt has none."""
-        prompt, *responses = ids
-        if not prompt and not rules.add_bos:  # nothing would predict the first response token
-            raise UnusableRow("the prompt has no tokens")
-        bos = [rules.tokenizer.bos_token_id] if rules.add_bos else []
-        return bos + prompt, [response + [rules.tokenizer.eos_token_id] for response in responses]
-
-    def shorten(self, prompt: list[int], responses: list[list[int]], rules: "Tokenization") -> list[int]:
-        """The prompt's ids, truncated to max_prompt_length; a BOS at the start is kept."""
-        n_bos = int(rules.add_bos)
-        room = rules.max_prompt_length - n_bos
-        start = n_bos if self.truncation == "keep_start" else len(prompt) - room
-        return prompt[:n_bos] + prompt[start : start + room]
+        return self.prompt if self.messages is None else self.messages
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """A text example as token ids: the prompt's, and each response's with the token that ends it.
+    """An example as token ids: the prompt's, and each response's with the token that ends it.
 
-    truncated names what was cut.
+    truncated names what was cut. loss_masks says which tokens of each response are trained on; () means all. index is
+    the example's number in the data of the run, training data first.
     """
 
     text: TextExample
     prompt: list[int]
     responses: tuple[list[int], ...]
     truncated: tuple[str, ...] = ()
+    loss_masks: tuple[list[bool], ...] = ()
+    index: int = -1
 
     def __len__(self) -> int:
         return len(self.prompt) + sum(len(response) for response in self.responses)
+
+    def trained(self, k: int, values: Sequence[int]) -> Sequence[int]:
+        """Select the trained tokens of response k from values, which has one value per token."""
+        return list(compress(values, self.loss_masks[k])) if self.loss_masks else values
+
+    @property
+    def trained_responses(self) -> tuple[Sequence[int], ...]:
+        """The trained tokens of each response."""
+        return tuple(self.trained(k, response) for k, response in enumerate(self.responses))
+
+
+class Ids(NamedTuple):
+    """A prompt and its responses as token ids before truncation, and each response's loss mask; () means all."""
+
+    prompt: list[int]
+    responses: tuple[list[int], ...]
+    masks: tuple[list[bool], ...] = ()
+
+    def response(self, index: int) -> tuple[list[int], list[bool]]:
+        """A response's ids and loss mask."""
+        return self.responses[index], self.masks[index] if self.masks else []
 
 
 @dataclass(frozen=True)
@@ -98,83 +122,130 @@ class Tokenization:
     vocab_size: int | None = None
 
     def __call__(self, texts: Sequence[TextExample]) -> list[TokenizedExample]:
-        """Tokenize texts in one call: prompt and responses separately, with an end token after each response.
-
-        A conversation is tokenized as a whole. UserError that names the row if it cannot be trained on, or if a token
-        has no embedding in the model.
-        """
-        examples = self.try_tokenize(texts)
-        for text, example in zip(texts, examples, strict=True):
-            if isinstance(example, UnusableRow):
-                raise UserError(f"{text.where}: {example}")
-            self.check_ids(example)
-        return [example for example in examples if not isinstance(example, UnusableRow)]
-
-    def try_tokenize(self, texts: Sequence[TextExample]) -> list[TokenizedExample | UnusableRow]:
-        """Tokenize texts in one call: an example for each, or the reason why there is none."""
-        ids = iter(self.ids([string for text in texts for string in text.strings()]))
-        results: list[TokenizedExample | UnusableRow] = []
+        """Tokenize texts, prompt and responses separately; UserError that names the row if one has no tokens."""
+        ids = iter(self.ids([string for text in texts for string in (text.prompt, *text.responses)]))
+        examples = []
         for text in texts:
-            ids_of_text = [next(ids) for _ in range(1 + len(text.responses))]
-            try:
-                results.append(self.truncate(text, *text.split_ids(ids_of_text, self)))
-            except UnusableRow as error:
-                results.append(error)
-        return results
+            ids_of_text = self.of_texts(next(ids), [next(ids) for _ in text.responses])
+            if not ids_of_text.prompt:
+                raise UserError(f"{text.where}: {NO_TOKEN}")
+            examples.append(self.truncate(ids_of_text, text))
+            with naming_row(text.source, text.row):
+                self.check_ids(examples[-1])
+        return examples
 
-    def ids(self, strings: list[str]) -> list[list[int]]:
+    def settings(self) -> tuple[object, object]:
+        """The vocabulary and the length limits, which determine an example's tokens."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
+        return vocabulary, (self.max_length, self.max_prompt_length, self.add_bos)
+
+    def identity(self) -> tuple[object, ...]:
+        """What determines an example's tokens, and whether the vocabulary has them all."""
+        tokenizer = self.tokenizer
+        special = (tokenizer.special_tokens_map, getattr(tokenizer, "split_special_tokens", False))
+        return *self.settings(), type(tokenizer).__name__, special, self.vocab_size
+
+    def ids(self, strings: Sequence[str]) -> list[list[int]]:
         """The ids of strings, without adding special tokens."""
         if not strings:  # tokenizers refuse an empty list
             return []
-        ids: list[list[int]] = self.tokenizer(strings, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[list[int]] = self.tokenizer(list(strings), add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    def fits(self, prompt: list[int], responses: Sequence[list[int]]) -> bool:
-        """Whether the prompt with the longest response is no longer than max_length."""
-        return len(prompt) + max(map(len, responses)) <= self.max_length
+    def with_bos(self, prompt: list[int]) -> list[int]:
+        """The prompt with a BOS, if model.add_bos requests one and the text or the template wrote none."""
+        bos = self.tokenizer.bos_token_id
+        return [bos, *prompt] if self.add_bos and prompt[:1] != [bos] else prompt
 
-    def truncate(self, text: TextExample, prompt: list[int], responses: list[list[int]]) -> TokenizedExample:
-        """Truncate an example that is longer than max_length: first the prompt, then, if necessary, all responses."""
-        shorter, cut = prompt, responses
+    def of_texts(self, prompt: list[int], responses: Sequence[list[int]]) -> Ids:
+        """Add BOS and eos to the ids of texts."""
+        return Ids(self.with_bos(prompt), tuple([*response, self.tokenizer.eos_token_id] for response in responses))
+
+    def of_conversation(self, prompt: list[int], responses: Sequence[Response], prefixes: Sequence[list[int]]) -> Ids:
+        """Split the ids of a rendered conversation's prefixes, as in `prefixes_of`, into prompt and responses.
+
+        InconsistentRow unless the ids of each prefix are a prefix of the conversation's ids.
+        """
+        remaining = iter(prefixes)
+        ids, masks = [], []
+        for response in responses:
+            ends = [next(remaining) for _ in response]
+            conversation = ends[-1]
+            self.check_prefix(prompt, conversation)
+            mask: list[bool] = []
+            for prefix, segment in zip(ends, response, strict=True):
+                self.check_prefix(prefix, conversation)
+                mask += repeat(segment.trained, len(prefix) - len(prompt) - len(mask))
+            ids.append(conversation[len(prompt) :])
+            masks.append(mask)
+        if all(map(all, masks)):
+            masks = []
+        return Ids(self.with_bos(prompt), tuple(ids), tuple(masks))
+
+    def check_prefix(self, prefix: list[int], conversation: list[int]) -> None:
+        """Raise InconsistentRow unless a conversation's ids begin with a prefix."""
+        if conversation[: len(prefix)] == prefix:
+            return
+        at = next(i for i, (a, b) in enumerate(zip_longest(prefix, conversation)) if a != b)
+        near_prefix, near = (self.tokenizer.decode(ids[max(0, at - 4) : at + 4]) for ids in (prefix, conversation))
+        details = f"at token {at} the prompt has {near_prefix!r}, the conversation {near!r}"
+        raise InconsistentRow("the conversation's tokens do not begin with the prompt's tokens", details)
+
+    def fits(self, prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> bool:
+        """Whether the prompt with the longest response is no longer than max_length."""
+        return len(prompt) + max(map(len, responses), default=1) <= self.max_length
+
+    def truncate(self, ids: Ids, text: TextExample, index: int = -1, n_turns_left_out: int = 0) -> TokenizedExample:
+        """Truncate an example that is longer than max_length: first the prompt, then, if necessary, all responses.
+
+        n_turns_left_out is the number of turns that a conversation's prompt has already lost.
+        """
+        prompt, responses, masks = ids
         if not self.fits(prompt, responses) and len(prompt) > self.max_prompt_length:
-            shorter = text.shorten(prompt, responses, self)
-        if not self.fits(shorter, responses):
-            cut = [response[: self.max_length - self.max_prompt_length] for response in responses]
-        truncated = {
-            text.shortened_by: len(shorter) < len(prompt),
+            n_bos = int(self.add_bos)
+            room = self.max_prompt_length - n_bos
+            start = n_bos if text.truncation == "keep_start" else len(prompt) - room
+            prompt = prompt[:n_bos] + prompt[start : start + room]
+        cut = responses
+        if not self.fits(prompt, responses):
+            end = self.max_length - self.max_prompt_length
+            masks = tuple(without_context_at_end(mask[:end]) for mask in masks)
+            ends = map(len, masks) if masks else repeat(end)
+            cut = tuple(response[:end] for response, end in zip(responses, ends, strict=False))
+        cuts = {
+            LEFT_OUT_TURNS: n_turns_left_out > 0,
+            "prompt": len(prompt) < len(ids.prompt),
             "response": cut != responses,
             "sides made equal": len(set(map(tuple, cut))) < len(set(map(tuple, responses))),
         }
-        return TokenizedExample(text, shorter, tuple(cut), tuple(what for what, is_cut in truncated.items() if is_cut))
+        return TokenizedExample(text, prompt, cut, tuple(name for name, is_cut in cuts.items() if is_cut), masks, index)
 
     def check_ids(self, example: TokenizedExample) -> None:
-        """Raise UserError if an example has a token beyond the model's vocabulary."""
+        """Raise UserError if an example has a token without an embedding in the model."""
         if self.vocab_size is None:
             return
         highest = max(max(ids) for ids in (example.prompt, *example.responses))
         if highest >= self.vocab_size:
             token = f"the token {self.tokenizer.convert_ids_to_tokens(highest)!r} with id {highest}"
             limit = f"the model has embeddings for ids below {self.vocab_size}"
-            raise UserError(f"{example.text.where}: the text contains {token}, but {limit}")
+            raise UserError(f"the text contains {token}, but {limit}")
 
-    def empty_prompts(self, prompts: Iterable[str]) -> set[str]:
-        """The prompts without tokens, which cannot be trained on; none if BOS is added.
 
-        For speed, a prompt is tokenized whole only if its first characters have no token.
-        """
-        if self.add_bos:
-            return set()
-        by_start: dict[str, list[str]] = {}
-        for prompt in prompts:
-            by_start.setdefault(prompt[:PROMPT_START], []).append(prompt)
-        doubtful = [prompt for start in self.without_tokens(list(by_start)) for prompt in by_start[start]]
-        return set(self.without_tokens(doubtful))
+def without_context_at_end(mask: list[bool]) -> list[bool]:
+    """The loss mask up to its last trained token."""
+    while not mask[-1]:
+        mask = mask[:-1]
+    return mask
 
-    def without_tokens(self, strings: list[str]) -> Iterator[str]:
-        """Yield the strings that have no tokens."""
-        for start in range(0, len(strings), CHUNK):
-            chunk = strings[start : start + CHUNK]
-            yield from (string for string, ids in zip(chunk, self.ids(chunk), strict=True) if not ids)
+
+def prefixes_of(rendered: Rendered) -> Iterator[str]:
+    """Yield the text of the prompt with each response up to the end of each of its segments."""
+    for response in rendered.responses:
+        text = rendered.prompt
+        for segment in response:
+            text += segment.text
+            yield text
 
 
 def padding_id(tokenizer: "PreTrainedTokenizerBase", vocab_size: int | None = None) -> int:
@@ -219,10 +290,3 @@ def bos_notes(tokenizer: "PreTrainedTokenizerBase", add_bos: bool) -> list[str]:
             "when you use the exported model."
         ]
     return []
-
-
-def hash_texts(digest: "hashlib._Hash", groups: Iterable[Iterable[TextExample]]) -> None:
-    """Update a hash with the content and the label of all examples."""
-    for group in groups:
-        contents = [text.content if text.label is None else (*text.content, text.label) for text in group]
-        digest.update(repr(contents).encode())

@@ -82,17 +82,22 @@ def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
 
     digests has those that are already known, by file name.
     """
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    lines = "".join(f"{digests.get(path.name) or sha256(path)}  {path.name}\n" for path in files)
-    digest = hashlib.sha256(lines.encode()).hexdigest()
     manifest = folder / MANIFEST
     with naming_file(manifest):
-        manifest.write_text(f"{lines}# {digest}\n", encoding="utf-8")
+        manifest.write_text(manifest_of(folder, digests), encoding="utf-8")
+    files = [path for path in folder.iterdir() if path.is_file()]
     for path in files:
         path.chmod(manifest.stat().st_mode)  # safetensors makes files that only their owner may read
-    for path in (*files, manifest, folder):
+    for path in (*files, folder):
         with naming_file(path):
             fsync(path)
+
+
+def manifest_of(folder: Path, digests: Mapping[str, str]) -> str:
+    """The manifest that a folder should have; digests are known SHA-256, by file name."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    lines = "".join(f"{digests.get(path.name) or sha256(path)}  {path.name}\n" for path in files)
+    return f"{lines}# {hashlib.sha256(lines.encode()).hexdigest()}\n"
 
 
 def link_or_copy(source: Path, path: Path) -> None:

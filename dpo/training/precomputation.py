@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import groupby, islice, repeat
 from pathlib import Path
 
 import torch
@@ -22,10 +23,12 @@ from dpo.system.console import log_message, prefetch, progress
 from dpo.system.devices import autocast
 from dpo.training.references import ROUNDED, CachedReference
 
-CACHE_VERSION = 4  # part of a cache's key; increase it if the code computes or orders the numbers differently
+CACHE_VERSION = 5  # part of a cache's key; increase it if the code computes or orders the numbers differently
 MAX_MERGED_SHARE = 0.8  # merged examples are used if they have at most this share of the pairs' tokens
 PAIRS_SAMPLED = 2000  # to estimate that share
 PAIRS_MERGED = 512  # at a time
+
+Response = tuple[tuple[int, ...], tuple[bool, ...]]  # its tokens and its loss mask, which is () without one
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Precomputation:
         """Load the cache from the run's file or the shared folder; if neither has it, compute it. Write both files."""
         merged_share = self.merged_share()
         is_merged = merged_share <= MAX_MERGED_SHARE
-        key = self.key(reference, is_merged)
+        key = self.key(is_merged)
         shared = shared_dir / f"{key}.pt"
         paths = [path for path in (run_path, shared) if path is not None]
         source = self.ranks.run_on_main(lambda: next((path for path in paths if reference.load(path, key)), None))
@@ -82,8 +85,7 @@ class Precomputation:
         cost = LAYOUTS[self.packer.layout].cost
         if len(train) < train.batches_per_epoch:
             return 1.0
-        prompts = (train.groups[i] for i in range(0, len(train.groups), -(-train.n_items // PAIRS_SAMPLED)))
-        pairs = train.tokenize(list(islice((text for group in prompts for text in group), PAIRS_SAMPLED)))
+        pairs = sample_groups(train)
         merged = merge_pairs(pairs, self.packer.layout, self.packer.max_tokens)
         return sum(cost([one]) for one in merged) / sum(cost([pair]) for pair in pairs)
 
@@ -94,9 +96,9 @@ class Precomputation:
                 "Reference: each response is computed once, together with the others of its prompt: about"
                 f" {merged_share:.0%} of the pairs' tokens."
             )
-            texts = (text for group in train.groups for text in group)
             n_chunks = -(-train.n_items // PAIRS_MERGED)
-            chunks = (train.tokenize(list(islice(texts, PAIRS_MERGED))) for _ in range(n_chunks))
+            pairs_in_order = iter(train.examples)
+            chunks = (list(islice(pairs_in_order, PAIRS_MERGED)) for _ in range(n_chunks))
             for pairs in progress(prefetch(chunks), "reference, training data", total=n_chunks):
                 self.fill_merged(reference, pairs)
         else:
@@ -106,10 +108,10 @@ class Precomputation:
         for batch in progress(self.eval_batches.from_start(), "reference, evaluation data"):
             self.fill(reference, batch.examples)
         reference.merge(self.ranks.gather(reference.sums))  # values from other ranks are not missing
-        groups = train.groups if train.walks_beyond_first_epoch else []
-        left = reference.missing(example for group in groups for example in group)  # less than a batch
-        for start in range(0, len(left), train.batch_size):
-            self.fill(reference, train.tokenize(left[start : start + train.batch_size]), self.n_microbatches)
+        left = [i for i in reference.missing() if i < train.n_items] if train.walks_beyond_first_epoch else []
+        for start in range(0, len(left), train.batch_size):  # less than a batch
+            examples = [train.examples[i] for i in left[start : start + train.batch_size]]
+            self.fill(reference, examples, self.n_microbatches)
         reference.merge(self.ranks.gather(reference.sums))
 
     def fill(self, reference: CachedReference, examples: Sequence[TokenizedExample], n_microbatches: int = 1) -> None:
@@ -122,7 +124,7 @@ class Precomputation:
 
     def fill_merged(self, reference: CachedReference, pairs: Sequence[TokenizedExample]) -> None:
         """Compute each response of the pairs once, and store its log-probability for every pair that contains it."""
-        logps: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}  # by prompt and response
+        logps: dict[tuple[tuple[int, ...], Response], float] = {}  # by prompt and response
         merged = sorted(merge_pairs(pairs, self.packer.layout, self.packer.max_tokens), key=n_responses)
         with autocast(self.policy.model.dtype, self.dtype, self.packer.device):
             for _, examples in groupby(merged, key=n_responses):  # a microbatch needs the same number in each example
@@ -132,10 +134,10 @@ class Precomputation:
                     for example, row in zip(batch.examples, sums, strict=True) if scale else ():
                         logps.update(zip(prompt_responses(example), row, strict=True))
         sums_of_pairs = [[logps.get(response, torch.nan) for response in prompt_responses(pair)] for pair in pairs]
-        reference.sums[reference.rows(pair.text for pair in pairs)] = torch.tensor(sums_of_pairs)
+        reference.sums[reference.rows(pairs)] = torch.tensor(sums_of_pairs)
 
-    def key(self, reference: CachedReference, merged: bool = False) -> str:
-        """A SHA-256 of everything that the numbers depend on: weights, texts in order, settings, versions."""
+    def key(self, merged: bool = False) -> str:
+        """A SHA-256 of everything that the numbers depend on: weights, examples in order, settings, versions."""
         packer = self.packer
         how = [CACHE_VERSION, self.n_microbatches, packer.layout, packer.max_tokens]
         how += [self.dtype, packer.device.type, self.compiled, self.policy.float32_head]
@@ -147,7 +149,8 @@ class Precomputation:
         versions = (torch.__version__, transformers.__version__)
         model = self.policy.model
         config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
-        content = ((reference.order, settings, versions), config, model.config._attn_implementation)
+        order = (self.train_batches.examples.digest(), self.eval_batches.examples.digest())
+        content = ((order, settings, versions), config, model.config._attn_implementation)
         digest = hashlib.sha256(repr(content).encode())
         for name, value in reference_weights(model).items():
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -156,25 +159,44 @@ class Precomputation:
         return digest.hexdigest()
 
 
+def sample_groups(train: BatchIterator) -> list[TokenizedExample]:
+    """Examples of groups across the training data: whole groups, since prompts are what they share."""
+    ends = train.examples.sizes.cumsum()
+    every = -(-train.n_items // PAIRS_SAMPLED)
+    indices = (
+        i
+        for end, size in zip(ends[::every], train.examples.sizes[::every], strict=True)
+        for i in range(end - size, end)
+    )
+    return [train.examples[i] for i in islice(indices, PAIRS_SAMPLED)]
+
+
 def merge_pairs(pairs: Sequence[TokenizedExample], layout: str, max_tokens: int) -> Iterator[TokenizedExample]:
     """Yield examples with each response to a prompt once: as many responses as fit into max_tokens, at least one."""
-    texts = {tuple(pair.prompt): pair.text for pair in pairs}
-    responses: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {prompt: {} for prompt in texts}
+    by_prompt: dict[tuple[tuple[int, ...], bool], list[TokenizedExample]] = defaultdict(list)
     for pair in pairs:
-        responses[tuple(pair.prompt)] |= dict.fromkeys(map(tuple, pair.responses))
-    for prompt, distinct in responses.items():
-        one = TokenizedExample(texts[prompt], list(prompt), ())
-        for response in distinct:
-            more = replace(one, responses=(*one.responses, list(response)))
+        by_prompt[tuple(pair.prompt), bool(pair.loss_masks)].append(pair)
+    for same_prompt in by_prompt.values():
+        distinct = dict.fromkeys(response for pair in same_prompt for response in responses_with_masks(pair))
+        empty = replace(same_prompt[-1], responses=(), truncated=(), loss_masks=())
+        one = empty
+        for response, mask in distinct:
+            masks = (list(mask),) if mask else ()
+            more = replace(one, responses=(*one.responses, list(response)), loss_masks=(*one.loss_masks, *masks))
             if one.responses and LAYOUTS[layout].cost([more]) > max_tokens:
                 yield one
-                more = replace(one, responses=(list(response),))
+                more = replace(empty, responses=(list(response),), loss_masks=masks)
             one = more
         yield one
 
 
-def prompt_responses(example: TokenizedExample) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    return [(tuple(example.prompt), tuple(response)) for response in example.responses]
+def responses_with_masks(example: TokenizedExample) -> list[Response]:
+    masks = map(tuple, example.loss_masks or repeat((), len(example.responses)))
+    return list(zip(map(tuple, example.responses), masks, strict=True))
+
+
+def prompt_responses(example: TokenizedExample) -> list[tuple[tuple[int, ...], Response]]:
+    return [(tuple(example.prompt), response) for response in responses_with_masks(example)]
 
 
 def n_responses(example: TokenizedExample) -> int:

@@ -7,12 +7,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
-from dpo.data.examples import TextExample, TokenizedExample
+from dpo.data.examples import TokenizedExample
 from dpo.distributed.splitting import BatchSplitter
 from dpo.model.logps import Logps, ResponseLogps, response_logps
 from dpo.model.packing import PackedBatch
@@ -108,7 +107,7 @@ class ComputedReference(Reference):
     def logps(self, batch: PackedBatch) -> Logps:
         if self.new is None:
             return self.compute(batch)
-        tokens = [(example.prompt, example.responses) for example in batch.examples]  # KTO swaps responses
+        tokens = [(one.prompt, one.responses, one.loss_masks) for one in batch.examples]  # KTO swaps responses
         key = hashlib.sha256(repr(tokens).encode()).digest()
         if key in self.known:
             return self.known[key]
@@ -220,44 +219,37 @@ class AdapterReference(ComputedReference):
 class CachedReference(Reference):
     """Log-probabilities of responses, and samples, computed before the first update, when the policy is the reference.
 
-    `sums` is (examples, n_responses): one row per distinct example, in the order of their digests, NaN until computed.
-    No text is kept.
+    `sums` is (examples, n_responses): a row per example of the training data, then of the evaluation data, NaN until
+    computed.
     """
 
     knows_any_response = False
     mitigation = "set loss.precompute_reference=false"
 
-    def __init__(
-        self, examples: Iterable[TextExample], n_responses: int, samples: list[TokenizedExample] | None = None
-    ):
-        in_order = np.fromiter(map(digest_of, examples), dtype=np.uint64)
-        self.order = hashlib.sha256(in_order.tobytes()).hexdigest()  # determines which examples share a microbatch
-        self.digests = np.unique(in_order)
-        if len(self.digests) < len(in_order):  # an example of both splits is computed in one of its two microbatches
-            self.start_tolerance = ROUNDED
-        self.sums = torch.full((len(self.digests), n_responses), torch.nan)
+    def __init__(self, n_examples: int, n_responses: int, samples: list[TokenizedExample] | None = None):
+        self.sums = torch.full((n_examples, n_responses), torch.nan)
         self.samples = samples
 
     def logps(self, batch: PackedBatch) -> Logps:
-        sums = self.sums[self.rows(example.text for example in batch.examples)]
+        sums = self.sums[self.rows(batch.examples)]
         return Logps(sums=sums.to(batch.targets.device, non_blocking=True), lengths=batch.lengths)
 
     def generate(self, prompts: Sequence[TokenizedExample]) -> list[TokenizedExample]:
         assert self.samples is not None and len(self.samples) == len(prompts)
         return self.samples
 
-    def rows(self, examples: Iterable[TextExample]) -> torch.Tensor:
-        wanted = np.fromiter(map(digest_of, examples), dtype=np.uint64)
-        rows = np.searchsorted(self.digests, wanted)
-        assert (self.digests[rows] == wanted).all(), "the cache was not made for this example"
-        return torch.from_numpy(rows)
+    def rows(self, examples: Sequence[TokenizedExample]) -> torch.Tensor:
+        rows = torch.tensor([example.index for example in examples])
+        assert 0 <= rows.min() and rows.max() < len(self.sums), "the cache was not made for this example"
+        return rows
 
-    def missing(self, examples: Iterable[TextExample]) -> list[TextExample]:
-        left = set(self.digests[self.sums.isnan().any(dim=1).numpy()].tolist())
-        return [example for example in examples if digest_of(example) in left]
+    def missing(self) -> list[int]:
+        """The numbers of the examples that are not computed yet."""
+        indices: list[int] = self.sums.isnan().any(dim=1).nonzero()[:, 0].tolist()
+        return indices
 
     def fill(self, batch: PackedBatch, logps: Logps) -> None:
-        self.sums[self.rows(example.text for example in batch.examples)] = logps.sums.float().cpu()
+        self.sums[self.rows(batch.examples)] = logps.sums.float().cpu()
 
     def merge(self, sums: Iterable[torch.Tensor]) -> None:
         """Fill missing values from other caches."""
@@ -284,12 +276,6 @@ class CachedReference(Reference):
         if is_valid:
             self.sums = sums
         return is_valid
-
-
-def digest_of(example: TextExample) -> int:
-    """A 64-bit hash of everything that changes an example's log-probabilities."""
-    content = repr((*example.content, example.row, example.source)).encode()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
 def checksum(values: torch.Tensor) -> str:

@@ -129,7 +129,10 @@ def test_a_file_holds_texts_or_messages_which_the_chat_template_renders(trained,
     [
         ('{"text": "Hi"}', 'row 1: is not {"prompt": text or messages}'),
         ('"Hi"', 'row 1: is not {"prompt": text or messages}'),
-        ('{"prompt": 3}', "row 1: prompt must be a list of messages, not int"),
+        (
+            '{"prompt": 3}',
+            "row 1: a message has a form that cannot be used (prompt must be a list of messages, not int)",
+        ),
         ('{"prompt": [{"role": "user", "content": "Hi"}]}', "the tokenizer has no chat template"),
         ("", "holds no prompt"),
     ],

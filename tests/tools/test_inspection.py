@@ -2,17 +2,27 @@
 
 import json
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import TINY, compose
 
 import train
-from dpo.data.batches import BatchIterator
-from dpo.data.examples import TextExample
+from dpo.data.batches import Batch, BatchIterator
+from dpo.data.examples import TextExample, Tokenization, TokenizedExample
 from dpo.system.signals import Signals
-from tools.inspection import doubt_lines, histogram, lost_tokens
+from tools.inspection import (
+    TokenPrinter,
+    doubt_lines,
+    example_lines,
+    histogram,
+    legend,
+    length_lines,
+    lost_tokens,
+)
 
-LEGEND = "Tokens: prompt, [trained], {end of turn}, ~cut~"
+LEGEND = "Tokens: prompt, context, [trained], {end of turn}, ~cut~"
 
 
 @pytest.fixture
@@ -103,9 +113,80 @@ def test_rows_with_a_label_are_shown_by_it(tmp_path, inspect):
     assert "Of 2 test examples 1 are also training examples, 2 share a prompt with one." in out
 
 
+# Several turns, weights
+
+
+class Letters:
+    """A tokenizer of one token per character."""
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+    def __call__(self, text):
+        return [ord(character) for character in text]
+
+
+def shown(example, whole=None):
+    """Return the lines of an example, of which `whole` is what it is without limits."""
+    printer = TokenPrinter(Letters(), in_color=False, with_ids=False)
+    examples = SimpleNamespace(with_rules=lambda rules: {-1: whole} if rules.max_length >= 2**31 else None)
+    batches = SimpleNamespace(tokenize=Tokenization(Letters(), 20, 10), examples=examples)
+    return list(example_lines(example, batches, printer))
+
+
+class Batches(list):
+    """An iterator over batches of one example."""
+
+    batch_size = 1
+
+    def from_start(self):
+        return iter(self)
+
+
+def letters(*responses, truncated=(), **fields):
+    """Return a conversation of characters: capitals are context, and . ends a turn of the assistant."""
+    text = TextExample("p", responses, "keep_end", 3, "mine", **fields)
+    ids = tuple(map(Letters(), responses))
+    masks = tuple([not character.isupper() for character in response] for response in responses)
+    return TokenizedExample(text, Letters()("p"), ids, truncated, masks)
+
+
+def test_context_is_not_in_brackets_and_each_turn_has_its_end():
+    head, prompt, chosen, rejected = shown(letters("ab.TOOLc.", "d."))
+    assert head == "\nmine, row 3: 1 tokens of prompt, 5, 2 to train on; 4, 0 of context"
+    assert (prompt, chosen, rejected) == ("prompt: p", "chosen: [a][b]{.}TOOL[c]{.}", "rejected: [d]{.}")
+
+
+def test_what_is_cut_of_several_turns_is_trained_nowhere():
+    whole = letters("ab.TOOLc.", truncated=("response",))
+    kept = replace(whole, responses=(whole.responses[0][:5],), loss_masks=(whole.loss_masks[0][:5],))
+    *_, target = shown(kept, whole)
+    assert target == "target: [a][b]{.}TO~OLc.~"
+
+
+def test_weight_scores_and_warnings_are_shown_where_an_example_has_them():
+    warnings = ("the chat template leaves out a thought of an earlier turn", "it is odd")
+    head, *_ = shown(letters("a.", "b.", scores=(4.0, 2.5), numbers={"weight": 0.5}, warnings=warnings))
+    expected = f"scores: 4, 2.5; weight: 0.5; {warnings[0]}; it is odd"
+    assert head.endswith(f"; 0, 0 of context; {expected}")
+
+
+def test_the_time_that_a_template_sees_is_shown_if_one_is_set():
+    printer, time = TokenPrinter(Letters(), False, False), "2026-01-31 12:00:00"
+    lines = list(legend(SimpleNamespace(chat_template_time=time), printer))
+    assert lines[1:] == [f"The time that the chat template sees: {time}"]
+    assert len(list(legend(SimpleNamespace(chat_template_time=None), printer))) == 1
+
+
+def test_lengths_of_responses_are_those_of_their_trained_tokens():
+    lines = list(length_lines(Batches([Batch([letters("ab.TOOLc.", "d.")], {})]), 100))
+    assert "  chosen: shortest 5, median 5, longest 5" in lines
+    assert "Tokens computed: 12 packed" in lines[-1]
+
+
 def test_a_target_that_comes_again_contradicts_nothing():
     text = TextExample("a", (" b",), "keep_end", 1, "")
-    batches = BatchIterator([[text, text]], None, 1)
+    batches = BatchIterator([SimpleNamespace(text=text)] * 2, None, 1)
     lines = list(doubt_lines(batches, batches))
     assert lines[0].startswith("Of 2 training examples 1 repeat") and lines[1].startswith("0 contradict an earlier one")
 

@@ -12,7 +12,7 @@ from conftest import GOLDENS, ROOT, Run
 from faults import BUSY, again, at_event, command_line, few_rows, fresh, kill
 
 import trainers
-from dpo.data.row_index import TableData
+from dpo.data.batches import BatchIterator
 from dpo.model import layout_check
 from dpo.model.archives import load_archive
 from dpo.runs import checkpoints
@@ -132,7 +132,7 @@ def test_a_run_of_an_earlier_version_which_hashed_the_texts_of_its_data_goes_on(
     arguments = fresh(folder, *SETTINGS, f"datasets=['{data}']", f"local_dirs=['{tmp_path}']")
 
     def as_before() -> None:
-        del TableData.digest
+        BatchIterator.fingerprint = BatchIterator.earlier_fingerprint
         at_event(3, kill)()
 
     assert command_line(folder, arguments, as_before).returncode < 0

@@ -1,11 +1,9 @@
 """What the first update checks: the first margin, and that a gradient reaches every trained parameter."""
 
-import shutil
 import warnings
 
 import pytest
 import torch
-from faults import few_rows
 from torch import nn
 
 from dpo.distributed.ranks import Ranks
@@ -79,17 +77,6 @@ def test_a_cache_that_an_earlier_run_has_written_may_be_rounded_otherwise(make_t
     third.reference.sums += 20.0  # of about 50 tokens a response
     with pytest.raises(UserError, match=f"{APART}.*; set loss.precompute_reference=false"):
         third.train()
-
-
-def test_a_cache_of_examples_that_both_splits_have_may_be_rounded_otherwise(make_trainer, tmp_path):
-    """Each has the numbers of its microbatch in the evaluation, which is not that of training."""
-    few_rows(tmp_path / "data", 16, 4)
-    shutil.copy(tmp_path / "data" / "train.jsonl", tmp_path / "data" / "test.jsonl")
-    settings = (f"datasets=['{tmp_path / 'data'}']", "loss.precompute_reference=true", "do_first_eval=false")
-    trainer = make_trainer(*ONE_UPDATE, *settings)
-    trainer.reference.sums += 1e-3
-    trainer.train()
-    assert trainer.updates == 1
 
 
 def test_a_microbatch_that_is_computed_to_keep_up_with_another_rank_is_not_compared(make_trainer):

@@ -364,7 +364,7 @@ def test_bfloat16_parameters_decay_in_their_groups():
     ],
 )
 def test_arguments_are_checked_before_anything_loads(overrides, line, monkeypatch):
-    monkeypatch.setattr("build.load_model_config", lambda settings: pytest.fail("loaded"))
+    monkeypatch.setattr("build.load_model_config", lambda *arguments: pytest.fail("loaded"))
     with pytest.raises(UserError) as error:
         inputs_of("loss=dpo", *TINY, *overrides)
     assert str(error.value).startswith(line) and "\n" not in str(error.value)

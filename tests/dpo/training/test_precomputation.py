@@ -7,13 +7,13 @@ from itertools import combinations
 import pytest
 import torch
 from conftest import ROOT
-from tiny_models import respond
+from tiny_models import mask_responses, respond
 
 from dpo.distributed.ranks import Ranks
 from dpo.distributed.splitting import BatchSplitter, Microbatch
 from dpo.model.packing import LAYOUTS
 from dpo.training import precomputation
-from dpo.training.precomputation import merge_pairs
+from dpo.training.precomputation import Precomputation, merge_pairs
 from dpo.training.references import CachedReference
 
 SHARED = "each response is computed once"
@@ -74,7 +74,7 @@ def test_shared_responses_are_computed_once_and_get_the_numbers_of_a_second_mode
     )
     trainer = precompute(rankings, f"layout={layout}")
     cost = LAYOUTS[layout].cost
-    pairs = trainer.train_batches.tokenize([text for group in trainer.train_batches.groups for text in group])
+    pairs = list(trainer.train_batches.examples)
     merged = list(merge_pairs(pairs, layout, 300))
     share = sum(cost([one]) for one in merged) / sum(cost([pair]) for pair in pairs)
     assert len(pairs) == 18 and sum(len(one.responses) for one in merged) == 12 and share < 0.5
@@ -161,3 +161,41 @@ def test_ranks_compute_a_part_each_and_together_all(precompute, rankings, monkey
     both = compute(SplitInHalves(alone.packer, Half(1, [first])))
     assert not whole.isnan().any() and 0 < first.isnan().sum() < first.numel()
     torch.testing.assert_close(both, whole, rtol=0, atol=1e-3)
+
+
+# Masked responses
+
+
+def test_the_same_tokens_with_other_masks_are_another_response():
+    pairs = [
+        mask_responses(respond([1], [2, 3], [4]), [1, 1], [1]),
+        mask_responses(respond([1], [2, 3], [4]), [0, 1], [1]),
+    ]
+    merged = list(merge_pairs([*pairs, respond([1], [2, 3], [5])], "shared_prefix", 100))
+    assert [(one.responses, one.loss_masks) for one in merged] == [
+        (([2, 3], [4], [2, 3]), ([True, True], [True], [False, True])),
+        (([2, 3], [5]), ()),
+    ]
+    assert [one.loss_masks for one in merge_pairs(pairs, "shared_prefix", 4)] == [
+        ([True, True], [True]),
+        ([False, True],),
+    ]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_masked_responses_get_the_numbers_of_a_second_model(merged, precompute, rankings, make_trainer):
+    """Of every other pair, the even tokens; so the same tokens stand in pairs with and without a mask."""
+    trainer, live = precompute(rankings), make_trainer("loss=dpo", *SHORT, rankings).reference
+    batches = trainer.train_batches
+    pairs = list(batches.examples)
+    masks = [[[i % 2 == 0 for i in range(len(response))] for response in pair.responses] for pair in pairs]
+    pairs = [
+        mask_responses(pair, *mask) if i % 2 else pair for i, (pair, mask) in enumerate(zip(pairs, masks, strict=True))
+    ]
+    splitter = BatchSplitter(trainer.packer)
+    computed = Precomputation(trainer.policy, splitter, trainer.dtype, batches, trainer.eval_batches, 1, False)
+    trainer.reference.sums.fill_(torch.nan)
+    with torch.no_grad():
+        (computed.fill_merged if merged else computed.fill)(trainer.reference, pairs)
+        for batch in trainer.packer(pairs):
+            torch.testing.assert_close(trainer.reference.logps(batch).sums, live.logps(batch).sums, rtol=0, atol=1e-3)

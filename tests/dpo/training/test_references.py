@@ -2,7 +2,6 @@
 
 import copy
 import re
-import tracemalloc
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,10 +10,10 @@ import pytest
 import torch
 from conftest import without_measurements
 from faults import few_rows
-from tiny_models import EXAMPLES, tiny
+from tiny_models import EXAMPLES, mask_responses, respond, tiny
 
 import build
-from dpo.data.examples import TextExample
+from dpo.data.examples import TextExample, TokenizedExample
 from dpo.distributed.ranks import Ranks
 from dpo.distributed.splitting import BatchSplitter, Microbatch
 from dpo.model.archives import load_archive
@@ -84,9 +83,9 @@ def test_each_part_of_a_key_counts_by_itself(precompute, monkeypatch):
         return ranks
 
     made = []
-    monkeypatch.setattr(Precomputation, "run", lambda self, reference, *paths: made.append((self, reference)))
+    monkeypatch.setattr(Precomputation, "run", lambda self, *arguments: made.append(self))
     precompute()
-    ((own, reference),) = made
+    (own,) = made
 
     def split(**changes) -> Precomputation:
         return replace(own, split_batch=BatchSplitter(replace(own.packer, **changes)))
@@ -100,16 +99,16 @@ def test_each_part_of_a_key_counts_by_itself(precompute, monkeypatch):
         split(max_tokens=100),
         split(device=torch.device("meta")),
         replace(own, train_batches=replace(own.train_batches, seed=1)),
+        replace(own, train_batches=replace(own.train_batches, examples=own.eval_batches.examples)),
         replace(own, eval_batches=replace(own.eval_batches, batch_size=2)),
         *(replace(own, split_batch=BatchSplitter(own.packer, several(*sizes))) for sizes in ((2, 1), (2, 2), (4, 2))),
     ]
-    keys = [one.key(reference) for one in (own, *others)]
-    reference.order = "another"
-    keys.append(own.key(reference))
+    keys = [one.key() for one in (own, *others)]
+    keys.append(own.key(merged=True))
     own.policy.model.config.layer_norm_epsilon = 1e-3
-    keys.append(own.key(reference))
+    keys.append(own.key())
     assert len(set(keys)) == len(keys)
-    assert own.key(reference) == keys[-1]
+    assert own.key() == keys[-1]
 
 
 def test_other_weights_have_a_cache_of_their_own(precompute, make_trainer, tmp_path):
@@ -185,54 +184,40 @@ def test_a_cache_in_the_shared_folder_is_readable_and_named_by_its_key(precomput
     assert files and all(len(path.stem) == 64 and path.suffix == ".pt" for path in files)
 
 
-def texts(*rows):
-    """Make examples of the same prompt and responses, each of which is 60 KB long, in some rows of a file."""
-    return (TextExample("p" * 20_000, ("c" * 20_000, "r" * 20_000), "keep_end", row, "mine") for row in rows)
+def numbered(*indices):
+    """Make examples with these numbers."""
+    text = TextExample("p", ("c", "r"), "keep_end", 1, "mine")
+    return [TokenizedExample(text, [1], ([2], [3]), index=index) for index in indices]
 
 
-def test_a_cache_keeps_a_digest_of_each_example_and_no_text():
-    """8 bytes of digest and 4 per response; the texts of 500 examples are 30 MB."""
-    tracemalloc.start()
-    cache = CachedReference(texts(*range(500)), 2)
-    held, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert cache.digests.nbytes + cache.sums.nbytes == 500 * 16
-    assert held < 100_000
-
-
-def test_equal_pairs_of_different_rows_have_numbers_of_their_own_and_one_row_has_them_once():
-    cache = CachedReference(texts(1, 2, 1, 3), 2)
-    assert cache.sums.shape == (3, 2) and cache.rows(texts(1, 1)).unique().numel() == 1
-    for row in (1, 2, 3):
-        cache.sums[cache.rows(texts(row))] = float(row)
-    assert cache.sums[cache.rows(texts(3, 1, 2, 1))].tolist() == [[3, 3], [1, 1], [2, 2], [1, 1]]
-    cache.sums[cache.rows(texts(2)), 1] = torch.nan
-    assert [example.row for example in cache.missing(texts(1, 2, 3))] == [2]
-    with pytest.raises((AssertionError, IndexError)):
-        cache.rows(texts(4))
-
-
-def test_the_order_of_the_examples_counts_for_the_key_and_their_scores_do_not():
-    scored = [replace(example, scores=(2.0, 1.0)) for example in texts(1, 2)]
-    orders = [CachedReference(examples, 2).order for examples in (texts(1, 2), texts(2, 1), scored)]
-    assert orders[0] == orders[2] != orders[1]
+def test_a_cache_has_numbers_for_each_example():
+    cache = CachedReference(3, 2)
+    for index in range(3):
+        cache.sums[cache.rows(numbered(index))] = float(index)
+    assert cache.sums[cache.rows(numbered(2, 0, 1, 0))].tolist() == [[2, 2], [0, 0], [1, 1], [0, 0]]
+    assert cache.missing() == []
+    cache.sums[1, 1] = torch.nan
+    assert cache.missing() == [1]
+    for index in (3, -1):
+        with pytest.raises(AssertionError, match="was not made for this example"):
+            cache.rows(numbered(index))
 
 
 def test_a_corrupt_cache_is_computed_again(tmp_path):
-    cache = CachedReference(texts(1, 2), 2)
+    cache = CachedReference(2, 2)
     cache.sums = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     path = tmp_path / "reference.pt"
     cache.save(path, "key")
-    other = CachedReference(texts(1, 2), 2)
+    other = CachedReference(2, 2)
     assert not other.load(path, "another key") and other.sums.isnan().all()
-    assert not CachedReference(texts(1), 2).load(path, "key")
+    assert not CachedReference(1, 2).load(path, "key")
     assert other.load(path, "key") and torch.equal(other.sums, cache.sums)
     content, number = path.read_bytes(), cache.sums.numpy().tobytes()
     at = content.index(number)
     cut_off = [content[: int(share * len(content))] for share in (0.3, 0.6, 0.9, 0.99)]
     for damaged in (content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :], content[:-1], *cut_off):
         path.write_bytes(damaged)
-        assert not CachedReference(texts(1, 2), 2).load(path, "key")
+        assert not CachedReference(2, 2).load(path, "key")
 
 
 class Touching:
@@ -246,7 +231,7 @@ class Touching:
 
 
 def test_a_cache_that_holds_code_is_computed_again_and_the_code_never_runs(tmp_path):
-    cache = CachedReference(texts(1), 2)
+    cache = CachedReference(1, 2)
     cache.save(tmp_path / "reference.pt", "key")
     content = torch.load(tmp_path / "reference.pt")
     torch.save(content | {"more": Touching(tmp_path / "touched")}, tmp_path / "reference.pt")
@@ -256,7 +241,7 @@ def test_a_cache_that_holds_code_is_computed_again_and_the_code_never_runs(tmp_p
 def test_a_cache_that_cannot_be_written_is_one_line_and_stops_nothing(tmp_path, capsys):
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "reference.pt"
-    CachedReference(texts(1), 2).save(path, "key")
+    CachedReference(1, 2).save(path, "key")
     line = rf"{re.escape(str(path))}: cannot be written \(.*\), so a later run may compute it again\.\n"
     assert re.fullmatch(line, capsys.readouterr().out)
 
@@ -370,6 +355,17 @@ def test_a_microbatch_that_comes_twice_is_computed_twice_and_none_of_an_evaluati
             sums = [reference.logps(batch).sums for _ in range(2)]
         counts.append(len(computed))
     assert counts == [2, 0] and torch.equal(*sums) and torch.equal(sums[0], reference.logps(batch).sums)
+
+
+def test_the_same_tokens_with_another_mask_are_computed_in_the_same_evaluation():
+    reference = ModelReference(ResponseLogps.wrap(tiny("GPT2")), torch.float32)
+    masks = ([1, 1, 1], [1]), ([1, 0, 1], [1])
+    examples = [mask_responses(respond([5, 6], [7, 8, 9], [3]), *mask) for mask in masks]
+    batches = [next(Packer("padded", 1000, torch.device("cpu"))([example])) for example in examples]
+    for _ in range(2):
+        with reference.repeated():
+            first, second = (reference.logps(batch).sums[0].tolist() for batch in batches)
+        assert first[0] < second[0] and first[1] == second[1]
 
 
 # A reference that follows the policy
