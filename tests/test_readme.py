@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from chat_families import FAMILIES
-from conftest import ROOT, compose, compose_files, make_loss, read_data, validated
+from conftest import ROOT, compose, compose_files, make_loss, validated
 from faults import command_line, run_code
 from omegaconf import OmegaConf
 
@@ -95,32 +94,6 @@ def test_every_command_of_the_original_composes_and_validates(command):
     overrides = shlex.split(command)
     whole = compose_files(("wandb.enabled=false", *overrides))
     assert OmegaConf.to_container(compose(*overrides)) == OmegaConf.to_container(whole)
-
-
-RECIPES = re.findall(r"^\| .* \| `((?:loss=\w+ )?datasets=[^`]*)` \|$", PAGES[ROOT / "docs" / "data.md"], re.MULTILINE)
-
-
-def test_the_recipes_for_data_compose():
-    assert len(RECIPES) == 9
-    for recipe in RECIPES:
-        assert problems_of(f"model=gpt2 {recipe if 'loss=' in recipe else f'loss=dpo {recipe}'}") == []
-
-
-@pytest.mark.parametrize(
-    "name, content, prompt, responses",
-    [
-        ("scored.jsonl", '{"prompt": "Hi", "response_1": "a", "response_2": "b", "score_1": 1, "score_2": 4}', "Hi", "ba"),  # noqa: E501
-        ("alpaca_dpo.json", '[{"instruction": "Add.", "input": "1", "chosen": "a", "rejected": "b"}]', "Add.\n1", "ab"),
-        ("pairs.csv", "ask,good,bad\nHi.,a,b\n", "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n",
-         ["a<|im_end|>", "b<|im_end|>"]),
-    ],
-)  # fmt: skip
-def test_the_recipes_columns_are_those_of_their_files(name, content, prompt, responses, tmp_path):
-    (tmp_path / name).write_text(content)
-    (recipe,) = [recipe for recipe in RECIPES if name in recipe]
-    options = dict(word.removeprefix("columns.").split("=") for word in shlex.split(recipe) if "datasets" not in word)
-    (group,) = read_data(tmp_path / name, tokenizer=FAMILIES["ChatML"].tokenizer(), **options)["train"]
-    assert (group[0].prompt, group[0].responses) == (prompt, tuple(responses))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
