@@ -96,7 +96,7 @@ def load_inputs(settings: Settings, loss: Loss, start: datetime | None = None) -
     )
     time = template_time(settings.chat_template_time, start)
     formatter = RowFormatter(settings.prompt_format, tokenizer, settings.chat_template_args, time)
-    if settings.chat_template is not None or settings.chat_template_args is not None:
+    if tokenizer.chat_template and (settings.chat_template or settings.chat_template_args):
         ChatTemplate.of(tokenizer, settings.chat_template_args, time)  # its errors are not those of the first row
     drop = settings.on_inconsistent == "drop"
     encoder = Encoder(formatter, tokenize, sft=loss.n_responses == 1, drop_inconsistent=drop)
