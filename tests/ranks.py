@@ -28,6 +28,26 @@ def environment(rank: int, n: int, port: int) -> dict[str, str]:
     return texts | {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
+class Gate:
+    """Holds forked children until the last one is forked.
+
+    A child that is forked while the store's thread looks up the address of an earlier child inherits the C library's
+    locked resolver, and hangs.
+    """
+
+    def __init__(self):
+        self.way_in, self.bar = os.pipe()
+
+    def wait(self):
+        """Wait in a child until every process has opened the gate."""
+        os.close(self.bar)
+        os.read(self.way_in, 1)
+
+    def open(self):
+        os.close(self.bar)
+        os.close(self.way_in)
+
+
 def command_lines(
     folder: Path,
     arguments: Sequence[str],
@@ -36,15 +56,17 @@ def command_lines(
     timeout: float = HANG,
 ) -> list[Run]:
     """Run `python train.py ARGUMENTS` as n ranks, with faults by rank; return what each of them did."""
-    store, pids = make_store(), []
+    store, pids, gate = make_store(), [], Gate()
     files = [tempfile.TemporaryFile("w+") for _ in range(2 * n)]
     for rank in range(n):
         pid = os.fork()
         if pid == 0:
+            gate.wait()
             os.environ.update(environment(rank, n, store.port))
             own = tuple((faults or {}).get(rank, ()))
             be_the_command_line(tuple(arguments), own, files[2 * rank].fileno(), files[2 * rank + 1].fileno())
         pids.append(pid)
+    gate.open()
     end = time.monotonic() + timeout
     codes = [wait(pid, max(0.1, end - time.monotonic())) for pid in pids]
     texts = []
@@ -57,12 +79,13 @@ def command_lines(
 
 def run_ranks(n: int, work: Callable[[int, int, Path], None], folder: Path, timeout: float = HANG) -> None:
     """Call work(rank, n, folder) in n forked children with torchrun's environment; AssertionError if one fails."""
-    store, pids = make_store(), []
+    store, pids, gate = make_store(), [], Gate()
     for rank in range(n):
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
+                gate.wait()
                 os.environ.update(environment(rank, n, store.port))
                 work(rank, n, folder)
                 code = 0
@@ -71,6 +94,7 @@ def run_ranks(n: int, work: Callable[[int, int, Path], None], folder: Path, time
             finally:
                 os._exit(code)
         pids.append(pid)
+    gate.open()
     codes = [wait(pid, timeout) for pid in pids]
     assert codes == [0] * n, "\n".join(path.read_text() for path in sorted(folder.glob("error-*.txt")))
 
