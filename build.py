@@ -17,7 +17,6 @@ import torch
 from omegaconf import OmegaConf
 
 from dpo.data.batches import BatchIterator, data_problems, schedule_notes
-from dpo.data.chat import ChatTemplate
 from dpo.data.examples import Tokenization, bos_notes
 from dpo.data.formatting import RowFormatter, template_time
 from dpo.data.records import Encoder
@@ -97,7 +96,7 @@ def load_inputs(settings: Settings, loss: Loss, start: datetime | None = None) -
     time = template_time(settings.chat_template_time, start)
     formatter = RowFormatter(settings.prompt_format, tokenizer, settings.chat_template_args, time)
     if tokenizer.chat_template and (settings.chat_template or settings.chat_template_args):
-        ChatTemplate.of(tokenizer, settings.chat_template_args, time)  # its errors are not those of the first row
+        formatter.check_template()
     drop = settings.on_inconsistent == "drop"
     encoder = Encoder(formatter, tokenize, sft=loss.n_responses == 1, drop_inconsistent=drop)
     train_batches, eval_batches, is_chat = load_batches(settings, loss, encoder)

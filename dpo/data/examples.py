@@ -106,6 +106,11 @@ class Ids(NamedTuple):
     responses: tuple[list[int], ...]
     masks: tuple[list[bool], ...] = ()
 
+    def choose(self, indices: Sequence[int]) -> "Ids":
+        """The prompt with the responses with these indices."""
+        masks = tuple(self.masks[i] for i in indices) if self.masks else ()
+        return Ids(self.prompt, tuple(self.responses[i] for i in indices), masks)
+
     def response(self, index: int) -> tuple[list[int], list[bool]]:
         """A response's ids and loss mask."""
         return self.responses[index], self.masks[index] if self.masks else []

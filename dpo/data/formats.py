@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from itertools import chain, count, islice
+from itertools import chain, count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-N_HEAD = 100  # rows that are searched for column names
 BATCH = 100  # rows of an Arrow table that are converted together
 MAX_CELL = 10**8  # characters; a quotation mark that is not closed makes a cell of the rest of a CSV file
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "pyarrow"}  # suffix: the module that decompresses
@@ -47,11 +46,6 @@ class FileTable:
     def name(self) -> str:
         return str(self.path)
 
-    def columns(self) -> list[str]:
-        """The names of the columns of the first rows."""
-        rows = [row for _, row in islice(self, N_HEAD) if isinstance(row, dict)]
-        return list(dict.fromkeys(name for row in rows for name in row))
-
     def __iter__(self) -> Rows:
         """Yield (row number from 1, row); UserError that names file and row if it cannot be read."""
         refuse_pointers(self.path)
@@ -72,9 +66,6 @@ class DatasetTable:
 
     name: str
     dataset: "Dataset"
-
-    def columns(self) -> list[str]:
-        return list(self.dataset.column_names)
 
     def batches(self) -> "Iterator[pyarrow.Table]":
         return self.dataset.with_format("arrow").iter(batch_size=BATCH)

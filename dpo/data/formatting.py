@@ -31,6 +31,10 @@ class RowFormatter:
     def template(self) -> ChatTemplate:
         return ChatTemplate.of(self.tokenizer, self.arguments, self.time)
 
+    def check_template(self) -> None:
+        """Raise UserError if the template fails or an argument is unknown, before a row is blamed for it."""
+        _ = self.template
+
     def identity(self, is_chat: bool = True) -> tuple[object, ...]:
         """What rendering depends on: the template, its arguments and its time only if there are conversations."""
         if not (is_chat and self.tokenizer.chat_template):

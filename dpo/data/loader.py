@@ -1,8 +1,7 @@
 """Loads a data set: reads its table, or writes it first from the rows, on all cores where there are many."""
 
 import hashlib
-import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +17,6 @@ from dpo.data.selection import Chooser
 from dpo.data.sources import note_columns
 from dpo.data.statistics import RowStatistics
 from dpo.data.table import (
-    ABOUT,
     ROWS,
     RecordTable,
     Selection,
@@ -27,7 +25,7 @@ from dpo.data.table import (
     read_folder,
     schema,
     to_batch,
-    write_selections,
+    write_facts,
 )
 from dpo.system.console import log_message, progress
 from dpo.system.processes import map_on_all_cores, without_garbage_collection
@@ -75,17 +73,15 @@ class TableRows(Rows):
         return find_columns(names, self.given, self.name)
 
     def chunks(self) -> Iterator[Chunk]:
-        names = dict.fromkeys(self.table.columns())
-        given = [name for name in self.given.values() if name is not None]
-        if not names.keys() >= set(given):
-            for _, row in self.table:
-                names |= dict.fromkeys(row if isinstance(row, dict) else ())
-        columns = self.columns(names)
+        names: set[str] = set()
+        columns: dict[str, str] | None = None
         rows = iter(progress(self.table, self.name))
         while chunk := list(islice(rows, CHUNK)):
-            names_of_chunk = {str(name) for _, row in chunk if isinstance(row, dict) for name in row}
-            if not names_of_chunk <= names.keys():
-                names |= dict.fromkeys(sorted(names_of_chunk))
+            names_of_chunk = names_in(chunk)
+            if columns is None and not set(self.given.values()) - {None} <= names_of_chunk:
+                names_of_chunk = names_in(self.table)  # a column that the user set may begin later
+            if columns is None or not names_of_chunk <= names:
+                names |= names_of_chunk
                 columns = self.columns(names)
             yield chunk, partial(parse_row, columns=columns, options=self.options)
 
@@ -94,6 +90,11 @@ class TableRows(Rows):
             return []
         roles = [role for role in COLUMNS if role in encoded.roles]
         return note_columns(self.name, self.columns(encoded.columns), encoded.columns, roles)
+
+
+def names_in(rows: Iterable[tuple[int, Any]]) -> set[str]:
+    """The names of the columns of rows with their numbers."""
+    return {str(name) for _, row in rows if isinstance(row, dict) for name in row}
 
 
 def parsed_already(row: Row) -> Row:
@@ -228,7 +229,6 @@ class Loader:
                             writer.write_batch(batch)
                 notes += part.notes(part_total)
                 total.add(part_total)
-        write_selections(folder, self.select(raw, RecordTable(folder), total))
         about = {
             "sources": raw.sources,
             "notes": notes,
@@ -236,7 +236,7 @@ class Loader:
             "is_chat": total.is_chat,
             "plain_text": total.plain_text,
         }
-        (folder / ABOUT).write_text(json.dumps(about, ensure_ascii=False), encoding="utf-8")
+        write_facts(folder, about, self.select(raw, RecordTable(folder), total))
 
     def select(self, raw: RawData, table: RecordTable, encoded: Encoded) -> dict[str, Selection]:
         """Choose the records of each split."""

@@ -125,7 +125,7 @@ class Encoder:
 
     def example(self, record: Record, choice: Sequence[int], number: int, source: str) -> TokenizedExample:
         """The truncated example of a record's responses with the indices in choice."""
-        row, rendered, ids = record.row, record.rendered, record.ids
+        row, rendered = record.row, record.rendered
         text = TextExample(
             rendered.prompt,
             tuple(text_of(rendered.responses[i]) for i in choice),
@@ -134,9 +134,7 @@ class Encoder:
             source,
             messages=None if isinstance(row.prompt, str) else row.prompt,
         )
-        masks = tuple(ids.masks[i] for i in choice) if ids.masks else ()
-        chosen = Ids(ids.prompt, tuple(ids.responses[i] for i in choice), masks)
-        return self.tokenize.truncate(chosen, text, n_turns_left_out=record.n_turns_left_out)
+        return self.tokenize.truncate(record.ids.choose(choice), text, n_turns_left_out=record.n_turns_left_out)
 
     def check_vocabulary(self, record: Record) -> None:
         """Raise UserError if an example, after truncation, has a token without an embedding in the model."""

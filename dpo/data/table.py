@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow
 
-ROWS, ABOUT, SELECTIONS, COUNTS = "rows.arrow", "about.json", "selections.npz", "counts.json"
+ROWS, ABOUT, SELECTIONS = "rows.arrow", "about.json", "selections.npz"
 UNUSED_DAYS = 30  # after which a table is removed
 
 T = TypeVar("T")
@@ -201,8 +201,7 @@ class Split(Sequence[TokenizedExample]):
             warnings=tuple(record["warnings"]),
             messages=None if record["messages"] is None else json.loads(record["messages"]),
         )
-        masks = tuple(record["masks"][i] for i in choice) if record["masks"] else ()
-        ids = Ids(record["prompt_ids"], tuple(record["response_ids"][i] for i in choice), masks)
+        ids = Ids(record["prompt_ids"], record["response_ids"], record["masks"]).choose(choice)
         return self.tokenize.truncate(ids, text, self.first + index, record["n_turns_left_out"])
 
     def scores(self) -> Iterator[tuple[float, ...]]:
@@ -213,8 +212,8 @@ class Split(Sequence[TokenizedExample]):
             yield tuple(all_scores[i] for i in choices[record].as_py()[choice]) if all_scores else ()
 
 
-def write_selections(folder: Path, selections: Mapping[str, Selection]) -> None:
-    """Write the selections of a table, by split."""
+def write_facts(folder: Path, about: Mapping[str, Any], selections: Mapping[str, Selection]) -> None:
+    """Write what is known of a table: facts, and the selections by split."""
     import numpy as np
 
     arrays: dict[str, Any] = {}
@@ -222,7 +221,8 @@ def write_selections(folder: Path, selections: Mapping[str, Selection]) -> None:
         arrays |= {f"{split} {name}": getattr(selection, name) for name in ("records", "choices", "sizes")}
     np.savez(folder / SELECTIONS, **arrays)
     facts = {split: [selection.counts, selection.digest] for split, selection in selections.items()}
-    (folder / COUNTS).write_text(json.dumps(facts), encoding="utf-8")
+    text = json.dumps({**about, "selections": facts}, ensure_ascii=False)
+    (folder / ABOUT).write_text(text, encoding="utf-8")
 
 
 def read_folder(folder: Path) -> tuple[RecordTable, dict[str, Any], dict[str, Selection]]:
@@ -235,7 +235,6 @@ def read_folder(folder: Path) -> tuple[RecordTable, dict[str, Any], dict[str, Se
     if (folder / MANIFEST).read_text(encoding="utf-8") != manifest_of(folder, {}):
         raise ValueError(f"{folder}: is damaged")
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    facts = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
     with open(folder / SELECTIONS, "rb") as file, np.load(file) as arrays:
         selections = {
             split: Selection(
@@ -245,7 +244,7 @@ def read_folder(folder: Path) -> tuple[RecordTable, dict[str, Any], dict[str, Se
                 counts=RowStatistics(counts),
                 digest=digest,
             )
-            for split, (counts, digest) in facts.items()
+            for split, (counts, digest) in about["selections"].items()
         }
     with suppress(OSError):
         os.utime(folder)

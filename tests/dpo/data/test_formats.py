@@ -70,7 +70,6 @@ def test_every_format_gives_the_same_rows_and_closes_its_file(kind, compression,
     assert read(tmp_path, as_file(rows, kind), f"a.{kind}{compression}") == rows_of(*rows)
     table = open_file(tmp_path / f"a.{kind}{compression}")
     n_open = len(os.listdir("/proc/self/fd"))
-    assert table.columns() == ["prompt", "chosen", "rejected"]
     assert next(iter(table)) == (1, rows[0])
     assert len(os.listdir("/proc/self/fd")) == n_open
 
@@ -245,11 +244,6 @@ def test_what_is_no_json_is_refused_with_its_row(content, words, tmp_path):
         read(tmp_path, content)
 
 
-def test_columns_are_those_of_the_first_rows(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"a": 1}\n5\n{"b": 1, "a": 2}\n' + '{"a": 1}\n' * 100 + '{"late": 1}\n')
-    assert open_file(tmp_path / "a.jsonl").columns() == ["a", "b"]
-
-
 # CSV
 
 
@@ -363,7 +357,6 @@ def test_values_of_several_types_are_decoded_and_nulls_of_the_table_are_removed(
     tables.append(DatasetTable("x", datasets.load_from_disk(tmp_path / "saved")))
     for table in tables:
         assert list(table) == rows_of(*expected)
-        assert table.columns() == list(rows[0])
 
 
 def test_columns_that_begin_late_have_nulls_before(tmp_path):

@@ -392,6 +392,23 @@ def test_no_malformed_table_gives_a_traceback_or_is_accepted_in_silence(tmp_path
     report(f"300 malformed tables: {outcomes}; no traceback")
 
 
+# Columns that begin late
+
+
+def test_a_column_that_begins_in_a_later_chunk_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "CHUNK", 3)
+    rows = [{"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(10)]
+    rows[9]["w"] = 2
+    path = lines(tmp_path / "rows.jsonl", *rows)
+    data = read_data(path, tokenizer=TOKENIZER, weight="w", on_inconsistent="drop")
+    assert [text.weight for split in data.values() for group in split for text in group] == [2]
+    with pytest.raises(UserError, match=r"columns.weight=v: .*rows\.jsonl has no such column; its columns: .*, w$"):
+        read_data(path, tokenizer=TOKENIZER, weight="v")
+    rows[9]["better_response_id"] = 1
+    with pytest.raises(UserError, match="better_response_id may say which response is better"):
+        read_data(lines(path, *rows), tokenizer=TOKENIZER)
+
+
 # Several processes
 
 

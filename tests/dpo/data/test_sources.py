@@ -280,7 +280,7 @@ def test_the_files_that_a_card_lists_are_read(tmp_path):
         open_source(f"{tmp_path}:other", ANY)
     (tmp_path / "held-out.jsonl").unlink()
     with pytest.raises(UserError, match=r"held-out\.jsonl: cannot be read \(No such file"):
-        open_source(f"{tmp_path}:lists", ANY).test[0].columns()
+        list(open_source(f"{tmp_path}:lists", ANY).test[0])
 
 
 def test_a_card_that_lists_what_is_not_there_or_lists_nothing(tmp_path):

@@ -107,7 +107,7 @@ def flip(data):
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-@pytest.mark.parametrize("name", ["rows.arrow", "about.json", "counts.json", "selections.npz"])
+@pytest.mark.parametrize("name", ["rows.arrow", "about.json", "selections.npz"])
 @pytest.mark.parametrize(
     "spoil", [lambda data: data[:-9], lambda data: b"", flip, None], ids=["cut", "empty", "flipped", "missing"]
 )
@@ -128,7 +128,7 @@ def test_a_full_disk_is_named_in_one_line_and_leaves_nothing_behind(tmp_path, mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     folder, cache = write(tmp_path / "pairs", PAIRS), tmp_path / "cache"
-    monkeypatch.setattr("dpo.data.loader.write_selections", full)
+    monkeypatch.setattr("dpo.data.loader.write_facts", full)
     with pytest.raises(
         RunError, match=r"^.*cache: the table of the data cannot be written \(No space left on device\)$"
     ):
