@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from dpo.data.columns import COLUMNS, find_columns
+from dpo.data.columns import COLUMNS, NO_COLUMN, find_columns
 from dpo.data.formats import Table
 from dpo.data.records import Encoded, Encoder
 from dpo.data.rows import Row, RowOptions, parse_row
@@ -78,7 +78,7 @@ class TableRows(Rows):
         rows = iter(progress(self.table, self.name))
         while chunk := list(islice(rows, CHUNK)):
             names_of_chunk = names_in(chunk)
-            if columns is None and not set(self.given.values()) - {None} <= names_of_chunk:
+            if columns is None and not set(self.given.values()) - {None, NO_COLUMN} <= names_of_chunk:
                 names_of_chunk = names_in(self.table)  # a column that the user set may begin later
             if columns is None or not names_of_chunk <= names:
                 names |= names_of_chunk

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from dpo.data import loader
 from dpo.data.batches import BatchIterator
+from dpo.data.formats import FileTable
 from dpo.data.formatting import RowFormatter
 from dpo.data.mixture import Mixture
 from dpo.data.records import hashes_of
@@ -407,6 +408,18 @@ def test_a_column_that_begins_in_a_later_chunk_is_found(tmp_path, monkeypatch):
     rows[9]["better_response_id"] = 1
     with pytest.raises(UserError, match="better_response_id may say which response is better"):
         read_data(lines(path, *rows), tokenizer=TOKENIZER)
+
+
+@pytest.mark.parametrize(("weight", "n_times"), [("w", 1), ("late", 2), ("none", 1)])
+def test_rows_are_read_again_only_to_find_a_column_that_begins_late(weight, n_times, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "CHUNK", 3)
+    rows = [{"prompt": f"{i}", "chosen": "a", "rejected": "b", "w": 1} for i in range(10)]
+    rows[9]["late"] = 2
+    read_rows, times = FileTable.__iter__, []
+    monkeypatch.setattr(FileTable, "__iter__", lambda table: times.append(table.name) or read_rows(table))
+    path = lines(tmp_path / "rows.jsonl", *rows)
+    read_data(path, tokenizer=TOKENIZER, weight=weight, on_inconsistent="drop")
+    assert times == [str(path)] * n_times
 
 
 # Several processes
