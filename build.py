@@ -34,13 +34,13 @@ from dpo.model.loading import (
     copy_reference,
     load_model_config,
     load_policy,
-    model_problems,
     recompute_activations,
-    set_quantized_dtype,
-    skip_unreachable_hub,
+    set_quantized_products,
 )
 from dpo.model.logps import ResponseLogps, response_logps
 from dpo.model.packing import Packer
+from dpo.model.pretrained import skip_unreachable_hub
+from dpo.model.refusals import count_embeddings, model_problems, quantization_method
 from dpo.model.sampling import Sampler, add_stops, distinct_prompts
 from dpo.reporting.metrics import MetricLogger, make_logger
 from dpo.reporting.trackers import TensorBoardTracker, Tracker, Trackers, TrackioTracker, WandbTracker
@@ -91,7 +91,7 @@ def load_inputs(settings: Settings, loss: Loss, start: datetime | None = None) -
         settings.max_length,
         settings.max_prompt_length,
         add_bos=settings.model.add_bos,
-        vocab_size=model_config.get_text_config().vocab_size,
+        vocab_size=count_embeddings(model, model_config, tokenizer),
     )
     time = template_time(settings.chat_template_time, start)
     formatter = RowFormatter(settings.prompt_format, tokenizer, settings.chat_template_args, time)
@@ -195,15 +195,18 @@ def load_on_main(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir, dt
     known = recorded_layout(run.recorded_environment(), device)
     # A model that is sharded is whole on one device only for the check of the layout, if there is one.
     stays_on_host = run.ranks.world_size > 1 and (known is not None or settings.layout == "padded")
-    log_message(f"Device: {device}. Computing in {dtype}, parameters and optimizer in {policy_dtype}.")
-    model = load_policy(settings, inputs.model_config, torch.device("cpu") if stays_on_host else device)
+    method = quantization_method(inputs.model_config)
+    frozen = f", frozen weights as they are stored ({method})" if method else ""
+    log_message(f"Device: {device}. Computing in {dtype}, parameters and optimizer in {policy_dtype}{frozen}.")
+    n_embeddings = count_embeddings(settings.model, inputs.model_config, inputs.tokenizer)
+    model = load_policy(settings, inputs.model_config, torch.device("cpu") if stays_on_host else device, n_embeddings)
     adapter = None if settings.lora is None else add_adapter(model, settings)
     # From the second epoch on, a cached reference meets the policy in other microbatches, where bfloat16 logits differ.
     float32_head = loss.needs_reference and loss.cached_reference and dtype != torch.float32
     policy = ResponseLogps.wrap(model, float32_head)
     examples = next(iter(inputs.eval_batches.from_start())).examples
     choice = choose_layout(policy, examples, settings.layout, settings.max_length, dtype, known)
-    set_quantized_dtype(model, dtype)
+    set_quantized_products(model, dtype)
     n_shards = 1 if settings.ddp else run.ranks.world_size // settings.replicate
     estimate = partial(estimate_memory, policy, settings, loss, dtype, choice, n_shards)
     max_tokens = resolve_max_tokens(settings.max_tokens_per_pass, read_facts(device), estimate)

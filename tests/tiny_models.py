@@ -50,6 +50,23 @@ def tiny(name: str, **own) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_config(tiny_config(name, **own)).eval()
 
 
+def composite(family: str) -> transformers.PreTrainedModel:
+    """Make a random model that sees images as well: Gemma3, or Qwen3_5, whose causal class is its language model."""
+    text = {**COMMON, **ROTARY, "head_dim": 8, "vocab_size": 420}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "patch_size": 14}
+    if family == "Gemma3":
+        vision |= {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+        ids = {"image_token_index": 419, "boi_token_index": 418, "eoi_token_index": 417, "mm_tokens_per_image": 4}
+    else:
+        text |= {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4}
+        text |= {"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+        vision |= {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "num_position_embeddings": 16}
+        ids = {"image_token_id": 419, "video_token_id": 418, "vision_start_token_id": 417, "vision_end_token_id": 416}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(text_config=text, vision_config=vision, **ids)
+    return getattr(transformers, f"{family}ForConditionalGeneration")(config).eval()
+
+
 def make_examples(lengths) -> list[TokenizedExample]:
     """Make examples of random tokens, lengths (prompt, chosen, rejected)."""
     random = torch.Generator().manual_seed(1)

@@ -99,10 +99,12 @@ def prompts_of_file(path: Path, candidate: Candidate, n: int | None) -> Prompts:
     from dpo.data.formatting import RowFormatter, template_time
     from dpo.data.records import Encoder
     from dpo.model.loading import load_model_config
+    from dpo.model.refusals import count_embeddings
 
     settings = candidate.settings
     config, tokenizer = load_model_config(settings.model, settings.chat_template)
-    lengths, vocab_size = (settings.max_length, settings.max_prompt_length), config.get_text_config().vocab_size
+    lengths = settings.max_length, settings.max_prompt_length
+    vocab_size = count_embeddings(settings.model, config, tokenizer)
     tokenize = Tokenization(tokenizer, *lengths, settings.model.add_bos, vocab_size)
     time = template_time(settings.chat_template_time)
     formatter = RowFormatter(settings.prompt_format, tokenizer, settings.chat_template_args, time)
@@ -154,10 +156,12 @@ def load_model(candidate: Candidate, device: "torch.device") -> "PreTrainedModel
     """Load a candidate, with its adapter if it has one."""
     from dpo.model.archives import load_archive
     from dpo.model.loading import load_model_config, load_policy
+    from dpo.model.refusals import count_embeddings
     from dpo.runs.weights import add_adapter
 
     settings = candidate.settings
-    model = load_policy(settings, load_model_config(settings.model)[0], device)
+    config, tokenizer = load_model_config(settings.model)
+    model = load_policy(settings, config, device, count_embeddings(settings.model, config, tokenizer))
     if settings.lora is not None:
         adapter = add_adapter(model, settings)  # a new adapter changes nothing: without weights this is the reference
         if candidate.weights is not None:
@@ -170,7 +174,7 @@ def sample(candidate: Candidate, prompts: Prompts, like: "Settings") -> list[str
     """A text per prompt, sampled with the temperature, limits and seed of `like`."""
     import torch
 
-    from dpo.model.loading import set_quantized_dtype
+    from dpo.model.loading import set_quantized_products
     from dpo.model.sampling import Sampler
     from dpo.system.devices import compute_dtype, limit_onednn_cache, pick_device
 
@@ -179,7 +183,7 @@ def sample(candidate: Candidate, prompts: Prompts, like: "Settings") -> list[str
     device = pick_device(settings.device)
     dtype = compute_dtype(settings.compute_precision, getattr(torch, settings.model.policy_dtype), device)
     model = load_model(candidate, device)
-    set_quantized_dtype(model, dtype)
+    set_quantized_products(model, dtype)
     sampler = replace(Sampler.of(like, prompts.tokenizer, device, dtype), stops=prompts.stops)
     return sampler.generate(model, prompts.examples, f"sampling {candidate.name}")
 

@@ -234,7 +234,8 @@ class Tokenization:
         if highest >= self.vocab_size:
             token = f"the token {self.tokenizer.convert_ids_to_tokens(highest)!r} with id {highest}"
             limit = f"the model has embeddings for ids below {self.vocab_size}"
-            raise UserError(f"the text contains {token}, but {limit}")
+            advice = "choose the model's own tokenizer, or set model.resize_embeddings=true"
+            raise UserError(f"the text contains {token}, but {limit}; {advice}")
 
 
 def without_context_at_end(mask: list[bool]) -> list[bool]:
@@ -274,7 +275,7 @@ def special_token_problems(tokenizer: "PreTrainedTokenizerBase", vocab_size: int
             problem = (
                 f"the tokenizer's {name} token {token} has id {token_id}, but the model has {vocab_size} embeddings"
             )
-            problems.append(f"{key}: {problem}; choose the model's own tokenizer")
+            problems.append(f"{key}: {problem}; choose the model's own tokenizer, or set model.resize_embeddings=true")
     return problems
 
 

@@ -70,12 +70,17 @@ class AdapterShape:
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers in a model's blocks, or of all but the head if the blocks are not known."""
-    blocks = [f"{name}." for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    """Names of the linear layers in a language model's blocks, or of all but the head if the blocks are not known.
+
+    The blocks of vision and audio models beside the language model are left out.
+    """
+    decoder = set(model.get_decoder().modules())
+    modules = [(name, module) for name, module in model.named_modules() if module in decoder]
+    blocks = [f"{name}." for name, module in modules if isinstance(module, GradientCheckpointingLayer)]
     head = model.get_output_embeddings()
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in modules
         if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head and name.startswith(tuple(blocks) or "")
     ]
 

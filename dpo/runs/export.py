@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dpo.model.pretrained import PROCESSOR_FILES, source_file
 from dpo.system.console import log_message
 from dpo.system.errors import summarize_error
 from dpo.system.files import atomic_dir, naming_file
@@ -41,6 +43,17 @@ def save_model(
     model.save_pretrained(folder, state_dict=weights)
     rewrite(folder / "config.json", add_rope_of_transformers_4)
     save_tokenizer(folder, tokenizer)
+    copy_processor(folder, model)
+
+
+def copy_processor(folder: Path, model: PreTrainedModel) -> None:
+    """Copy the files that prepare images, video and audio from a composite model's own folder or repository."""
+    found = [path for name in PROCESSOR_FILES if (path := source_file(str(model.name_or_path), name))]
+    if not found and model.config.get_text_config() is not model.config:
+        log_message(f"{model.name_or_path}: no processor files found; copy them to {folder} to open images or audio.")
+    for path in found:
+        with naming_file(folder / path.name):
+            shutil.copyfile(path, folder / path.name)
 
 
 def save_generation_config(folder: Path, model: PreTrainedModel) -> None:

@@ -110,7 +110,7 @@ def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeigh
 
 def base_name(settings: ModelSettings) -> str | None:
     """The name or path of a run's frozen weights for from_pretrained; None if they are not stored anywhere."""
-    if settings.archive is not None or settings.from_scratch:
+    if settings.archive is not None or settings.from_scratch or settings.resize_embeddings:
         return None
     folder = Path(settings.name_or_path)
     return str(folder.resolve()) if folder.is_dir() else settings.name_or_path

@@ -119,8 +119,10 @@ RULES: tuple[Rule, ...] = (
          "an adapter cannot be merged into 4-bit weights; set lora.export_merged=false"),
     Rule("lora.quantize model.archive", all_set, NOT_QUANTIZED),
     Rule("lora.quantize model.from_scratch", all_set, NOT_QUANTIZED),
+    Rule("lora.quantize model.resize_embeddings", all_set, NOT_QUANTIZED),
     Rule("push_to_hub lora.r model.archive", all_set, NOT_UPLOADED),
     Rule("push_to_hub lora.r model.from_scratch", all_set, NOT_UPLOADED),
+    Rule("push_to_hub lora.r model.resize_embeddings", all_set, NOT_UPLOADED),
     Rule("push_to_hub lora.r model.name_or_path", lambda name, _, model: name and Path(model).is_dir(), NOT_UPLOADED),
     # Several processes: WORLD_SIZE is their number in the environment of torchrun and srun, 1 without these
     for_several_processes("n_processes", ("auto", 1)),

@@ -143,6 +143,7 @@ class ModelSettings(Group):
     fsdp_policy_mp: Dtype | None
     reference_dtype: Literal["float32", "bfloat16", "float16"] | None
     add_bos: Flag
+    resize_embeddings: Flag
 
 
 class LoraSettings(Group):

@@ -9,7 +9,7 @@ import torch
 import transformers
 from conftest import GOLDENS, ROOT, TINY, compose, inputs_of, validated, without_measurements
 from safetensors.torch import save_file
-from tiny_models import EXAMPLES, PLENTY, sums_of_logps, tiny
+from tiny_models import EXAMPLES, PLENTY, composite, sums_of_logps, tiny
 
 from dpo.model import lora
 from dpo.model.archives import load_archive, weights_checksum
@@ -617,6 +617,41 @@ def test_the_export_of_a_quantized_run_is_the_adapter_on_the_quantized_model(lla
     assert (logits_of(base) - policy).abs().max() > 0.01
     opened = PeftModel.from_pretrained(base, trainer.run.path / "LATEST" / "hf")
     assert (logits_of(opened) - policy).abs().max() < 1e-4 * policy.abs().max()
+
+
+@OLD_NAME
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_adapter_of_a_checkpoint_that_is_quantized_already_trains_and_opens_on_it(
+    bits, llama, make_trainer, tmp_path
+):
+    from peft import PeftModel
+
+    stored = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    options = {"device_map": {"": "cpu"}, "dtype": torch.bfloat16}
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, quantization_config=stored, **options)
+    model.save_pretrained(tmp_path / "quantized")
+    transformers.AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "quantized")
+    trainer = make_trainer("loss=dpo", *LORA, f"model.name_or_path='{tmp_path / 'quantized'}'")
+    assert trainer.packer.layout == "shared_prefix" and trainer.policy.model.dtype == torch.float32
+    updates = steps(trainer, 3)
+    assert updates[0]["rewards_train/margins"] == 0.0 and updates[2]["loss/train"] < updates[0]["loss/train"]
+    move(trainer.weights)
+    trainer.save()
+    trainer.export({})
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", device_map={"": "cpu"})
+    keep_weights_unpacked(base)
+    before = logits_of(base)
+    opened = PeftModel.from_pretrained(base, trainer.run.path / "LATEST" / "hf")
+    error = (logits_of(opened) - logits_of(trainer.policy.model)).abs().max()
+    assert error < 0.1 * (logits_of(opened) - before).abs().max()  # transformers opens the rest in bfloat16
+
+
+@pytest.mark.parametrize("family", ["Gemma3", "Qwen3_5"])
+def test_only_the_language_model_of_a_composite_model_is_adapted(family):
+    model = composite(family)
+    for targets in ("auto", ["q_proj"]):
+        found = find_targets(model, targets)
+        assert found and all(".language_model." in name for name in found)
 
 
 def test_a_learning_rate_for_all_weights_gets_a_line_of_advice(make_trainer, capsys):
