@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo.model.archives import is_adapter, load_archive, load_weights
 from dpo.model.lora import merge_adapter
-from dpo.model.pretrained import auto_class, fetch, unexpected_tensors
+from dpo.model.pretrained import auto_class, fetch, tensor_names, unexpected_tensors
 from dpo.model.refusals import check_causal, check_deterministic, disable_randomness, quantization_method
 from dpo.settings.constraints import is_template
 from dpo.settings.schema import ModelSettings, Settings
@@ -90,8 +90,9 @@ def load_pretrained(settings: Settings, config: PreTrainedConfig, device: torch.
         trust_remote_code=False,
         **quantization(settings, config, device),
     )
+    stored = fetch("model.name_or_path", name, partial(tensor_names, name))
     model, info = fetch("model.name_or_path", name, load)
-    info["unexpected_keys"] = unexpected_tensors(model, name, info["unexpected_keys"])
+    info["unexpected_keys"] = unexpected_tensors(model, name, stored, info["unexpected_keys"])
     wrong = [f"{kind.removesuffix('_keys')} {sorted(map(str, info[kind]))}" for kind in info if info[kind]]
     if wrong:
         raise UserError(f"model.name_or_path={name}: its weights do not fit its config: {'; '.join(wrong)}")

@@ -185,14 +185,16 @@ def tensor_names(name: str) -> set[str]:
     raise UserError(f"holds no weights ({SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}); copy or download them")
 
 
-def unexpected_tensors(model: PreTrainedModel, name: str, unexpected: Iterable[str]) -> list[str]:
+def unexpected_tensors(
+    model: PreTrainedModel, name: str, stored: Iterable[str], unexpected: Iterable[str]
+) -> list[str]:
     """Unexpected tensors of a checkpoint in modules that the model has; all others that are not loaded are logged.
 
     Those belong to parts that the model's class leaves out, such as `mtp` for multi-token prediction. transformers
-    does not report the ones that match the class's own patterns, so they are looked up in the files.
+    does not report the ones that match the class's own patterns, so they are looked up in what is stored.
     """
     patterns = model._keys_to_ignore_on_load_unexpected or ()
-    hidden = {key for key in tensor_names(name) if any(re.search(pattern, key) for pattern in patterns)}
+    hidden = {key for key in stored if any(re.search(pattern, key) for pattern in patterns)}
     parts = set(model.state_dict())
     parts |= {part for key in parts for part in accumulate(key.split("."), "{}.{}".format)}
     absent = {key for key in {*unexpected, *hidden} if key not in parts and not DROPPABLE.search(key)}
@@ -208,10 +210,10 @@ def first_absent(key: str, parts: set[str]) -> str:
 
 def log_unloaded(name: str, counts: Mapping[str, int]) -> None:
     if counts:
-        modules = [f"{module} ({n:,} tensors)" for module, n in sorted(counts.items())]
+        modules = shorten([f"{module} ({n:,})" for module, n in sorted(counts.items())])
         log_message(
-            f"model.name_or_path={name}: the model's class has no place for some tensors of the checkpoint, so the"
-            f" export will not hold them: {shorten(modules)}"
+            f"model.name_or_path={name}: ignored tensors of modules that this model lacks: {modules};"
+            " the export will not hold them"
         )
 
 

@@ -2,8 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
 
 import torch
 import transformers
@@ -16,7 +14,7 @@ from transformers import (
 
 from dpo.data.examples import special_token_problems
 from dpo.model.lora import find_targets
-from dpo.model.pretrained import auto_class, fetch, tensor_names
+from dpo.model.pretrained import auto_class
 from dpo.settings.schema import ModelSettings, Settings
 from dpo.system.errors import UserError
 from dpo.system.installation import is_installed
@@ -29,8 +27,6 @@ def model_problems(
     name = settings.model.name_or_path
     if problem := kind_problem(config):
         return [f"model.name_or_path={name}: {problem}"]
-    if not settings.model.from_scratch and Path(name).is_dir():
-        fetch("model.name_or_path", name, partial(tensor_names, name))
     problems = [f"model.name_or_path={name}: {problem}" for problem in quantization_problems(settings, config, device)]
     if settings.lora is not None and settings.lora.quantize and device.type == "mps":
         problems.append(f"lora.quantize={settings.lora.quantize}: has no kernels for MPS; set device=cpu")

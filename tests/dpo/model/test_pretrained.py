@@ -3,33 +3,39 @@
 import json
 import os
 
-import httpx
 import pytest
 import torch
 import transformers
-from conftest import GOLDENS, inputs_of
+from conftest import GOLDENS, inputs_of, validated
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_models import composite, tiny
 
 import build
+from build import load_inputs
 from dpo.model import pretrained
+from dpo.model.loading import load_policy
 from dpo.model.pretrained import auto_class, fetch, tensor_names, unexpected_tensors
 from dpo.system.errors import UserError
 
 TINY_GPT2 = GOLDENS / "tiny-gpt2"
-PAIRS = f"datasets=['{GOLDENS / 'data'}']"
 
 
 # One remedy for each cause
 
 
-def refusal(name: object) -> str:
-    """What a run says of a model, before it reads data."""
+def refusal(name: object, load=lambda settings: load_inputs(settings, None)) -> str:
+    """What a run says of a model; by default, before it reads data."""
+    settings, _ = validated("loss=dpo", f"model.name_or_path='{name}'", "datasets=[none.jsonl]", "device=cpu")
     with pytest.raises(UserError) as refused:
-        inputs_of("loss=dpo", f"model.name_or_path='{name}'", "datasets=[none.jsonl]", "device=cpu")
+        load(settings)
     (line,) = str(refused.value).splitlines()
     return line.removeprefix(f"model.name_or_path={name}: ")
+
+
+def refusal_of_weights(folder) -> str:
+    config = transformers.AutoConfig.from_pretrained(TINY_GPT2)
+    return refusal(folder, lambda settings: load_policy(settings, config, torch.device("cpu")))
 
 
 def saved(folder, model=None) -> None:
@@ -82,20 +88,25 @@ def test_a_model_of_another_kind_is_refused_by_its_config(config, reason, tmp_pa
     assert reason in refusal(tmp_path)
 
 
-def test_missing_partial_and_damaged_weights_are_refused_before_data_are_read(tmp_path):
+def test_missing_partial_and_damaged_weights_are_refused_with_what_helps(tmp_path):
     saved(tmp_path)
     weights = tmp_path / "model.safetensors"
     content = weights.read_bytes()
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    assert refusal(tmp_path).endswith("is not the data but a pointer of Git LFS; run git lfs pull in its folder")
+    assert refusal_of_weights(tmp_path).endswith(
+        "is not the data but a pointer of Git LFS; run git lfs pull in its folder"
+    )
     weights.write_bytes(content[:1000])
-    assert "copy or download them again" in refusal(tmp_path)
+    assert "copy or download them again" in refusal_of_weights(tmp_path)
     weights.unlink()
-    assert refusal(tmp_path) == "holds no weights (model.safetensors or pytorch_model.bin); copy or download them"
+    assert (
+        refusal_of_weights(tmp_path)
+        == "holds no weights (model.safetensors or pytorch_model.bin); copy or download them"
+    )
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model-1.safetensors").write_bytes(content)
-    assert "names files that are not there: model-2.safetensors; copy" in refusal(tmp_path)
+    assert "names files that are not there: model-2.safetensors; copy" in refusal_of_weights(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +123,7 @@ def test_missing_partial_and_damaged_weights_are_refused_before_data_are_read(tm
 def test_each_refusal_of_the_hub_has_its_remedy(error, remedy):
     def load():
         try:
-            response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
-            raise error("no") if error is LocalEntryNotFoundError else error("no", response=response)
+            raise error.__new__(error, "no")  # some want the server's response
         except Exception as cause:
             raise OSError("You are trying to access a gated repo, or one that does not exist") from cause
 
@@ -145,11 +155,10 @@ def test_tensors_that_a_class_has_no_place_for_are_named_also_where_transformers
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert info["unexpected_keys"] == {"other.weight"}
-    assert unexpected_tensors(model, str(tmp_path), [*info["unexpected_keys"], "model.layers.9.weight"]) == [
-        "model.layers.9.weight"
-    ]
-    counts = f"model.visual ({n_visual} tensors), mtp (1 tensors), other (1 tensors)"
-    assert f"the export will not hold them: {counts}\n" in capsys.readouterr().out
+    wrong = "model.layers.9.weight"
+    assert unexpected_tensors(model, "me/model", tensors, [*info["unexpected_keys"], wrong]) == [wrong]
+    counts = f"model.visual ({n_visual}), mtp (1), other (1)"
+    assert f"modules that this model lacks: {counts}; the export will not hold them\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", ["Gemma3", "Qwen3_5"])
