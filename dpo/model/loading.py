@@ -36,14 +36,23 @@ def load_model_config(
     name = settings.name_or_path
     tokenizer_name = settings.tokenizer_name_or_path or name
     load_config = partial(AutoConfig.from_pretrained, name, trust_remote_code=False)
-    load_tokenizer = partial(AutoTokenizer.from_pretrained, tokenizer_name, trust_remote_code=False)
     config = fetch("model.name_or_path", name, load_config)
-    tokenizer = fetch("model.tokenizer_name_or_path", tokenizer_name, load_tokenizer)
+    tokenizer = fetch("model.tokenizer_name_or_path", tokenizer_name, partial(load_tokenizer, tokenizer_name))
     disable_randomness(config)
     if chat_template is not None:
         is_text = is_template(chat_template)
         tokenizer.chat_template = chat_template if is_text else Path(chat_template).read_text(encoding="utf-8")
     return config, tokenizer
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    files = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+    if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in files):
+        raise UserError(
+            "holds no tokenizer; set model.tokenizer_name_or_path to a folder or a name on the Hub that does"
+        )
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return tokenizer
 
 
 def load_policy(

@@ -130,7 +130,7 @@ def explain_name(name: str, error: Exception) -> str:
         advice = f"run hf download {name} where there is a network, or try model=tiny, which needs no download"
         return f"cannot be loaded ({reason}); {advice}"
     if (adapter := source_file(name, ADAPTER)) and not source_file(name, "config.json"):
-        return explain_adapter(adapter, name)
+        return f"{explain_adapter(adapter, 'FOLDER')} after hf download {name} --local-dir FOLDER"
     return explain_files(error)
 
 

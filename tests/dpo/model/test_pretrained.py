@@ -65,6 +65,14 @@ def test_what_else_is_no_model_is_told_apart(tmp_path):
     assert refusal(tmp_path / "policy.pt").startswith("is a file; give the model's folder")
 
 
+def test_a_model_without_a_tokenizer_needs_another_ones(tmp_path):
+    tiny("GPT2").save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match="holds no tokenizer; set model.tokenizer_name_or_path to a folder or a name on"
+    ):
+        inputs_of("loss=dpo", f"model.name_or_path='{tmp_path}'", "device=cpu")
+
+
 def test_code_of_its_own_and_an_unknown_kind_have_different_remedies(tmp_path):
     saved(tmp_path)
     rewrite_config(tmp_path, model_type="gpt9")
