@@ -48,9 +48,7 @@ def load_model_config(
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     files = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
     if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in files):
-        raise UserError(
-            "holds no tokenizer; set model.tokenizer_name_or_path to a folder or a name on the Hub that does"
-        )
+        raise UserError("holds no tokenizer; set model.tokenizer_name_or_path to a folder or Hub name that does")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return tokenizer
 
