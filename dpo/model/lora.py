@@ -74,8 +74,15 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
 
     The blocks of vision and audio models beside the language model are left out.
     """
-    decoder = set(model.get_decoder().modules())
-    modules = [(name, module) for name, module in model.named_modules() if module in decoder]
+    decoder = model.get_decoder()
+    others = {
+        part
+        for module in decoder.modules()
+        if isinstance(module, PreTrainedModel) and type(module.config) is not type(decoder.config)
+        for part in module.modules()
+    }
+    language_model = set(decoder.modules()) - others
+    modules = [(name, module) for name, module in model.named_modules() if module in language_model]
     blocks = [f"{name}." for name, module in modules if isinstance(module, GradientCheckpointingLayer)]
     head = model.get_output_embeddings()
     return [

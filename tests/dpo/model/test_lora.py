@@ -654,6 +654,13 @@ def test_only_the_language_model_of_a_composite_model_is_adapted(family):
         assert found and all(".language_model." in name for name in found)
 
 
+def test_a_vision_model_inside_the_language_model_is_not_adapted():
+    """As in Phi-4-multimodal, where it is a part of the embeddings."""
+    model = tiny("Llama")
+    model.model.vision = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(num_hidden_layers=1))
+    assert not any("vision" in name for name in find_targets(model, "auto"))
+
+
 def test_a_learning_rate_for_all_weights_gets_a_line_of_advice(make_trainer, capsys):
     for lr, advised in (("5e-7", True), ("5e-5", False)):
         make_trainer("loss=dpo", *LORA, f"lr={lr}")
