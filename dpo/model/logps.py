@@ -164,6 +164,8 @@ def response_logits(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     width = batch.inputs["input_ids"].shape[1]
     columns, kept = torch.unique(batch.sources % width, return_inverse=True)
     logits = model(**model_inputs(model, batch), logits_to_keep=columns).logits
+    if logits.shape[1] != len(columns):  # the model, such as xLSTM, takes this argument and ignores it
+        kept = batch.sources % width
     return logits[batch.sources // width, kept]
 
 

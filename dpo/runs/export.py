@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.model.pretrained import PROCESSOR_FILES, source_file
+from dpo.runs.transformers_4 import add_config_keys, use_tokenizer_keys
 from dpo.system.console import log_message
 from dpo.system.errors import summarize_error
 from dpo.system.files import atomic_dir, naming_file
@@ -23,11 +25,12 @@ def export_model(
     tokenizer: PreTrainedTokenizerBase,
     weights: dict[str, Tensor] | None = None,
     card: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model and its tokenizer into a new folder; RunError if they cannot be written."""
+    """Write a model and its tokenizer into a new folder; RunError if they cannot be written. See `save_model`."""
 
     def write(staging: Path) -> None:
-        save_model(staging, model, tokenizer, weights)
+        save_model(staging, model, tokenizer, weights, dtype)
         if card is not None:
             save_card(staging, card)
 
@@ -36,14 +39,80 @@ def export_model(
 
 
 def save_model(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Save a model, with `weights` in place of its own if given, and its tokenizer."""
+    """Save a model, with `weights` in place of its own if given, and its tokenizer.
+
+    dtype: of the parameters in the file; None leaves each as it is. weights is emptied while it is written.
+    """
     save_generation_config(folder, model)
-    model.save_pretrained(folder, state_dict=weights)
-    rewrite(folder / "config.json", add_rope_of_transformers_4)
+    state = model.state_dict() if weights is None else weights
+    is_tied = has_tied_embeddings(model, state)
+    if dtype is not None:
+        convert(state, model, dtype)
+    model.save_pretrained(folder, state_dict=state)
+
+    def change(written: dict[str, Any]) -> None:
+        if not add_config_keys(model.config, written):
+            log_message(
+                "The exported config.json cannot tell transformers 4 all settings of this model's rotary embeddings:"
+                " open it in transformers 5."
+            )
+        set_tied(model.config, written, is_tied)
+        if dtype is not None:
+            set_dtype(written, str(dtype).removeprefix("torch."))
+
+    rewrite(folder / "config.json", change)
     save_tokenizer(folder, tokenizer)
     copy_processor(folder, model)
+
+
+def has_tied_embeddings(model: PreTrainedModel, state: dict[str, Tensor]) -> bool:
+    """Whether the output embeddings in a state are the input embeddings."""
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
+    ends = (names.get(module) for module in (model.get_input_embeddings(), model.get_output_embeddings()))
+    weights = [state[name] for name in ends if name in state]
+    return len(weights) == 2 and weights[0].data_ptr() == weights[1].data_ptr()
+
+
+def set_tied(config: PreTrainedConfig, written: dict[str, Any], is_tied: bool) -> None:
+    """Write whether embeddings are tied, into the config and the text model's nested one: either may be read."""
+    written["tie_word_embeddings"] = is_tied
+    text_config = config.get_text_config()
+    for key, value in vars(config).items():
+        if value is text_config:
+            written[key]["tie_word_embeddings"] = is_tied
+
+
+def convert(state: dict[str, Tensor], model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Convert the parameters in a state, one after the other; tied ones stay tied.
+
+    Buffers stay as they are, and so do parameters that transformers keeps in float32 when it loads 16 bits.
+    """
+    buffers = {name for name, _ in model.named_buffers()}
+    in_float32 = {*(model._keep_in_fp32_modules_strict or ())}  # transformers has no public name for them
+    if dtype == torch.float16:
+        in_float32 |= {*(model._keep_in_fp32_modules or ())}
+    converted: dict[int, Tensor] = {}  # by the address of the weights, so that tied ones stay tied
+    for name, value in state.items():
+        if value.is_floating_point() and name not in buffers and not any(part in name for part in in_float32):
+            address = value.data_ptr()
+            if address not in converted:
+                converted[address] = value.to("cpu", dtype)
+            state[name] = converted[address]
+
+
+def set_dtype(written: dict[str, Any], dtype: str) -> None:
+    """Write the dtype of the file into a config and those nested in it."""
+    if "dtype" in written:
+        written["dtype"] = dtype
+    for value in written.values():
+        if isinstance(value, dict):
+            set_dtype(value, dtype)
 
 
 def copy_processor(folder: Path, model: PreTrainedModel) -> None:
@@ -69,7 +138,7 @@ def save_generation_config(folder: Path, model: PreTrainedModel) -> None:
 
 def save_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.save_pretrained(folder)
-    rewrite(folder / "tokenizer_config.json", use_tokenizer_keys_of_transformers_4)
+    rewrite(folder / "tokenizer_config.json", use_tokenizer_keys)
 
 
 def save_card(folder: Path, card: str) -> None:
@@ -109,36 +178,17 @@ def upload_later(folder: Path, repository: str | None) -> None:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change a JSON file of an export, which holds no code: also drop the names of files with code."""
     content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
+    drop_code(content)
     with naming_file(path):
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def use_tokenizer_keys_of_transformers_4(config: dict[str, Any]) -> None:
-    """Use transformers 4's names for class and special tokens, which version 5 also reads; drop keys of version 5."""
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    for name in ("backend", "is_local", "local_files_only"):
-        config.pop(name, None)
-
-
-def add_rope_of_transformers_4(config: dict[str, Any]) -> None:
-    """Also write the settings of rotary embeddings under the keys of transformers 4, which ignores rope_parameters.
-
-    Otherwise it would silently use its defaults.
-    """
-    rope = config.get("rope_parameters") or {}
-    rope = rope.get("full_attention", rope)
-    if "rope_theta" not in rope:  # no rotary embeddings, or a kind unknown to transformers 4
-        return
-    in_neox = config["model_type"] == "gpt_neox"
-    config["rotary_emb_base" if in_neox else "rope_theta"] = rope["rope_theta"]
-    if "partial_rotary_factor" in rope:
-        config["rotary_pct" if in_neox else "partial_rotary_factor"] = rope["partial_rotary_factor"]
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
-    if local := config["rope_parameters"].get("sliding_attention"):
-        config["rope_local_base_freq"] = local["rope_theta"]
+def drop_code(written: dict[str, Any]) -> None:
+    for key in ("auto_map", "custom_pipelines"):
+        written.pop(key, None)
+    for value in written.values():
+        if isinstance(value, dict):
+            drop_code(value)
