@@ -92,8 +92,10 @@ def train(
         if settings.dry_run:
             return dry_run(settings, loss, inputs, run_dir.config, signals)
         if run_dir.is_complete(len(inputs.train_batches)):
-            log_message(f"{run_dir.path}: the run is complete; raise n_epochs or n_examples to continue it.")
             export = (run_dir.path / "LATEST").resolve() / "hf"
+            for key in {"export_dtype", "lora.export_merged"} & set(overrides or {}):
+                raise UserError(f"{key}: {export} is already written; remove that folder, and resume the run again")
+            log_message(f"{run_dir.path}: the run is complete; raise n_epochs or n_examples to continue it.")
             return ranks.run_on_main(lambda: upload_later(export, settings.push_to_hub))
         log_message(f"\n{OmegaConf.to_yaml(run_dir.config)}\nRun directory: {run_dir.path}")
         trainer = build_trainer(settings, loss, inputs, run_dir, signals)

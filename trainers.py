@@ -46,13 +46,13 @@ from dpo.reporting.model_card import Outcome, model_card
 from dpo.reporting.page import update_report
 from dpo.reporting.utilization import Utilization, memory_use
 from dpo.runs.checkpoints import fitting
-from dpo.runs.export import upload
+from dpo.runs.export import describe_export, upload
 from dpo.runs.run_dir import RunDir, log_changes, read_environment
 from dpo.runs.shards import load_shards
 from dpo.runs.weights import AdapterWeights, AllWeights, TrainedWeights
 from dpo.runs.writer import SAVING, CheckpointWriter
 from dpo.settings.schema import Settings
-from dpo.system.console import prefetch, progress, progress_bar
+from dpo.system.console import log_message, prefetch, progress, progress_bar
 from dpo.system.devices import autocast, platform
 from dpo.system.errors import Stopped, actionable_errors
 from dpo.system.signals import Signals
@@ -351,9 +351,16 @@ class BasicTrainer:
         """Write the model for from_pretrained to LATEST/hf, and upload it if push_to_hub is set."""
         if not self.settings.debug:
             folder, weights = (self.run.path / "LATEST").resolve() / "hf", self.full_weights()
-            card = model_card(self.settings, self.loss, outcome(self, metrics))
-            self.ranks.run_on_main(lambda: self.weights.export(folder, self.sampler.tokenizer, card, weights))
-            self.ranks.run_on_main(lambda: upload(folder, self.settings.push_to_hub))
+            name = self.settings.export_dtype
+            dtype = self.dtype if name == "auto" else getattr(torch, name)
+            card = model_card(self.settings, self.loss, outcome(self, metrics), dtype)
+
+            def write() -> None:
+                self.weights.export(folder, self.sampler.tokenizer, card, weights, dtype)
+                log_message(describe_export(folder, self.policy.model.dtype))
+                upload(folder, self.settings.push_to_hub)
+
+            self.ranks.run_on_main(write)
 
     def state_dict(self, logs: list[int]) -> dict[str, Any]:
         """Everything that a resumed run needs: the states of policy, optimizer and scheduler, and of the run."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from dpo.data.sources import is_hub_name
@@ -36,8 +37,8 @@ class Outcome:
     fingerprints: Mapping[str, str]
 
 
-def model_card(settings: Settings, loss: Loss, outcome: Outcome) -> str:
-    """The card as Markdown with YAML front matter."""
+def model_card(settings: Settings, loss: Loss, outcome: Outcome, dtype: torch.dtype) -> str:
+    """The card as Markdown with YAML front matter. dtype: of an exported or merged model's weights."""
     from huggingface_hub import ModelCard, ModelCardData
 
     lora = settings.lora
@@ -62,6 +63,7 @@ def model_card(settings: Settings, loss: Loss, outcome: Outcome) -> str:
         is_adapter=lora is not None,
         is_merged=lora is not None and lora.export_merged,
         path=settings.push_to_hub or PLACEHOLDER,
+        dtype=str(dtype).removeprefix("torch."),
         evaluation={
             name: (f"{metrics[name]:.4g}", interval_text(metrics, name)) for name in HEADLINES if name in metrics
         },

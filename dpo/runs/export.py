@@ -4,18 +4,20 @@ import json
 import re
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.model.pretrained import PROCESSOR_FILES, source_file
 from dpo.runs.transformers_4 import add_config_keys, use_tokenizer_keys
 from dpo.system.console import log_message
-from dpo.system.errors import summarize_error
+from dpo.system.errors import RunError, summarize_error
 from dpo.system.files import atomic_dir, naming_file
 
 
@@ -102,8 +104,32 @@ def convert(state: dict[str, Tensor], model: PreTrainedModel, dtype: torch.dtype
         if value.is_floating_point() and name not in buffers and not any(part in name for part in in_float32):
             address = value.data_ptr()
             if address not in converted:
-                converted[address] = value.to("cpu", dtype)
+                converted[address] = in_dtype(name, value, dtype)
             state[name] = converted[address]
+
+
+def in_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor on the host in a dtype; RunError if its range does not hold the values."""
+    converted = value.detach().to("cpu", dtype).contiguous()
+    if converted.isinf().any() and not value.isinf().any():
+        problem = f"{name} has values beyond {torch.finfo(dtype).max:,.0f}"
+        raise RunError(f"export_dtype=float16: {problem}; resume the run with export_dtype=bfloat16", "disk")
+    return converted
+
+
+def describe_export(folder: Path, trained: torch.dtype) -> str:
+    """One line with the size of an export's weights by dtype, and whether it rounds parameters trained in a dtype."""
+    sizes: Counter[str] = Counter()  # bytes
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a dictionary)
+                tensor = file.get_tensor(name)
+                sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    line = f"Exported {folder}: {', '.join(f'{size / 1e6:,.1f} MB in {dtype}' for dtype, size in sizes.most_common())}."
+    rounded = [dtype for dtype in sizes if dtype in ("bfloat16", "float16") and trained == torch.float32]
+    if rounded:
+        line += f" Its float32 parameters were rounded to {rounded[0]}: export_dtype=float32 keeps them."
+    return line
 
 
 def set_dtype(written: dict[str, Any], dtype: str) -> None:

@@ -74,8 +74,10 @@ class OldKeys:
         old = old_rope_keys(rope)
         others = {key: value for key, value in self.values.items() if key not in (*old, "rope_parameters")}
         for key, value in old.items():
-            changed = {} if isinstance(value, dict) else {key: value / 2}
-            if self.rope(others | {key: value}) != self.rope(others | changed):  # transformers 5 reads this key
+            changed = {name: each for name, each in old.items() if name != key}
+            if not isinstance(value, dict):
+                changed[key] = value / 2
+            if self.rope(others | old) != self.rope(others | changed):  # this family has this key
                 self.add(key, value)
         return self.rope(others | self.added) == self.expected.get("rope_parameters")
 

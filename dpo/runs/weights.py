@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from dpo.model import lora
 from dpo.model.archives import load_weights, weights_checksum
-from dpo.runs.export import export_model, save_card, save_generation_config, save_model, save_tokenizer
+from dpo.runs.export import export_model, in_dtype, save_card, save_generation_config, save_model, save_tokenizer
 from dpo.settings.schema import ModelSettings, Settings
 from dpo.system.console import log_message
 from dpo.system.files import atomic_dir, naming_file, write_manifest
@@ -50,13 +50,19 @@ class AllWeights:
         load_weights(self.model, state, setting)
 
     def export(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, weights: dict[str, Tensor] | None = None
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        card: str,
+        weights: dict[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Write RUN/step-N/hf, for from_pretrained, unless it exists; RunError if it cannot be written.
 
-        card is the text of README.md. weights are whole tensors instead of a sharded model's tensors_to_export.
+        card is the text of README.md. weights are whole tensors instead of a sharded model's tensors_to_export, and
+        used up. dtype: of the exported model; None leaves each tensor as it is.
         """
-        export_model(folder, self.model, tokenizer, weights, card)
+        export_model(folder, self.model, tokenizer, weights, card, dtype)
 
 
 # LoRA
@@ -105,7 +111,8 @@ def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeigh
         advice = "an adapter usually needs 10 to 100 times the learning rate of all weights; try lr=5e-5"
         log_message(f"LoRA: lr={run_settings.lr:g} may be too low: {advice}.")
     start = None if stored is None else weights_checksum(lora.adapter_parameters(model, lora.REFERENCE))
-    return AdapterWeights(model, shape, base, start, base_name(run_settings.model), settings.export_merged)
+    dtype = torch.float32 if run_settings.export_dtype == "auto" else getattr(torch, run_settings.export_dtype)
+    return AdapterWeights(model, shape, base, start, base_name(run_settings.model), settings.export_merged, dtype)
 
 
 def base_name(settings: ModelSettings) -> str | None:
@@ -126,6 +133,7 @@ class AdapterWeights:
     path: str | None  # checksum of the adapter in lora.path
     base_name: str | None  # name or path of the frozen weights for from_pretrained
     export_merged: bool
+    export_dtype: torch.dtype = torch.float32  # of the adapter
 
     @cached_property
     def layers(self) -> dict[str, "LoraLayer"]:
@@ -171,11 +179,17 @@ class AdapterWeights:
         lora.copy_weights(lora.adapter_parameters(self.model, lora.POLICY), state["weights"], setting)
 
     def export(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, weights: dict[str, Tensor] | None = None
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        card: str,
+        weights: dict[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Write RUN/step-N/hf in peft's format, with the merged model in hf/merged if export_merged is set.
 
-        Frozen weights that exist nowhere else for from_pretrained, such as those of model.archive, go to RUN/base.
+        dtype: of the merged model. Frozen weights that exist nowhere else for from_pretrained, such as those of
+        model.archive, go to RUN/base as they are, since the adapter fits no others.
         """
         state = weights or self.model.state_dict()
         base_name = self.base_name
@@ -188,7 +202,7 @@ class AdapterWeights:
             config = self.shape.peft_config(self.model).to_dict() | {"base_model_name_or_path": base_name}
             config |= {"inference_mode": True, "target_modules": self.short_targets()}
             tensors = lora.adapter_tensors(state, lora.POLICY)
-            adapter = {f"{lora.PREFIX}{name}": value.contiguous() for name, value in tensors.items()}
+            adapter = {f"{lora.PREFIX}{n}": in_dtype(n, value, self.export_dtype) for n, value in tensors.items()}
             save_file(adapter, staging / "adapter_model.safetensors", metadata={"format": "pt", lora.BASE: self.base})
             with naming_file(staging / "adapter_config.json"):
                 (staging / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -196,7 +210,7 @@ class AdapterWeights:
             save_generation_config(staging, self.model)
             save_card(staging, card)
             if self.export_merged:
-                save_model(staging / "merged", self.model, tokenizer, self.merged_weights(state))
+                save_model(staging / "merged", self.model, tokenizer, self.merged_weights(state), dtype)
                 write_manifest(staging / "merged", {})
 
         if not folder.exists():

@@ -21,7 +21,7 @@ from dpo.system.errors import UserError, raise_problems, summarize_error
 MAY_CHANGE = (
     "trackers wandb.enabled wandb.entity wandb.project minimum_log_interval_secs report push_to_hub "
     "sample_during_eval n_eval_model_samples sample_temperature sample_top_k sample_top_p "
-    "save_every keep_checkpoints keep_policies background_saves eval_batch_size lora.export_merged "
+    "save_every keep_checkpoints keep_policies background_saves export_dtype eval_batch_size lora.export_merged "
     "max_tokens_per_pass activation_checkpointing device "
     "n_processes replicate tensor_parallel ddp reduce_every_pass collective_timeout"
 ).split()

@@ -238,6 +238,7 @@ class Settings(Group):
     keep_checkpoints: int | None = whole("checkpoints", ge=1)
     keep_policies: Flag
     background_saves: Flag
+    export_dtype: Literal["auto", "float32", "bfloat16", "float16"]
     do_first_eval: Flag
     eval_batch_size: int = whole("examples", ge=1)
     n_eval_examples: int = whole("examples", ge=1)

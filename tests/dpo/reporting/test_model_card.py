@@ -20,7 +20,7 @@ def card(*overrides, metrics=METRICS):
     """Return the front matter and the text of a card."""
     settings, loss = validated(*overrides)
     name = next(o for o in overrides if o.startswith("loss=")).removeprefix("loss=")
-    text = model_card(settings, loss, Outcome(name, 2048, 32, 256, metrics, IDENTITY))
+    text = model_card(settings, loss, Outcome(name, 2048, 32, 256, metrics, IDENTITY), torch.bfloat16)
     _, front, body = re.split(r"^---$", text, maxsplit=2, flags=re.MULTILINE)
     return yaml.safe_load(front), body
 
