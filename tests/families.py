@@ -18,7 +18,9 @@ MAX_PARAMETERS = 5_000_000
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "audio_vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size", "word_embed_proj_dim"), 32),
+    **dict.fromkeys(
+        ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size", "word_embed_proj_dim"), 32
+    ),
     **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "ffn_hidden_size", "hidden_dim", "decoder_ffn_dim"), 64),
     **dict.fromkeys(("encoder_ffn_dim", "prefix_intermediate_size", "shared_intermediate_size"), 64),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"), 32),

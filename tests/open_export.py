@@ -1,4 +1,4 @@
-"""python tests/open_export.py FOLDER ...: opens exports in the transformers of this process, which may be another version.
+"""python tests/open_export.py FOLDER ...: opens exports in the installed transformers, which may be another version.
 
 Prints one JSON object: for each folder the log-probabilities of IDS, or why it does not open.
 """

@@ -71,18 +71,21 @@ def save_model(
     rewrite(folder / "config.json", change)
     save_tokenizer(folder, tokenizer)
     copy_processor(folder, model)
+    drop_code(folder)
 
 
-def has_tied_embeddings(model: PreTrainedModel, state: dict[str, Tensor]) -> bool:
-    """Whether the output embeddings in a state are the input embeddings."""
+def has_tied_embeddings(model: PreTrainedModel, state: dict[str, Tensor]) -> bool | None:
+    """Whether the output embeddings in a state are the input embeddings; None if the model has only one of the two."""
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
     ends = (names.get(module) for module in (model.get_input_embeddings(), model.get_output_embeddings()))
     weights = [state[name] for name in ends if name in state]
-    return len(weights) == 2 and weights[0].data_ptr() == weights[1].data_ptr()
+    return weights[0].data_ptr() == weights[1].data_ptr() if len(weights) == 2 else None
 
 
-def set_tied(config: PreTrainedConfig, written: dict[str, Any], is_tied: bool) -> None:
-    """Write whether embeddings are tied, into the config and the text model's nested one: either may be read."""
+def set_tied(config: PreTrainedConfig, written: dict[str, Any], is_tied: bool | None) -> None:
+    """Write whether embeddings are tied, if known, into the config and the text model's: either may be read."""
+    if is_tied is None:
+        return
     written["tie_word_embeddings"] = is_tied
     text_config = config.get_text_config()
     for key, value in vars(config).items():
@@ -101,7 +104,8 @@ def convert(state: dict[str, Tensor], model: PreTrainedModel, dtype: torch.dtype
         in_float32 |= {*(model._keep_in_fp32_modules or ())}
     converted: dict[int, Tensor] = {}  # by the address of the weights, so that tied ones stay tied
     for name, value in state.items():
-        if value.is_floating_point() and name not in buffers and not any(part in name for part in in_float32):
+        is_kept = name in buffers or any(f".{part}." in f".{name}." for part in in_float32)
+        if value.is_floating_point() and not is_kept:
             address = value.data_ptr()
             if address not in converted:
                 converted[address] = in_dtype(name, value, dtype)
@@ -204,17 +208,21 @@ def upload_later(folder: Path, repository: str | None) -> None:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change a JSON file of an export, which holds no code: also drop the names of files with code."""
     content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
-    drop_code(content)
     with naming_file(path):
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def drop_code(written: dict[str, Any]) -> None:
-    for key in ("auto_map", "custom_pipelines"):
-        written.pop(key, None)
-    for value in written.values():
-        if isinstance(value, dict):
-            drop_code(value)
+def drop_code(folder: Path) -> None:
+    """Drop the names of files with code from the configs of an export, which holds no such files."""
+
+    def drop(content: dict[str, Any]) -> None:
+        for key in ("auto_map", "custom_pipelines"):
+            content.pop(key, None)
+        for value in content.values():
+            if isinstance(value, dict):
+                drop(value)
+
+    for path in folder.glob("*config.json"):
+        rewrite(path, drop)

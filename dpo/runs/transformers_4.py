@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 # Layer types of hybrid models that have a layers_block_type, by their new names
 OLD_LAYER_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
+OUTSIDE_OF_SCALING = ("rope_theta", "partial_rotary_factor")  # keys of rope_parameters that rope_scaling does not have
 
 
 def use_tokenizer_keys(written: dict[str, Any]) -> None:
@@ -111,5 +112,5 @@ def old_rope_keys(rope: dict[str, Any]) -> dict[str, Any]:
         **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), full.get("partial_rotary_factor")),
     }
     if full.get("rope_type", "default") != "default":
-        values["rope_scaling"] = {key: value for key, value in full.items() if key != "rope_theta"}
+        values["rope_scaling"] = {key: value for key, value in full.items() if key not in OUTSIDE_OF_SCALING}
     return {key: value for key, value in values.items() if value is not None}

@@ -17,7 +17,15 @@ from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from dpo.model import lora
 from dpo.model.archives import load_weights, weights_checksum
-from dpo.runs.export import export_model, in_dtype, save_card, save_generation_config, save_model, save_tokenizer
+from dpo.runs.export import (
+    drop_code,
+    export_model,
+    in_dtype,
+    save_card,
+    save_generation_config,
+    save_model,
+    save_tokenizer,
+)
 from dpo.settings.schema import ModelSettings, Settings
 from dpo.system.console import log_message
 from dpo.system.files import atomic_dir, naming_file, write_manifest
@@ -208,6 +216,7 @@ class AdapterWeights:
                 (staging / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
             save_tokenizer(staging, tokenizer)
             save_generation_config(staging, self.model)
+            drop_code(staging)
             save_card(staging, card)
             if self.export_merged:
                 save_model(staging / "merged", self.model, tokenizer, self.merged_weights(state), dtype)
