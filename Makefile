@@ -30,7 +30,7 @@ test: .venv/dev
 
 soak: .venv/dev
 	$(BIN)/python -m pytest -n 2 --soak tests/test_resume.py tests/test_resume_sharded.py tests/test_trainers_sharded.py tests/test_hostile.py \
-		tests/tools/test_demo.py
+		tests/tools/test_demo.py tests/test_families.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -36,13 +36,16 @@ def attention_kinds(facts: DeviceFacts) -> list[str]:
 def use_attention(model: PreTrainedModel, kind: str) -> None:
     """Switch a model that uses torch's own attention to another kind; a model with its own keeps it.
 
+    Of a composite model only the language model is switched: encoders of images and audio may not support the kind.
     Raises ValueError or ImportError if the model has no attention of this kind.
     """
     if kind == "packed":
         AttentionInterface.register("packed", packed_attention)
         AttentionMaskInterface.register("packed", sdpa_mask)
     if model.config._attn_implementation in ("sdpa", "packed", "flex_attention"):
-        model.set_attn_implementation(kind)
+        text_config = model.config.get_text_config()
+        text = [key for key, value in vars(model.config).items() if value is text_config]
+        model.set_attn_implementation(dict.fromkeys(["", *text], kind) if text else kind)
 
 
 @contextmanager

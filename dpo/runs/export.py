@@ -208,10 +208,15 @@ def upload_later(folder: Path, repository: str | None) -> None:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"))
+    """Change a JSON file; infinite numbers are written as transformers 4 does, which does not read version 5's form."""
+    content = json.loads(path.read_text(encoding="utf-8"), object_hook=decode_float)
     change(content)
     with naming_file(path):
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def decode_float(content: dict[str, Any]) -> Any:
+    return float(content["__float__"]) if content.keys() == {"__float__"} else content
 
 
 def drop_code(folder: Path) -> None:
