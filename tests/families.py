@@ -67,7 +67,8 @@ ALTERNATIVES: tuple[dict[str, Any], ...] = (
     {"num_key_value_heads": 4},
     {"num_experts_per_tok": 1},
     {"hidden_size_per_layer_input": 0},
-    {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3, "num_key_value_heads": 4},
+    {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3}
+    | {"num_key_value_heads": 4, "head_dim": None},
     {"layer_types": ["full_attention"] * 2},
     {"num_hidden_layers": 4},
     {"head_dim": 16},

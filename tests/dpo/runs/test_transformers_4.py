@@ -97,10 +97,10 @@ def test_layers_without_rotary_embeddings_among_others_are_no_error():
     add_config_keys(config, config.to_dict())
 
 
-def test_transformers_5_reads_the_same_config_of_every_family():
-    """A rope_scaling beside nested settings, for one, replaces them all in Gemma 4."""
+def test_transformers_5_reads_the_same_config():
+    """A rope_scaling beside nested settings, for one, replaces them all in Gemma 4. `make soak` has all families."""
     read = 0
-    for name in NAMES:
+    for name in ("gemma4_text", *NAMES[::8]):
         try:
             config = make_config(CONFIG_MAPPING[name], SIZES)
         except Exception:  # of any kind: the sizes do not fit this family
@@ -112,4 +112,4 @@ def test_transformers_5_reads_the_same_config_of_every_family():
         assert all(again[key] == value for key, value in expected.items() if not isinstance(value, dict)), name
         assert again.get("rope_parameters") == expected.get("rope_parameters"), name
         read += 1
-    assert read > 150
+    assert read > 15
