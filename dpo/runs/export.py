@@ -105,7 +105,7 @@ def convert(state: dict[str, Tensor], model: PreTrainedModel, dtype: torch.dtype
     converted: dict[int, Tensor] = {}  # by the address of the weights, so that tied ones stay tied
     for name, value in state.items():
         is_kept = name in buffers or any(f".{part}." in f".{name}." for part in in_float32)
-        if value.is_floating_point() and not is_kept:
+        if value.is_floating_point() and value.dtype != dtype and not is_kept:
             address = value.data_ptr()
             if address not in converted:
                 converted[address] = in_dtype(name, value, dtype)
@@ -115,7 +115,7 @@ def convert(state: dict[str, Tensor], model: PreTrainedModel, dtype: torch.dtype
 def in_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor on the host in a dtype; RunError if its range does not hold the values."""
     converted = value.detach().to("cpu", dtype).contiguous()
-    if converted.isinf().any() and not value.isinf().any():
+    if dtype == torch.float16 and converted.isinf().any() and not value.isinf().any():
         problem = f"{name} has values beyond {torch.finfo(dtype).max:,.0f}"
         raise RunError(f"export_dtype=float16: {problem}; resume the run with export_dtype=bfloat16", "disk")
     return converted

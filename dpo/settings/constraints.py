@@ -95,6 +95,8 @@ RULES: tuple[Rule, ...] = (
          "every checkpoint is kept anyway; set keep_checkpoints to a number, or keep_policies=false"),
     Rule("save_every debug", all_set, "debug=true writes no checkpoints; set save_every=null"),
     Rule("push_to_hub debug", all_set, "debug=true exports nothing; set push_to_hub=null"),
+    Rule("export_dtype debug", lambda dtype, debug: dtype != "auto" and debug,
+         "debug=true exports nothing; set export_dtype=auto"),
     *(Rule("trackers", lambda names, name=name: name in names and not is_installed(name),
            f"the library {name} is not installed; pip install {name}")
       for name in ("tensorboard", "trackio")),

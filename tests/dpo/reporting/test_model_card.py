@@ -115,7 +115,8 @@ def test_the_card_of_an_adapter_says_how_peft_loads_it(merged):
         "loss=dpo", "model=gpt2", "lora=default", f"lora.export_merged={merged}", "push_to_hub=me/adapter"
     )
     assert front["library_name"] == "peft" and "lora.r" in rows(body)
-    assert 'AutoPeftModelForCausalLM.from_pretrained("me/adapter")' in body and ("merged/ holds" in body) == merged
+    merged_text = "merged/ holds the model with the adapter merged into it, in bfloat16."
+    assert 'AutoPeftModelForCausalLM.from_pretrained("me/adapter")' in body and (merged_text in body) == merged
 
 
 def load_as_the_card_says(folder):
