@@ -88,7 +88,7 @@ class OldKeys:
     def add(self, key: str, value: Any) -> None:
         """Add a key, unless transformers 5 would then read anything else differently."""
         read = self.read(self.values | self.added | {key: value})
-        if all(read.get(name) == expected for name, expected in self.expected.items()):
+        if self.expected and all(read.get(name) == expected for name, expected in self.expected.items()):
             self.added[key] = self.written[key] = value
 
     def read(self, values: dict[str, Any]) -> dict[str, Any]:
