@@ -38,7 +38,7 @@ def model_problems(
         problems.append(problem)
     if settings.model.router_loss_weight and not hasattr(config.get_text_config(), "output_router_logits"):
         problems.append(router_problem(settings.model, config))
-    if settings.lora is not None and (problem := target_problem(config, settings.lora)):
+    if settings.lora is not None and (problem := target_problem(config, settings.lora, settings.compile)):
         problems.append(problem)
     n_embeddings = count_embeddings(settings.model, config, tokenizer)
     return problems + special_token_problems(tokenizer, n_embeddings, settings.model.add_bos)
@@ -102,13 +102,14 @@ def count_embeddings(settings: ModelSettings, config: PreTrainedConfig, tokenize
     return max(n, max(tokenizer.get_vocab().values()) + 1) if settings.resize_embeddings else n
 
 
-def target_problem(config: PreTrainedConfig, settings: LoraSettings) -> str | None:
+def target_problem(config: PreTrainedConfig, settings: LoraSettings, compiled: bool) -> str | None:
     """Check, without weights, that a model of this config has the layers in lora.targets."""
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
     try:
         find_targets(model, settings.targets)
-        find_parameters(model, settings)
+        if find_parameters(model, settings) and compiled:  # peft replaces the tensors in every forward pass
+            return "compile=true: layers whose experts are adapted cannot be compiled; set compile=false"
     except UserError as error:
         return str(error)
     return None

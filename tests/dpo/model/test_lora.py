@@ -102,10 +102,18 @@ def test_experts_alone_can_be_adapted():
     assert shape.targets == () and len(shape.parameters) == 2
 
 
-@pytest.mark.parametrize("other", ["lora.dropout=0.1", "lora.use_dora=true"])
-def test_what_peft_cannot_do_with_experts_is_refused_before_weights_load(other, write_tiny_folder):
-    off = {"lora.dropout=0.1": "lora.dropout=0", "lora.use_dora=true": "lora.use_dora=false"}[other]
-    line = f"lora.targets: gate_up_proj, down_proj hold all experts in one tensor, which needs {off}"
+ALL_EXPERTS = "lora.targets: gate_up_proj, down_proj hold all experts in one tensor, which needs"
+
+
+@pytest.mark.parametrize(
+    "other, line",
+    [
+        ("lora.dropout=0.1", f"{ALL_EXPERTS} lora.dropout=0"),
+        ("lora.use_dora=true", f"{ALL_EXPERTS} lora.use_dora=false"),
+        ("compile=true", "compile=true: layers whose experts are adapted cannot be compiled; set compile=false"),
+    ],
+)
+def test_what_peft_cannot_do_with_experts_is_refused_before_weights_load(other, line, write_tiny_folder):
     with pytest.raises(UserError, match=line):
         inputs_of("loss=dpo", *TINY, *LORA, EXPERTS, other, f"model.name_or_path='{write_tiny_folder('mixtral')}'")
 
