@@ -41,6 +41,7 @@ from dpo.model.logps import ResponseLogps, response_logps
 from dpo.model.packing import Packer
 from dpo.model.pretrained import skip_unreachable_hub
 from dpo.model.refusals import count_embeddings, model_problems, quantization_method
+from dpo.model.routers import make_router_loss
 from dpo.model.sampling import Sampler, add_stops, distinct_prompts
 from dpo.reporting.metrics import MetricLogger, make_logger
 from dpo.reporting.trackers import TensorBoardTracker, Tracker, Trackers, TrackioTracker, WandbTracker
@@ -186,6 +187,8 @@ def load_models(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir) -> 
     models = run.ranks.broadcast_from_main(load, without_policy_weights)
     use_attention(models.policy.model, models.policy.model.config._attn_implementation)  # which each process registers
     models.policy.with_collisions = loss.needs_collisions
+    make_loss = partial(make_router_loss, models.policy.model, settings.model)
+    models.policy.router_loss = run.ranks.run_on_main(make_loss)  # adds hooks, which cannot be sent to other ranks
     return models
 
 

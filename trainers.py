@@ -39,6 +39,7 @@ from dpo.distributed.tensor_parallel import parallelize
 from dpo.model.accumulation import accumulate_in_place
 from dpo.model.logps import ResponseLogps, response_logps
 from dpo.model.packing import PackedBatch, Packer
+from dpo.model.routers import load_balancing_loss
 from dpo.model.sampling import Sampler, distinct_prompts
 from dpo.reporting.diagnosis import diagnose, diagnose_samples, displacement_advice, lengths, log_ratios
 from dpo.reporting.metrics import BatchMetrics, MetricLogger, check_evaluation, check_finite, log_notes
@@ -121,6 +122,7 @@ class BasicTrainer:
         self.eval_batches = inputs.eval_batches
 
         self.policy = models.policy
+        self.router_weight = 0.0 if models.policy.router_loss is None else models.policy.router_loss.weight
         self.weights = models.weights
         self.reference = models.reference
         self.sampler = models.sampler
@@ -208,12 +210,17 @@ class BasicTrainer:
         with self.clock("forward_backward"), self.autocast():
             sums = self.loss.batch_sums(batch.examples, self.sums_of_logps)
             total_weight = sum(example.text.weight for example in batch.examples)
-            n_equal = self.settings.gradient_accumulation_steps
-            for microbatch, scale, is_last in self.split_batch(batch.examples, n_equal):
+            microbatches = list(self.split_batch(batch.examples, self.settings.gradient_accumulation_steps))
+            routers = self.router_sums(microbatches)
+            for microbatch, scale, is_last in microbatches:
                 self.policy.set_requires_gradient_sync(is_last or self.settings.reduce_every_pass)
                 with self.packer.memory_hint(microbatch):
-                    losses = self.losses(microbatch, metrics if scale else None, sums)
-                    ((losses * microbatch.weights).sum() * scale / total_weight).backward()
+                    losses, own_routers = self.losses(microbatch, metrics if scale else None, sums)
+                    loss = (losses * microbatch.weights).sum() * scale / total_weight
+                    if own_routers is not None:
+                        routers = own_routers.detach() if routers is None else routers  # of the only microbatch
+                        loss = loss + self.router_weight * scale * load_balancing_loss(own_routers, routers)
+                    loss.backward()
         with self.clock("forward_backward"):  # reading the norm waits for a GPU
             grad_norm = self.clip_gradient()
             check_finite(metrics, grad_norm, self.updates + 1, self.run.path, self.ranks)
@@ -233,16 +240,25 @@ class BasicTrainer:
         means = metrics.means("train", self.ranks)  # waits for the device, so the seconds are computed after it
         self.loss_state = self.loss.next_state(self.loss_state, means)
         seconds = time.perf_counter() - start
-        return means | {
-            "grad_norm": float(grad_norm),
-            "lr": lr,
-            "counters/examples": self.examples,
-            "counters/updates": self.updates,
-            **self.utilization(batch.examples, seconds),
-        }
+        return (
+            means
+            | router_metrics(routers, "train")
+            | {
+                "grad_norm": float(grad_norm),
+                "lr": lr,
+                "counters/examples": self.examples,
+                "counters/updates": self.updates,
+                **self.utilization(batch.examples, seconds),
+            }
+        )
 
-    def losses(self, batch: PackedBatch, metrics: BatchMetrics | None, sums: Sums = NO_SUMS) -> torch.Tensor:
-        """Compute the losses of a microbatch, (examples,), and add its metrics, one value per example, to `metrics`."""
+    def losses(
+        self, batch: PackedBatch, metrics: BatchMetrics | None, sums: Sums = NO_SUMS
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute the losses of a microbatch, (examples,), and add its metrics, one value per example, to `metrics`.
+
+        Also returns the sums of its routers, as in Logps.
+        """
         with self.clock("reference"):
             reference_logps = None if self.reference is None else self.reference.logps(batch)
         policy_logps, context = response_logps(self.policy, batch), Context(batch.examples, sums, self.loss_state)
@@ -251,7 +267,23 @@ class BasicTrainer:
             metrics.add(batch.examples, values | log_ratios(policy_logps, reference_logps) | lengths(batch))
             if self.compares_start and not self.updates and self.reference is not None and reference_logps is not None:
                 check_first_margin(policy_logps, reference_logps, self.reference)
-        return losses
+        return losses, policy_logps.routers
+
+    @torch.no_grad()
+    def router_sums(self, microbatches: Sequence[Microbatch]) -> torch.Tensor | None:
+        """Compute the sums of the routers over a whole batch, as in Logps.
+
+        None without their loss, or if the batch is a single microbatch, which has them.
+        """
+        if not self.router_weight or (len(microbatches) == 1 and self.ranks.data_size == 1):
+            return None
+        computed = []
+        for batch, scale, _ in microbatches:
+            with self.packer.memory_hint(batch):
+                routers = response_logps(self.policy, batch).routers
+            if scale and routers is not None:
+                computed.append(routers)
+        return sum_over_ranks(computed, self.ranks)
 
     def check_gradients(self, batch: Batch) -> bool:
         """Check that every trained parameter has a gradient; False if the next update must be checked instead."""
@@ -309,6 +341,7 @@ class BasicTrainer:
         """Compute mean metrics and the diagnosis, and log each pair; RunError if the loss is not finite."""
         self.policy.eval()
         metrics = BatchMetrics()
+        routers: list[torch.Tensor] = []
         with self.clock("evaluation"), self.autocast(), repeated(self.reference):
             examples = (example for batch in self.eval_batches.from_start() for example in batch.examples)
             sums = self.loss.batch_sums(examples, partial(self.sums_of_logps, before_microbatch=self.signals.check))
@@ -316,12 +349,14 @@ class BasicTrainer:
                 self.signals.check()
                 for microbatch, scale, _ in self.split_batch(batch.examples):
                     with self.packer.memory_hint(microbatch):
-                        self.losses(microbatch, metrics if scale else None, sums)
+                        _, own_routers = self.losses(microbatch, metrics if scale else None, sums)
+                        if scale and own_routers is not None:
+                            routers.append(own_routers)
         metrics = metrics.gathered(self.ranks)
         means = metrics.means("eval")
         check_evaluation(means["loss/eval"], self.examples)
         self.logger.log_pairs(self.examples, metrics)
-        return means | diagnose(metrics)
+        return means | router_metrics(sum_over_ranks(routers, self.ranks), "eval") | diagnose(metrics)
 
     def sample(self) -> dict[str, float]:
         """Log samples of policy and reference, always for the same prompts, and compute their metrics."""
@@ -430,6 +465,18 @@ def environment(trainer: BasicTrainer) -> dict[str, Any]:
         "max_tokens_per_pass": trainer.packer.max_tokens,
         "activation_checkpointing": trainer.settings.activation_checkpointing,
     }
+
+
+def sum_over_ranks(microbatches: Sequence[torch.Tensor], ranks: Ranks) -> torch.Tensor | None:
+    """Sum tensors of one shape over the microbatches of all ranks; None if there are none."""
+    shares = ranks.gather_shares([one.cpu() for one in microbatches])
+    every = [one for share in shares for one in share]
+    return torch.stack(every).double().sum(0).float().to(microbatches[0].device) if every else None
+
+
+def router_metrics(routers: torch.Tensor | None, split: str) -> dict[str, float]:
+    """The load-balancing loss of a whole batch or evaluation, from the sums of its routers."""
+    return {} if routers is None else {f"router_loss/{split}": load_balancing_loss(routers, routers).item()}
 
 
 def outcome(trainer: BasicTrainer, metrics: dict[str, float]) -> Outcome:

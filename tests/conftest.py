@@ -51,6 +51,7 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MixtralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
 )
@@ -329,7 +330,7 @@ def tiny_tokenizer(family: str) -> PreTrainedTokenizerFast:
     if family == "qwen2":  # no bos; pad apart from eos
         tokens = {"eos_token": "<|im_end|>", "pad_token": end}
         return PreTrainedTokenizerFast(tokenizer_object=byte_level(end, "<|im_end|>"), **tokens)
-    if family == "llama":  # bos and eos, no pad
+    if family in ("llama", "mixtral"):  # bos and eos, no pad
         tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         return PreTrainedTokenizerFast(tokenizer_object=sentencepiece("<s>", "</s>", prepend=True), **tokens)
     tokens = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
@@ -353,6 +354,9 @@ def tiny_config(family: str, vocab_size: int):
         return LlamaConfig(**shared_sizes, num_key_value_heads=2)
     if family == "qwen2":
         return Qwen2Config(**shared_sizes, num_key_value_heads=2)
+    if family == "mixtral":
+        routers = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.5}
+        return MixtralConfig(**shared_sizes, num_key_value_heads=2, **routers)
     layer_types = ["sliding_attention", "full_attention"]
     return Gemma3TextConfig(**shared_sizes, num_key_value_heads=2, head_dim=8, layer_types=layer_types)
 

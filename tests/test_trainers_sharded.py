@@ -36,6 +36,12 @@ ADAPTERS = {
     "of bfloat16 weights": (*LORA, "model.policy_dtype=bfloat16", "precision=bfloat16"),
     "replicated": (*LORA, "ddp=true"),
 }
+EXPERTS = (*UNEVEN, "lora=default", "lora.targets=[q_proj,gate_up_proj,down_proj]")
+MIXTURES = {
+    "all weights": UNEVEN,
+    "an adapter of experts": EXPERTS,
+    "an adapter of experts, recomputed": (*EXPERTS, "activation_checkpointing=true"),
+}
 
 
 class Case(NamedTuple):
@@ -140,6 +146,18 @@ def archived(folder: Path, ranks) -> dict[str, torch.Tensor]:
     return {f"{which}.{name}": value for which, model in models.items() for name, value in weights_of(model).items()}
 
 
+def mixture_in(folder: Path) -> tuple[str, ...]:
+    """The settings of a mixture of experts, in a folder."""
+    return f"model.name_or_path='{folder / 'mixtral'}'", "max_tokens_per_pass=300"
+
+
+def routers_of(trainer) -> tuple[torch.Tensor, dict[str, float]]:
+    """Return the first gradient, and the routers' loss of the first batch and of an evaluation."""
+    metrics, step = {}, trainer.train_step
+    trainer.train_step = lambda batch: metrics.update(step(batch))
+    return whole_gradient(trainer), {k: v for k, v in (metrics | trainer.evaluate()).items() if "router" in k}
+
+
 def bytes_held(trainer) -> int:
     """Return the bytes of weights and of the optimizer's state on this rank, after an update."""
     reshard(trainer.policy)
@@ -191,6 +209,11 @@ def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
         if rank == 0:
             torch.save((gradient, held, seeds), folder / f"{name}.pt")
     ranks.init_mesh(1)
+    for name, settings in MIXTURES.items() if n == 2 else ():
+        trainer = build(folder / name, ranks, *TINY, *settings, *mixture_in(folder), "trainer=FSDPTrainer")
+        result = routers_of(trainer)
+        if rank == 0:
+            torch.save(result, folder / f"{name}.pt")
     weights = archived(folder, ranks)
     if rank == 0:
         torch.save(weights, folder / "archived-weights.pt")
@@ -198,11 +221,12 @@ def train_cases(soak: bool, rank: int, n: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def sharded(request, tmp_path_factory) -> tuple[int, bool, Path]:
+def sharded(request, tmp_path_factory, write_tiny_folder) -> tuple[int, bool, Path]:
     """Return a number of ranks, whether all cases are tried, and the folder with what they computed."""
     folder = tmp_path_factory.mktemp("sharded")
     soak = request.config.getoption("--soak")
     labelled_rows(folder / "labels")
+    (folder / "mixtral").symlink_to(write_tiny_folder("mixtral"))
     run_ranks(request.param, partial(train_cases, soak), folder)
     return request.param, soak, folder
 
@@ -234,6 +258,16 @@ def test_the_gradient_of_an_adapter_is_that_of_one_process_and_each_rank_holds_i
         assert apart < (1e-2 if "bfloat16" in name else 1e-6)
         assert len(set(seeds)) == n  # of dropout
         assert held == total if name == "replicated" else held < 1.1 * total / n
+
+
+def test_the_routers_loss_is_that_of_one_process_and_so_is_its_gradient(sharded, make_trainer):
+    n, *_, folder = sharded
+    for name, settings in MIXTURES.items() if n == 2 else ():
+        expected, values = routers_of(make_trainer(*settings, *mixture_in(folder)))
+        gradient, found = torch.load(folder / f"{name}.pt")
+        assert found.keys() == {"router_loss/train", "router_loss/eval"}
+        assert found == pytest.approx(values, rel=1e-6)
+        assert (gradient - expected).norm() < 1e-5 * expected.norm(), name
 
 
 def test_samples_and_their_divergence_are_those_of_one_process(sharded, make_trainer):

@@ -37,11 +37,18 @@ NOT_EXACT = {
     "Mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 128},
     "Mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
 }
+# Granite scales its logits, so its head is not computed apart; JetMoe's attention has routers too.
+MIXTURES = {
+    "Qwen3Moe": {**ROTARY, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 3, "head_dim": 8},
+    "GraniteMoe": {**ROTARY, **EXPERTS, "logits_scaling": 4.0},
+    "JetMoe": {**ROTARY, **EXPERTS, "kv_channels": 8},
+    "GptOss": {**ROTARY, **EXPERTS, "head_dim": 8, "layer_types": ["full_attention"] * 2},
+}
 
 
 def tiny_config(name: str, **own) -> transformers.PreTrainedConfig:
     """Make a family's config for a model of 2 layers, with keys of one's own."""
-    return getattr(transformers, f"{name}Config")(**{**COMMON, **{**EXACT, **NOT_EXACT}[name], **own})
+    return getattr(transformers, f"{name}Config")(**{**COMMON, **{**EXACT, **NOT_EXACT, **MIXTURES}[name], **own})
 
 
 def tiny(name: str, **own) -> transformers.PreTrainedModel:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from dpo.model.attention import BranchLengths, additive_mask, flex_inputs
 from dpo.model.packing import PackedBatch
+from dpo.model.routers import RouterLoss, no_router_logits, recorded_router_logits
 
 # Up to this many bytes of logits, counted as float32, are kept for the backward pass. Beyond that, logits are
 # recomputed there in chunks of this size, of at least CHUNK_TOKENS tokens: smaller products with a large vocabulary are
@@ -31,12 +32,14 @@ class Logps:
     lengths     (batch, n_responses) the number of tokens of each response
     tokens      (n,) the log-probability of each token, response after response; None if only the sums are known
     collisions  (n,) the log of the sum of pi^2 over the vocabulary at each token's position; None unless requested
+    routers     (2, experts) the sums of RouterLoss over all tokens of the batch; None without such a loss
     """
 
     sums: Tensor
     lengths: Tensor
     tokens: Tensor | None = None
     collisions: Tensor | None = None
+    routers: Tensor | None = None
 
     @classmethod
     def from_tokens(cls, tokens: Tensor, lengths: Tensor, sizes: Sequence[int] | None = None) -> "Logps":
@@ -69,13 +72,15 @@ class ResponseLogps(torch.nn.Module):
         logits are the head's output for the last hidden states (see wrap).
         float32_head: compute logits in float32 whatever the body's dtype. Most of the effect that other examples in a
         microbatch have on a bfloat16 log-probability is the rounding of the logits. No effect without a separate head.
-        The attribute with_collisions requests the log of the sum of pi^2 in addition to each token's log-probability.
+        The attribute with_collisions requests the log of the sum of pi^2 in addition to each token's log-probability,
+        and router_loss the sums of a mixture's routers.
         """
         super().__init__()
         self.model = model
         self.separate_head = separate_head
         self.float32_head = float32_head
         self.with_collisions = False
+        self.router_loss: RouterLoss | None = None
 
     @classmethod
     def wrap(cls, model: PreTrainedModel, float32_head: bool = False) -> "ResponseLogps":
@@ -92,11 +97,20 @@ class ResponseLogps(torch.nn.Module):
     def set_requires_gradient_sync(self, requires_gradient_sync: bool) -> None:
         """Do nothing; FSDP replaces this method."""
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def forward(self, batch: PackedBatch) -> Tensor | tuple[Tensor, Tensor]:
         """Compute the log-probability of each trained token, (n,), response after response, in at least float32.
 
-        With collisions the result is (2, n), with their log in the second row.
+        With collisions the result is (2, n), with their log in the second row. With router_loss, the sums of the
+        routers follow.
         """
+        if self.router_loss is None:
+            return self.compute_logps(batch)
+        with recorded_router_logits(self.model.base_model) as logits:
+            tokens = self.compute_logps(batch)
+        return tokens, self.router_loss.sums(logits, batch.occurrences)
+
+    def compute_logps(self, batch: PackedBatch) -> Tensor:
+        """The first result of forward."""
         if not self.separate_head:
             return self.token_logps(response_logits(self.model, batch), batch.targets)
         hidden = self.model.base_model(**model_inputs(self.model, batch))[0]
@@ -111,7 +125,7 @@ class ResponseLogps(torch.nn.Module):
         return torch.cat(chunks, dim=-1)
 
     def token_logps(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The result of forward, from logits (n, vocabulary) and targets (n,)."""
+        """The first result of forward, from logits (n, vocabulary) and targets (n,)."""
         logps = target_logps(logits, targets)
         return torch.stack((logps, log_collisions(logits))) if self.with_collisions else logps
 
@@ -126,10 +140,10 @@ class ResponseLogps(torch.nn.Module):
 
 def response_logps(module: ResponseLogps, batch: PackedBatch) -> Logps:
     sizes = [len(response) for example in batch.examples for response in example.trained_responses]
-    tokens = module(batch)
-    if tokens.dim() == 1:
-        return Logps.from_tokens(tokens, batch.lengths, sizes)
-    return replace(Logps.from_tokens(tokens[0], batch.lengths, sizes), collisions=tokens[1].detach())
+    output = module(batch)
+    tokens, routers = output if isinstance(output, tuple) else (output, None)
+    tokens, collisions = (tokens, None) if tokens.dim() == 1 else (tokens[0], tokens[1].detach())
+    return replace(Logps.from_tokens(tokens, batch.lengths, sizes), collisions=collisions, routers=routers)
 
 
 @torch.no_grad()
@@ -142,8 +156,9 @@ def has_separate_head(model: PreTrainedModel) -> bool:
     if head is None or model.base_model is model:
         return False
     ids = torch.arange(8, device=next(model.parameters()).device)[None]
-    logits = model(input_ids=ids, use_cache=False).logits
-    return torch.equal(head(model.base_model(input_ids=ids, use_cache=False)[0]), logits)
+    logits = model(input_ids=ids, use_cache=False, **no_router_logits(model.config)).logits
+    hidden = model.base_model(input_ids=ids, use_cache=False, **no_router_logits(model.config))[0]
+    return torch.equal(head(hidden), logits)
 
 
 def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
@@ -154,9 +169,7 @@ def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
         inputs["attention_mask"] = additive_mask(batch.segments, model.dtype)  # models use a 4D mask as it is
         if model.config._attn_implementation == "packed":
             inputs["branch_lengths"] = BranchLengths(batch.branch_lengths)  # for packed_attention
-    if getattr(model.config, "output_router_logits", False):  # only for the model's own loss, which misreads a 4D mask
-        inputs["output_router_logits"] = False
-    return inputs | {"use_cache": False}
+    return inputs | no_router_logits(model.config) | {"use_cache": False}
 
 
 def response_logits(model: PreTrainedModel, batch: PackedBatch) -> Tensor:

@@ -39,26 +39,31 @@ KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 @dataclass(frozen=True)
 class AdapterShape:
-    """The settings that determine how an adapter computes. targets are the full names of the adapted linear layers."""
+    """The settings that determine how an adapter computes.
+
+    targets are the full names of the adapted linear layers, and parameters those of tensors that hold all experts.
+    """
 
     r: int
     alpha: int
     use_rslora: bool
     use_dora: bool
     targets: tuple[str, ...]
+    parameters: tuple[str, ...] = ()
 
     def peft_config(
         self, model: PreTrainedModel, dropout: float = 0.0, init: Literal["gaussian"] | bool = True
     ) -> "LoraConfig":
         from peft import LoraConfig
 
-        layer = model.get_submodule(self.targets[0])
+        layer = model.get_submodule(self.targets[0]) if self.targets else None
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.r,
             lora_alpha=self.alpha,
             lora_dropout=dropout,
             target_modules=list(self.targets),
+            target_parameters=list(self.parameters) or None,
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             init_lora_weights=init,
@@ -69,8 +74,8 @@ class AdapterShape:
 # Which layers are adapted
 
 
-def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Names of the linear layers in a language model's blocks, or of all but the head if the blocks are not known.
+def block_modules(model: PreTrainedModel) -> list[tuple[str, torch.nn.Module]]:
+    """The modules of a language model's blocks by name, or all of its modules if the blocks are not known.
 
     The blocks of vision and audio models beside the language model are left out.
     """
@@ -84,25 +89,58 @@ def linear_layers(model: PreTrainedModel) -> list[str]:
     language_model = set(decoder.modules()) - others
     modules = [(name, module) for name, module in model.named_modules() if module in language_model]
     blocks = [f"{name}." for name, module in modules if isinstance(module, GradientCheckpointingLayer)]
+    return [(name, module) for name, module in modules if name.startswith(tuple(blocks) or "")]
+
+
+def linear_layers(model: PreTrainedModel) -> list[str]:
+    """Names of the linear layers in a language model's blocks; never of the head."""
     head = model.get_output_embeddings()
+    modules = block_modules(model)
+    return [name for name, each in modules if isinstance(each, (torch.nn.Linear, Conv1D)) and each is not head]
+
+
+def expert_tensors(model: PreTrainedModel) -> list[str]:
+    """Names of the parameters that hold the matrices of all experts of a layer, (experts, ..., ...)."""
     return [
-        name
-        for name, module in modules
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head and name.startswith(tuple(blocks) or "")
+        f"{name}.{key}"
+        for name, module in block_modules(model)
+        if not type(module).__module__.startswith("torch.nn.")  # convolutions
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3
     ]
 
 
 def find_targets(model: PreTrainedModel, targets: str | Sequence[str]) -> tuple[str, ...]:
-    """Full names of the layers in lora.targets; UserError if a name matches no layer."""
-    layers = linear_layers(model)
+    """Full names of the linear layers in lora.targets; UserError if a name matches neither a layer nor experts."""
+    layers, experts = linear_layers(model), expert_tensors(model)
     names = last_parts(layers) if targets == "auto" else targets
-    unknown = [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]
+    unknown = [name for name in names if not matching([*layers, *experts], [name])]
     if unknown or not layers:
-        existing = ", ".join(last_parts(layers)) or "none"
+        existing = ", ".join(last_parts([*layers, *experts])) or "none"
         raise UserError(
             f"lora.targets: no linear layer of this model's blocks is called {', '.join(unknown)}; it has {existing}"
         )
-    return tuple(layer for layer in layers if f".{layer}".endswith(tuple(f".{name}" for name in names)))
+    return matching(layers, names)
+
+
+def find_parameters(model: PreTrainedModel, settings: LoraSettings) -> tuple[str, ...]:
+    """Full names of the tensors of experts in lora.targets; UserError if other settings do not allow them."""
+    parameters = () if settings.targets == "auto" else matching(expert_tensors(model), settings.targets)
+    wrong = ["lora.dropout=0"] * (settings.dropout > 0) + ["lora.use_dora=false"] * settings.use_dora
+    if parameters and wrong:
+        names = ", ".join(last_parts(parameters))
+        raise UserError(f"lora.targets: {names} hold all experts in one tensor, which needs {' '.join(wrong)}")
+    return parameters
+
+
+def matching(full_names: Iterable[str], names: Sequence[str]) -> tuple[str, ...]:
+    """The full names that end with one of the names."""
+    return tuple(name for name in full_names if f".{name}".endswith(tuple(f".{end}" for end in names)))
+
+
+def weight_name(name: str, layer: "LoraLayer") -> str:
+    """The name, without an adapter, of the weight that one of peft's layers adapts; wrappers of experts are nested."""
+    return f"{name.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}"
 
 
 def last_parts(layers: Sequence[str]) -> list[str]:
@@ -114,7 +152,7 @@ def last_parts(layers: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter read from a file. Its weights have peft's names, without the prefix.
+    """An adapter read from a file. Its weights have peft's names, without the prefix; parameters may be ends of names.
 
     base is the checksum of the frozen weights that it was trained on, or None if another tool wrote the file.
     """
@@ -131,9 +169,12 @@ def read_adapter(folder: str) -> StoredAdapter:
         with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
             weights = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}
             base = (file.metadata() or {}).get(BASE)
+        parameters = tuple(config.get("target_parameters") or ())
+        owners = tuple(f".{parameter}".rpartition(".")[0] for parameter in parameters)
         layers = [name.rpartition(".lora_A.")[0] for name in weights if name.endswith(".lora_A.weight")]
+        linear = tuple(name for name in layers if not f".{name.replace('.base_layer', '')}".endswith(owners))
         flags = {name: bool(config.get(name, False)) for name in ("use_rslora", "use_dora")}
-        shape = AdapterShape(config["r"], config["lora_alpha"], **flags, targets=tuple(layers))
+        shape = AdapterShape(config["r"], config["lora_alpha"], **flags, targets=linear, parameters=parameters)
     except Exception as error:  # missing or foreign files raise many kinds of errors
         reason = summarize_error(error)
         mitigation = "give the folder of a LoRA adapter in peft's format, such as RUN/LATEST/hf"
@@ -151,10 +192,11 @@ def check_shape(settings: LoraSettings, shape: AdapterShape, stored: AdapterShap
     wrong = [
         f"lora.{name}={str(value).lower()}"
         for name, value in asdict(stored).items()
-        if name != "targets" and value != getattr(shape, name)
+        if name not in ("targets", "parameters") and value != getattr(shape, name)
     ]
-    if set(shape.targets) != set(stored.targets):
-        wrong.append(f"lora.targets=[{','.join(last_parts(stored.targets))}]")
+    adapted = [*stored.targets, *stored.parameters]
+    if {*shape.targets, *shape.parameters} != {*adapted}:
+        wrong.append(f"lora.targets=[{','.join(last_parts(adapted))}]")
     if wrong:
         raise UserError(f"lora.path={settings.path}: was made with other settings; add {' '.join(wrong)}")
 

@@ -39,6 +39,14 @@ class PackedBatch:
         """The number of tokens that a model computes, padding included."""
         return self.inputs["input_ids"].numel()
 
+    @property
+    def occurrences(self) -> torch.Tensor:
+        """How often each token occurs if every response has its own prompt, (rows * seq,): padding never."""
+        if self.segments is None:
+            return self.inputs["attention_mask"].flatten().float()
+        is_prompt, n_responses = self.segments[1] == 0, self.lengths.shape[1]
+        return torch.where(is_prompt, n_responses, 1).float()
+
     def to(self, device: torch.device) -> "PackedBatch":
         def move(value: torch.Tensor) -> torch.Tensor:
             return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)

@@ -13,9 +13,10 @@ from transformers import (
 )
 
 from dpo.data.examples import special_token_problems
-from dpo.model.lora import find_targets
+from dpo.model.lora import find_parameters, find_targets
 from dpo.model.pretrained import auto_class
-from dpo.settings.schema import ModelSettings, Settings
+from dpo.model.routers import no_router_logits, router_problem
+from dpo.settings.schema import LoraSettings, ModelSettings, Settings
 from dpo.system.errors import UserError
 from dpo.system.installation import is_installed
 
@@ -35,7 +36,9 @@ def model_problems(
         problems.append(f"max_length={settings.max_length}: {name} has {positions} positions; lower it to {positions}")
     if problem := rope_problem(config, settings.max_length):
         problems.append(problem)
-    if settings.lora is not None and (problem := target_problem(config, settings.lora.targets)):
+    if settings.model.router_loss_weight and not hasattr(config.get_text_config(), "output_router_logits"):
+        problems.append(router_problem(settings.model, config))
+    if settings.lora is not None and (problem := target_problem(config, settings.lora, settings.compile)):
         problems.append(problem)
     n_embeddings = count_embeddings(settings.model, config, tokenizer)
     return problems + special_token_problems(tokenizer, n_embeddings, settings.model.add_bos)
@@ -99,12 +102,14 @@ def count_embeddings(settings: ModelSettings, config: PreTrainedConfig, tokenize
     return max(n, max(tokenizer.get_vocab().values()) + 1) if settings.resize_embeddings else n
 
 
-def target_problem(config: PreTrainedConfig, targets: str | list[str]) -> str | None:
+def target_problem(config: PreTrainedConfig, settings: LoraSettings, compiled: bool) -> str | None:
     """Check, without weights, that a model of this config has the layers in lora.targets."""
     with torch.device("meta"):
         model = auto_class(config).from_config(config)
     try:
-        find_targets(model, targets)
+        find_targets(model, settings.targets)
+        if find_parameters(model, settings) and compiled:  # peft replaces the tensors in every forward pass
+            return "compile=true: layers whose experts are adapted cannot be compiled; set compile=false"
     except UserError as error:
         return str(error)
     return None
@@ -174,7 +179,7 @@ def is_random(model: PreTrainedModel) -> bool:
     with torch.random.fork_rng():
         for seed in range(2):
             torch.manual_seed(seed)
-            outputs.append(model(input_ids=ids, use_cache=False).logits)
+            outputs.append(model(input_ids=ids, use_cache=False, **no_router_logits(model.config)).logits)
     model.train(was_training)
     return not torch.equal(*outputs)
 
@@ -206,7 +211,8 @@ def is_causal(model: PreTrainedModel) -> bool:
     changed[0, -1] = ids[0, 0]
     was_training = model.training
     model.eval()
-    logits = [model(input_ids=each, use_cache=False).logits for each in (ids, changed)]
+    options = no_router_logits(model.config)
+    logits = [model(input_ids=each, use_cache=False, **options).logits for each in (ids, changed)]
     model.train(was_training)
     moved = (logits[0].float() - logits[1].float()).abs().amax(-1)[0]  # (seq,)
     tolerance = NOT_CAUSAL if logits[0].dtype == torch.float32 else NOT_CAUSAL_IN_16_BITS

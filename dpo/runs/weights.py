@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,11 +87,13 @@ def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeigh
     assert settings is not None
     torch.manual_seed(run_settings.seed)
     base = weights_checksum(model.state_dict())
-    targets = lora.find_targets(model, settings.targets)
-    shape = lora.AdapterShape(settings.r, settings.alpha, settings.use_rslora, settings.use_dora, targets)
+    targets, parameters = lora.find_targets(model, settings.targets), lora.find_parameters(model, settings)
+    experts = lora.expert_tensors(model)
+    shape = lora.AdapterShape(settings.r, settings.alpha, settings.use_rslora, settings.use_dora, targets, parameters)
     stored = None if settings.path is None else lora.read_adapter(settings.path)
     if stored is not None:
-        lora.check_shape(settings, shape, stored.shape)
+        full_names = lora.matching(experts, stored.shape.parameters)
+        lora.check_shape(settings, shape, replace(stored.shape, parameters=full_names))
         lora.check_base(stored.base, base, f"lora.path={settings.path}")
     configs: dict[str, PeftConfig] = {} if stored is None else {lora.REFERENCE: shape.peft_config(model)}
     init: Literal["gaussian"] | bool = True if settings.init == "kaiming" else "gaussian"
@@ -111,10 +113,15 @@ def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeigh
         layer.cast_input_dtype_enabled = settings.use_dora or model.dtype != torch.float32
     n = sum(parameter.numel() for parameter in trained.values())
     total = sum(parameter.numel() for parameter in model.parameters())
+    adapted = [*targets, *parameters]
     log_message(
-        f"LoRA: r={shape.r}, alpha={shape.alpha}, {len(targets)} layers ({', '.join(lora.last_parts(targets))});"
+        f"LoRA: r={shape.r}, alpha={shape.alpha}, {len(adapted)} layers ({', '.join(lora.last_parts(adapted))});"
         f" {n:,} of {total:,} parameters are trained."
     )
+    if experts and not parameters:
+        names = ",".join(lora.last_parts([*targets, *experts]))
+        frozen = " and ".join(lora.last_parts(experts))
+        log_message(f"LoRA: the experts ({frozen}) stay frozen; lora.targets=[{names}] adapts them as well.")
     if run_settings.lr < SMALL_LR:
         advice = "an adapter usually needs 10 to 100 times the learning rate of all weights; try lr=5e-5"
         log_message(f"LoRA: lr={run_settings.lr:g} may be too low: {advice}.")
@@ -241,13 +248,14 @@ class AdapterWeights:
             whole = {key.removeprefix(f"{name}."): state[key].clone() for key in state if key.startswith(f"{name}.")}
             layer.load_state_dict(whole, assign=True)
             layer.merge(adapter_names=[lora.POLICY])
-            merged[f"{name}.weight"] = layer.get_base_layer().get_parameter("weight").detach().cpu()
+            weight = layer.get_base_layer().get_parameter(getattr(layer, "parameter_name", "weight"))
+            merged[lora.weight_name(name, layer)] = weight.detach().cpu()
         return merged
 
 
 def base_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The frozen weights of an adapted model, under their names without an adapter."""
-    return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
+    return {name.replace(".base_layer", ""): value for name, value in state.items() if ".lora_" not in name}
 
 
 TrainedWeights = AllWeights | AdapterWeights

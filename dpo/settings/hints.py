@@ -80,6 +80,8 @@ TABLE = {
     "f_divergence_type": "loss.divergence",
     "use_weighting": "use loss.token_weights=wpo",
     "disable_dropout": "leave it out: dropout is always off, except lora.dropout",
+    "router_aux_loss_coef moe_aux_loss_coef aux_loss_coef": "model.router_loss_weight",
+    "output_router_logits": "use model.router_loss_weight=NUMBER, the weight of the routers' load-balancing loss",
     # Data
     "dataset dataset_name train_dataset dataset_mixer data dataset_path data_path data_files train_file": (
         "use datasets=[NAME], names of data sets, files or folders"

@@ -142,6 +142,7 @@ class ModelSettings(Group):
     policy_dtype: Dtype
     fsdp_policy_mp: Dtype | None
     reference_dtype: Literal["float32", "bfloat16", "float16"] | None
+    router_loss_weight: NotNegative | None
     add_bos: Flag
     resize_embeddings: Flag
 
@@ -408,6 +409,8 @@ def default_values(config_dir: Path, loss_name: str | None, resumed: bool = Fals
     groups = {group: read_yaml(path) for group, path in files.items() if path.is_file()}
     top = read_yaml(config_dir / "config.yaml") if resumed else {}
     values = flatten_plain({key: value for key, value in top.items() if key not in ("defaults", "hydra")} | groups)
+    if resumed:
+        values["model.router_loss_weight"] = 0.0  # versions without this key never added the loss
     return {key: value for key, value in values.items() if value != "???" and "${" not in str(value)}
 
 

@@ -79,6 +79,45 @@ def test_a_name_that_no_layer_has_is_refused_with_those_that_there_are_before_we
         inputs_of("loss=dpo", *TINY, *LORA, f"lora.targets=[c_fc,{wrong}]")
 
 
+EXPERTS = "lora.targets=[q_proj,gate_up_proj,down_proj]"
+EXPERT_LAYERS = ("self_attn.q_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+def test_tensors_of_all_experts_are_adapted_only_where_they_are_named(capsys):
+    model = tiny("Mixtral")
+    adapter = add_adapter(model, settings_of(EXPERTS))
+    adapted_tensors = {f"model.layers.{block}.{layer}" for block in range(2) for layer in EXPERT_LAYERS}
+    assert {*adapter.shape.targets, *adapter.shape.parameters} == adapted_tensors
+    assert "frozen" not in capsys.readouterr().out
+    assert add_adapter(tiny("Mixtral"), settings_of()).shape.parameters == ()
+    names = "[q_proj,k_proj,v_proj,o_proj,gate_up_proj,down_proj]"
+    line = f"the experts (gate_up_proj and down_proj) stay frozen; lora.targets={names} adapts them as well."
+    assert line in capsys.readouterr().out
+    add_adapter(tiny("Llama"), settings_of())
+    assert "experts" not in capsys.readouterr().out
+
+
+def test_experts_alone_can_be_adapted():
+    shape = add_adapter(tiny("Mixtral"), settings_of("lora.targets=[experts.down_proj]")).shape
+    assert shape.targets == () and len(shape.parameters) == 2
+
+
+ALL_EXPERTS = "lora.targets: gate_up_proj, down_proj hold all experts in one tensor, which needs"
+
+
+@pytest.mark.parametrize(
+    "other, line",
+    [
+        ("lora.dropout=0.1", f"{ALL_EXPERTS} lora.dropout=0"),
+        ("lora.use_dora=true", f"{ALL_EXPERTS} lora.use_dora=false"),
+        ("compile=true", "compile=true: layers whose experts are adapted cannot be compiled; set compile=false"),
+    ],
+)
+def test_what_peft_cannot_do_with_experts_is_refused_before_weights_load(other, line, write_tiny_folder):
+    with pytest.raises(UserError, match=line):
+        inputs_of("loss=dpo", *TINY, *LORA, EXPERTS, other, f"model.name_or_path='{write_tiny_folder('mixtral')}'")
+
+
 # What is computed
 
 VARIANTS = ((), ("lora.use_rslora=true",), ("lora.use_dora=true",), ("lora.targets=auto", "lora.init=gaussian"))
@@ -117,6 +156,22 @@ def test_a_compiled_run_gives_the_numbers_of_another_with_the_adapter_and_withou
     for plain, other in zip(*metrics, strict=True):
         assert without_measurements(other) == pytest.approx(without_measurements(plain), rel=1e-4)
     assert metrics[1][0]["rewards_train/margins"] == 0 != metrics[1][2]["rewards_train/margins"]
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_a_policy_with_adapted_experts_equals_the_merged_model_and_without_its_adapter_the_base(family):
+    """GPT-OSS stores the matrices of its experts transposed."""
+    base = sums_of_logps(ResponseLogps.wrap(tiny(family)), EXAMPLES, "shared_prefix")
+    model, adapter = adapted(family, EXPERTS)
+    module = ResponseLogps.wrap(model)
+    policy = sums_of_logps(module, EXAMPLES, "shared_prefix")
+    merged = tiny(family)
+    merged.load_state_dict(adapter.merged_weights(model.state_dict()))
+    apart = (sums_of_logps(ResponseLogps.wrap(merged), EXAMPLES, "shared_prefix") - policy).abs()
+    assert (policy - base).abs().max() > 0.1
+    assert (apart / policy.abs()).max() < 1e-5
+    with adapter.as_reference():
+        assert torch.equal(sums_of_logps(module, EXAMPLES, "shared_prefix"), base)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -351,6 +406,39 @@ def test_weights_that_are_nowhere_else_are_exported_beside_the_adapter_that_belo
     third = make_trainer("loss=dpo", archive, f"model.name_or_path='{base}'")
     apart = (logits_of(third.policy.model) - logits_of(second.policy.model)).abs().max()
     assert apart < 1e-5 * logits_of(second.policy.model).abs().max()
+
+
+# An adapter of experts
+
+
+@OLD_NAME
+def test_an_adapter_of_experts_is_opened_merged_and_trained_further_like_any_other(
+    trained, make_trainer, write_tiny_folder
+):
+    from peft import PeftModel
+
+    folder = write_tiny_folder("mixtral")
+    settings = (f"model.name_or_path='{folder}'", EXPERTS)
+    trainer, latest = trained(*settings)
+    policy = logits_of(trainer.policy.model)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert (logits_of(base) - policy).abs().max() > 0.01
+    assert torch.equal(logits_of(PeftModel.from_pretrained(base, latest / "hf")), policy)
+    assert torch.equal(logits_of(transformers.AutoModelForCausalLM.from_pretrained(latest / "hf")), policy)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(latest / "hf" / "merged")
+    assert (logits_of(merged) - policy).abs().max() < 1e-5 * policy.abs().max()
+    archived = make_trainer("loss=dpo", *LORA, *settings, f"model.archive='{latest / 'policy.pt'}'")
+    further = make_trainer("loss=dpo", *LORA, *settings, f"lora.path='{latest / 'hf'}'")
+    assert torch.equal(logits_of(further.policy.model), policy)
+    for after in (archived, further):
+        assert (logits_of(after.policy.model) - policy).abs().max() < 1e-5 * policy.abs().max()
+        batch, _ = first(after)
+        assert after.train_step(batch)["rewards_train/margins"] == 0.0
+        assert not torch.equal(logits_of(after.policy.model), policy)
+    assert further.weights.shape == trainer.weights.shape
+    other = (f"model.name_or_path='{folder}'", "lora.targets=[q_proj,down_proj]", f"lora.path='{latest / 'hf'}'")
+    with pytest.raises(UserError, match=r"add lora.targets=\[q_proj,gate_up_proj,down_proj\]"):
+        make_trainer("loss=dpo", *LORA, *other)
 
 
 # An adapter that is trained further

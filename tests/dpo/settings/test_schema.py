@@ -315,6 +315,7 @@ def test_a_resumed_run_that_lacks_keys_takes_the_values_of_the_files_that_need_n
     without = {"exp_name", "local_run_dir", "model.name_or_path", "lora"}  # given, interpolated, or a group
     assert set(defaults) == set(known_keys({"dpo": LOSSES["dpo"]})) - without
     assert (defaults["lr"], defaults["wandb.enabled"], defaults["loss.beta"]) == (5e-7, True, 0.1)
+    assert defaults["model.router_loss_weight"] == 0  # which versions without this key never added
 
 
 def test_a_flat_config_holds_plain_values_and_the_mapping_of_an_optimizer_whole():
