@@ -36,11 +36,11 @@ class Outcome:
     fingerprints: Mapping[str, str]
 
 
-def model_card(settings: Settings, loss: Loss, outcome: Outcome) -> str:
-    """The card as Markdown with YAML front matter."""
+def model_card(settings: Settings, loss: Loss, outcome: Outcome, merged_only: bool = False) -> str:
+    """The card as Markdown with YAML front matter; merged_only: the export holds a merged model and no adapter."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    lora = settings.lora
+    lora = None if merged_only else settings.lora
     base = settings.model.name_or_path
     is_on_hub = not settings.model.from_scratch and not Path(base).exists()
     data = ModelCardData(

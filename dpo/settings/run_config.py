@@ -62,9 +62,9 @@ def read_run_config(run_dir: Path) -> DictConfig:
     except (OSError, yaml.YAMLError, OmegaConfBaseException, AssertionError, AttributeError, TypeError, ValueError,
             RecursionError) as error:  # fmt: skip
         reason = summarize_error(error)
-        raise UserError(f"resume={run_dir}: not a run directory: its config.yaml cannot be read ({reason})") from None
+        raise UserError(f"{run_dir}: not a run directory: its config.yaml cannot be read ({reason})") from None
     if links:
-        raise UserError(f"resume={run_dir}: holds links ({', '.join(sorted(links))}) that no run creates; remove them")
+        raise UserError(f"{run_dir}: holds links ({', '.join(sorted(links))}) that no run creates; remove them")
     return config
 
 
