@@ -42,7 +42,7 @@ def model_card(settings: Settings, loss: Loss, outcome: Outcome, merged_only: bo
 
     lora = None if merged_only else settings.lora
     base = settings.model.name_or_path
-    is_on_hub = not settings.model.from_scratch and not Path(base).exists()
+    is_on_hub = not settings.model.from_scratch and not Path(base).exists() and public_name(base) == base
     data = ModelCardData(
         base_model=base if is_on_hub else None,
         datasets=[name.partition(":")[0] for name in settings.datasets if is_hub_name(name)] or None,
