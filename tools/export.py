@@ -144,7 +144,7 @@ def settings_to_load(settings: "Settings", source: Source, model: str | None) ->
     if settings.lora is None:
         changes["archive"] = source.policy and str(source.policy)
     elif model is None and base.is_dir():
-        changes |= {"name_or_path": str(base), "archive": None, "from_scratch": False}
+        changes |= {"name_or_path": str(base), "archive": None, "from_scratch": False, "resize_embeddings": False}
     elif archive is not None and not Path(archive).is_file():  # perhaps merged in `model`: its checksum says so
         changes["archive"] = None
     # The frozen copy of lora.path is not exported, and of quantized layers only the names are needed.
@@ -184,7 +184,9 @@ def load_weights(
     """
     import torch
 
-    from dpo.model.loading import load_model_config, load_policy, skip_unreachable_hub
+    from dpo.model.loading import load_model_config, load_policy
+    from dpo.model.pretrained import skip_unreachable_hub
+    from dpo.model.refusals import count_embeddings
     from dpo.runs.weights import AllWeights, add_adapter
 
     model, device = settings.model, torch.device("cpu")
@@ -192,7 +194,7 @@ def load_weights(
     advice = "give the path of the run's model with --model PATH"
     try:
         config, tokenizer = load_model_config(model, settings.chat_template)
-        policy = load_policy(settings, config, device)
+        policy = load_policy(settings, config, device, count_embeddings(model, config, tokenizer))
     except UserError as error:
         cause = str(error).partition("; ")[0]
         raise UserError(f"{cause}; {advice}") from None

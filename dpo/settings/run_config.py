@@ -110,13 +110,13 @@ def override_run_config(config: DictConfig, arguments: Sequence[str], known: Seq
 
 
 def new_run_from(checkpoint: Path) -> str:
-    """Advice on how to start a new run with the weights of a checkpoint; a sharded one holds no policy.pt."""
+    """Advice on how to start a new run with the weights of a checkpoint; a sharded one may hold no policy.pt."""
     if (checkpoint / "policy.pt").is_file():
         return f"start a new run with model.archive={checkpoint}/policy.pt"
     if not checkpoint.is_dir():
         return "start a new run"
-    when = "at the end of the run, and at each checkpoint with keep_policies=true"
-    return f"start a new run with the policy.pt that several processes write {when}"
+    export = f"`python -m tools.export {checkpoint} OUT` (of a LoRA run with --merged)"
+    return f"start a new run with model.name_or_path=OUT, which {export} writes"
 
 
 def may_change(key: str, old: object, new: object) -> bool:
