@@ -638,7 +638,7 @@ def test_a_loss_and_its_gradient_are_finite_wherever_log_probabilities_are(name,
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_page_of_metrics_says_which_losses_can_be_negative(name):
-    """Derived from the equations: rDPO's second term, eps log sigmoid(-beta h), has no lower bound; no other has one."""
+    """By the equations only rDPO's can: its second term, eps log sigmoid(-beta h), has no lower bound."""
     sums = {"log_ratios": 3.0, "responses": 4, "examples": 1, "tokens": 4}
     loss, lowest = make_loss(name), 0.0
     for policy in itertools.product(EXTREME, repeat=loss.n_responses):

@@ -24,12 +24,13 @@ from dpo.system.installation import CONFIG, is_installed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dpo.reporting.model_card import Outcome
     from dpo.runs.weights import TrainedWeights
     from dpo.settings.schema import Settings
     from dpo.training.objectives import Loss
 
 ANOTHER = "export another checkpoint of the run"
+NOT_MERGED = "--merged: an adapter cannot be merged into"
+ALONE = "leave it out, to export the adapter"
 
 
 # Which checkpoint
@@ -165,8 +166,7 @@ def check_options(options: argparse.Namespace, settings: "Settings") -> None:
     if not is_installed("peft"):
         raise UserError(f"{options.checkpoint}: is of a LoRA run, which needs the library peft; pip install peft")
     if options.merged and lora.quantize is not None:
-        problem = f"an adapter cannot be merged into weights that lora.quantize={lora.quantize} rounded"
-        raise UserError(f"--merged: {problem}; leave it out, to export the adapter")
+        raise UserError(f"{NOT_MERGED} the weights of lora.quantize={lora.quantize}; {ALONE}")
     base = base_name(settings.model)
     if options.push is not None and not options.merged and (base is None or Path(base).is_dir()):
         raise UserError(f"--push {options.push}: only this machine has the adapter's base model; add --merged")
@@ -263,6 +263,7 @@ def write(weights: "TrainedWeights", tokenizer: "PreTrainedTokenizerBase", card:
 
 def export(options: argparse.Namespace) -> None:
     """Write a checkpoint as a folder for from_pretrained, and upload it if asked to."""
+    from dpo.model.refusals import quantization_method
     from dpo.model.sampling import add_stops
     from dpo.reporting.model_card import Outcome, model_card
     from dpo.runs.export import upload
@@ -283,6 +284,8 @@ def export(options: argparse.Namespace) -> None:
     base = fingerprints.get("the base model's weights")
     is_quantized = settings.lora is not None and settings.lora.quantize is not None
     weights, tokenizer = load_weights(loaded_with, source, None if is_quantized else base)
+    if options.merged and quantization_method(weights.model.config):
+        raise UserError(f"{NOT_MERGED} weights that are quantized already; {ALONE}")
     if isinstance(weights, AdapterWeights) and base is not None:
         weights = replace(weights, base=base)  # that of quantized weights
     stops, n_evaluated = facts_of_data(state, loaded_with, loss)

@@ -13,7 +13,7 @@ from conftest import GOLDENS, TINY, compose, validated
 from omegaconf import OmegaConf
 from ranks import run_ranks
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
 
 from build import build_trainer, load_inputs
 from dpo.distributed.process_group import ProcessGroup
@@ -79,9 +79,10 @@ def same_export(folder: Path, other: Path) -> bool:
     if "adapter_config.json" in found:
         adapters = [each.pop("adapter_model.safetensors") for each in (found, expected)]
         del found["MANIFEST"], expected["MANIFEST"]
-        with safe_open(folder / "adapter_model.safetensors", "pt") as one, safe_open(
-            other / "adapter_model.safetensors", "pt"
-        ) as two:
+        with (
+            safe_open(folder / "adapter_model.safetensors", "pt") as one,
+            safe_open(other / "adapter_model.safetensors", "pt") as two,
+        ):
             assert one.metadata() == two.metadata()
         a, b = map(safetensors.torch.load, adapters)
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -173,15 +174,31 @@ def test_an_adapter_is_exported_as_such_or_merged(trained, exported):
     assert "peft" not in card and "library_name: transformers" in card and "| lora.r | 4 |" in card
 
 
-def test_the_adapter_of_quantized_weights_is_exported_without_quantizing_them(trained, exported, tmp_path):
+def llama(folder: Path) -> Path:
+    """Write a tiny Llama whose linear layers are as wide as a block of NF4 or wider."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
     tokenizer = AutoTokenizer.from_pretrained(GOLDENS / "tiny-gpt2")
-    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    run = trained(*LORA, "lora.quantize=nf4", f"model.name_or_path='{tmp_path / 'base'}'")
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_adapter_of_quantized_weights_is_exported_without_quantizing_them(trained, exported, tmp_path):
+    run = trained(*LORA, "lora.quantize=nf4", f"model.name_or_path='{llama(tmp_path / 'base')}'")
     assert same_export(exported(run), run / "LATEST" / "hf")
-    problem = "--merged: an adapter cannot be merged into weights that lora.quantize=nf4 rounded"
+    problem = "--merged: an adapter cannot be merged into the weights of lora.quantize=nf4; leave it out"
     assert problem in refusal(exported, run, "--merged")
+
+
+def test_an_adapter_of_a_model_that_is_quantized_already_is_exported_alone(trained, exported, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(
+        llama(tmp_path / "plain"), quantization_config=BitsAndBytesConfig(load_in_4bit=True), device_map={"": "cpu"}
+    )
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tmp_path / "plain").save_pretrained(tmp_path / "base")
+    run = trained(*LORA, f"model.name_or_path='{tmp_path / 'base'}'")
+    assert same_export(exported(run), run / "LATEST" / "hf")
+    assert "merged into weights that are quantized already; leave it out" in refusal(exported, run, "--merged")
 
 
 @OLD_NAME
