@@ -11,13 +11,14 @@ The run's folder is only read, also while the run trains. No GPU is needed.
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile, ZipFile
 
-from dpo.system.console import guard_streams, log_message
+from dpo.system.console import guard_streams, log_message, on_terminal
 from dpo.system.errors import UserError, exit_on_error, raise_problems, summarize_error
 from dpo.system.installation import CONFIG, is_installed
 
@@ -67,7 +68,8 @@ def find_source(path: Path) -> Source:
         verify_archive(path)
         return Source(run, step_of(path), path, steps[0], path.with_suffix(".json"))
     checkpoint = path if is_step else steps[0]
-    verify_checkpoint(checkpoint)
+    with unless_removed(checkpoint):
+        verify_checkpoint(checkpoint)
     policy = checkpoint / "policy.pt"
     policy_or_none = policy if policy.is_file() else None
     return Source(run, step_of(checkpoint), policy_or_none, checkpoint, checkpoint / "metrics.json")
@@ -78,14 +80,23 @@ def step_of(path: Path) -> int:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Raise UserError if a checkpoint does not match its manifest, or its run removes it meanwhile."""
+    """Raise UserError if a checkpoint does not match its manifest."""
     from dpo.runs.checkpoints import find_corruption
 
-    problem = find_corruption(folder)
-    if problem and not folder.exists():
-        raise UserError(f"{folder}: the run has removed it, as keep_checkpoints says; export a newer one")
-    if problem:
+    if problem := find_corruption(folder):
         raise UserError(f"{folder}: is damaged: {problem}; {ANOTHER}")
+
+
+@contextmanager
+def unless_removed(checkpoint: Path) -> Iterator[None]:
+    """Give the cause of errors from reading a checkpoint that its run has removed meanwhile."""
+    try:
+        yield
+    except (UserError, OSError):
+        if checkpoint.exists():
+            raise
+        problem = "the run has removed it, as keep_checkpoints says"
+        raise UserError(f"{checkpoint}: {problem}; export a newer one") from None
 
 
 def verify_archive(path: Path) -> None:
@@ -154,8 +165,8 @@ def settings_to_load(settings: "Settings", source: Source, model: str | None) ->
     return settings.model_copy(update={"device": "cpu", "model": changed_model, "lora": lora})
 
 
-def check_options(options: argparse.Namespace, settings: "Settings") -> None:
-    """Raise UserError for options that do not fit the run."""
+def check_options(options: argparse.Namespace, settings: "Settings", loaded_with: "Settings") -> None:
+    """Raise UserError for options that do not fit the run's settings, or those with which the model is loaded."""
     from dpo.runs.weights import base_name
 
     lora = settings.lora
@@ -167,7 +178,7 @@ def check_options(options: argparse.Namespace, settings: "Settings") -> None:
         raise UserError(f"{options.checkpoint}: is of a LoRA run, which needs the library peft; pip install peft")
     if options.merged and lora.quantize is not None:
         raise UserError(f"{NOT_MERGED} the weights of lora.quantize={lora.quantize}; {ALONE}")
-    base = base_name(settings.model)
+    base = base_name(loaded_with.model)
     if options.push is not None and not options.merged and (base is None or Path(base).is_dir()):
         raise UserError(f"--push {options.push}: only this machine has the adapter's base model; add --merged")
 
@@ -278,12 +289,14 @@ def export(options: argparse.Namespace) -> None:
         raise UserError(f"{options.out}: lies in the run directory, which only the run writes; choose another folder")
     settings, loss, loss_name = read_settings(source.run)
     loaded_with = settings_to_load(settings, source, options.model)
-    check_options(options, settings)
-    state = read_run_state(source.checkpoint)
-    fingerprints = Checkpoint(source.checkpoint, {"run": state}).fingerprints()
-    base = fingerprints.get("the base model's weights")
+    check_options(options, settings, loaded_with)
     is_quantized = settings.lora is not None and settings.lora.quantize is not None
-    weights, tokenizer = load_weights(loaded_with, source, None if is_quantized else base)
+    with unless_removed(source.checkpoint):
+        state = read_run_state(source.checkpoint)
+        fingerprints = Checkpoint(source.checkpoint, {"run": state}).fingerprints()
+        base = fingerprints.get("the base model's weights")
+        weights, tokenizer = load_weights(loaded_with, source, None if is_quantized else base)
+        metrics = json.loads(source.metrics.read_text(encoding="utf-8")) if source.metrics.is_file() else {}
     if options.merged and quantization_method(weights.model.config):
         raise UserError(f"{NOT_MERGED} weights that are quantized already; {ALONE}")
     if isinstance(weights, AdapterWeights) and base is not None:
@@ -291,7 +304,6 @@ def export(options: argparse.Namespace) -> None:
     stops, n_evaluated = facts_of_data(state, loaded_with, loss)
     if stops:
         add_stops(weights.model.generation_config, stops)
-    metrics = json.loads(source.metrics.read_text(encoding="utf-8")) if source.metrics.is_file() else {}
     updates = source.step // settings.batch_size  # of which each has a full batch
     outcome = Outcome(loss_name, source.step, updates, n_evaluated, metrics, fingerprints)
     settings = settings.model_copy(update={"push_to_hub": options.push})
@@ -320,6 +332,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main() -> None:
     guard_streams()
     options = parse_arguments()
+    if not on_terminal():
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
     exit_on_error(lambda: export(options))
 
 

@@ -1,5 +1,6 @@
 """Any checkpoint as a model (tools/export.py): which weights, what the run's own export would hold, what is refused."""
 
+import importlib
 import json
 import shutil
 import sys
@@ -352,14 +353,17 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_checkpoint_that_its_run_removes_meanwhile_is_said_to_be_gone(trained, exported, monkeypatch):
+@pytest.mark.parametrize("function", ["dpo.runs.checkpoints.sha256", "tools.export.settings_to_load"])
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_said_to_be_gone(function, trained, exported, monkeypatch):
     run = trained()
+    module, _, name = function.rpartition(".")
+    original = getattr(importlib.import_module(module), name)
 
-    def remove(folder: Path) -> str:
-        shutil.rmtree(folder)
-        return "policy.pt is missing"
+    def remove(*arguments):
+        shutil.rmtree(run / "step-8", ignore_errors=True)
+        return original(*arguments)
 
-    monkeypatch.setattr("dpo.runs.checkpoints.find_corruption", remove)
+    monkeypatch.setattr(function, remove)
     assert "step-8: the run has removed it, as keep_checkpoints says" in refusal(exported, run / "step-8")
 
 
