@@ -131,7 +131,7 @@ def load_batches(settings: Settings, loss: Loss, encoder: Encoder) -> tuple[Batc
     )
     problems = data_problems(settings, train_batches, data.lost)
     raise_problems(problems or (data.score_problems() if loss.needs_scores else []))
-    notes = schedule_notes(settings, train_batches)
+    notes = schedule_notes(settings, train_batches) + loss.label_notes(*train_batches.examples.label_counts())
     if not data.is_chat:  # a chat template writes its own BOS
         notes = [*bos_notes(tokenize.tokenizer, tokenize.add_bos), *notes]
     for note in notes:

@@ -294,6 +294,20 @@ class KTO(LabelLoss):
         if settings.get("batch_size") == 1:
             yield "batch_size=1: KTO compares each prompt with another example's response; set batch_size=2 or more"
 
+    def label_notes(self, n_desirable: int, n_undesirable: int) -> list[str]:
+        """A line if D n_D / (U n_U) is not in the range of eq. 9, with weights that bring it to the middle."""
+        counts = f"Labels: {n_desirable:,} desirable and {n_undesirable:,} undesirable responses"
+        if not n_desirable or not n_undesirable:
+            return [f"{counts}; KTO needs both kinds to learn a preference."]
+        imbalance = n_desirable / n_undesirable
+        ratio = self.desirable_weight / self.undesirable_weight * imbalance
+        if 1 <= ratio <= 1.5:
+            return []
+        desirable, undesirable = 1.25 / imbalance * self.undesirable_weight, imbalance / 1.25 * self.desirable_weight
+        weights = f"loss.desirable_weight={desirable:.3g} or loss.undesirable_weight={undesirable:.3g}"
+        weighted = f"with their weights {ratio:.3g} to 1, where KTO's paper advises 1 to 1.5"
+        return [f"{counts}, {weighted}; set {weights}."]
+
     def batch_sums(self, examples: Iterable[TokenizedExample], logps: ComputeLogps) -> dict[str, float]:
         policy, reference = logps(mismatch(list(examples)))
         return {"log_ratios": float((policy - reference).double().sum()), "responses": policy.numel()}

@@ -408,6 +408,8 @@ class BasicTrainer:
             "random": random_states(),
             "fingerprints": self.run.fingerprints,
             "environment": environment(self),
+            "stops": list(self.sampler.stops),  # this and the next for tools/export.py
+            "n_evaluated": n_evaluated(self),
         }
         return self.tensors() | {"scheduler": self.scheduler.state_dict(), "run": run}
 
@@ -481,9 +483,12 @@ def router_metrics(routers: torch.Tensor | None, split: str) -> dict[str, float]
 
 def outcome(trainer: BasicTrainer, metrics: dict[str, float]) -> Outcome:
     """The facts of a run for its model card."""
-    n, limit = trainer.eval_batches.n_items, trainer.settings.n_eval_examples
     name, fingerprints = trainer.run.config.loss.name, trainer.run.fingerprints
-    return Outcome(name, trainer.examples, trainer.updates, min(n, limit), metrics, fingerprints)
+    return Outcome(name, trainer.examples, trainer.updates, n_evaluated(trainer), metrics, fingerprints)
+
+
+def n_evaluated(trainer: BasicTrainer) -> int:
+    return min(trainer.eval_batches.n_items, trainer.settings.n_eval_examples)
 
 
 # Trainers for several devices

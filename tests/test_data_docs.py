@@ -747,6 +747,22 @@ def left_out(read):
     )
 
 
+@row("white space around a response")
+def space_around_responses(read):
+    texts = {"chosen": "\n\nYes.", "rejected": "\nNo.\n"}
+    turns = {side: [{"role": "assistant", "content": text}] for side, text in texts.items()}
+    as_texts, as_turns = ([f"{text}{end}" for text in texts.values()] for end in (END, "<|im_end|>"))
+    assert read(rows=[{"prompt": "Hi.", **texts}]) == [("Hi.", *as_texts)]
+    dialogues = {side: f"{DIALOGUE}{text}" for side, text in texts.items()}
+    assert read(rows=[{"prompt": DIALOGUE, **texts}]) == read(rows=[dialogues]) == [(DIALOGUE, *as_texts)]
+    for settings, row in (((), {"prompt": [HI], **turns}), (("prompt_format=chat",), {"prompt": "Hi.", **texts})):
+        assert read(*settings, rows=[row]) == [(chatml(HI), *as_turns)]
+        assert "white space" not in read.out
+    trimming = CHATML.replace("m.content", "m.content | trim")
+    assert read(rows=[{"prompt": [HI], **turns}], template=trimming) == [AS_CHAT]
+    assert "1 kept although the chat template leaves out white space at the start or the end of a response" in read.out
+
+
 @row("thoughts of earlier turns")
 def earlier_thoughts(read):
     earlier = [HI, YES | {"content": "<think>\nWell.\n</think>\n\nYes."}, WHY]

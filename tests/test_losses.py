@@ -3,11 +3,13 @@
 import inspect
 import itertools
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from conftest import make_loss as default_loss
 from tiny_models import PLENTY, make_examples, mask_responses, respond, tiny, weigh
 
@@ -18,6 +20,7 @@ from dpo.reporting.metrics import BatchMetrics
 from dpo.training.objectives import Context
 from losses import LOSSES, preference_loss
 
+METRICS_PAGE = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 TRAIN_METRICS = {
     *(f"rewards_train/{what}" for what in ("chosen", "rejected", "accuracies", "margins")),
     *("logps_train/chosen", "logps_train/rejected", "loss/train"),
@@ -514,6 +517,28 @@ def test_a_label_counts_as_accurate_only_beyond_the_reference_point():
             assert found == [accurate if order[0] else 0.0] * 2
 
 
+def test_kto_prints_weights_for_numbers_of_labels_outside_the_papers_range():
+    """arXiv 2402.01306, eq. 9: D n_D / (U n_U) from 1 to 3/2; its example: 1 to 10 needs U = 1 and D from 10 to 15."""
+    assert make_loss("kto").label_notes(1, 10) == [
+        "Labels: 1 desirable and 10 undesirable responses, with their weights 0.1 to 1, where KTO's paper advises 1 to"
+        " 1.5; set loss.desirable_weight=12.5 or loss.undesirable_weight=0.08."
+    ]
+    for n, weights in (((7, 7), {}), ((15, 10), {}), ((1, 10), {"desirable_weight": 10}), ((131, 131), {})):
+        assert make_loss("kto", **weights).label_notes(*n) == []
+    for n in ((1501, 1000), (999, 1000), (3, 100_000), (5_000_000, 7)):
+        for own in ({}, {"desirable_weight": 3.0, "undesirable_weight": 0.7}):
+            (line,) = make_loss("kto", **own).label_notes(*n)
+            for name, value in re.findall(r"loss\.(\w+)=(\S+?)(?= or|\.$)", line):
+                assert make_loss("kto", **own | {name: float(value)}).label_notes(*n) == []
+    for n in ((0, 8), (8, 0)):
+        (line,) = make_loss("kto").label_notes(*n)
+        assert line.endswith("KTO needs both kinds to learn a preference.")
+
+
+def test_other_losses_say_nothing_of_numbers_of_labels():
+    assert {name for name in LOSSES if make_loss(name).label_notes(1, 10)} == {"kto"}
+
+
 def test_ktos_divergence_is_at_least_0():
     """A policy equal to its reference: both sigmoids are 1/2, weighted 2 and 1, whatever a negative estimate says."""
     case = tensor([-4.0, -8.0]), tensor([-4.0, -8.0]), torch.tensor([[2, 2]])
@@ -609,6 +634,38 @@ def test_a_loss_and_its_gradient_are_finite_wherever_log_probabilities_are(name,
             losses, _ = compute(loss, *arguments, sums=sums, examples=scored(2.0))
             losses.sum().backward()
             assert losses.isfinite().all() and logps.grad.isfinite().all(), (policy, reference)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_page_of_metrics_says_which_losses_can_be_negative(name):
+    """By the equations only rDPO's can: its second term, eps log sigmoid(-beta h), has no lower bound."""
+    sums = {"log_ratios": 3.0, "responses": 4, "examples": 1, "tokens": 4}
+    loss, lowest = make_loss(name), 0.0
+    for policy in itertools.product(EXTREME, repeat=loss.n_responses):
+        for reference in itertools.product(EXTREME, repeat=loss.n_responses):
+            arguments = tensor(policy), tensor(reference), torch.tensor([(1, 500)[: loss.n_responses]])
+            lowest = min(lowest, compute(loss, *arguments, sums=sums, examples=scored(2.0))[0].item())
+    (row,) = re.findall(r"^\| `loss` .*", METRICS_PAGE, re.MULTILINE)
+    assert (lowest < -1e-9) == (f"`{name}` can be negative" in row)
+
+
+MEANS = [("ipo", {"average_log_prob": True})] + [
+    (name, {"length_normalize": True}) for name in LOSSES if "length_normalize" in LOSSES[name].model_fields
+]
+
+
+@pytest.mark.parametrize("name, options", [*((name, {}) for name in LOSSES), *MEANS], ids=str)
+def test_the_page_of_metrics_says_for_which_losses_log_probabilities_are_means(name, options):
+    """A sum of -12 over 4 tokens is a mean of -3."""
+    loss = make_loss(name, **options)
+    logps = tensor([-12.0, -5.0][: loss.n_responses])
+    sums = {"log_ratios": 3.0, "responses": 4, "examples": 1, "tokens": 4}
+    lengths = torch.tensor([[4, 5][: loss.n_responses]])
+    _, metrics = compute(loss, logps, logps, lengths, sums=sums, examples=scored(2.0))
+    (row,) = re.findall(r"^\| `logps/chosen`.*", METRICS_PAGE, re.MULTILINE)
+    means = row.partition("its mean per token")[2].partition("|")[0]
+    named = f"`loss.{next(iter(options))}=true`" if options else f"`{name}`"
+    assert metrics["logps/chosen"].item() == (-3.0 if named in means else -12.0)
 
 
 MASKED = [

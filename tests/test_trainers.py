@@ -367,6 +367,21 @@ def labelled_rows(folder):
     return f"datasets=['{folder}']"
 
 
+def test_unbalanced_labels_are_printed_with_weights_before_training(tmp_path, capsys):
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    rows = [{"prompt": "Hi.", "completion": f"a{i}", "label": i % 4 == 0} for i in range(16)]
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inputs_of(*TINY, "loss=kto", f"datasets=['{folder}']", f"local_dirs=['{tmp_path}']")
+    line = "Labels: 4 desirable and 12 undesirable responses, with their weights 0.333 to 1, "
+    assert line in capsys.readouterr().out
+    settings = ("loss.desirable_weight=3.75", "loss=kto")
+    inputs_of(*TINY, *settings, f"datasets=['{folder}']", f"local_dirs=['{tmp_path}']")
+    inputs_of(*TINY, "loss=kto", f"local_dirs=['{tmp_path}']")  # pairs count one each
+    assert "Labels:" not in capsys.readouterr().out
+
+
 def settings_of(name, folder):
     """Return the settings of a case of BATCH_LOSSES, with its data."""
     return (*BATCH_LOSSES["kto"], labelled_rows(folder)) if name == "kto of labels" else BATCH_LOSSES[name]

@@ -13,6 +13,7 @@ from dpo.data.messages import (
     A_THOUGHT,
     THOUGHT,
     THOUGHT_KEYS,
+    TURN_TEXTS,
     InconsistentRow,
     Message,
     UnusableRow,
@@ -35,6 +36,8 @@ PROBE: list[Message] = [{"role": "user", "content": "probe question"}, {"role": 
 PROBE_CALL = {"type": "function", "function": {"name": "probe_tool", "arguments": {"key": "value"}}}
 OPENED = re.compile(r"<think>\s*$")  # at the end of a generation prompt
 EARLIER_THOUGHT = "a thought of an earlier turn"
+ANSWER = TURN_TEXTS["assistant"]
+OUTER_SPACE = "white space at the start or the end of a response"
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,10 @@ class ChatTemplate:
             if not is_written(value, text) and not (turn in removed and what == A_THOUGHT):
                 details = f"{at_turn(turn)}{excerpt(value)} is not in {excerpt(text)}"
                 raise InconsistentRow(f"the chat template changes {what}", details)
-        return Rendered(prompt, (segments,), (EARLIER_THOUGHT,) if removed else ())
+        answers = [(text.value, turns[text.turn]) for text in texts if text.turn in turns and text.what == ANSWER]
+        is_trimmed = any(value not in rendered and value.strip() in rendered for value, rendered in answers)
+        found = {EARLIER_THOUGHT: removed, OUTER_SPACE: is_trimmed}
+        return Rendered(prompt, (segments,), tuple(what for what, is_found in found.items() if is_found))
 
     def places_in(self, whole: str, messages: list[Message], tools: list[Any] | None) -> Places:
         """The places of a conversation rendered as whole; UnusableRow if a turn's text contains a special token."""

@@ -53,6 +53,11 @@ class Mixture(Sequence[TokenizedExample]):
         """Yield the scores of each example, chosen first, or ()."""
         return (scores for split in self.splits for scores in split.scores())
 
+    def label_counts(self) -> tuple[int, int]:
+        """The number of desirable and of undesirable responses; a pair has one of each."""
+        desirable, undesirable = zip(*(split.label_counts() for split in self.splits), strict=True)
+        return sum(desirable), sum(undesirable)
+
     def digest(self) -> bytes:
         """A SHA-256 of the examples in their order."""
         digests = [bytes.fromhex(split.selection.digest) for split in self.splits]

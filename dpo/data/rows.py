@@ -23,7 +23,7 @@ ASSISTANT = "\n\nAssistant:"
 HUMAN = "\n\nHuman:"
 DIFFERENT_PROMPTS = "the rejected dialogue's prompt differs"
 
-LABELS = {"true": True, "1": True, "false": False, "0": False}
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 NUMBERS = [role for role, column in COLUMNS.items() if column.is_number]
 SINGLE = ("completion", "messages")  # roles of a single response
 TrainOn = Literal["response", "last", "all"]
@@ -358,7 +358,7 @@ def label_of(fields: Fields, sft: bool) -> bool | None:
 
 
 def parse_label(value: object, name: str) -> bool:
-    """Whether a response is desirable: true, false, 1, 0 or their text; UserError for anything else."""
+    """Whether a response is desirable: true, false, 1, 0, 1.0, 0.0 or their text; UserError for anything else."""
     if value is None or value == "":  # CSV writes null as an empty cell
         raise InconsistentRow(f"{name} must be true or false, not {'null' if value is None else 'empty'}")
     is_desirable = LABELS.get(str(value).strip().lower())

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpo.data.examples import Ids, TextExample, Tokenization, TokenizedExample, Truncation
 from dpo.data.messages import to_json
-from dpo.data.records import Record, text_of
+from dpo.data.records import DESIRABLE, UNDESIRABLE, Record, text_of
 from dpo.data.statistics import RowStatistics
 from dpo.system.console import log_message
 from dpo.system.errors import RunError, summarize_error
@@ -203,6 +203,12 @@ class Split(Sequence[TokenizedExample]):
         )
         ids = Ids(record["prompt_ids"], record["response_ids"], record["masks"]).choose(choice)
         return self.tokenize.truncate(ids, text, self.first + index, record["n_turns_left_out"])
+
+    def label_counts(self) -> tuple[int, int]:
+        """The number of desirable and of undesirable responses; a pair has one of each."""
+        flags = self.table.column("flags")[self.selection.records]
+        desirable, undesirable = flags & DESIRABLE > 0, flags & UNDESIRABLE > 0
+        return int((~undesirable).sum()), int((~desirable).sum())
 
     def scores(self) -> Iterator[tuple[float, ...]]:
         """Yield the scores of each example, chosen first, or ()."""

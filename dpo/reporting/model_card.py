@@ -37,13 +37,18 @@ class Outcome:
     fingerprints: Mapping[str, str]
 
 
-def model_card(settings: Settings, loss: Loss, outcome: Outcome, dtype: torch.dtype) -> str:
-    """The card as Markdown with YAML front matter. dtype: of an exported or merged model's weights."""
+def model_card(
+    settings: Settings, loss: Loss, outcome: Outcome, dtype: torch.dtype | None = None, merged_only: bool = False
+) -> str:
+    """The card as Markdown with YAML front matter.
+
+    dtype: of an exported or merged model's weights, if known. merged_only: the export holds a merged model, no adapter.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
-    lora = settings.lora
+    lora = None if merged_only else settings.lora
     base = settings.model.name_or_path
-    is_on_hub = not settings.model.from_scratch and not Path(base).exists()
+    is_on_hub = not settings.model.from_scratch and not Path(base).exists() and public_name(base) == base
     data = ModelCardData(
         base_model=base if is_on_hub else None,
         datasets=[name.partition(":")[0] for name in settings.datasets if is_hub_name(name)] or None,
@@ -63,7 +68,7 @@ def model_card(settings: Settings, loss: Loss, outcome: Outcome, dtype: torch.dt
         is_adapter=lora is not None,
         is_merged=lora is not None and lora.export_merged,
         path=settings.push_to_hub or PLACEHOLDER,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         evaluation={
             name: (f"{metrics[name]:.4g}", interval_text(metrics, name)) for name in HEADLINES if name in metrics
         },

@@ -117,12 +117,16 @@ def in_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     converted = value.detach().to("cpu", dtype).contiguous()
     if dtype == torch.float16 and converted.isinf().any() and not value.isinf().any():
         problem = f"{name} has values beyond {torch.finfo(dtype).max:,.0f}"
-        raise RunError(f"export_dtype=float16: {problem}; resume the run with export_dtype=bfloat16", "disk")
+        advice = "resume the run with export_dtype=bfloat16, or python -m tools.export RUN OUT --dtype bfloat16"
+        raise RunError(f"export_dtype=float16: {problem}; {advice}", "disk")
     return converted
 
 
-def describe_export(folder: Path, trained: torch.dtype) -> str:
-    """One line with the size of an export's weights by dtype, and whether it rounds parameters trained in a dtype."""
+def describe_export(folder: Path, trained: torch.dtype, exact: str = "export_dtype=float32") -> str:
+    """One line with the size of an export's weights by dtype, and whether it rounds parameters trained in a dtype.
+
+    exact: the setting that rounds none.
+    """
     sizes: Counter[str] = Counter()  # bytes
     for path in folder.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -132,7 +136,7 @@ def describe_export(folder: Path, trained: torch.dtype) -> str:
     line = f"Exported {folder}: {', '.join(f'{size / 1e6:,.1f} MB in {dtype}' for dtype, size in sizes.most_common())}."
     rounded = [dtype for dtype in sizes if dtype in ("bfloat16", "float16") and trained == torch.float32]
     if rounded:
-        line += f" Its float32 parameters were rounded to {rounded[0]}: export_dtype=float32 keeps them."
+        line += f" Its float32 parameters were rounded to {rounded[0]}: {exact} keeps them."
     return line
 
 

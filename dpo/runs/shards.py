@@ -6,6 +6,7 @@ only tensors are stored, so that an untrusted checkpoint is harmless.
 
 import pickle
 import shutil
+import warnings
 from enum import Enum, EnumType
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def save_shards(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> dict[
 
 
 def load_shards(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Read tensors in place, each rank its shards, whatever the number of ranks that wrote them.
+    """Read tensors in place, each rank its shards, whatever the number of ranks that wrote them; also without ranks.
 
     RuntimeError if the folder lacks a tensor or has it in another shape.
     """
@@ -102,7 +103,9 @@ def load_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     except Exception as error:  # a damaged pickle raises nearly anything
         raise RuntimeError(summarize_error(error)) from None
     try:
-        load(tensors, storage_reader=reader)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in a process alone
+            load(tensors, storage_reader=reader)
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise RuntimeError(summarize_error(cause)) from None

@@ -65,6 +65,9 @@ TABLE = {
     ),
     "tokenizer tokenizer_name tokenizer_path tokenizer_name_or_path": "model.tokenizer_name_or_path",
     "checkpoint checkpoint_path load_checkpoint": "use model.archive{}, the path of a policy.pt",
+    "new_special_tokens add_special_tokens resize_vocab resize_token_embeddings": (
+        "add new tokens to the tokenizer's folder, and set model.resize_embeddings=true"
+    ),
     "trust_remote_code": "code from the Hub is never run; choose a model.name_or_path that transformers implements",
     # Loss
     "beta dpo_beta pref_beta": "loss.beta",
@@ -83,9 +86,14 @@ TABLE = {
     "router_aux_loss_coef moe_aux_loss_coef aux_loss_coef": "model.router_loss_weight",
     "output_router_logits": "use model.router_loss_weight=NUMBER, the weight of the routers' load-balancing loss",
     # Data
-    "dataset dataset_name train_dataset dataset_mixer data dataset_path data_path data_files train_file": (
+    "dataset dataset_name train_dataset data dataset_path data_path data_files train_file": (
         "use datasets=[NAME], names of data sets, files or folders"
     ),
+    "dataset_mixer dataset_weights mixing_ratios": (
+        "use datasets=[NAME,NAME] and shares=[SHARE,SHARE], the part of each that an epoch takes"
+    ),
+    "split dataset_split train_split": "use split_train{}, and split_test for the split to evaluate on",
+    "streaming": "leave it out: datasets are read once, into a file that is mapped into memory",
     "eval_dataset test_file val_size val_set_size test_size": (
         "use split_test, the split to evaluate on; without one, a tenth of the prompts is held out"
     ),
@@ -115,7 +123,10 @@ TABLE = {
     "eval_steps eval_interval eval_strategy evaluation_strategy": f"use eval_every, {EXAMPLES}",
     "save_steps save_interval save_strategy": f"use save_every, {EXAMPLES}; each evaluation also saves",
     "save_total_limit": "keep_checkpoints",
-    "load_best_model_at_end": "not supported; use keep_policies=true to keep the weights of each evaluation",
+    "load_best_model_at_end": (
+        "use `python -m tools.export RUN/step-N OUT`, which writes any checkpoint as a model; keep_policies=true keeps"
+        " the weights of each evaluation"
+    ),
     "resume_from_checkpoint resume_from": "use resume=RUN, the run directory; it keeps its own settings",
     "hub_model_id": "push_to_hub",
     "fsdp_port": "leave it out: processes started by n_processes or torchrun find each other",

@@ -48,8 +48,8 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda path: -int(path.name.removeprefix("step-")))
 
 
-def read_run_config(run_dir: Path) -> DictConfig:
-    """Read a run's config.yaml as plain values; UserError if the folder is not a run directory."""
+def read_run_config(run_dir: Path, setting: str = "resume=") -> DictConfig:
+    """Read a run's config.yaml as plain values; UserError, with the setting, if the folder is not a run directory."""
     try:
         made_by_runs = ("LATEST", ".staging-LATEST")
         links = [path.name for path in run_dir.iterdir() if path.is_symlink() and path.name not in made_by_runs]
@@ -62,9 +62,10 @@ def read_run_config(run_dir: Path) -> DictConfig:
     except (OSError, yaml.YAMLError, OmegaConfBaseException, AssertionError, AttributeError, TypeError, ValueError,
             RecursionError) as error:  # fmt: skip
         reason = summarize_error(error)
-        raise UserError(f"resume={run_dir}: not a run directory: its config.yaml cannot be read ({reason})") from None
+        raise UserError(f"{setting}{run_dir}: not a run directory: its config.yaml cannot be read ({reason})") from None
     if links:
-        raise UserError(f"resume={run_dir}: holds links ({', '.join(sorted(links))}) that no run creates; remove them")
+        problem = f"holds links ({', '.join(sorted(links))}) that no run creates; remove them"
+        raise UserError(f"{setting}{run_dir}: {problem}")
     return config
 
 
@@ -110,13 +111,13 @@ def override_run_config(config: DictConfig, arguments: Sequence[str], known: Seq
 
 
 def new_run_from(checkpoint: Path) -> str:
-    """Advice on how to start a new run with the weights of a checkpoint; a sharded one holds no policy.pt."""
+    """Advice on how to start a new run with the weights of a checkpoint; a sharded one may hold no policy.pt."""
     if (checkpoint / "policy.pt").is_file():
         return f"start a new run with model.archive={checkpoint}/policy.pt"
     if not checkpoint.is_dir():
         return "start a new run"
-    when = "at the end of the run, and at each checkpoint with keep_policies=true"
-    return f"start a new run with the policy.pt that several processes write {when}"
+    export = f"`python -m tools.export {checkpoint} OUT` (of a LoRA run with --merged)"
+    return f"start a new run with model.name_or_path=OUT, which {export} writes"
 
 
 def may_change(key: str, old: object, new: object) -> bool:

@@ -277,11 +277,15 @@ GroupT = TypeVar("GroupT", bound=BaseModel)
 
 
 def validate(
-    values: Mapping[str, Any], defaults: Mapping[str, Any], losses: Mapping[str, type[LossT]]
+    values: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    losses: Mapping[str, type[LossT]],
+    check_combinations: bool = True,
 ) -> tuple[Settings, LossT]:
     """The typed settings and the loss of {dotted key: value}; UserError with one line per problem.
 
     Missing keys take their defaults: a model's or loss's own YAML file, or an earlier version's run, may lack some.
+    Combinations of settings need no check where nothing is trained: their files and libraries may be missing here.
     """
     trains_adapter = any(key.startswith("lora.") for key in values)
     if not trains_adapter:
@@ -298,12 +302,13 @@ def validate(
         loss, loss_problems = build(loss_type, loss_fields(values), "loss.", known)
         problems |= loss_problems
     lines = [line for line in problems.values() if line]
-    valid = {key: value for key, value in values.items() if key not in problems}
-    lines += combination_problems(valid)
-    checked = loss
-    if loss_type is not None and loss is None:  # check combinations with the defaults of wrong values
-        checked, _ = build(loss_type, loss_fields(defaults) | loss_fields(valid), "loss.", known)
-    lines += checked.problems(valid) if checked else []
+    if check_combinations:
+        valid = {key: value for key, value in values.items() if key not in problems}
+        lines += combination_problems(valid)
+        checked = loss
+        if loss_type is not None and loss is None:  # check combinations with the defaults of wrong values
+            checked, _ = build(loss_type, loss_fields(defaults) | loss_fields(valid), "loss.", known)
+        lines += checked.problems(valid) if checked else []
     raise_problems(lines)
     assert settings is not None and loss is not None
     return settings, loss

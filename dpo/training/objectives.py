@@ -88,6 +88,10 @@ class Loss(LossSettings, ABC):
             mitigation = "set columns.score_chosen=NAME and columns.score_rejected=NAME, or columns.scores=NAME"
             yield f"loss={name} columns.score_chosen=null: this loss reads a score of each response; {mitigation}"
 
+    def label_notes(self, n_desirable: int, n_undesirable: int) -> list[str]:
+        """Lines about the numbers of desirable and undesirable responses in an epoch, printed before training."""
+        return []
+
     @property
     def needs_reference(self) -> bool:
         """Whether the reference's log-probabilities are computed."""

@@ -519,6 +519,19 @@ def test_an_answer_gets_an_end_where_the_template_writes_none():
     assert example.responses[0][-1] == plain.eos_token_id and example.responses[0].count(plain.eos_token_id) == 1
 
 
+def test_white_space_around_a_response_is_trained_on_or_what_the_template_trims_is_named():
+    texts = ("\n\nYes.", "\nNo.\n")
+    kept, trimmed = chatml(), chatml(CHATML.replace("m.content", "m.content | trim"))
+    for tokenizer, expected, warnings in (
+        (kept, ("\n\nYes.<|im_end|>", "\nNo.\n<|im_end|>"), ()),
+        (trimmed, ("Yes.<|im_end|>", "No.<|im_end|>"), ("white space at the start or the end of a response",)),
+    ):
+        rendered = RowFormatter("auto", tokenizer, time=TIME).conversation(row_of(*texts)).render()
+        assert tuple(segment.text for (segment,) in rendered.responses) == expected
+        assert rendered.removed == warnings
+    assert RowFormatter("auto", trimmed, time=TIME).conversation(row_of("Yes.", "No.")).render().removed == ()
+
+
 @pytest.mark.parametrize("place", ["prompt", "response"])
 @pytest.mark.parametrize("name", ["ChatML", "Llama-3", "Zephyr"])
 def test_a_turn_that_holds_a_special_token_is_not_trained_on(name, place):

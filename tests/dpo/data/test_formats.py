@@ -15,6 +15,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import read_data
 
 from dpo.data.formats import DatasetTable, open_file
 from dpo.system.errors import UserError
@@ -393,3 +394,34 @@ def test_a_file_that_stands_for_the_data_has_no_digest(tmp_path):
     for name in ("a.csv", "gone.csv"):
         with pytest.raises(UserError, match=name):
             open_file(tmp_path / name).digest()
+
+
+# What a row means, whatever its file
+
+
+KINDS = pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
+
+
+@KINDS
+def test_a_label_may_be_a_fraction_only_if_it_means_true_or_false(kind, tmp_path):
+    for folder, labels in (("whole", [1.0, 0.0, 1.0]), ("half", [1.0, 0.0, 0.5])):
+        rows = [{"prompt": "Hi.", "completion": f"a{i}", "label": label} for i, label in enumerate(labels)]
+        for split in ("train", "test"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / f"{split}.{kind}").write_bytes(as_file(rows, kind))
+    (group,) = read_data(tmp_path / "whole", labels=True)["train"]
+    assert [example.label for example in group] == [True, False, True]
+    with pytest.raises(UserError, match=rf"train\.{kind}, row 3: label must be true or false, not '0.5'"):
+        read_data(tmp_path / "half", labels=True)
+
+
+@KINDS
+def test_lines_before_and_after_a_response_are_read_and_move_no_dialogue_apart(kind, tmp_path):
+    prompt, texts = "\n\nHuman: Hi.\n\nAssistant:", {"chosen": "\n\nYes.\n", "rejected": "\nNo."}
+    whole = {side: f"{prompt}{text}" for side, text in texts.items()}
+    for folder, row in (("parts", {"prompt": prompt, **texts}), ("whole", whole)):
+        (tmp_path / folder).mkdir()
+        for split in ("train", "test"):
+            (tmp_path / folder / f"{split}.{kind}").write_bytes(as_file([row], kind))
+        ((example,),) = read_data(tmp_path / folder)["train"]
+        assert (example.prompt, example.responses) == (prompt, tuple(texts.values()))

@@ -18,7 +18,7 @@ from dpo.data import loader
 from dpo.data.batches import BatchIterator
 from dpo.data.formats import FileTable
 from dpo.data.formatting import RowFormatter
-from dpo.data.mixture import Mixture
+from dpo.data.mixture import Mixture, take_share
 from dpo.data.records import hashes_of
 from dpo.data.rows import Row
 from dpo.data.selection import first_of_each
@@ -135,6 +135,14 @@ def test_scores_are_known_without_reading_records(tmp_path, monkeypatch):
     monkeypatch.setattr(RecordTable, "__getitem__", None)
     assert list(data.split.scores()) == expected
     assert list(Mixture([other.split, data.split]).scores()) == [(), *expected]
+
+
+def test_labels_are_counted_over_an_epoch_and_a_pair_has_one_of_each(tmp_path):
+    labelled = [{"prompt": f"{i}:", "completion": "a", "label": i == 0} for i in range(4)]
+    (tmp_path / "pairs").mkdir()
+    data, pairs = read(tmp_path, *labelled, labels=True), read(tmp_path / "pairs", chat(0), chat(1))
+    assert data.split.label_counts() == (1, 3) and pairs.split.label_counts() == (2, 2)
+    assert Mixture([take_share(data.split, 2, seed=0), pairs.split]).label_counts() == (4, 8)
 
 
 def test_a_last_turn_that_is_too_long_is_dropped_and_counted_before_training(tmp_path):

@@ -645,10 +645,10 @@ def test_a_completion_or_messages_may_have_a_label(row, prompt, response):
 
 def test_sft_trains_on_desirable_responses_alone_and_reads_no_label_of_another_kind():
     row = {"prompt": "Hi.", "completion": "a"}
-    for label in (True, 1, "True"):
+    for label in (True, 1, 1.0, "True"):
         found = parse(row | {"label": label}, sft=True)
         assert (found.responses, found.label) == (("a",), None) and "label" in found.columns_read
-    for label in (False, 0, "false"):
+    for label in (False, 0, 0.0, "false"):
         with pytest.raises(UnusableRow, match="^the response is labelled undesirable$"):
             parse(row | {"label": label}, sft=True)
     for label in ("math", 3, None):
@@ -658,11 +658,11 @@ def test_sft_trains_on_desirable_responses_alone_and_reads_no_label_of_another_k
 
 
 def test_a_label_is_true_or_false_1_or_0_or_their_text():
-    values = {True: (True, 1, "true", "True", "1"), False: (False, 0, "false", "FALSE ", "0")}
+    values = {True: (True, 1, 1.0, "true", "True", "1", "1.0"), False: (False, 0, 0.0, "false", "FALSE ", "0", "0.0")}
     for label, written in values.items():
         for value in written:
             assert parse({"prompt": "Hi.", "completion": "a", "label": value}, labels=True).label is label
-    for value in ("good", 2, 0.5, [True]):
+    for value in ("good", 2, 0.5, "0.5", -1.0, float("nan"), [True]):
         with pytest.raises(UserError, match="^label must be true or false, not '"):
             parse({"prompt": "Hi.", "completion": "a", "label": value}, labels=True)
     for value, word in ((None, "null"), ("", "empty")):

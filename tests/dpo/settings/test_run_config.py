@@ -19,9 +19,9 @@ def test_a_new_run_is_advised_with_an_archive_that_is_there(tmp_path):
     for name in ("step-8", "step-16"):
         (tmp_path / name).mkdir()
     (tmp_path / "LATEST").symlink_to("step-16")
-    several = "start a new run with the policy.pt that several processes write at the end of the run, and at each"
-    assert advice().startswith(several) and "keep_policies=true" in advice()
-    with pytest.raises(UserError, match=f"step-8: .* newest checkpoint, step-16; {several}"):
+    several = "start a new run with model.name_or_path=OUT, which `python -m tools.export {}"
+    assert advice().startswith(several.format(f"{tmp_path}/LATEST OUT`"))
+    with pytest.raises(UserError, match=f"newest checkpoint, step-16; {several.format(f'{tmp_path}/step-8 OUT`')}"):
         find_run_dir(tmp_path / "step-8")
     (tmp_path / "step-16" / "policy.pt").touch()
     assert advice() == f"start a new run with model.archive={tmp_path}/LATEST/policy.pt"
