@@ -133,6 +133,11 @@ def test_no_config_names_a_file_with_code_since_none_is_exported(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "hf", trust_remote_code=True)
 
 
+def test_infinite_numbers_are_written_as_transformers_4_reads_them(tmp_path):
+    export_model(tmp_path / "hf", build("mamba2"), tiny_tokenizer("llama"))
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["time_step_limit"] == [0.0, float("inf")]
+
+
 # The dtype
 
 
