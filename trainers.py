@@ -240,17 +240,14 @@ class BasicTrainer:
         means = metrics.means("train", self.ranks)  # waits for the device, so the seconds are computed after it
         self.loss_state = self.loss.next_state(self.loss_state, means)
         seconds = time.perf_counter() - start
-        return (
-            means
-            | router_metrics(routers, "train")
-            | {
-                "grad_norm": float(grad_norm),
-                "lr": lr,
-                "counters/examples": self.examples,
-                "counters/updates": self.updates,
-                **self.utilization(batch.examples, seconds),
-            }
-        )
+        return means | {
+            "grad_norm": float(grad_norm),
+            "lr": lr,
+            "counters/examples": self.examples,
+            "counters/updates": self.updates,
+            **router_metrics(routers, "train"),
+            **self.utilization(batch.examples, seconds),
+        }
 
     def losses(
         self, batch: PackedBatch, metrics: BatchMetrics | None, sums: Sums = NO_SUMS

@@ -272,9 +272,9 @@ def special_token_problems(tokenizer: "PreTrainedTokenizerBase", vocab_size: int
         if token_id is None:
             problems.append(f"{key}: the tokenizer has no {name} token, {advice}")
         elif token_id >= vocab_size:
-            problem = f"the tokenizer's {name} token {token} has id {token_id}, but the model has {vocab_size} embeddings"
-            more = "which model.resize_embeddings=true would add to"
-            problems.append(f"{key}: {problem}, {more}; choose the model's own tokenizer")
+            limit = f"the model has {vocab_size} embeddings, which model.resize_embeddings=true would add to"
+            problem = f"the tokenizer's {name} token {token} has id {token_id}, but {limit}"
+            problems.append(f"{key}: {problem}; choose the model's own tokenizer")
     return problems
 
 
