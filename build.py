@@ -28,18 +28,21 @@ from dpo.distributed.splitting import BatchSplitter
 from dpo.distributed.tensor_parallel import plan_problems
 from dpo.model.archives import weights_checksum
 from dpo.model.attention import use_attention
-from dpo.model.layout_check import choose_layout, recorded_layout
+from dpo.model.layout_check import LayoutChoice, choose_layout, recorded_layout
 from dpo.model.loading import (
     compile_layers,
     copy_reference,
+    freeze,
     load_model_config,
     load_policy,
     recompute_activations,
     set_quantized_products,
 )
 from dpo.model.logps import ResponseLogps, response_logps
+from dpo.model.lora import POLICY, adapter_checksum
 from dpo.model.packing import Packer
 from dpo.model.pretrained import skip_unreachable_hub
+from dpo.model.reference_weights import ReferenceWeights, find_reference, same_config
 from dpo.model.refusals import count_embeddings, model_problems, quantization_method
 from dpo.model.routers import make_router_loss
 from dpo.model.sampling import Sampler, add_stops, distinct_prompts
@@ -47,10 +50,11 @@ from dpo.reporting.metrics import MetricLogger, make_logger
 from dpo.reporting.trackers import TensorBoardTracker, Tracker, Trackers, TrackioTracker, WandbTracker
 from dpo.runs.run_dir import RunDir
 from dpo.runs.weights import add_adapter
+from dpo.settings.constraints import START
 from dpo.settings.schema import Settings
 from dpo.system.console import log_message
 from dpo.system.devices import autocast, compute_dtype, float32_products, limit_onednn_cache, pick_device, read_facts
-from dpo.system.errors import actionable_errors, raise_problems
+from dpo.system.errors import UserError, actionable_errors, raise_problems
 from dpo.system.signals import Signals
 from dpo.system.threads import set_threads
 from dpo.training.budgets import estimate_memory, fit_budget, has_second_model, resolve_max_tokens
@@ -70,6 +74,7 @@ from preference_datasets import DATASETS, load_data
 from trainers import TRAINERS, BasicTrainer, Inputs, Models
 from utils import local_dir
 
+Prepare = Callable[[ResponseLogps], ResponseLogps]  # as `prepare` of a trainer
 LOADING = "before training; a smaller model needs less"
 
 
@@ -81,12 +86,16 @@ def load_inputs(settings: Settings, loss: Loss, start: datetime | None = None) -
     raise_problems(optimizer_problems(settings))
     model = settings.model
     names = {model.name_or_path: True, model.tokenizer_name_or_path or model.name_or_path: True}
+    names[settings.reference] = settings.reference != START and not Path(settings.reference).exists()
     on_hub = {name: is_hub_name(name) or (name in DATASETS and name != "demo") for name in settings.datasets}
     skip_unreachable_hub(names | on_hub)
     device = pick_device(settings.device)
     model_config, tokenizer = load_model_config(settings.model, settings.chat_template)
     problems = model_problems(settings, model_config, tokenizer, device)
     raise_problems(problems + plan_problems(settings, model_config))
+    reference = find_reference(settings, model_config, tokenizer)
+    if reference is not None and reference.config is not None:
+        raise_problems([f"{reference.setting} {line}" for line in plan_problems(settings, reference.config)])
     tokenize = Tokenization(
         tokenizer,
         settings.max_length,
@@ -104,7 +113,7 @@ def load_inputs(settings: Settings, loss: Loss, start: datetime | None = None) -
     stops = formatter.template.stops() if is_chat else []
     time_seen = time if is_chat and formatter.template.clock_formats else None
     raise_problems(list(unread_settings(settings, is_chat, time_seen)))
-    return Inputs(device, model_config, tokenizer, train_batches, eval_batches, stops, time_seen)
+    return Inputs(device, model_config, tokenizer, train_batches, eval_batches, stops, time_seen, reference)
 
 
 def unread_settings(settings: Settings, is_chat: bool, time_seen: datetime | None) -> Iterator[str]:
@@ -148,7 +157,7 @@ def build_trainer(
     set_threads(inputs.device, run.recorded_environment())
     with actionable_errors(LOADING):
         models = load_models(settings, loss, inputs, run)
-        if has_second_model(settings, loss):
+        if models.reference_checksum is None and has_second_model(settings, loss):
             models.second = copy_reference(models.policy, settings.model.reference_dtype, trainer_class.copy)
     if settings.compile:
         compile_models(models)
@@ -162,11 +171,8 @@ def build_trainer(
     models.policy = prepare(models.policy)
     models.sampler = make_sampler(settings, inputs, models, signals)
     logger = open_logger(settings, run)
-    models.reference = make_reference(settings, loss, inputs, models, run)
+    models.reference = make_reference(settings, loss, inputs, models, run, prepare)
     reshard(models.policy)  # the optimizer is made of sharded parameters
-    if isinstance(models.reference, ModelReference):
-        models.reference.module = prepare(models.reference.module)
-        trainer_class.copy_weights(models.policy, models.reference.module)
     if settings.activation_checkpointing:
         recompute_activations(models.policy.model)
     trainer = trainer_class(settings, loss, inputs, models, run, logger, signals)
@@ -178,14 +184,16 @@ def build_trainer(
 
 
 def load_models(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir) -> Models:
-    """Load the policy and its adapter and choose the layout, on the main rank."""
+    """Load the policy, its adapter and a reference of its own, and choose the layout, on the main rank."""
     limit_onednn_cache()
     dtype = compute_dtype(settings.compute_precision, getattr(torch, settings.model.policy_dtype), inputs.device)
     if dtype == torch.float32:
         torch.set_float32_matmul_precision(float32_products(read_facts(inputs.device)))
     load = partial(load_on_main, settings, loss, inputs, run, dtype)
-    models = run.ranks.broadcast_from_main(load, without_policy_weights)
-    use_attention(models.policy.model, models.policy.model.config._attn_implementation)  # which each process registers
+    models = run.ranks.broadcast_from_main(load, without_model_weights)
+    for module in (models.policy, models.second):
+        if module is not None:
+            use_attention(module.model, module.model.config._attn_implementation)  # which each process registers
     models.policy.with_collisions = loss.needs_collisions
     make_loss = partial(make_router_loss, models.policy.model, settings.model)
     models.policy.router_loss = run.ranks.run_on_main(make_loss)  # adds hooks, which cannot be sent to other ranks
@@ -193,8 +201,8 @@ def load_models(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir) -> 
 
 
 def load_on_main(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir, dtype: torch.dtype) -> Models:
-    """Load the policy, add its adapter, and choose the layout by a check on a few examples."""
-    device, policy_dtype = inputs.device, settings.model.policy_dtype
+    """Load the policy, add its adapter, load the reference, and choose the layout by a check on a few examples."""
+    device, policy_dtype, reference = inputs.device, settings.model.policy_dtype, inputs.reference
     known = recorded_layout(run.recorded_environment(), device)
     # A model that is sharded is whole on one device only for the check of the layout, if there is one.
     stays_on_host = run.ranks.world_size > 1 and (known is not None or settings.layout == "padded")
@@ -203,24 +211,84 @@ def load_on_main(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir, dt
     log_message(f"Device: {device}. Computing in {dtype}, parameters and optimizer in {policy_dtype}{frozen}.")
     n_embeddings = count_embeddings(settings.model, inputs.model_config, inputs.tokenizer)
     model = load_policy(settings, inputs.model_config, torch.device("cpu") if stays_on_host else device, n_embeddings)
-    adapter = None if settings.lora is None else add_adapter(model, settings)
+    adapter = None if settings.lora is None else add_adapter(model, settings, reference)
     # From the second epoch on, a cached reference meets the policy in other microbatches, where bfloat16 logits differ.
     float32_head = loss.needs_reference and loss.cached_reference and dtype != torch.float32
     policy = ResponseLogps.wrap(model, float32_head)
     examples = next(iter(inputs.eval_batches.from_start())).examples
     choice = choose_layout(policy, examples, settings.layout, settings.max_length, dtype, known)
     set_quantized_products(model, dtype)
+    models = Models(policy, adapter, Packer(choice.layout, 1, device), dtype)
+    if reference is not None:
+        if adapter is None or adapter.reference is None:
+            choice = load_second(settings, inputs, reference, models, choice)
+        compare_start(settings, inputs, reference, models)
     n_shards = 1 if settings.ddp else run.ranks.world_size // settings.replicate
-    estimate = partial(estimate_memory, policy, settings, loss, dtype, choice, n_shards)
+    estimate = partial(estimate_memory, policy, settings, loss, dtype, choice, n_shards, models.second)
     max_tokens = resolve_max_tokens(settings.max_tokens_per_pass, read_facts(device), estimate)
-    return Models(policy, adapter, Packer(choice.layout, max_tokens, device), dtype)
+    models.packer = Packer(choice.layout, max_tokens, device)
+    return models
 
 
-def without_policy_weights(models: Models) -> Models:
+def load_second(
+    settings: Settings, inputs: Inputs, reference: ReferenceWeights, models: Models, choice: LayoutChoice
+) -> LayoutChoice:
+    """Load the model that `reference` names, and return a layout that both models support.
+
+    Of several processes, the main one keeps both on its host until they are sharded.
+    """
+    policy, host = models.policy, torch.device("cpu")
+    place = inputs.device if settings.trainer == "BasicTrainer" else host
+    policy.to(place)
+    n_embeddings = count_embeddings(settings.model, inputs.model_config, inputs.tokenizer)
+    model = reference.load(settings, inputs.model_config, n_embeddings)
+    models.second = ResponseLogps.wrap(model, policy.float32_head)
+    if reference.config is None or same_config(reference.config, inputs.model_config):
+        use_attention(model, choice.attention)
+    else:
+        examples = next(iter(inputs.eval_batches.from_start())).examples
+        models.second.to(inputs.device)
+        own = choose_layout(models.second, examples, choice.layout, settings.max_length, models.dtype)
+        if own.layout != choice.layout:
+            use_attention(policy.model, "sdpa")
+            choice = LayoutChoice(own.layout, policy.model.config._attn_implementation)
+    models.second.to(place)
+    return choice
+
+
+def compare_start(settings: Settings, inputs: Inputs, reference: ReferenceWeights, models: Models) -> None:
+    """Take the checksum of a reference of its own, compare it with the policy, and freeze it."""
+    adapter, second, model = models.adapter, models.second, models.policy.model
+    if second is None:
+        assert adapter is not None
+        if settings.model.reference_dtype is not None:
+            problem = "an adapter of the policy's frozen weights is in their dtype; set model.reference_dtype=null"
+            raise UserError(f"{reference.setting} model.reference_dtype={settings.model.reference_dtype}: {problem}")
+        models.reference_checksum = adapter.reference
+        models.starts_equal = adapter_checksum(model, POLICY) == adapter.reference
+        return
+    models.reference_checksum = weights_checksum(second.model.state_dict())
+    is_same_function = reference.config is None or same_config(reference.config, inputs.model_config)
+    start = weights_checksum(model.state_dict()) if adapter is None else adapter.base
+    is_start = is_same_function and start == models.reference_checksum
+    models.starts_equal = is_start and (settings.lora is None or settings.lora.path is None)
+    if is_start and adapter is not None and settings.model.reference_dtype is None:
+        models.second = None  # it is the policy without its adapter
+        return
+    shapes = [[parameter.shape for parameter in each.parameters()] for each in (models.policy, second)]
+    if settings.sync_reference and shapes[0] != shapes[1]:
+        problem = "its weights have other shapes than the policy's, so it cannot follow it; set sync_reference=null"
+        raise UserError(f"{reference.setting} sync_reference={settings.sync_reference}: {problem}")
+    freeze(second, settings.model.reference_dtype)
+    log_message(f"Reference: a second model, with the weights that {reference.setting} names.")
+
+
+def without_model_weights(models: Models) -> Models:
     """The values that the main rank sends to the others."""
     policy = without_weights(models.policy)
     adapter = models.adapter and replace(models.adapter, model=policy.model)
-    return replace(models, policy=policy, adapter=adapter)
+    second = None if models.second is None else without_weights(models.second)
+    return replace(models, policy=policy, adapter=adapter, second=second)
 
 
 def compile_models(models: Models) -> None:
@@ -251,7 +319,9 @@ def check_fingerprints(loss: Loss, inputs: Inputs, models: Models, run: RunDir) 
         fingerprints["the scores"] = hashlib.sha256(scores.encode()).hexdigest()
     if models.adapter is not None:
         fingerprints |= models.adapter.fingerprints()
-    elif loss.needs_reference:
+    if models.reference_checksum is not None:
+        fingerprints["the reference's weights"] = models.reference_checksum
+    elif models.adapter is None and loss.needs_reference:
         checksum = run.ranks.run_on_main(lambda: weights_checksum(models.policy.model.state_dict()))
         fingerprints["the reference's weights"] = checksum
     check_same(fingerprints, run.ranks)
@@ -284,37 +354,56 @@ def open_logger(settings: Settings, run: RunDir) -> MetricLogger:
     return logger
 
 
-def make_reference(settings: Settings, loss: Loss, inputs: Inputs, models: Models, run: RunDir) -> Reference | None:
+def make_reference(
+    settings: Settings, loss: Loss, inputs: Inputs, models: Models, run: RunDir, prepare: Prepare
+) -> Reference | None:
     """Make the reference that the loss needs, if any."""
     if not loss.needs_reference:
         return None
     reference: Reference
+    computed: ModelReference | AdapterReference | None = None
     if models.second is not None:
-        reference = second_model_reference(settings, models)
-    if models.adapter is not None:
-        reference = adapter_reference(inputs, models)
+        computed = second_model_reference(settings, models, prepare)
+    elif models.adapter is not None:
+        computed = adapter_reference(inputs, models)
     if loss.cached_reference:
-        reference = cached_reference(settings, loss, inputs, models, run)
-    reference.start_tolerance = max(reference.start_tolerance, start_tolerance(settings))
+        models.second = None  # freed once the cache is computed
+        own = None if models.reference_checksum is None else computed
+        reference = cached_reference(settings, loss, inputs, models, run, own)
+    else:
+        assert computed is not None
+        reference = computed
+    reference.start_tolerance = max(reference.start_tolerance, start_tolerance(settings, models))
     return reference
 
 
-def second_model_reference(settings: Settings, models: Models) -> ModelReference:
+def second_model_reference(settings: Settings, models: Models, prepare: Prepare) -> ModelReference:
     """Use a second model as the reference: frozen, or following the policy."""
     assert models.second is not None
+    reference: ModelReference
     if settings.sync_reference:
         every, mix = settings.sync_reference, settings.sync_mix
-        return SyncedReference(models.second, models.policy, models.sampler, every, mix)
-    is_mixed = models.policy.model.dtype != models.dtype  # then training computes under autocast
-    dtype = models.dtype if is_mixed else models.second.model.dtype
-    return ModelReference(models.second, dtype, models.sampler)
+        reference = SyncedReference(models.second, models.policy, models.sampler, every, mix)
+    else:
+        is_mixed = models.policy.model.dtype != models.dtype  # then training computes under autocast
+        dtype = models.dtype if is_mixed else models.second.model.dtype
+        reference = ModelReference(models.second, dtype, models.sampler)
+    reference.module = prepare(reference.module)
+    if models.reference_checksum is None:
+        TRAINERS[settings.trainer].copy_weights(models.policy, reference.module)
+    return reference
 
 
 def adapter_reference(inputs: Inputs, models: Models) -> AdapterReference:
-    """Use the policy without its adapter as the reference; UserError if the two differ on a short example."""
+    """Use the policy without its adapter, or with a frozen one, as the reference.
+
+    UserError if both start from the same weights, but differ on a short example.
+    """
     assert models.adapter is not None
     reference = AdapterReference(models.policy, models.adapter, models.sampler)
     log_message(f"Reference: {models.adapter.describe_reference()}; no second model is loaded.")
+    if not models.starts_equal:
+        return reference
     shortest = min(next(iter(inputs.eval_batches.from_start())).examples, key=len)
     batch = next(models.packer([shortest]))
     with torch.no_grad(), autocast(models.policy.model.dtype, models.dtype, inputs.device):
@@ -323,13 +412,26 @@ def adapter_reference(inputs: Inputs, models: Models) -> AdapterReference:
     return reference
 
 
-def cached_reference(settings: Settings, loss: Loss, inputs: Inputs, models: Models, run: RunDir) -> CachedReference:
-    """Compute the log-probabilities of the policy before training, or read them from the file of an earlier run."""
+def cached_reference(
+    settings: Settings,
+    loss: Loss,
+    inputs: Inputs,
+    models: Models,
+    run: RunDir,
+    computed: ModelReference | AdapterReference | None,
+) -> CachedReference:
+    """Compute a reference's log-probabilities before training, or read them from the file of an earlier run.
+
+    computed is a reference of its own; None: the policy computes them.
+    """
     train, test = inputs.train_batches, inputs.eval_batches
     samples = None
     if settings.sample_during_eval and not settings.dry_run:
         prompts = distinct_prompts(test, settings.n_eval_model_samples)
-        samples = models.sampler.sample(models.policy.model, prompts, "sampling the reference")
+        if computed is None:
+            samples = models.sampler.sample(models.policy.model, prompts, "sampling the reference")
+        else:
+            samples = computed.generate(prompts)
     cache = CachedReference(train.n_items + test.n_items, loss.n_responses, samples)
     if settings.dry_run:  # its losses mean nothing
         cache.sums.zero_()
@@ -344,14 +446,19 @@ def cached_reference(settings: Settings, loss: Loss, inputs: Inputs, models: Mod
         test,
         n_microbatches=settings.gradient_accumulation_steps,
         compiled=settings.compile,
+        reference=computed,
     )
     precomputation.run(cache, path, shared_folder)
     return cache
 
 
-def start_tolerance(settings: Settings) -> float:
+def start_tolerance(settings: Settings, models: Models) -> float:
     """How far policy and reference may differ before the first update, in nats per token on average."""
-    if settings.dry_run or settings.model.reference_dtype not in (None, settings.model.policy_dtype):
+    if (
+        settings.dry_run
+        or not models.starts_equal
+        or settings.model.reference_dtype not in (None, settings.model.policy_dtype)
+    ):
         return math.inf
     return ROUNDED if settings.compile else 0.0  # compiled with and without gradients, a model may round differently
 

@@ -39,6 +39,7 @@ from dpo.distributed.tensor_parallel import parallelize
 from dpo.model.accumulation import accumulate_in_place
 from dpo.model.logps import ResponseLogps, response_logps
 from dpo.model.packing import PackedBatch, Packer
+from dpo.model.reference_weights import ReferenceWeights
 from dpo.model.routers import load_balancing_loss
 from dpo.model.sampling import Sampler, distinct_prompts
 from dpo.reporting.diagnosis import diagnose, diagnose_samples, displacement_advice, lengths, log_ratios
@@ -60,7 +61,7 @@ from dpo.system.signals import Signals
 from dpo.system.state import random_states, set_random_states
 from dpo.system.stopwatch import Stopwatch
 from dpo.system.threads import ThreadCheck
-from dpo.training.first_update import check_first_margin, check_gradients, has_dropout, strict_autograd
+from dpo.training.first_update import FirstMargin, check_gradients, has_dropout, strict_autograd
 from dpo.training.objectives import NO_SUMS, Context, Loss, Sums
 from dpo.training.optimizers import OptimizerOptions, make_optimizer
 from dpo.training.references import Reference, repeated, sums_of_logps
@@ -82,6 +83,7 @@ class Inputs:
     eval_batches: BatchIterator
     stops: list[int]  # ids that end a turn in the conversations of the data, if there are any
     template_time: datetime | None = None  # that the chat template saw, if it reads the clock
+    reference: ReferenceWeights | None = None  # if it does not start from the policy's weights
 
 
 @dataclass
@@ -93,6 +95,8 @@ class Models:
     packer: Packer
     dtype: torch.dtype  # of forward passes
     second: ResponseLogps | None = None  # if the reference is a second model
+    reference_checksum: str | None = None  # of its weights, if it does not start from the policy's
+    starts_equal: bool = True  # whether policy and reference have the same weights before the first update
     reference: Reference | None = None
     sampler: Sampler = field(init=False)
 
@@ -151,7 +155,7 @@ class BasicTrainer:
         self.next_eval: float = 0 if settings.do_first_eval else settings.eval_every
         self.next_save = next_multiple(0, settings.save_every)
         self.truncated: Counter[str] = Counter()
-        self.compares_start = False  # whether policy and reference are compared before the first update
+        self.first_margin: FirstMargin | None = None  # compares policy and reference before the first update
         self.gradients_checked = False  # checked once in every process, also in one that resumes a run
 
     # Modules and batches: trainers for several devices override the first three
@@ -185,7 +189,9 @@ class BasicTrainer:
 
     def train(self) -> None:
         """Train on the remaining batches, evaluating and saving whenever due, then evaluate, save and export."""
-        self.compares_start = not has_dropout(self.policy)
+        if self.reference is not None and not self.updates:
+            if math.isinf(self.reference.start_tolerance) or not has_dropout(self.policy):
+                self.first_margin = FirstMargin(self.reference, f"reference={self.settings.reference}")
         bar = progress_bar("training", "update", len(self.train_batches), initial=self.updates)
         with bar, actionable_errors(NO_MEMORY), strict_autograd(), self.signals.deferred(), self.writer:
             for batch in self.clock.waiting("data", prefetch(self.train_batches)):
@@ -262,8 +268,8 @@ class BasicTrainer:
         losses, values = self.loss(policy_logps, reference_logps, context)
         if metrics is not None:
             metrics.add(batch.examples, values | log_ratios(policy_logps, reference_logps) | lengths(batch))
-            if self.compares_start and not self.updates and self.reference is not None and reference_logps is not None:
-                check_first_margin(policy_logps, reference_logps, self.reference)
+            if self.first_margin is not None and not self.updates and reference_logps is not None:
+                self.first_margin.compare(policy_logps, reference_logps)
         return losses, policy_logps.routers
 
     @torch.no_grad()
@@ -325,7 +331,7 @@ class BasicTrainer:
         except Stopped:  # the resumed run repeats the evaluation
             self.save(logs=before)
             raise
-        log_notes(self.truncated, self.examples, displacement_advice(metrics))
+        log_notes(self.truncated, self.examples, displacement_advice(metrics) if self.updates else None)
         if final:  # not part of a longer run's schedule; and a run that is killed before its export repeats it
             self.save(metrics, logs=before)
             self.export(metrics)
@@ -443,6 +449,8 @@ class BasicTrainer:
 
     def log(self, metrics: dict[str, float], thin: bool = False) -> None:
         """Log metrics with the numbers of examples and updates, the seconds per activity and the peak memory."""
+        if self.first_margin is not None:
+            self.first_margin.close(self.ranks)
         usage = self.clock.pop() | memory_use(self.device, self.ranks)
         self.logger.log({"examples": self.examples, "updates": self.updates} | metrics | usage, thin)
 

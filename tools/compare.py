@@ -1,7 +1,7 @@
 """Compares two models: samples from both for the same prompts, and lets a judge choose.
 
 python -m tools.compare RUN_A RUN_B --judge COMMAND
-python -m tools.compare RUN_A reference --judge COMMAND       RUN_B is the model that RUN_A started from
+python -m tools.compare RUN_A reference --judge COMMAND       RUN_B is the reference of RUN_A
 python -m tools.compare RUN_A RUN_B --judge COMMAND --prompts FILE
 
 A judge is a command that reads JSON lines {"prompt", "a", "b"} and writes A, B or tie for each: tools/judges.py.
@@ -36,7 +36,7 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Candidate:
-    """The policy of a run or, without weights, the model that the run started from."""
+    """The policy of a run or, without weights, its reference."""
 
     name: str
     settings: "Settings"
@@ -57,6 +57,8 @@ def find_candidate(path: Path, as_reference: bool = False) -> Candidate:
     weights = None if as_reference else checkpoint / "policy.pt"
     if weights is not None and not weights.is_file():
         raise UserError(f"{weights}: there is no such file; give a run that has written a checkpoint")
+    if not as_reference:
+        config.reference = "start"  # its weights are not needed, and may not be here
     if weights is not None and config.get("lora") is None:
         OmegaConf.update(config, "model.archive", str(weights))  # load these weights instead of the initial ones
     config.trackers = []  # may not be installed here
@@ -156,17 +158,26 @@ def load_model(candidate: Candidate, device: "torch.device") -> "PreTrainedModel
     """Load a candidate, with its adapter if it has one."""
     from dpo.model.archives import load_archive
     from dpo.model.loading import load_model_config, load_policy
+    from dpo.model.lora import REFERENCE as FROZEN
+    from dpo.model.lora import adapted_layers, use_adapter
+    from dpo.model.reference_weights import find_reference
     from dpo.model.refusals import count_embeddings
     from dpo.runs.weights import add_adapter
 
     settings = candidate.settings
     config, tokenizer = load_model_config(settings.model)
-    model = load_policy(settings, config, device, count_embeddings(settings.model, config, tokenizer))
-    if settings.lora is not None:
-        adapter = add_adapter(model, settings)  # a new adapter changes nothing: without weights this is the reference
-        if candidate.weights is not None:
-            path = str(candidate.weights)
-            adapter.load_state_dict(load_archive(path), path)
+    n_embeddings = count_embeddings(settings.model, config, tokenizer)
+    reference = find_reference(settings, config, tokenizer)
+    model = load_policy(settings, config, device, n_embeddings)
+    # A new adapter changes nothing, so without weights this is the reference, or the frozen adapter is.
+    adapter = None if settings.lora is None else add_adapter(model, settings, reference)
+    if reference is not None and (adapter is None or adapter.reference is None):
+        return reference.load(settings, config, n_embeddings).to(device)  # type: ignore[arg-type]  # as in load_policy
+    if reference is not None:
+        use_adapter(adapted_layers(model).values(), FROZEN)
+    if adapter is not None and candidate.weights is not None:
+        path = str(candidate.weights)
+        adapter.load_state_dict(load_archive(path), path)
     return model
 
 

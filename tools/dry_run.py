@@ -55,7 +55,7 @@ def memory_of_processes(settings: Settings, loss: Loss, inputs: Inputs) -> str:
     replicate, tensor = mesh_sizes(settings, n)
     device = inputs.device
     dtype = compute_dtype(settings.compute_precision, getattr(torch, settings.model.policy_dtype), device)
-    estimate = estimate_before_loading(inputs.model_config, settings, loss, dtype, n // replicate)
+    estimate = estimate_before_loading(inputs.model_config, settings, loss, dtype, n // replicate, inputs.reference)
     budget = resolve_max_tokens(settings.max_tokens_per_pass, read_facts(device), lambda: estimate)
     packer = Packer(settings.layout, budget, torch.device("cpu"))
     longest = 0

@@ -44,7 +44,7 @@ def inspect_inputs(settings: Settings, loss: Loss, inputs: Inputs) -> None:
         inputs.tokenizer, with_ids=settings.inspect_ids, in_color=sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )
     dtype = compute_dtype(settings.compute_precision, getattr(torch, settings.model.policy_dtype), inputs.device)
-    estimate = partial(estimate_before_loading, inputs.model_config, settings, loss, dtype)
+    estimate = partial(estimate_before_loading, inputs.model_config, settings, loss, dtype, reference=inputs.reference)
     max_tokens = resolve_max_tokens(settings.max_tokens_per_pass, read_facts(inputs.device), estimate)
     train = inputs.train_batches
     print_text(*legend(settings, printer))

@@ -15,19 +15,19 @@ RENAMED = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's output head, unti
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by their size in bytes
 
 
-def load_archive(path: str) -> dict[str, Any]:
-    """Read the state in a policy.pt of this project or of the original; UserError if it is not one.
+def load_archive(path: str, key: str = "model.archive") -> dict[str, Any]:
+    """Read the state in a policy.pt of this project or of the original; UserError, with the key, if it is not one.
 
     The state is {name: tensor}, or for a LoRA run the state_dict of `dpo.runs.weights.AdapterWeights`.
     """
-    mitigation = "model.archive must be a policy.pt of a run here or of the original"
+    mitigation = f"{key} must be a policy.pt of a run here or of the original"
     try:
         archive = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise UserError(f"model.archive={path}: there is no such file; {mitigation}") from None
+        raise UserError(f"{key}={path}: there is no such file; {mitigation}") from None
     except Exception as error:  # torch raises many kinds of errors for a damaged file or one with more than weights
         reason = summarize_error(error)
-        raise UserError(f"model.archive={path}: cannot be read ({reason}); {mitigation}") from None
+        raise UserError(f"{key}={path}: cannot be read ({reason}); {mitigation}") from None
     state: Any = archive.get("state") if isinstance(archive, dict) else None
     weights = state["weights"] if is_adapter(state) else state
     if not isinstance(weights, dict) or not all(
@@ -37,7 +37,7 @@ def load_archive(path: str) -> dict[str, Any]:
         and not value.is_meta
         for name, value in weights.items()
     ):
-        raise UserError(f"model.archive={path}: holds no weights under 'state'; {mitigation}")
+        raise UserError(f"{key}={path}: holds no weights under 'state'; {mitigation}")
     return state
 
 

@@ -54,38 +54,45 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_policy(
-    settings: Settings, config: PreTrainedConfig, device: torch.device, n_embeddings: int = 0
+    settings: Settings,
+    config: PreTrainedConfig,
+    device: torch.device,
+    n_embeddings: int = 0,
+    key: str = "model.name_or_path",
 ) -> PreTrainedModel:
     """Load the policy, with dropout off and at least n_embeddings embeddings.
 
-    UserError if a tensor of the model is missing or does not fit.
+    UserError, with the key of the setting that names the model, if a tensor of the model is missing or does not fit.
     """
     if settings.model.from_scratch:
         torch.manual_seed(settings.seed)
         dtype = getattr(torch, settings.model.policy_dtype)
         policy: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
     else:
-        policy = load_pretrained(settings, config, device)
+        policy = load_pretrained(settings, config, device, key)
     keep_weights_unpacked(policy)
     resize_embeddings(policy, n_embeddings)
     for module in policy.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     if settings.model.archive:
-        state = load_archive(settings.model.archive)
-        setting = f"model.archive={settings.model.archive}"
-        if is_adapter(state):
-            merge_adapter(policy, state, setting)
-        else:
-            load_weights(policy, state, setting)
+        load_state(policy, load_archive(settings.model.archive), f"model.archive={settings.model.archive}")
     if settings.activation_checkpointing and not policy.supports_gradient_checkpointing:
         raise UserError("activation_checkpointing=true: this kind of model does not support it; set it to false")
-    check_deterministic(policy)
-    check_causal(policy)
+    check_deterministic(policy, key)
+    check_causal(policy, key)
     return policy if is_quantized(policy) else policy.to(device)  # type: ignore[arg-type]  # a decorator hides its arguments
 
 
-def load_pretrained(settings: Settings, config: PreTrainedConfig, device: torch.device) -> PreTrainedModel:
+def load_state(model: PreTrainedModel, state: dict[str, Any], setting: str) -> None:
+    """Load the state of a policy.pt: all weights, or an adapter, which is merged; UserError if it does not fit."""
+    if is_adapter(state):
+        merge_adapter(model, state, setting)
+    else:
+        load_weights(model, state, setting)
+
+
+def load_pretrained(settings: Settings, config: PreTrainedConfig, device: torch.device, key: str) -> PreTrainedModel:
     name, dtype = settings.model.name_or_path, getattr(torch, settings.model.policy_dtype)
     load: Callable[[], tuple[PreTrainedModel, dict[str, Any]]] = partial(  # type: ignore[assignment]  # by its arguments
         auto_class(config).from_pretrained,
@@ -97,12 +104,12 @@ def load_pretrained(settings: Settings, config: PreTrainedConfig, device: torch.
         trust_remote_code=False,
         **quantization(settings, config, device),
     )
-    stored = fetch("model.name_or_path", name, partial(tensor_names, name))
-    model, info = fetch("model.name_or_path", name, load)
-    info["unexpected_keys"] = unexpected_tensors(model, name, stored, info["unexpected_keys"])
+    stored = fetch(key, name, partial(tensor_names, name))
+    model, info = fetch(key, name, load)
+    info["unexpected_keys"] = unexpected_tensors(model, f"{key}={name}", stored, info["unexpected_keys"])
     wrong = [f"{kind.removesuffix('_keys')} {sorted(map(str, info[kind]))}" for kind in info if info[kind]]
     if wrong:
-        raise UserError(f"model.name_or_path={name}: its weights do not fit its config: {'; '.join(wrong)}")
+        raise UserError(f"{key}={name}: its weights do not fit its config: {'; '.join(wrong)}")
     set_quantized_products(model, torch.float32, outliers=False)
     if is_quantized(model):
         for parameter in model.parameters():  # transformers keeps the stored dtype of those that are not quantized
@@ -176,7 +183,12 @@ def resize_embeddings(model: PreTrainedModel, n: int) -> None:
 
 def copy_reference(policy: M, dtype: str | None, clone: Callable[[M], M] = copy.deepcopy) -> M:
     """Copy the policy before training, with frozen parameters in a dtype (None: the policy's)."""
-    reference = clone(policy).eval().requires_grad_(False)
+    return freeze(clone(policy), dtype)
+
+
+def freeze(reference: M, dtype: str | None) -> M:
+    """Freeze a reference's parameters, in a dtype (None: as they are)."""
+    reference.eval().requires_grad_(False)
     if dtype is not None:
         for parameter in reference.parameters():  # buffers such as rotary frequencies stay in float32
             parameter.data = parameter.data.to(getattr(torch, dtype))

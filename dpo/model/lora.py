@@ -7,7 +7,7 @@ takes seconds, and training all weights does not need it.
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -161,8 +161,12 @@ class StoredAdapter:
     weights: dict[str, Tensor]
     base: str | None
 
+    def state_dict(self) -> dict[str, Any]:
+        """The same as in a LoRA run's policy.pt."""
+        return {"adapter": asdict(self.shape), "base": self.base, "weights": self.weights}
 
-def read_adapter(folder: str) -> StoredAdapter:
+
+def read_adapter(folder: str, key: str = "lora.path") -> StoredAdapter:
     """Read an adapter from a folder in peft's format; UserError unless it is plain LoRA of linear layers."""
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
@@ -178,12 +182,12 @@ def read_adapter(folder: str) -> StoredAdapter:
     except Exception as error:  # missing or foreign files raise many kinds of errors
         reason = summarize_error(error)
         mitigation = "give the folder of a LoRA adapter in peft's format, such as RUN/LATEST/hf"
-        raise UserError(f"lora.path={folder}: cannot be read ({reason}); {mitigation}") from None
+        raise UserError(f"{key}={folder}: cannot be read ({reason}); {mitigation}") from None
     init = config.get("init_lora_weights", True)
     extras = [name for name in ("alpha_pattern", "rank_pattern", "modules_to_save") if config.get(name)]
     extras += [f"init_lora_weights={init}"] * (init not in KEEPS_BASE)
     if config.get("peft_type") != "LORA" or extras or not layers:
-        raise UserError(f"lora.path={folder}: not a plain LoRA adapter ({', '.join(extras) or 'another kind'})")
+        raise UserError(f"{key}={folder}: not a plain LoRA adapter ({', '.join(extras) or 'another kind'})")
     return StoredAdapter(shape, weights, base)
 
 
@@ -260,7 +264,19 @@ def copy_weights(parameters: Mapping[str, Parameter], stored: Mapping[str, Tenso
 
 def reference_weights(model: PreTrainedModel) -> dict[str, Any]:
     trained = re.compile(rf"\.lora_\w+\.{POLICY}\b")
-    return {name: value for name, value in model.state_dict().items() if not trained.search(name)}
+    frozen = {name: value for name, value in model.state_dict().items() if not trained.search(name)}
+    return frozen | adapter_scales(model, REFERENCE)
+
+
+def adapter_scales(model: PreTrainedModel, adapter: str) -> dict[str, Tensor]:
+    """The factor of an adapter's output in each layer that it adapts."""
+    layers = {name: layer for name, layer in adapted_layers(model).items() if adapter in layer.scaling}
+    return {f"{name}.scaling": torch.tensor(layer.scaling[adapter]) for name, layer in layers.items()}
+
+
+def adapter_checksum(model: PreTrainedModel, adapter: str) -> str:
+    """A checksum of everything that determines what an adapter adds to its base model."""
+    return weights_checksum(adapter_parameters(model, adapter) | adapter_scales(model, adapter))
 
 
 def check_base(stored: str | None, checksum: str, setting: str) -> None:
@@ -272,6 +288,15 @@ def check_base(stored: str | None, checksum: str, setting: str) -> None:
         )
 
 
+def stored_config(model: PreTrainedModel, state: dict[str, Any], setting: str) -> "LoraConfig":
+    """peft's config of the adapter in a LoRA run's checkpoint; UserError if the model lacks its first layer."""
+    try:
+        shape = AdapterShape(**state["adapter"])
+        return replace(shape, parameters=matching(expert_tensors(model), shape.parameters)).peft_config(model)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{setting}: its adapter cannot be read ({summarize_error(error)})") from None
+
+
 def merge_adapter(model: PreTrainedModel, state: dict[str, Any], setting: str) -> None:
     """Merge the adapter in a LoRA run's checkpoint into its base model; UserError if this is a different model."""
     if not is_installed("peft"):
@@ -279,9 +304,8 @@ def merge_adapter(model: PreTrainedModel, state: dict[str, Any], setting: str) -
     check_base(state["base"], weights_checksum(model.state_dict()), setting)
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]  # by the model itself
     try:
-        shape = AdapterShape(**state["adapter"])
-        tuner = inject(model, {POLICY: shape.peft_config(model)})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        tuner = inject(model, {POLICY: stored_config(model, state, setting)})
+    except ValueError as error:
         raise UserError(f"{setting}: its adapter cannot be read ({summarize_error(error)})") from None
     copy_weights(adapter_parameters(model, POLICY), state["weights"], setting)
     tuner.merge_and_unload()

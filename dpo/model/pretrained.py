@@ -186,7 +186,7 @@ def tensor_names(name: str) -> set[str]:
 
 
 def unexpected_tensors(
-    model: PreTrainedModel, name: str, stored: Iterable[str], unexpected: Iterable[str]
+    model: PreTrainedModel, setting: str, stored: Iterable[str], unexpected: Iterable[str]
 ) -> list[str]:
     """Unexpected tensors of a checkpoint in modules that the model has; all others that are not loaded are logged.
 
@@ -199,7 +199,7 @@ def unexpected_tensors(
     parts |= {part for key in parts for part in accumulate(key.split("."), "{}.{}".format)}
     absent = {key for key in {*unexpected, *hidden} if key not in parts and not DROPPABLE.search(key)}
     wrong = sorted(key for key in absent - hidden if key.partition(".")[0] in parts)
-    log_unloaded(name, Counter(first_absent(key, parts) for key in absent.difference(wrong)))
+    log_unloaded(setting, Counter(first_absent(key, parts) for key in absent.difference(wrong)))
     return wrong
 
 
@@ -208,12 +208,11 @@ def first_absent(key: str, parts: set[str]) -> str:
     return next(part for part in accumulate(key.split("."), "{}.{}".format) if part not in parts)
 
 
-def log_unloaded(name: str, counts: Mapping[str, int]) -> None:
+def log_unloaded(setting: str, counts: Mapping[str, int]) -> None:
     if counts:
         modules = shorten([f"{module} ({n:,})" for module, n in sorted(counts.items())])
         log_message(
-            f"model.name_or_path={name}: ignored tensors of modules that this model lacks: {modules};"
-            " the export will not hold them"
+            f"{setting}: ignored tensors of modules that this model lacks: {modules}; the export will not hold them"
         )
 
 

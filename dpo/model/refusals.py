@@ -184,12 +184,12 @@ def is_random(model: PreTrainedModel) -> bool:
     return not torch.equal(*outputs)
 
 
-def check_deterministic(model: PreTrainedModel) -> None:
+def check_deterministic(model: PreTrainedModel, key: str = "model.name_or_path") -> None:
     """Raise UserError, with the config's suspicious settings, if the outputs are random in training mode."""
     if is_random(model):
         keys = [key for nested in configs(model.config) for key in vars(nested) if SUSPICIOUS.search(key)]
         raise UserError(
-            "model.name_or_path: this model's outputs are random in training, so policy and reference would differ"
+            f"{key}: this model's outputs are random in training, so policy and reference would differ"
             f" before the first update; possible causes in its config: {', '.join(keys) or 'none found'}"
         )
 
@@ -219,11 +219,11 @@ def is_causal(model: PreTrainedModel) -> bool:
     return bool(moved[:-1].median() <= tolerance * moved[-1])
 
 
-def check_causal(model: PreTrainedModel) -> None:
+def check_causal(model: PreTrainedModel, key: str = "model.name_or_path") -> None:
     """Raise UserError if log-probabilities of earlier tokens depend on later ones."""
     if not is_causal(model):
         kind = model.config.get_text_config().model_type
         raise UserError(
-            f"model.name_or_path: this {kind} model is not causal: a later token changes the log-probabilities of"
+            f"{key}: this {kind} model is not causal: a later token changes the log-probabilities of"
             " earlier ones, which are then meaningless; choose a decoder, such as GPT-2 or Llama"
         )

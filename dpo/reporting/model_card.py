@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from dpo.data.sources import is_hub_name
 from dpo.reporting.metric_table import HEADLINES, interval
+from dpo.settings.constraints import START
 from dpo.settings.run_config import read_run_config
 from dpo.settings.schema import Settings
 from dpo.system.errors import UserError
@@ -63,6 +64,7 @@ def model_card(
         name=settings.exp_name,
         base=f"A model of the shape of {public_name(base)}" if settings.model.from_scratch else public_name(base),
         earlier=None if settings.model.archive is None else earlier_stage(Path(settings.model.archive)),
+        reference=None if settings.reference == START else reference_name(settings.reference),
         outcome=outcome,
         data_sets=[public_name(name) for name in settings.datasets],
         is_adapter=lora is not None,
@@ -92,6 +94,14 @@ def earlier_stage(archive: Path) -> str:
         return f"the run {stored['exp_name']} (`loss={stored['loss']['name']}` on {names})"
     except (UserError, KeyError, TypeError):  # not in a run directory, or in one of the original implementation
         return f"the file {archive.name}"
+
+
+def reference_name(reference: str) -> str:
+    """Name the run whose weights `reference` names, or else the model or file."""
+    path = Path(reference)
+    if path.exists() and (path.parent.parent / "config.yaml").is_file():
+        return earlier_stage(path)
+    return f"the file {path.name}" if path.is_file() else public_name(reference)
 
 
 def public_name(name: str) -> str:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
 from dpo.model import lora
 from dpo.model.archives import load_weights, weights_checksum
+from dpo.model.reference_weights import ReferenceWeights
 from dpo.runs.export import (
     drop_code,
     export_model,
@@ -78,10 +79,13 @@ class AllWeights:
 SMALL_LR = 1e-5  # a smaller lr prints a warning
 
 
-def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeights":
+def add_adapter(
+    model: PreTrainedModel, run_settings: Settings, reference: ReferenceWeights | None = None
+) -> "AdapterWeights":
     """Freeze a model and add an adapter: a new one with the run's seed, or the one in lora.path with a frozen copy.
 
-    UserError if the settings do not fit the model or the adapter of lora.path.
+    A reference of its own takes the place of that copy: as a frozen adapter if it is one of this frozen model, else as
+    a second model, which is not added here. UserError if the settings do not fit the model or the adapter of lora.path.
     """
     settings = run_settings.lora
     assert settings is not None
@@ -95,14 +99,22 @@ def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeigh
         full_names = lora.matching(experts, stored.shape.parameters)
         lora.check_shape(settings, shape, replace(stored.shape, parameters=full_names))
         lora.check_base(stored.base, base, f"lora.path={settings.path}")
-    configs: dict[str, PeftConfig] = {} if stored is None else {lora.REFERENCE: shape.peft_config(model)}
+    frozen_state = None if stored is None else stored.state_dict()
+    frozen_setting = f"lora.path={settings.path}"
+    if reference is not None:
+        frozen_state = reference.state if reference.is_adapter_of(base, run_settings.model) else None
+        frozen_setting = reference.setting
+    configs: dict[str, PeftConfig] = {}
+    if frozen_state is not None:
+        configs[lora.REFERENCE] = lora.stored_config(model, frozen_state, frozen_setting)
     init: Literal["gaussian"] | bool = True if settings.init == "kaiming" else "gaussian"
     configs[lora.POLICY] = shape.peft_config(model, settings.dropout, init)
     lora.inject(model, configs)
     model.eval()  # an adapter's dropout is off until training begins
     if stored is not None:
-        for name in configs:
-            lora.copy_weights(lora.adapter_parameters(model, name), stored.weights, f"lora.path={settings.path}")
+        lora.copy_weights(lora.adapter_parameters(model, lora.POLICY), stored.weights, f"lora.path={settings.path}")
+    if frozen_state is not None:
+        lora.copy_weights(lora.adapter_parameters(model, lora.REFERENCE), frozen_state["weights"], frozen_setting)
     trained = lora.adapter_parameters(model, lora.POLICY)
     model.requires_grad_(False)
     for parameter in trained.values():
@@ -110,7 +122,8 @@ def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeigh
     for layer in lora.adapted_layers(model).values():
         # Autocast casts the inputs of matrix products, but DoRA and bfloat16 weights need float32 inputs for the
         # adapter.
-        layer.cast_input_dtype_enabled = settings.use_dora or model.dtype != torch.float32
+        uses_dora = settings.use_dora or (frozen_state is not None and frozen_state["adapter"]["use_dora"])
+        layer.cast_input_dtype_enabled = uses_dora or model.dtype != torch.float32
     n = sum(parameter.numel() for parameter in trained.values())
     total = sum(parameter.numel() for parameter in model.parameters())
     adapted = [*targets, *parameters]
@@ -125,9 +138,14 @@ def add_adapter(model: PreTrainedModel, run_settings: Settings) -> "AdapterWeigh
     if run_settings.lr < SMALL_LR:
         advice = "an adapter usually needs 10 to 100 times the learning rate of all weights; try lr=5e-5"
         log_message(f"LoRA: lr={run_settings.lr:g} may be too low: {advice}.")
-    start = None if stored is None else weights_checksum(lora.adapter_parameters(model, lora.REFERENCE))
+    path = own = None
+    if reference is not None and frozen_state is not None:
+        own = lora.adapter_checksum(model, lora.REFERENCE)
+    elif frozen_state is not None:
+        path = weights_checksum(lora.adapter_parameters(model, lora.REFERENCE))
+    base_path = base_name(run_settings.model)
     dtype = torch.float32 if run_settings.export_dtype == "auto" else getattr(torch, run_settings.export_dtype)
-    return AdapterWeights(model, shape, base, start, base_name(run_settings.model), settings.export_merged, dtype)
+    return AdapterWeights(model, shape, base, path, base_path, settings.export_merged, dtype, own)
 
 
 def base_name(settings: ModelSettings) -> str | None:
@@ -145,10 +163,11 @@ class AdapterWeights:
     model: PreTrainedModel
     shape: lora.AdapterShape
     base: str  # checksum of the frozen weights
-    path: str | None  # checksum of the adapter in lora.path
+    path: str | None  # checksum of the adapter in lora.path, if a frozen copy of it is the reference
     base_name: str | None  # name or path of the frozen weights for from_pretrained
     export_merged: bool
     export_dtype: torch.dtype = torch.float32  # of the adapter
+    reference: str | None = None  # checksum of the adapter in `reference`, if that is the reference
 
     @cached_property
     def layers(self) -> dict[str, "LoraLayer"]:
@@ -162,7 +181,7 @@ class AdapterWeights:
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Compute without the adapter, or with the frozen copy of the adapter in lora.path."""
+        """Compute without the adapter, or with the frozen adapter of `reference` or lora.path."""
         lora.use_adapter(self.layers.values(), lora.REFERENCE)
         try:
             yield
@@ -172,6 +191,8 @@ class AdapterWeights:
     def describe_reference(self) -> str:
         if self.path is not None:
             return "the base model with a frozen copy of the adapter of lora.path"
+        if self.reference is not None:
+            return "the base model with the frozen adapter of `reference`"
         return "the base model, which is the policy with its adapter off"
 
     def tensors(self) -> dict[str, Tensor]:

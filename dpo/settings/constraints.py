@@ -49,6 +49,7 @@ def is_template(text: str) -> bool:
     return "{{" in text or "{%" in text
 
 
+START = "start"  # value of `reference`: the weights that the policy starts from
 NOT_QUANTIZED = "only the weights of model.name_or_path can be quantized; set lora.quantize=null"
 NOT_UPLOADED = "only this machine has the adapter's base model; set push_to_hub=null"
 RULES: tuple[Rule, ...] = (
@@ -104,7 +105,8 @@ RULES: tuple[Rule, ...] = (
     Rule("lora.r", lambda _: not is_installed("peft"), "needs the library peft; pip install peft"),
     Rule("lora.r sync_reference", lambda _, n: n is not None,
          "an adapter's reference is frozen; set sync_reference=null"),
-    Rule("lora.r model.reference_dtype", lambda _, dtype: dtype is not None,
+    Rule("reference lora.r model.reference_dtype",
+         lambda reference, _, dtype: dtype is not None and reference == START,
          "the policy without its adapter is the reference; set model.reference_dtype=null"),
     Rule("lora.use_dora model.policy_dtype", lambda dora, dtype: dora and dtype != "float32",
          "DoRA needs model.policy_dtype=float32, or the first update's margin is not 0"),

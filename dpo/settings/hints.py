@@ -60,9 +60,7 @@ TABLE = {
     "use_qlora qlora load_in_4bit load_in_8bit quantization_bit quantization_config": IN_4_BITS,
     # Model and tokenizer
     "model_name_or_path model_name model.name model_path model_id base_model pretrain": "model.name_or_path",
-    "ref_model ref_model_name_or_path reference_model": (
-        "the reference is the policy before its first update; model.archive=FILE sets the weights of both"
-    ),
+    "ref_model ref_model_name_or_path reference_model reference_model_name_or_path ref_adapter_name": "reference",
     "tokenizer tokenizer_name tokenizer_path tokenizer_name_or_path": "model.tokenizer_name_or_path",
     "checkpoint checkpoint_path load_checkpoint": "use model.archive{}, the path of a policy.pt",
     "new_special_tokens add_special_tokens resize_vocab resize_token_embeddings": (

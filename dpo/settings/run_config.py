@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dpo.settings.config_files import format_value
+from dpo.settings.constraints import START
 from dpo.settings.hints import suggest
 from dpo.settings.schema import flatten_plain
 from dpo.system.errors import UserError, raise_problems, summarize_error
@@ -27,7 +28,8 @@ MAY_CHANGE = (
 ).split()
 MAY_GROW = ("n_epochs", "n_examples")
 MAY_MOVE = (
-    "datasets local_dirs chat_template model.name_or_path model.tokenizer_name_or_path model.archive lora.path"
+    "datasets local_dirs chat_template model.name_or_path model.tokenizer_name_or_path model.archive lora.path "
+    "reference"
 ).split()
 
 
@@ -122,6 +124,8 @@ def new_run_from(checkpoint: Path) -> str:
 
 def may_change(key: str, old: object, new: object) -> bool:
     """Whether a resumed run takes a new value; one for an interpolation is compared with the checkpoint's later."""
+    if key == "reference" and START in (old, new):  # other weights, which have another fingerprint or none
+        return False
     return key in (*MAY_CHANGE, *MAY_MOVE) or (key in MAY_GROW and grows(old, new)) or is_interpolated(old)
 
 

@@ -229,6 +229,7 @@ class Settings(Group):
     ]
     optimizer_args: dict[str, Any] | None = Field(description="{NAME: VALUE, ...}")
     weight_decay: NotNegative | None
+    reference: Text = Field(description="start, a file, a folder or a name on the Hub")
     sync_reference: int | None = whole("updates", ge=1)
     sync_mix: Probability
     activation_checkpointing: Flag

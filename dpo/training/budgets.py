@@ -20,6 +20,7 @@ from dpo.model.layout_check import LayoutChoice
 from dpo.model.loading import recompute_activations
 from dpo.model.logps import CHUNK_BYTES, CHUNK_TOKENS, ResponseLogps, response_logps
 from dpo.model.packing import LAYOUTS, PackedBatch, Packer
+from dpo.model.reference_weights import ReferenceWeights
 from dpo.settings.schema import Settings
 from dpo.system.console import log_message
 from dpo.system.devices import DeviceFacts, autocast, available_memory, peak_memory, reset_peak_memory
@@ -85,16 +86,23 @@ def resolve_max_tokens(
 
 
 def has_second_model(settings: Settings, loss: Loss) -> bool:
-    """Whether the reference is a second model, rather than the policy without its adapter or a cache."""
+    """Whether the reference at the start is a second model, rather than the policy without its adapter or a cache."""
     return settings.lora is None and loss.needs_reference and not loss.cached_reference
 
 
 def estimate_memory(
-    policy: ResponseLogps, settings: Settings, loss: Loss, dtype: torch.dtype, choice: LayoutChoice, n_shards: int = 1
+    policy: ResponseLogps,
+    settings: Settings,
+    loss: Loss,
+    dtype: torch.dtype,
+    choice: LayoutChoice,
+    n_shards: int = 1,
+    second: nn.Module | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory of training from a policy's modules, which may be on the meta device.
 
-    dtype is the compute dtype, n_shards the number of devices that share the weights.
+    dtype is the compute dtype, n_shards the number of devices that share the weights. second is the reference's model
+    if `reference` names one.
     tests/dpo/training/test_budgets.py compares estimates with measurements.
     """
     model = policy.model
@@ -114,20 +122,28 @@ def estimate_memory(
         per_square /= n_layers if choice.attention == "eager" else 1
     if not policy.separate_head:  # logits of all tokens, scaled or capped in several steps
         activations += 5 * dtype.itemsize * vocabulary
-    fixed = weight_bytes(model, settings, loss, dtype, n_shards)
+    fixed = weight_bytes(model, settings, loss, dtype, n_shards, second)
     fixed += 4 * max(CHUNK_BYTES, 4 * CHUNK_TOKENS * vocabulary) + 8 * vocabulary * width  # logits; the head's gradient
     return MemoryEstimate(fixed, ACTIVATION_MARGIN * activations, per_square)
 
 
 def estimate_before_loading(
-    config: PreTrainedConfig, settings: Settings, loss: Loss, dtype: torch.dtype, n_shards: int = 1
+    config: PreTrainedConfig,
+    settings: Settings,
+    loss: Loss,
+    dtype: torch.dtype,
+    n_shards: int = 1,
+    reference: ReferenceWeights | None = None,
 ) -> MemoryEstimate:
     """Estimate the memory of training on a device from a model's config."""
+    second, stored = None, getattr(torch, settings.model.policy_dtype)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.model.policy_dtype))
+        model = AutoModelForCausalLM.from_config(config, dtype=stored)
+        if reference is not None and not (settings.lora and reference.is_adapter):
+            second = AutoModelForCausalLM.from_config(reference.config or config, dtype=stored)
     model.requires_grad_(settings.lora is None)
     choice = LayoutChoice(settings.layout, "eager" if model.config._attn_implementation == "eager" else "packed")
-    return estimate_memory(ResponseLogps(model, separate_head=True), settings, loss, dtype, choice, n_shards)
+    return estimate_memory(ResponseLogps(model, separate_head=True), settings, loss, dtype, choice, n_shards, second)
 
 
 def activation_bytes(model: PreTrainedModel, dtype: torch.dtype) -> float:
@@ -154,31 +170,48 @@ def activation_bytes(model: PreTrainedModel, dtype: torch.dtype) -> float:
     return total
 
 
-def weight_bytes(model: PreTrainedModel, settings: Settings, loss: Loss, dtype: torch.dtype, n_shards: int) -> float:
+def weight_bytes(
+    model: PreTrainedModel,
+    settings: Settings,
+    loss: Loss,
+    dtype: torch.dtype,
+    n_shards: int,
+    second: nn.Module | None = None,
+) -> float:
     """Estimate the bytes of weights, gradients, optimizer state and a second model on a device.
 
     If autocast computes in 16 bits, it also keeps 16-bit copies of all matrices.
     """
     stored = sum(parameter.nbytes for parameter in model.parameters())
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    numbers = sum(parameter.numel() for parameter in model.parameters())
-    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    linear = (module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)))
-    matrices = {id(module.weight): module.weight.numel() for module in linear}
     is_mixed = model.dtype == torch.float32 and dtype.itemsize == 2
-    casts = 2 * sum(matrices.values()) * is_mixed
-    second = 0
-    if has_second_model(settings, loss):
-        halved = sum(n for key, n in matrices.items() if key not in shared) * is_mixed  # by store_linear_weights
-        second = stored - 2 * halved
-        if settings.model.reference_dtype is not None:
-            second = numbers * getattr(torch, settings.model.reference_dtype).itemsize
-    held = stored + second + trained * (1 + max(1, count_moments(settings.optimizer)))
+    casts = 2 * sum(matrix_sizes(model).values()) * is_mixed
+    if loss.cached_reference:
+        second = None
+    elif second is None and has_second_model(settings, loss):
+        second = model  # a copy of it
+    of_second = 0 if second is None else second_model_bytes(second, settings, is_mixed)
+    held = stored + of_second + trained * (1 + max(1, count_moments(settings.optimizer)))
     if n_shards == 1:
         return held + casts
     whole = 0 if settings.reduce_every_pass else trained  # gradients are whole until the last microbatch of an update
     n_layers = model.config.get_text_config().num_hidden_layers
     return held / n_shards + whole + stored * max(1 / n_shards, 3 / n_layers)  # layers are gathered, two ahead
+
+
+def second_model_bytes(model: nn.Module, settings: Settings, is_mixed: bool) -> int:
+    if settings.model.reference_dtype is not None:
+        numbers = sum(parameter.numel() for parameter in model.parameters())
+        return numbers * getattr(torch, settings.model.reference_dtype).itemsize
+    shared = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    halved = sum(n for key, n in matrix_sizes(model).items() if key not in shared) * is_mixed  # by store_linear_weights
+    return sum(parameter.nbytes for parameter in model.parameters()) - 2 * halved
+
+
+def matrix_sizes(model: nn.Module) -> dict[int, int]:
+    """The numbers of weights of linear layers, by the id of the weight."""
+    linear = (module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)))
+    return {id(module.weight): module.weight.numel() for module in linear}
 
 
 # fit: a measurement

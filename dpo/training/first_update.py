@@ -1,5 +1,6 @@
 """Checks of the first update: policy and reference start equal, and every trained parameter gets a gradient."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,33 @@ def check_first_margin(policy: Logps, logps: Logps, reference: Reference) -> Non
             f"policy and reference differ by up to {largest:.2g} nats per response before the first update, although"
             f" they have the same weights, so no update was made; {reference.mitigation}"
         )
+
+
+class FirstMargin:
+    """Compares policy and reference before the first update: checks that they are equal, or logs how they differ."""
+
+    def __init__(self, reference: Reference, name: str):
+        """Compare with a reference; name is the setting that names it."""
+        self.reference, self.name = reference, name
+        self.difference, self.n_tokens = 0.0, 0
+        self.is_open = True
+
+    def compare(self, policy: Logps, logps: Logps) -> None:
+        """Compare the log-probabilities of the same responses; UserError if they differ but must not."""
+        check_first_margin(policy, logps, self.reference)
+        self.difference += (policy.sums.detach() - logps.sums).abs().sum().item()
+        self.n_tokens += int(policy.lengths.sum())
+
+    def close(self, ranks: Ranks) -> None:
+        """End the comparison, and log the difference if it need not be 0; every rank must call it."""
+        if self.is_open and math.isinf(self.reference.start_tolerance):
+            differences, counts = zip(*ranks.gather_shares((self.difference, self.n_tokens)), strict=True)
+            per_token = sum(differences) / max(1, sum(counts))
+            log_message(
+                f"First margin: before its first update, the policy differs from {self.name} by {per_token:.4g} nats"
+                f" per token, the mean over {sum(counts):,} tokens."
+            )
+        self.is_open = False
 
 
 def check_gradients(policy: ResponseLogps, compute_logps: Callable[[], Tensor], ranks: Ranks) -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from dpo.settings.constraints import START
 from dpo.settings.schema import Flag, LossSettings, NotNegative, Positive, Probability
 
 if TYPE_CHECKING:
@@ -71,12 +72,15 @@ class Loss(LossSettings, ABC):
 
     def problems(self, settings: Mapping[str, Any]) -> Iterator[str]:
         n, dtype = settings.get("sync_reference"), settings.get("model.reference_dtype")
+        reference = settings.get("reference", START)
+        if reference != START and not self.needs_reference:
+            yield f"reference={reference}: the loss has no reference; set reference=start"
         if n is not None and not self.needs_reference:
             yield f"sync_reference={n}: the loss has no reference; set sync_reference=null"
         if n is not None and self.cached_reference:
             problem = "a precomputed reference cannot follow the policy; set one of them to null or false"
             yield f"sync_reference={n} loss.precompute_reference=true: {problem}"
-        if dtype is not None and self.cached_reference:
+        if dtype is not None and self.cached_reference and reference == START:
             problem = "the policy itself computes the reference's log-probabilities; set model.reference_dtype=null"
             yield f"model.reference_dtype={dtype} loss.precompute_reference=true: {problem}"
         name, label = settings.get("loss.name"), settings.get("columns.label")

@@ -1,4 +1,4 @@
-"""Computing a cached reference: the policy's log-probabilities of all responses, before its first update."""
+"""Computing a cached reference: log-probabilities of all responses, before the policy's first update."""
 
 import hashlib
 import json
@@ -16,12 +16,12 @@ from dpo.data.batches import BatchIterator
 from dpo.data.examples import TokenizedExample
 from dpo.distributed.ranks import Ranks
 from dpo.distributed.splitting import BatchSplitter
-from dpo.model.logps import ResponseLogps, response_logps
+from dpo.model.logps import Logps, ResponseLogps, response_logps
 from dpo.model.lora import reference_weights
-from dpo.model.packing import LAYOUTS, Packer
+from dpo.model.packing import LAYOUTS, PackedBatch, Packer
 from dpo.system.console import log_message, prefetch, progress
 from dpo.system.devices import autocast
-from dpo.training.references import ROUNDED, CachedReference
+from dpo.training.references import ROUNDED, AdapterReference, CachedReference, ModelReference
 
 CACHE_VERSION = 5  # part of a cache's key; increase it if the code computes or orders the numbers differently
 MAX_MERGED_SHARE = 0.8  # merged examples are used if they have at most this share of the pairs' tokens
@@ -33,7 +33,7 @@ Response = tuple[tuple[int, ...], tuple[bool, ...]]  # its tokens and its loss m
 
 @dataclass(frozen=True)
 class Precomputation:
-    """Computes a CachedReference with the policy, before its first update.
+    """Computes a CachedReference before the policy's first update: with a reference, or None: with the policy itself.
 
     It uses the microbatches of the first epoch and of the evaluation, so that they get the numbers that a second model
     would give. Examples that the first epoch leaves out, but a later one needs, are computed afterwards. If pairs share
@@ -47,6 +47,7 @@ class Precomputation:
     eval_batches: BatchIterator
     n_microbatches: int
     compiled: bool
+    reference: ModelReference | AdapterReference | None = None
 
     @property
     def packer(self) -> Packer:
@@ -118,7 +119,7 @@ class Precomputation:
         with autocast(self.policy.model.dtype, self.dtype, self.packer.device):
             for batch, scale, _ in self.split_batch(examples, n_microbatches):
                 with self.packer.memory_hint(batch):
-                    logps = response_logps(self.policy, batch)
+                    logps = self.compute_logps(batch)
                 if scale:
                     reference.fill(batch, logps)
 
@@ -130,11 +131,14 @@ class Precomputation:
             for _, examples in groupby(merged, key=n_responses):  # a microbatch needs the same number in each example
                 for batch, scale, _ in self.split_batch(list(examples)):
                     with self.packer.memory_hint(batch):
-                        sums = response_logps(self.policy, batch).sums.tolist()
+                        sums = self.compute_logps(batch).sums.tolist()
                     for example, row in zip(batch.examples, sums, strict=True) if scale else ():
                         logps.update(zip(prompt_responses(example), row, strict=True))
         sums_of_pairs = [[logps.get(response, torch.nan) for response in prompt_responses(pair)] for pair in pairs]
         reference.sums[reference.rows(pairs)] = torch.tensor(sums_of_pairs)
+
+    def compute_logps(self, batch: PackedBatch) -> Logps:
+        return response_logps(self.policy, batch) if self.reference is None else self.reference.compute(batch)
 
     def key(self, merged: bool = False) -> str:
         """A SHA-256 of everything that the numbers depend on: weights, examples in order, settings, versions."""
@@ -145,10 +149,13 @@ class Precomputation:
             how += [self.ranks.world_size, self.ranks.data_size]
         if merged:
             how.append("merged")
+        model = self.policy.model
+        if isinstance(self.reference, ModelReference):
+            how.append(model.dtype)  # of the policy, which decides about autocast
+            model = self.reference.module.model
+        config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
         settings = (self.train_batches.settings(), self.eval_batches.settings(), tuple(how))
         versions = (torch.__version__, transformers.__version__)
-        model = self.policy.model
-        config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
         order = (self.train_batches.examples.digest(), self.eval_batches.examples.digest())
         content = ((order, settings, versions), config, model.config._attn_implementation)
         digest = hashlib.sha256(repr(content).encode())

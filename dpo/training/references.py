@@ -217,7 +217,7 @@ class AdapterReference(ComputedReference):
 
 
 class CachedReference(Reference):
-    """Log-probabilities of responses, and samples, computed before the first update, when the policy is the reference.
+    """Log-probabilities of responses, and samples, computed before the first update.
 
     `sums` is (examples, n_responses): a row per example of the training data, then of the evaluation data, NaN until
     computed.

@@ -573,7 +573,7 @@ def test_a_forged_adapter_is_refused_in_one_line():
     [
         (
             ("model.reference_dtype=bfloat16",),
-            "lora.r=4 model.reference_dtype=bfloat16: the policy without its adapter is the reference",
+            "reference=start lora.r=4 model.reference_dtype=bfloat16: the policy without its adapter is the reference",
         ),
         (
             ("lora.use_dora=true", "model.policy_dtype=bfloat16", "precision=auto"),

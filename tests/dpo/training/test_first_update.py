@@ -9,7 +9,7 @@ from torch import nn
 from dpo.distributed.ranks import Ranks
 from dpo.reporting.metrics import BatchMetrics
 from dpo.system.errors import RunError, UserError
-from dpo.training.first_update import check_gradients, strict_autograd
+from dpo.training.first_update import FirstMargin, check_gradients, strict_autograd
 
 ONE_UPDATE = ("loss=dpo", "n_examples=8", "n_eval_examples=8", "eval_batch_size=8", "debug=true")
 APART = "policy and reference differ by up to .* nats per response"
@@ -82,7 +82,7 @@ def test_a_cache_that_an_earlier_run_has_written_may_be_rounded_otherwise(make_t
 def test_a_microbatch_that_is_computed_to_keep_up_with_another_rank_is_not_compared(make_trainer):
     """It holds an example alone, which a cache has with the rounding of its neighbours."""
     trainer = make_trainer(*ONE_UPDATE, "loss.precompute_reference=true")
-    trainer.compares_start = True
+    trainer.first_margin = FirstMargin(trainer.reference, "")
     move_cache(trainer)
     microbatch = next(trainer.packer(next(iter(trainer.train_batches)).examples))
     trainer.losses(microbatch, None)
