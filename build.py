@@ -33,6 +33,7 @@ from dpo.model.loading import (
     compile_layers,
     copy_reference,
     freeze,
+    is_quantized,
     load_model_config,
     load_policy,
     recompute_activations,
@@ -238,6 +239,8 @@ def load_second(
     Of several processes, the main one keeps both on its host until they are sharded.
     """
     policy, host = models.policy, torch.device("cpu")
+    if is_quantized(policy.model):
+        raise UserError(f"{reference.setting}: adapts other experts than lora.targets; set lora.targets to the same")
     place = inputs.device if settings.trainer == "BasicTrainer" else host
     policy.to(place)
     n_embeddings = count_embeddings(settings.model, inputs.model_config, inputs.tokenizer)

@@ -106,7 +106,10 @@ def add_adapter(
         frozen_setting = reference.setting
     configs: dict[str, PeftConfig] = {}
     if frozen_state is not None:
-        configs[lora.REFERENCE] = lora.stored_config(model, frozen_state, frozen_setting)
+        config = lora.stored_config(model, frozen_state, frozen_setting)
+        configs[lora.REFERENCE] = config
+        if parameters and {*parameters} != {*(config.target_parameters or parameters)}:  # which peft does not support
+            frozen_state, configs = None, {}
     init: Literal["gaussian"] | bool = True if settings.init == "kaiming" else "gaussian"
     configs[lora.POLICY] = shape.peft_config(model, settings.dropout, init)
     lora.inject(model, configs)

@@ -16,6 +16,7 @@ from conftest import GOLDENS, TINY, compose, inputs_of, validated, without_measu
 from faults import BUSY, again, assert_same, command_line, copy_until, fresh, logs_of
 from ranks import command_lines, run_ranks
 from test_trainers_sharded import build as build_sharded
+from tiny_models import tiny
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -219,6 +220,24 @@ def test_an_adapter_of_a_run_fits_only_the_weights_that_it_was_trained_on(others
     for overrides in (LORA, DPO):
         with pytest.raises(UserError, match=r"^reference=.*policy.pt: this adapter was trained on other weights"):
             make_trainer(*overrides, f"model.name_or_path='{others / 'other'}'", reference)
+
+
+def test_an_adapter_of_experts_is_a_second_model_beside_one_of_others(tmp_path, make_trainer):
+    """peft takes only adapters of the same experts into one model."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY_GPT2)
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny("Mixtral", vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(tmp_path / "model")
+    model = f"model.name_or_path='{tmp_path / 'model'}'"
+    run = make_trainer(*LORA, model, "lora.targets=[q_proj,gate_up_proj]")
+    run.train()
+    reference = naming(run.run.path / "LATEST" / "policy.pt")
+    part = next(run.packer(first_batch(run).examples))
+    with torch.no_grad():
+        expected = response_logps(run.policy.eval(), part).sums
+        for targets, kind in (("[k_proj]", AdapterReference), ("[down_proj]", ModelReference)):
+            found = make_trainer(*LORA, model, f"lora.targets={targets}", reference).reference
+            assert isinstance(found, kind)
+            torch.testing.assert_close(found.logps(part).sums, expected, rtol=1e-5, atol=1e-3)
 
 
 def test_lora_path_continues_an_adapter_beside_another_reference(others, make_trainer):

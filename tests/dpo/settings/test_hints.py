@@ -52,6 +52,8 @@ def test_names_of_losses_elsewhere_lead_to_losses_and_settings_that_exist(name, 
     "key, value, expected",
     [
         ("learning_rate", "1e-5", "use lr=1e-5"),
+        ("ref_model_name_or_path", "me/sft", "use reference=me/sft"),
+        ("ref_adapter_name", "reference", "use reference=reference"),
         ("LearningRate", "1e-5", "use lr=1e-5"),
         ("learning-rate", None, "use lr"),
         ("training.learning_rate", "1e-5", "use lr=1e-5"),
