@@ -196,7 +196,10 @@ def check_shape(settings: LoraSettings, shape: AdapterShape, stored: AdapterShap
     ]
     adapted = [*stored.targets, *stored.parameters]
     if {*shape.targets, *shape.parameters} != {*adapted}:
-        wrong.append(f"lora.targets=[{','.join(last_parts(adapted))}]")
+        names = last_parts(adapted)
+        if {*last_parts([*shape.targets, *shape.parameters])} == {*names}:
+            raise UserError(f"lora.path={settings.path}: adapts layers that are not those of this language model")
+        wrong.append(f"lora.targets=[{','.join(names)}]")
     if wrong:
         raise UserError(f"lora.path={settings.path}: was made with other settings; add {' '.join(wrong)}")
 
