@@ -42,7 +42,7 @@ from dpo.model.loading import (
 from dpo.model.logps import ResponseLogps, response_logps
 from dpo.model.lora import POLICY, adapter_checksum
 from dpo.model.packing import Packer
-from dpo.model.pretrained import skip_unreachable_hub
+from dpo.model.pretrained import auto_class, skip_unreachable_hub
 from dpo.model.reference_weights import ReferenceWeights, find_reference, same_config
 from dpo.model.refusals import count_embeddings, model_problems, quantization_method
 from dpo.model.routers import make_router_loss
@@ -198,6 +198,9 @@ def load_models(settings: Settings, loss: Loss, inputs: Inputs, run: RunDir) -> 
     models.policy.with_collisions = loss.needs_collisions
     make_loss = partial(make_router_loss, models.policy.model, settings.model)
     models.policy.router_loss = run.ranks.run_on_main(make_loss)  # adds hooks, which cannot be sent to other ranks
+    if models.policy.router_loss is not None and not run.ranks.is_main:
+        with torch.device("meta"):  # transformers learns which modules are routers when it builds a model, not a copy
+            auto_class(inputs.model_config).from_config(inputs.model_config)
     return models
 
 

@@ -126,6 +126,7 @@ class BasicTrainer:
         self.eval_batches = inputs.eval_batches
 
         self.policy = models.policy
+        self.routers: torch.Tensor | None = None  # the sums of the routers in the last microbatch, as in Logps
         self.router_weight = 0.0 if models.policy.router_loss is None else models.policy.router_loss.weight
         self.weights = models.weights
         self.reference = models.reference
@@ -221,11 +222,11 @@ class BasicTrainer:
             for microbatch, scale, is_last in microbatches:
                 self.policy.set_requires_gradient_sync(is_last or self.settings.reduce_every_pass)
                 with self.packer.memory_hint(microbatch):
-                    losses, own_routers = self.losses(microbatch, metrics if scale else None, sums)
+                    losses = self.losses(microbatch, metrics if scale else None, sums)
                     loss = (losses * microbatch.weights).sum() * scale / total_weight
-                    if own_routers is not None:
-                        routers = own_routers.detach() if routers is None else routers  # of the only microbatch
-                        loss = loss + self.router_weight * scale * load_balancing_loss(own_routers, routers)
+                    if self.routers is not None:
+                        routers = self.routers.detach() if routers is None else routers  # of the only microbatch
+                        loss = loss + self.router_weight * scale * load_balancing_loss(self.routers, routers)
                     loss.backward()
         with self.clock("forward_backward"):  # reading the norm waits for a GPU
             grad_norm = self.clip_gradient()
@@ -255,12 +256,10 @@ class BasicTrainer:
             **self.utilization(batch.examples, seconds),
         }
 
-    def losses(
-        self, batch: PackedBatch, metrics: BatchMetrics | None, sums: Sums = NO_SUMS
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def losses(self, batch: PackedBatch, metrics: BatchMetrics | None, sums: Sums = NO_SUMS) -> torch.Tensor:
         """Compute the losses of a microbatch, (examples,), and add its metrics, one value per example, to `metrics`.
 
-        Also returns the sums of its routers, as in Logps.
+        Sets `routers`.
         """
         with self.clock("reference"):
             reference_logps = None if self.reference is None else self.reference.logps(batch)
@@ -270,7 +269,8 @@ class BasicTrainer:
             metrics.add(batch.examples, values | log_ratios(policy_logps, reference_logps) | lengths(batch))
             if self.first_margin is not None and not self.updates and reference_logps is not None:
                 self.first_margin.compare(policy_logps, reference_logps)
-        return losses, policy_logps.routers
+        self.routers = policy_logps.routers
+        return losses
 
     @torch.no_grad()
     def router_sums(self, microbatches: Sequence[Microbatch]) -> torch.Tensor | None:
@@ -352,9 +352,9 @@ class BasicTrainer:
                 self.signals.check()
                 for microbatch, scale, _ in self.split_batch(batch.examples):
                     with self.packer.memory_hint(microbatch):
-                        _, own_routers = self.losses(microbatch, metrics if scale else None, sums)
-                        if scale and own_routers is not None:
-                            routers.append(own_routers)
+                        self.losses(microbatch, metrics if scale else None, sums)
+                        if scale and self.routers is not None:
+                            routers.append(self.routers)
         metrics = metrics.gathered(self.ranks)
         means = metrics.means("eval")
         check_evaluation(means["loss/eval"], self.examples)

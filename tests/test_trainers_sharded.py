@@ -1,6 +1,8 @@
 """FSDPTrainer on several processes gives the numbers of one, and those of the original."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -11,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import GOLDENS, TINY, compose, validated
+from conftest import GOLDENS, ROOT, TINY, compose, validated
 from ranks import run_ranks
 from test_goldens import compare_steps, overrides_of, read
 from test_trainers import labelled_rows
@@ -268,6 +270,18 @@ def test_the_routers_loss_is_that_of_one_process_and_so_is_its_gradient(sharded,
         assert found.keys() == {"router_loss/train", "router_loss/eval"}
         assert found == pytest.approx(values, rel=1e-6)
         assert (gradient - expected).norm() < 1e-5 * expected.norm(), name
+
+
+def test_a_rank_that_has_never_built_a_mixture_computes_the_routers_loss_as_well(sharded, tmp_path):
+    """transformers learns which modules are routers when a model is built, and a rank only gets a copy."""
+    n, *_, folder = sharded
+    if n != 2:
+        return
+    launched = ("trainer=FSDPTrainer", "n_processes=2", "n_examples=8", "debug=true", "wandb.enabled=false")
+    settings = (*TINY, *mixture_in(folder), *launched, "do_first_eval=false", f"local_run_dir='{tmp_path / 'run'}'")
+    command = [sys.executable, str(ROOT / "train.py"), "loss=dpo", *settings]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "router_loss/eval" in done.stdout, done.stderr
 
 
 def test_samples_and_their_divergence_are_those_of_one_process(sharded, make_trainer):

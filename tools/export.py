@@ -53,6 +53,7 @@ def find_source(path: Path) -> Source:
     """Find a checkpoint and verify it; UserError if there is none or it is damaged."""
     from dpo.settings.run_config import list_checkpoints
 
+    path = path.absolute()
     is_step = re.fullmatch(r"step-\d+", path.name) is not None
     is_kept = re.fullmatch(r"step-\d+\.pt", path.name) is not None
     run = path.parent.parent if is_kept else path.parent if is_step or path.name == "LATEST" else path

@@ -46,7 +46,7 @@ def load_model_config(
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    files = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+    files = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*.spm", "tekken*")
     if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in files):
         raise UserError("holds no tokenizer; set model.tokenizer_name_or_path to a folder or Hub name that does")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

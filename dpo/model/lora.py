@@ -200,7 +200,10 @@ def check_shape(settings: LoraSettings, shape: AdapterShape, stored: AdapterShap
     ]
     adapted = [*stored.targets, *stored.parameters]
     if {*shape.targets, *shape.parameters} != {*adapted}:
-        wrong.append(f"lora.targets=[{','.join(last_parts(adapted))}]")
+        names = last_parts(adapted)
+        if {*last_parts([*shape.targets, *shape.parameters])} == {*names}:
+            raise UserError(f"lora.path={settings.path}: adapts layers that are not those of this language model")
+        wrong.append(f"lora.targets=[{','.join(names)}]")
     if wrong:
         raise UserError(f"lora.path={settings.path}: was made with other settings; add {' '.join(wrong)}")
 
@@ -264,8 +267,10 @@ def copy_weights(parameters: Mapping[str, Parameter], stored: Mapping[str, Tenso
 
 def reference_weights(model: PreTrainedModel) -> dict[str, Any]:
     trained = re.compile(rf"\.lora_\w+\.{POLICY}\b")
-    frozen = {name: value for name, value in model.state_dict().items() if not trained.search(name)}
-    return frozen | adapter_scales(model, REFERENCE)
+    state = model.state_dict()
+    frozen = {name: value for name, value in state.items() if not trained.search(name)}
+    has_adapter = len(frozen) < len(state)
+    return frozen | adapter_scales(model, REFERENCE) if has_adapter else frozen
 
 
 def adapter_scales(model: PreTrainedModel, adapter: str) -> dict[str, Tensor]:

@@ -8,11 +8,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import is_zipfile
 
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import safe_open
 from transformers import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
@@ -54,6 +60,8 @@ def skip_unreachable_hub(names: Mapping[str, bool]) -> None:
 def fetch(key: str, name: str, load: Callable[[], T]) -> T:
     """Call load; if it fails, UserError with the setting's key, what could not be loaded, the cause and its remedy."""
     try:
+        if os.path.isfile(name):
+            raise UserError("is a file; give the model's folder, and a policy.pt as model.archive")
         return load()
     except UserError as error:
         reason = str(error)
@@ -78,9 +86,7 @@ def auto_class(config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[Au
 
 
 def explain_path(path: Path, error: Exception) -> str:
-    """The cause and the remedy for a file or folder on this machine that does not load."""
-    if path.is_file():
-        return "is a file; give the model's folder, and a policy.pt as model.archive"
+    """The cause and the remedy for a folder on this machine that does not load."""
     if (path / "config.json").is_file():
         return explain_pointers(path) or explain_files(error)
     if (path / ADAPTER).is_file():
@@ -120,6 +126,8 @@ def explain_name(name: str, error: Exception) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         return "there is no such folder"
     causes = list(chain_of(error))
+    if any(isinstance(each, HFValidationError) for each in causes):
+        return "there is no such folder, and no model on the Hub can have this name"
     if any(isinstance(each, GatedRepoError) for each in causes):
         page = f"https://huggingface.co/{name}"
         return f"asks for a licence agreement; accept it on {page}, then run hf auth login, or set HF_TOKEN"
@@ -162,27 +170,30 @@ def source_file(name: str, file: str) -> Path | None:
 
 
 def tensor_names(name: str) -> set[str]:
-    """The names of all tensors in a model's files; UserError if a file is missing or cannot be read."""
-    for index in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+    """The names of all tensors in the files from which transformers loads a model.
+
+    UserError if a file is missing or only a pointer.
+    """
+    for whole, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        if path := source_file(name, whole):
+            refuse_pointers(path)
+            return names_in(path)
         if path := source_file(name, index):
             files: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            absent = []
-            for file in sorted(set(files.values())):
-                if path := source_file(name, file):
-                    refuse_pointers(path)
-                else:
-                    absent.append(file)
-            if absent:
+            found = {file: source_file(name, file) for file in sorted(set(files.values()))}
+            if absent := [file for file, shard in found.items() if shard is None]:
                 raise UserError(f"{index} names files that are not there: {shorten(absent)}; copy or download them")
+            for shard in filter(None, found.values()):
+                refuse_pointers(shard)
             return set(files)
-    if path := source_file(name, SAFE_WEIGHTS_NAME):
-        refuse_pointers(path)
+    raise UserError(f"holds no weights ({SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}); copy or download them")
+
+
+def names_in(path: Path) -> set[str]:
+    if path.suffix == ".safetensors":
         with safe_open(path, "pt") as tensors:
             return set(tensors.keys())
-    if path := source_file(name, WEIGHTS_NAME):
-        refuse_pointers(path)
-        return set(torch.load(path, map_location="meta", weights_only=True, mmap=True))
-    raise UserError(f"holds no weights ({SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}); copy or download them")
+    return set(torch.load(path, map_location="meta", weights_only=True, mmap=is_zipfile(path)))
 
 
 def unexpected_tensors(

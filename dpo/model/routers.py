@@ -74,7 +74,10 @@ def no_router_logits(config: PreTrainedConfig) -> dict[str, Any]:
     The model would also compute its own loss, which misreads a 4D mask. And transformers would add hooks to it, which
     cannot be sent to other ranks.
     """
-    return {"output_router_logits": False} if getattr(config, "output_router_logits", False) else {}
+    asks = getattr(config, "output_router_logits", False) or getattr(
+        config.get_text_config(), "output_router_logits", False
+    )
+    return {"output_router_logits": False} if asks else {}
 
 
 # Whether a model has this loss

@@ -64,7 +64,6 @@ GRADIENT = Chart("Gradient norm", scale="log")
 KL = Chart("KL from the reference, nats per response", "mean of log(policy / reference) over the policy's samples")
 ENTROPY = Chart("Entropy of the policy, nats per token", "mean of -log(policy) over the tokens of its samples")
 LENGTH = Chart("Length of samples minus the reference's, tokens", "for the same prompts")
-ROUTERS = Chart("Load-balancing loss of the routers", "without its weight; the number of experts per token if balanced")
 RATE = Chart("Learning rate")
 SPEED = Chart("Pairs per second", "for SFT, targets per second")
 MFU = Chart("Share of the matrix rate (mfu)", "of the device's measured rate of matrix products")
@@ -72,6 +71,7 @@ MFU = Chart("Share of the matrix rate (mfu)", "of the device's measured rate of 
 # In the order of the page.
 METRICS = (
     Metric("loss", LOSS, splits=BOTH, headline=True, console=True, weighted=True),
+    Metric("router_loss", LOSS, "load balance of the routers", BOTH, console=True),
     Metric("rewards/accuracies", ACCURACY, splits=BOTH, headline=True, console=True, pairs=True),
     Metric("rewards/margins", MARGIN, splits=BOTH, headline=True, console=True, pairs=True),
     Metric("rewards/chosen", REWARDS, "chosen", EVAL, pairs=True),
@@ -86,7 +86,6 @@ METRICS = (
     Metric("diagnosis/rejected_log_ratio_per_token", LOG_RATIOS, "rejected"),
     Metric("diagnosis/displaced", DISPLACED, "evaluation", headline=True),
     Metric("grad_norm", GRADIENT, "before clipping", console=True),
-    Metric("router_loss", ROUTERS, splits=BOTH, console=True),
     Metric("diagnosis/kl", KL, "samples", headline=True),
     Metric("diagnosis/entropy_per_token", ENTROPY, "samples"),
     Metric("diagnosis/sample_length_difference", LENGTH, "samples"),

@@ -151,8 +151,10 @@ def set_dtype(written: dict[str, Any], dtype: str) -> None:
 
 def copy_processor(folder: Path, model: PreTrainedModel) -> None:
     """Copy the files that prepare images, video and audio from a composite model's own folder or repository."""
+    if model.config.get_text_config() is model.config:
+        return
     found = [path for name in PROCESSOR_FILES if (path := source_file(str(model.name_or_path), name))]
-    if not found and model.config.get_text_config() is not model.config:
+    if not found:
         log_message(f"{model.name_or_path}: no processor files found; copy them to {folder} to open images or audio.")
     for path in found:
         with naming_file(folder / path.name):

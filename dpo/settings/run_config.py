@@ -90,7 +90,7 @@ def override_run_config(config: DictConfig, arguments: Sequence[str], known: Seq
     for override, key, value in overrides:
         if value == settings.get(key, settings.get(f"{key}.name", override)):  # loss=dpo, as the run has it
             continue
-        if key not in settings and key not in ("model", "loss", "lora"):
+        if key not in settings and key not in (*MAY_CHANGE, "model", "loss", "lora"):  # a run may predate a setting
             problems.append(suggest(key, format_value(value), known))
         elif override.type != OverrideType.CHANGE or override.is_sweep_override():
             problems.append(f"{override.input_line}: a resumed run accepts only KEY=VALUE")

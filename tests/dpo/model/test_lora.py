@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -732,6 +733,14 @@ def test_an_adapter_of_a_checkpoint_that_is_quantized_already_trains_and_opens_o
     opened = PeftModel.from_pretrained(base, trainer.run.path / "LATEST" / "hf")
     error = (logits_of(opened) - logits_of(trainer.policy.model)).abs().max()
     assert error < 0.1 * (logits_of(opened) - before).abs().max()  # transformers opens the rest in bfloat16
+
+
+def test_an_adapter_of_other_layers_with_the_same_ends_is_refused_without_a_setting_to_add():
+    """As one of the language model alone, for a model that also sees images."""
+    settings = settings_of()
+    shape = AdapterShape(4, 8, False, False, ("model.language_model.layers.0.q_proj",))
+    with pytest.raises(UserError, match="adapts layers that are not those of this language model$"):
+        lora.check_shape(settings.lora, shape, replace(shape, targets=("model.layers.0.q_proj",)))
 
 
 @pytest.mark.parametrize("family", ["Gemma3", "Qwen3_5"])

@@ -63,6 +63,7 @@ def test_what_else_is_no_model_is_told_apart(tmp_path):
     (tmp_path / "policy.pt").write_text("")
     assert refusal(tmp_path).startswith(f"is a checkpoint of a run; set model.archive={tmp_path}/policy.pt")
     assert refusal(tmp_path / "policy.pt").startswith("is a file; give the model's folder")
+    assert refusal("my model") == "there is no such folder, and no model on the Hub can have this name"
 
 
 def test_a_model_without_a_tokenizer_needs_another_ones(tmp_path):
@@ -150,6 +151,20 @@ def test_the_names_of_tensors_are_those_of_the_files_in_every_format(tmp_path):
     torch.save({name: model.state_dict()[name] for name in names}, tmp_path / "torch" / "pytorch_model.bin")
     assert len(list((tmp_path / "shards").glob("model-*"))) > 1
     assert all(tensor_names(str(tmp_path / folder)) == names for folder in ("one", "shards", "torch"))
+
+
+def test_the_files_that_transformers_reads_first_count_and_left_over_ones_do_not(tmp_path):
+    """An index of earlier shards, or of a format that was not downloaded, may be left beside the whole model."""
+    model = tiny("GPT2")
+    model.save_pretrained(tmp_path)
+    names = tensor_names(str(tmp_path))
+    for file in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        (tmp_path / file).write_text('{"weight_map": {"a": "none-1"}}')
+    assert tensor_names(str(tmp_path)) == names
+    (tmp_path / "old").mkdir()
+    old_format = tmp_path / "old" / "pytorch_model.bin"
+    torch.save({name: model.state_dict()[name] for name in names}, old_format, _use_new_zipfile_serialization=False)
+    assert tensor_names(str(tmp_path / "old")) == names
 
 
 def test_tensors_that_a_class_has_no_place_for_are_named_also_where_transformers_hides_them(tmp_path, capsys):

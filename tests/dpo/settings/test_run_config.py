@@ -42,3 +42,12 @@ def test_a_schedule_that_knows_the_runs_length_refuses_a_longer_one(override):
         assert override_run_config(config, [override], list(stored)).keys() == {key}
     cosine = OmegaConf.create(stored | {"scheduler": "cosine"})
     assert override_run_config(cosine, [f"{key}={stored[key]}"], list(stored)) == {}
+
+
+def test_a_run_that_is_older_than_a_setting_takes_it_if_it_changes_no_numbers(tmp_path):
+    config = OmegaConf.create({"lr": 1.0, "local_run_dir": str(tmp_path)})
+    known = ["lr", "export_dtype", "batch_size"]
+    assert override_run_config(config, ["export_dtype=float32"], known) == {"export_dtype": "float32"}
+    assert config.export_dtype == "float32"
+    with pytest.raises(UserError, match="batch_size: the chosen loss has no such setting"):
+        override_run_config(config, ["batch_size=2"], known)
