@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
 
@@ -20,6 +20,7 @@ from dpo.model.layout_check import LayoutChoice
 from dpo.model.loading import recompute_activations
 from dpo.model.logps import CHUNK_BYTES, CHUNK_TOKENS, ResponseLogps, response_logps
 from dpo.model.packing import LAYOUTS, PackedBatch, Packer
+from dpo.model.pretrained import auto_class
 from dpo.model.reference_weights import ReferenceWeights
 from dpo.settings.schema import Settings
 from dpo.system.console import log_message
@@ -138,9 +139,10 @@ def estimate_before_loading(
     """Estimate the memory of training on a device from a model's config."""
     second, stored = None, getattr(torch, settings.model.policy_dtype)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=stored)
+        model = auto_class(config).from_config(config, dtype=stored)
         if reference is not None and not (settings.lora and reference.is_adapter):
-            second = AutoModelForCausalLM.from_config(reference.config or config, dtype=stored)
+            own = reference.config or config
+            second = auto_class(own).from_config(own, dtype=stored)
     model.requires_grad_(settings.lora is None)
     choice = LayoutChoice(settings.layout, "eager" if model.config._attn_implementation == "eager" else "packed")
     return estimate_memory(ResponseLogps(model, separate_head=True), settings, loss, dtype, choice, n_shards, second)
