@@ -74,9 +74,8 @@ def no_router_logits(config: PreTrainedConfig) -> dict[str, Any]:
     The model would also compute its own loss, which misreads a 4D mask. And transformers would add hooks to it, which
     cannot be sent to other ranks.
     """
-    asks = getattr(config, "output_router_logits", False) or getattr(
-        config.get_text_config(), "output_router_logits", False
-    )
+    nested = (config, getattr(config, "text_config", None))
+    asks = any(getattr(each, "output_router_logits", False) for each in nested)
     return {"output_router_logits": False} if asks else {}
 
 
