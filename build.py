@@ -273,17 +273,18 @@ def compare_start(settings: Settings, inputs: Inputs, reference: ReferenceWeight
         models.reference_checksum = adapter.reference
         models.starts_equal = adapter_checksum(model, POLICY) == adapter.reference
         return
-    models.reference_checksum = weights_checksum(second.model.state_dict())
+    checksum = weights_checksum(second.model.state_dict())
+    models.reference_checksum = reference.fingerprint(checksum)
     is_same_function = reference.config is None or same_config(reference.config, inputs.model_config)
     start = weights_checksum(model.state_dict()) if adapter is None else adapter.base
-    is_start = is_same_function and start == models.reference_checksum
+    is_start = is_same_function and start == checksum
     models.starts_equal = is_start and (settings.lora is None or settings.lora.path is None)
     if is_start and adapter is not None and settings.model.reference_dtype is None:
         models.second = None  # it is the policy without its adapter
         return
     shapes = [[parameter.shape for parameter in each.parameters()] for each in (models.policy, second)]
-    if settings.sync_reference and shapes[0] != shapes[1]:
-        problem = "its weights have other shapes than the policy's, so it cannot follow it; set sync_reference=null"
+    if settings.sync_reference and not (is_same_function and shapes[0] == shapes[1]):
+        problem = "its config or shapes are not the policy's, so it cannot follow it; set sync_reference=null"
         raise UserError(f"{reference.setting} sync_reference={settings.sync_reference}: {problem}")
     freeze(second, settings.model.reference_dtype)
     log_message(f"Reference: a second model, with the weights that {reference.setting} names.")

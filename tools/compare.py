@@ -59,6 +59,7 @@ def find_candidate(path: Path, as_reference: bool = False) -> Candidate:
         raise UserError(f"{weights}: there is no such file; give a run that has written a checkpoint")
     if not as_reference:
         config.reference = "start"  # its weights are not needed, and may not be here
+        config.model.reference_dtype = None
     if weights is not None and config.get("lora") is None:
         OmegaConf.update(config, "model.archive", str(weights))  # load these weights instead of the initial ones
     config.trackers = []  # may not be installed here

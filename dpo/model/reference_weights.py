@@ -1,5 +1,7 @@
 """The weights that `reference` names, if they are not those that the policy starts from."""
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,12 +63,22 @@ class ReferenceWeights:
         stored = self.state["base"]
         return bool(stored == base if stored is not None else settings.archive is None)
 
+    def fingerprint(self, checksum: str) -> str:
+        """What identifies the reference: the checksum of its weights, and for another model also its config."""
+        if self.config is None:
+            return checksum
+        values = {key: value for key, value in self.config.to_dict().items() if key not in DESCRIPTIVE}
+        content = checksum + json.dumps(values, sort_keys=True, default=str)
+        return hashlib.sha256(content.encode()).hexdigest()
+
     def load(self, settings: Settings, config: PreTrainedConfig, n_embeddings: int) -> PreTrainedModel:
         """Load a second model on the host; config and n_embeddings are the policy's.
 
         An adapter is merged into the weights of model.name_or_path. UserError if the weights do not fit.
         """
         own: dict[str, Any] = {"archive": None}
+        if settings.model.reference_dtype == "float32" and not self.is_adapter:  # its weights are not to be rounded
+            own["policy_dtype"] = "float32"
         if self.config is not None:
             own |= {"name_or_path": self.path, "from_scratch": False}
             config, n_embeddings = self.config, 0

@@ -401,6 +401,11 @@ def test_the_same_weights_with_another_config_are_another_reference(others, tmp_
     assert trainer.reference.start_tolerance > 0
     configs = [transformers.AutoConfig.from_pretrained(path) for path in (TINY_GPT2, TINY_GPT2, tmp_path / "changed")]
     assert same_config(*configs[:2]) and not same_config(*configs[1:])
+    same = make_trainer(*DPO, naming(TINY_GPT2))
+    found = [each.run.fingerprints["the reference's weights"] for each in (trainer, same)]
+    assert found[0] != found[1]  # so a resumed run refuses the other one
+    with pytest.raises(UserError, match="its config or shapes are not the policy's"):
+        make_trainer(*DPO, "sync_reference=2", naming(tmp_path / "changed"))
 
 
 # Resuming
@@ -530,7 +535,7 @@ def test_weights_that_do_not_fit_the_policys_architecture_are_refused(overrides,
 
 
 def test_settings_that_a_reference_cannot_honour_are_refused(others, llama, make_trainer, monkeypatch):
-    with pytest.raises(UserError, match="its weights have other shapes than the policy's.*set sync_reference=null"):
+    with pytest.raises(UserError, match="its config or shapes are not the policy's.*set sync_reference=null"):
         make_trainer(*DPO, "sync_reference=2", naming(llama))
     with pytest.raises(UserError, match="model.reference_dtype=bfloat16: .*set model.reference_dtype=null"):
         make_trainer(*LORA, "model.reference_dtype=bfloat16", naming(others / "adapter"))
