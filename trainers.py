@@ -48,7 +48,7 @@ from dpo.reporting.model_card import Outcome, model_card
 from dpo.reporting.page import update_report
 from dpo.reporting.utilization import Utilization, memory_use
 from dpo.runs.checkpoints import fitting
-from dpo.runs.export import describe_export, upload
+from dpo.runs.export import describe_export, export_dtype, upload
 from dpo.runs.run_dir import RunDir, log_changes, read_environment
 from dpo.runs.shards import load_shards
 from dpo.runs.weights import AdapterWeights, AllWeights, TrainedWeights
@@ -217,9 +217,9 @@ class BasicTrainer:
         with self.clock("forward_backward"), self.autocast():
             sums = self.loss.batch_sums(batch.examples, self.sums_of_logps)
             total_weight = sum(example.text.weight for example in batch.examples)
-            microbatches = list(self.split_batch(batch.examples, self.settings.gradient_accumulation_steps))
-            routers = self.router_sums(microbatches)
-            for microbatch, scale, is_last in microbatches:
+            routers = self.router_sums(batch)
+            n_equal = self.settings.gradient_accumulation_steps
+            for microbatch, scale, is_last in self.split_batch(batch.examples, n_equal):
                 self.policy.set_requires_gradient_sync(is_last or self.settings.reduce_every_pass)
                 with self.packer.memory_hint(microbatch):
                     losses = self.losses(microbatch, metrics if scale else None, sums)
@@ -273,17 +273,20 @@ class BasicTrainer:
         return losses
 
     @torch.no_grad()
-    def router_sums(self, microbatches: Sequence[Microbatch]) -> torch.Tensor | None:
+    def router_sums(self, batch: Batch) -> torch.Tensor | None:
         """Compute the sums of the routers over a whole batch, as in Logps.
 
         None without their loss, or if the batch is a single microbatch, which has them.
         """
-        if not self.router_weight or (len(microbatches) == 1 and self.ranks.data_size == 1):
+        if not self.router_weight:
+            return None
+        microbatches = list(self.split_batch(batch.examples, self.settings.gradient_accumulation_steps))
+        if len(microbatches) == 1 and self.ranks.data_size == 1:
             return None
         computed = []
-        for batch, scale, _ in microbatches:
-            with self.packer.memory_hint(batch):
-                routers = response_logps(self.policy, batch).routers
+        for microbatch, scale, _ in microbatches:
+            with self.packer.memory_hint(microbatch):
+                routers = response_logps(self.policy, microbatch).routers
             if scale and routers is not None:
                 computed.append(routers)
         return sum_over_ranks(computed, self.ranks)
@@ -389,8 +392,7 @@ class BasicTrainer:
         """Write the model for from_pretrained to LATEST/hf, and upload it if push_to_hub is set."""
         if not self.settings.debug:
             folder, weights = (self.run.path / "LATEST").resolve() / "hf", self.full_weights()
-            name = self.settings.export_dtype
-            dtype = self.dtype if name == "auto" else getattr(torch, name)
+            dtype = export_dtype(self.settings, self.dtype)
             card = model_card(self.settings, self.loss, outcome(self, metrics), dtype)
 
             def write() -> None:

@@ -261,13 +261,11 @@ def dtype_of_model(settings: "Settings", state: dict[str, Any]) -> "torch.dtype"
     """The dtype of an exported model by export_dtype; for auto the one in which the run computes."""
     import torch
 
+    from dpo.runs.export import export_dtype
     from dpo.runs.run_dir import read_environment
 
     computed = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
-    if settings.export_dtype == "auto":
-        return computed.get(str(read_environment({"run": state}).get("dtype")), torch.float32)
-    dtype: torch.dtype = getattr(torch, settings.export_dtype)
-    return dtype
+    return export_dtype(settings, computed.get(str(read_environment({"run": state}).get("dtype")), torch.float32))
 
 
 def write(

@@ -14,7 +14,7 @@ import yaml
 from dpo.data.columns import PAIR, PREFERENCES
 from dpo.data.formats import FORMATS, SUFFIXES, DatasetTable, Table, open_file, suffix_of
 from dpo.system.console import on_terminal
-from dpo.system.errors import UserError, summarize_error
+from dpo.system.errors import UserError, join_names, summarize_error
 
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 SHARD = re.compile(r"-\d{5}-of-(\d{5}).*$")
@@ -22,7 +22,6 @@ IS_CACHE = re.compile(r"cache-.*\.arrow")  # of the datasets library
 CARD = re.compile(r"---\s*\n(.*?^configs:.*?\n)---", re.DOTALL | re.MULTILINE)  # a README.md that begins with YAML
 TEST_NAMES = ("test", "validation", "valid", "val", "dev", "eval", "evaluation")
 USUAL_SPLITS = {f"{name}{kind}" for name in ("train", *TEST_NAMES) for kind in ("", "_sft", "_prefs")}
-MAX_NAMES = 8  # in a note
 
 
 @dataclass
@@ -289,9 +288,3 @@ def note_columns(name: str, columns: Mapping[str, str], n_rows: Counter[str], ro
 def escape(name: str) -> str:
     """The name with line breaks and unprintable characters escaped."""
     return repr(name)[1:-1]
-
-
-def join_names(names: Sequence[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    n_others = len(names) - MAX_NAMES
-    return ", ".join(names[:MAX_NAMES]) + (f" and {n_others:,} more" if n_others > 0 else "")

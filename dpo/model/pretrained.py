@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +32,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from dpo.data.formats import refuse_pointers
 from dpo.model.archives import DROPPABLE
 from dpo.system.console import log_message
-from dpo.system.errors import UserError, is_out_of_memory, summarize_error
+from dpo.system.errors import UserError, is_out_of_memory, join_names, summarize_error
 from dpo.system.network import is_reachable
 
 T = TypeVar("T")
@@ -40,7 +40,6 @@ T = TypeVar("T")
 ADAPTER = "adapter_config.json"  # of an adapter's folder, in peft's format
 # What a composite model needs beside its tokenizer to prepare images, video or audio.
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-MAX_NAMES = 8  # in a message
 
 
 def skip_unreachable_hub(names: Mapping[str, bool]) -> None:
@@ -182,7 +181,7 @@ def tensor_names(name: str) -> set[str]:
             files: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             found = {file: source_file(name, file) for file in sorted(set(files.values()))}
             if absent := [file for file, shard in found.items() if shard is None]:
-                raise UserError(f"{index} names files that are not there: {shorten(absent)}; copy or download them")
+                raise UserError(f"{index} names files that are not there: {join_names(absent)}; copy or download them")
             for shard in filter(None, found.values()):
                 refuse_pointers(shard)
             return set(files)
@@ -221,13 +220,7 @@ def first_absent(key: str, parts: set[str]) -> str:
 
 def log_unloaded(setting: str, counts: Mapping[str, int]) -> None:
     if counts:
-        modules = shorten([f"{module} ({n:,})" for module, n in sorted(counts.items())])
+        modules = join_names([f"{module} ({n:,})" for module, n in sorted(counts.items())])
         log_message(
-            f"{setting}: ignored tensors of modules that this model lacks: {modules}; the export will not hold them"
+            f"{setting}: ignored tensors of modules that this model lacks: {modules}; an export will not hold them"
         )
-
-
-def shorten(names: Sequence[str]) -> str:
-    """The first of some names, and how many more there are."""
-    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(names[:MAX_NAMES]) + more

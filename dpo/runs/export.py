@@ -5,17 +5,17 @@ import re
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo.model.pretrained import PROCESSOR_FILES, source_file
 from dpo.runs.transformers_4 import add_config_keys, use_tokenizer_keys
+from dpo.settings.schema import Settings
 from dpo.system.console import log_message
 from dpo.system.errors import RunError, summarize_error
 from dpo.system.files import atomic_dir, naming_file
@@ -49,7 +49,7 @@ def save_model(
 ) -> None:
     """Save a model, with `weights` in place of its own if given, and its tokenizer.
 
-    dtype: of the parameters in the file; None leaves each as it is. weights is emptied while it is written.
+    dtype: of the parameters in the file; None leaves each as it is. Those in weights are replaced by converted ones.
     """
     save_generation_config(folder, model)
     state = model.state_dict() if weights is None else weights
@@ -112,6 +112,12 @@ def convert(state: dict[str, Tensor], model: PreTrainedModel, dtype: torch.dtype
             state[name] = converted[address]
 
 
+def export_dtype(settings: Settings, auto: torch.dtype) -> torch.dtype:
+    """The dtype that export_dtype names; `auto` for auto."""
+    dtype: torch.dtype = auto if settings.export_dtype == "auto" else getattr(torch, settings.export_dtype)
+    return dtype
+
+
 def in_dtype(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor on the host in a dtype; RunError if its range does not hold the values."""
     converted = value.detach().to("cpu", dtype).contiguous()
@@ -129,15 +135,24 @@ def describe_export(folder: Path, trained: torch.dtype, exact: str = "export_dty
     """
     sizes: Counter[str] = Counter()  # bytes
     for path in folder.rglob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  (not a dictionary)
-                tensor = file.get_tensor(name)
-                sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+        for dtype, n_bytes in stored_sizes(path):
+            sizes[dtype] += n_bytes
     line = f"Exported {folder}: {', '.join(f'{size / 1e6:,.1f} MB in {dtype}' for dtype, size in sizes.most_common())}."
     rounded = [dtype for dtype in sizes if dtype in ("bfloat16", "float16") and trained == torch.float32]
     if rounded:
         line += f" Its float32 parameters were rounded to {rounded[0]}: {exact} keeps them."
     return line
+
+
+def stored_sizes(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield dtype and bytes of each tensor in a safetensors file, from its header alone."""
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    for tensor in header.values():
+        start, end = tensor["data_offsets"]
+        yield names.get(tensor["dtype"], tensor["dtype"]), end - start
 
 
 def set_dtype(written: dict[str, Any], dtype: str) -> None:
@@ -155,7 +170,7 @@ def copy_processor(folder: Path, model: PreTrainedModel) -> None:
         return
     found = [path for name in PROCESSOR_FILES if (path := source_file(str(model.name_or_path), name))]
     if not found:
-        log_message(f"{model.name_or_path}: no processor files found; copy them to {folder} to open images or audio.")
+        log_message(f"{model.name_or_path}: no processor files found; add them to the export to open images or audio.")
     for path in found:
         with naming_file(folder / path.name):
             shutil.copyfile(path, folder / path.name)

@@ -20,6 +20,7 @@ from dpo.model.archives import load_weights, weights_checksum
 from dpo.model.reference_weights import ReferenceWeights
 from dpo.runs.export import (
     drop_code,
+    export_dtype,
     export_model,
     in_dtype,
     save_card,
@@ -27,7 +28,7 @@ from dpo.runs.export import (
     save_model,
     save_tokenizer,
 )
-from dpo.settings.schema import ModelSettings, Settings
+from dpo.settings.schema import LoraSettings, ModelSettings, Settings
 from dpo.system.console import log_message
 from dpo.system.files import atomic_dir, naming_file, write_manifest
 
@@ -68,8 +69,8 @@ class AllWeights:
     ) -> None:
         """Write RUN/step-N/hf, for from_pretrained, unless it exists; RunError if it cannot be written.
 
-        card is the text of README.md. weights are whole tensors instead of a sharded model's tensors_to_export, and
-        used up. dtype: of the exported model; None leaves each tensor as it is.
+        card is the text of README.md. weights are whole tensors instead of a sharded model's tensors_to_export,
+        which are replaced by converted ones. dtype: of the exported model; None leaves each tensor as it is.
         """
         export_model(folder, self.model, tokenizer, weights, card, dtype)
 
@@ -79,76 +80,107 @@ class AllWeights:
 SMALL_LR = 1e-5  # a smaller lr prints a warning
 
 
+@dataclass(frozen=True)
+class FrozenAdapter:
+    """An adapter beside the policy's, as the reference: its state as in a policy.pt, and the setting that names it."""
+
+    state: dict[str, Any]
+    setting: str
+    config: "PeftConfig"
+
+
 def add_adapter(
     model: PreTrainedModel, run_settings: Settings, reference: ReferenceWeights | None = None
 ) -> "AdapterWeights":
     """Freeze a model and add an adapter: a new one with the run's seed, or the one in lora.path with a frozen copy.
 
-    A reference of its own takes the place of that copy: as a frozen adapter if it is one of this frozen model, else as
-    a second model, which is not added here. UserError if the settings do not fit the model or the adapter of lora.path.
+    A reference of its own takes the place of that copy (see find_frozen). UserError if the settings do not fit the
+    model or the adapter of lora.path.
     """
     settings = run_settings.lora
     assert settings is not None
     torch.manual_seed(run_settings.seed)
     base = weights_checksum(model.state_dict())
     targets, parameters = lora.find_targets(model, settings.targets), lora.find_parameters(model, settings)
-    experts = lora.expert_tensors(model)
     shape = lora.AdapterShape(settings.r, settings.alpha, settings.use_rslora, settings.use_dora, targets, parameters)
-    stored = None if settings.path is None else lora.read_adapter(settings.path)
-    if stored is not None:
-        full_names = lora.matching(experts, stored.shape.parameters)
-        lora.check_shape(settings, shape, replace(stored.shape, parameters=full_names))
-        lora.check_base(stored.base, base, f"lora.path={settings.path}")
-    frozen_state = None if stored is None else stored.state_dict()
-    frozen_setting = f"lora.path={settings.path}"
-    if reference is not None:
-        frozen_state = reference.state if reference.is_adapter_of(base, run_settings.model) else None
-        frozen_setting = reference.setting
-    configs: dict[str, PeftConfig] = {}
-    if frozen_state is not None:
-        config = lora.stored_config(model, frozen_state, frozen_setting)
-        configs[lora.REFERENCE] = config
-        if parameters and {*parameters} != {*(config.target_parameters or parameters)}:  # which peft does not support
-            frozen_state, configs = None, {}
+    stored = read_path(model, settings, shape, base)
+    if reference is None:
+        state = None if stored is None else stored.state_dict()
+        frozen = find_frozen(model, shape, state, f"lora.path={settings.path}")
+    else:
+        is_of_base = reference.is_adapter_of(base, run_settings.model)
+        frozen = find_frozen(model, shape, reference.state if is_of_base else None, reference.setting)
+    configs = {} if frozen is None else {lora.REFERENCE: frozen.config}
     init: Literal["gaussian"] | bool = True if settings.init == "kaiming" else "gaussian"
     configs[lora.POLICY] = shape.peft_config(model, settings.dropout, init)
     lora.inject(model, configs)
     model.eval()  # an adapter's dropout is off until training begins
     if stored is not None:
         lora.copy_weights(lora.adapter_parameters(model, lora.POLICY), stored.weights, f"lora.path={settings.path}")
-    if frozen_state is not None:
-        lora.copy_weights(lora.adapter_parameters(model, lora.REFERENCE), frozen_state["weights"], frozen_setting)
-    trained = lora.adapter_parameters(model, lora.POLICY)
+    if frozen is not None:
+        lora.copy_weights(lora.adapter_parameters(model, lora.REFERENCE), frozen.state["weights"], frozen.setting)
     model.requires_grad_(False)
-    for parameter in trained.values():
+    for parameter in lora.adapter_parameters(model, lora.POLICY).values():
         parameter.requires_grad_(True)
+    uses_dora = settings.use_dora or (frozen is not None and frozen.state["adapter"]["use_dora"])
     for layer in lora.adapted_layers(model).values():
         # Autocast casts the inputs of matrix products, but DoRA and bfloat16 weights need float32 inputs for the
         # adapter.
-        uses_dora = settings.use_dora or (frozen_state is not None and frozen_state["adapter"]["use_dora"])
         layer.cast_input_dtype_enabled = uses_dora or model.dtype != torch.float32
-    n = sum(parameter.numel() for parameter in trained.values())
+    log_adapter(model, shape, run_settings.lr)
+    path = own = None
+    if frozen is not None and reference is not None:
+        own = lora.adapter_checksum(model, lora.REFERENCE)
+    elif frozen is not None:
+        path = weights_checksum(lora.adapter_parameters(model, lora.REFERENCE))
+    dtype = export_dtype(run_settings, torch.float32)
+    return AdapterWeights(model, shape, base, path, base_name(run_settings.model), settings.export_merged, dtype, own)
+
+
+def read_path(
+    model: PreTrainedModel, settings: LoraSettings, shape: lora.AdapterShape, base: str
+) -> lora.StoredAdapter | None:
+    """Read the adapter in lora.path, if it is set; UserError if its shape or its base is not the run's."""
+    if settings.path is None:
+        return None
+    stored = lora.read_adapter(settings.path)
+    full_names = lora.matching(lora.expert_tensors(model), stored.shape.parameters)
+    lora.check_shape(settings, shape, replace(stored.shape, parameters=full_names))
+    lora.check_base(stored.base, base, f"lora.path={settings.path}")
+    return stored
+
+
+def find_frozen(
+    model: PreTrainedModel, shape: lora.AdapterShape, state: dict[str, Any] | None, setting: str
+) -> FrozenAdapter | None:
+    """The adapter of a state, to be added frozen; None if there is none, or if it must be a second model.
+
+    peft does not support two adapters of different experts in one model.
+    """
+    if state is None:
+        return None
+    config = lora.stored_config(model, state, setting)
+    has_other_experts = config.target_parameters and {*config.target_parameters} != {*shape.parameters}
+    return None if shape.parameters and has_other_experts else FrozenAdapter(state, setting, config)
+
+
+def log_adapter(model: PreTrainedModel, shape: lora.AdapterShape, lr: float) -> None:
+    """Log what is adapted and what stays frozen, with advice on a low learning rate."""
+    n = sum(parameter.numel() for parameter in lora.adapter_parameters(model, lora.POLICY).values())
     total = sum(parameter.numel() for parameter in model.parameters())
-    adapted = [*targets, *parameters]
+    adapted = [*shape.targets, *shape.parameters]
     log_message(
         f"LoRA: r={shape.r}, alpha={shape.alpha}, {len(adapted)} layers ({', '.join(lora.last_parts(adapted))});"
         f" {n:,} of {total:,} parameters are trained."
     )
-    if experts and not parameters:
-        names = ",".join(lora.last_parts([*targets, *experts]))
+    experts = lora.expert_tensors(model)
+    if experts and not shape.parameters:
+        names = ",".join(lora.last_parts([*shape.targets, *experts]))
         frozen = " and ".join(lora.last_parts(experts))
         log_message(f"LoRA: the experts ({frozen}) stay frozen; lora.targets=[{names}] adapts them as well.")
-    if run_settings.lr < SMALL_LR:
+    if lr < SMALL_LR:
         advice = "an adapter usually needs 10 to 100 times the learning rate of all weights; try lr=5e-5"
-        log_message(f"LoRA: lr={run_settings.lr:g} may be too low: {advice}.")
-    path = own = None
-    if reference is not None and frozen_state is not None:
-        own = lora.adapter_checksum(model, lora.REFERENCE)
-    elif frozen_state is not None:
-        path = weights_checksum(lora.adapter_parameters(model, lora.REFERENCE))
-    base_path = base_name(run_settings.model)
-    dtype = torch.float32 if run_settings.export_dtype == "auto" else getattr(torch, run_settings.export_dtype)
-    return AdapterWeights(model, shape, base, path, base_path, settings.export_merged, dtype, own)
+        log_message(f"LoRA: lr={lr:g} may be too low: {advice}.")
 
 
 def base_name(settings: ModelSettings) -> str | None:

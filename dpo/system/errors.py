@@ -55,6 +55,12 @@ def summarize_error(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def join_names(names: Sequence[str], most: int = 8) -> str:
+    """The first names of a list, and how many more there are."""
+    n_others = len(names) - most
+    return ", ".join(names[:most]) + (f" and {n_others:,} more" if n_others > 0 else "")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the memory of the device or of the machine is exhausted."""
     reported = isinstance(error, RuntimeError) and re.search(

@@ -13,7 +13,7 @@ from dpo.distributed.ranks import Ranks
 from dpo.distributed.sharding import local_part, reshard
 from dpo.model.logps import Logps, ResponseLogps
 from dpo.system.console import log_message
-from dpo.system.errors import UserError, summarize_error
+from dpo.system.errors import UserError, join_names, summarize_error
 from dpo.training.references import OTHER_WAYS, Reference
 
 MAX_NAMES = 5  # in a message
@@ -86,7 +86,7 @@ def check_gradients(policy: ResponseLogps, compute_logps: Callable[[], Tensor], 
         if name not in with_gradient and (name in absent or ".lora_B." in name)
     }
     if missing:
-        names = shorten(missing)
+        names = join_names(list(missing), MAX_NAMES)
         if ranks.any(change_logps(policy, missing.values(), compute_logps)):
             raise UserError(
                 f"no gradient reaches {len(missing):,} of {len(trained):,} trained tensors that affect the"
@@ -124,12 +124,6 @@ def change_logps(policy: ResponseLogps, parameters: Iterable[Parameter], compute
         weight.copy_(value)
     policy.train(was_training)
     return is_changed
-
-
-def shorten(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
-    return ", ".join(names[:MAX_NAMES]) + more
 
 
 @contextmanager

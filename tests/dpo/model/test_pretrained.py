@@ -179,7 +179,7 @@ def test_tensors_that_a_class_has_no_place_for_are_named_also_where_transformers
     wrong = "model.layers.9.weight"
     assert unexpected_tensors(model, "me/model", tensors, [*info["unexpected_keys"], wrong]) == [wrong]
     counts = f"model.visual ({n_visual}), mtp (1), other (1)"
-    assert f"modules that this model lacks: {counts}; the export will not hold them\n" in capsys.readouterr().out
+    assert f"modules that this model lacks: {counts}; an export will not hold them\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", ["Gemma3", "Qwen3_5"])
