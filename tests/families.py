@@ -279,8 +279,9 @@ PAGE = ROOT / "docs" / "models.md"
 
 
 def replace_table(page: str, table: str) -> str:
-    """Return the page, which ends with a table of families, with another one."""
-    return page[: page.index("| trains |")] + table + "\n"
+    """Return the page with another table of families."""
+    before, _, rest = page.partition("| trains |")
+    return before + table + rest[rest.index("\n\n") :]
 
 
 if __name__ == "__main__":
