@@ -268,6 +268,28 @@ def several_turns(read):
     assert re.findall("look|A clock|Yes|<.im_end.>", chosen) == ["look", "<|im_end|>", "Yes", "<|im_end|>"]
 
 
+IDS = dict(
+    zip(("prompt", "chosen", "rejected"), FAMILIES["ChatML"].tokenizer()(list(AS_TEXTS))["input_ids"], strict=True)
+)
+
+
+@row("responses as an engine sampled them")
+def sampled_responses(read):
+    letters = [token for letter in "Yes." for token in read_ids(letter)]
+    assert letters != read_ids("Yes.")
+    for row, turns in ((TEXTS, ()), (CHAT, ("<|im_end|>", "\n"))):
+        ids = IDS | {"chosen": [*letters, *(token for text in turns for token in read_ids(text))]}
+        assert read(rows=[row | {"sampled_ids": ids}]) == [("Hi.", "".join(["Yes.", *turns]), f"No.{END}")]
+        assert read.examples[0].responses[0] == ids["chosen"]
+    ids = {"prompt": IDS["prompt"], "completion": letters}
+    assert read("loss=kto", rows=[LABELLED | {"sampled_ids": ids}] * 2) == [("Hi.", "Yes.")] * 2
+    assert read("loss=sft", rows=[{"prompt": "Hi.", "completion": "Yes.", "sampled_ids": ids}]) == [("Hi.", "Yes.")]
+
+
+def read_ids(text):
+    return FAMILIES["ChatML"].tokenizer()(text)["input_ids"]
+
+
 @row("weights")
 def weights(read):
     read("columns.weight=NAME", rows=[TEXTS | {"NAME": 0.5}, TEXTS | {"NAME": "2"}])
@@ -522,6 +544,7 @@ VALUES = {  # of each role, with the rest of a row, other settings, and what is 
     "score_chosen": (1, TEXTS | {"other": 2}, ["columns.score_rejected=other"], ("Hi.", *AS_TEXTS[:0:-1])),
     "score_rejected": (1, TEXTS | {"other": 2}, ["columns.score_chosen=other"], AS_TEXTS),
     "weight": (2, TEXTS, [], AS_TEXTS),
+    "sampled_ids": ({side: read_ids(text) for side, text in TEXTS.items()}, TEXTS, [], ("Hi.", "Yes.", "No.")),
 }
 
 
@@ -789,6 +812,25 @@ def no_end(read):
     assert read(rows=[CHAT], template=plain) == [("user: Hi.\nassistant: ", f"Yes.{END}", f"No.{END}")]
 
 
+@row("sampled token ids")
+def sampled_token_ids(read):
+    llama, space = FAMILIES["Llama-3"], read_ids("Yes. ")
+    texts = {"prompt": "Hi.", "chosen": "Yes. ", "rejected": "No."}
+    ids = {side: llama.tokenizer()(text)["input_ids"] for side, text in texts.items()}
+    row = CHAT | {"chosen": [YES | {"content": "Yes. "}], "sampled_ids": ids}
+    assert read("model.add_bos=true", rows=[row], template=llama.template) == [tuple(texts.values())]
+    long = IDS | {"prompt": [*IDS["prompt"], *read_ids("word " * 200)], "chosen": space * 80}
+    read(rows=[TEXTS | {"chosen": "Yes. " * 80, "sampled_ids": long}])
+    assert (
+        read.examples[0].prompt == long["prompt"][-96:] and read.examples[0].responses[0] == long["chosen"][: 160 - 96]
+    )
+    read.drops(TEXTS | {"chosen": " ", "sampled_ids": IDS | {"chosen": read_ids(" ")}}, "a response is empty")
+    same_texts = TEXTS | {"rejected": "Yes.", "sampled_ids": IDS | {"rejected": read_ids("Yes.")}}
+    assert len(read(rows=[same_texts])) == 1
+    equal = same_texts | {"sampled_ids": IDS | {"rejected": IDS["chosen"]}}
+    read.drops(equal, "both responses are equal")
+
+
 @row("BOS")
 def bos(read):
     for rows in ([CHAT], [TEXTS]):
@@ -925,6 +967,15 @@ def long_parts(read):
     ):
         read.drops(CHAT | {"prompt": prompt}, f"the {name} alone is longer than max_prompt_length")
         assert f"the {name} has " in read.refuses(rows=[CHAT | {"prompt": prompt}])
+
+
+@row("sampled token ids of another form, or of other texts than the row's, as another model's are")
+def unusable_ids(read):
+    for ids in (IDS | {"chosen": "3"}, {"prompt": [1]}, IDS | {"chosen": read_ids("Maybe.")}):
+        row = TEXTS | {"sampled_ids": ids}
+        error = read.refuses("on_inconsistent=drop", rows=[row])
+        assert "train.jsonl, row 1: " in error and error.endswith("columns.sampled_ids=none tokenizes the texts")
+        assert read("columns.sampled_ids=none", rows=[row]) == [AS_TEXTS]
 
 
 @row("a prompt without tokens")

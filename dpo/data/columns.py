@@ -14,6 +14,7 @@ NO_COLUMN = "none"  # columns.ROLE=none: the role has no column
 PAIR = ("chosen", "rejected")
 PAIR_SCORES = ("score_chosen", "score_rejected")
 LISTS = ("scores", "ranks")  # a value of each response
+SAMPLED = (*PAIR, "completion")  # responses whose token ids may be given
 PREFERENCES = ("preferred", "preference_strength")
 ORDERS = (*LISTS, *PREFERENCES, "score_chosen")  # each says which response is better
 COLUMNS: dict[str, Column] = {role: info.metadata[-1] for role, info in ColumnSettings.model_fields.items()}
@@ -143,8 +144,15 @@ class Fields:
 
     @classmethod
     def of(cls, row: Mapping[str, Any], columns: Mapping[str, str]) -> "Fields":
-        """Read a row's columns by role; messages may be a JSON text, and the prompt an object {"messages", "tools"}."""
-        values = {role: read_written(row[name], name) for role, name in columns.items() if name in row}
+        """Read a row's columns by role; messages may be a JSON text, and the prompt an object {"messages", "tools"}.
+
+        A sampled response is a text whatever it looks like.
+        """
+        values = {role: row[name] for role, name in columns.items() if name in row}
+        as_they_are = SAMPLED if values.get("sampled_ids") is not None else ()
+        for role, name in columns.items():
+            if role in values and role not in as_they_are:
+                values[role] = read_written(values[role], name)
         values |= {role: None for role, value in values.items() if value == []}
         prompt = values.get("prompt")
         if isinstance(prompt, Mapping) and "messages" in prompt:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+OTHER_TOKENIZER = "choose the model's own tokenizer, or set model.resize_embeddings=true"
 NO_TOKEN = "the prompt has no tokens"  # so nothing would predict the first token of a response
 LEFT_OUT_TURNS = "oldest turns"  # a value in TokenizedExample.truncated
 Truncation = Literal["keep_start", "keep_end"]  # which end of an over-long prompt is kept
@@ -158,6 +159,16 @@ class Tokenization:
         ids: list[list[int]] = self.tokenizer(list(strings), add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
+    def texts(self, ids: Sequence[list[int]], skip_special_tokens: bool = False) -> list[str]:
+        """The texts of lists of ids."""
+        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+        return list(self.tokenizer.batch_decode(list(ids), **options))
+
+    def rendered(self, ids: Ids) -> Rendered:
+        """A conversation as its ids say that it was rendered."""
+        prompt, *responses = self.texts([ids.prompt, *ids.responses])
+        return Rendered(prompt, tuple((Segment(text, True),) for text in responses))
+
     def with_bos(self, prompt: list[int]) -> list[int]:
         """The prompt with a BOS, if model.add_bos requests one and the text or the template wrote none."""
         bos = self.tokenizer.bos_token_id
@@ -208,7 +219,7 @@ class Tokenization:
         """
         prompt, responses, masks = ids
         if not self.fits(prompt, responses) and len(prompt) > self.max_prompt_length:
-            n_bos = int(self.add_bos)
+            n_bos = int(self.add_bos and prompt[0] == self.tokenizer.bos_token_id)  # sampled ids may have none
             room = self.max_prompt_length - n_bos
             start = n_bos if text.truncation == "keep_start" else len(prompt) - room
             prompt = prompt[:n_bos] + prompt[start : start + room]
@@ -226,7 +237,7 @@ class Tokenization:
         }
         return TokenizedExample(text, prompt, cut, tuple(name for name, is_cut in cuts.items() if is_cut), masks, index)
 
-    def check_ids(self, example: TokenizedExample) -> None:
+    def check_ids(self, example: TokenizedExample, advice: str = OTHER_TOKENIZER) -> None:
         """Raise UserError if an example has a token without an embedding in the model."""
         if self.vocab_size is None:
             return
@@ -234,7 +245,6 @@ class Tokenization:
         if highest >= self.vocab_size:
             token = f"the token {self.tokenizer.convert_ids_to_tokens(highest)!r} with id {highest}"
             limit = f"the model has embeddings for ids below {self.vocab_size}"
-            advice = "choose the model's own tokenizer, or set model.resize_embeddings=true"
             raise UserError(f"the text contains {token}, but {limit}; {advice}")
 
 

@@ -13,7 +13,16 @@ from itertools import chain
 from typing import Any
 
 from dpo.data.chat import Conversation
-from dpo.data.examples import Ids, Rendered, TextExample, Tokenization, TokenizedExample, Truncation, prefixes_of
+from dpo.data.examples import (
+    OTHER_TOKENIZER,
+    Ids,
+    Rendered,
+    TextExample,
+    Tokenization,
+    TokenizedExample,
+    Truncation,
+    prefixes_of,
+)
 from dpo.data.formatting import RowFormatter
 from dpo.data.messages import SYSTEM, InconsistentRow, UnusableRow, naming_row, to_json
 from dpo.data.rows import DIFFERENT_PROMPTS, Row, is_empty
@@ -23,6 +32,7 @@ EQUAL, EMPTY = "both responses are equal", "a response is empty"
 TOO_LONG = "the {} alone is longer than max_prompt_length"
 SOME_PAIRS = "some of its pairs have an empty response or equal ones"
 SOME_TIES = "some of its responses have equal scores"
+OTHER_IDS = "columns.sampled_ids=none tokenizes the texts"
 REMOVED = "the chat template leaves out {}"
 # Flags of a record, by which selection.py keeps or drops it
 EVERY_TARGET = 1  # SFT trains on each distinct target of its prompt
@@ -141,8 +151,9 @@ class Encoder:
         limit, ids = self.tokenize.vocab_size, record.ids
         highest = max(chain(ids.prompt, *ids.responses), default=0)
         if limit is not None and highest >= limit:
+            advice = OTHER_TOKENIZER if record.row.ids is None else OTHER_IDS
             for choice in record.choices:
-                self.tokenize.check_ids(self.example(record, choice, 0, ""))
+                self.tokenize.check_ids(self.example(record, choice, 0, ""), advice)
 
     @contextmanager
     def counting(self, encoded: Encoded, source: str, number: int) -> Iterator[None]:
@@ -157,7 +168,7 @@ class Encoder:
                 encoded.details.setdefault(error.reason, f"{source}, row {number}: {error}")
 
     def draft(self, row: Row) -> "Draft":
-        """Render the responses that are trained on."""
+        """Render the responses that are trained on; sampled ids need no template, which might not write them."""
         is_single = self.sft or row.label is not None
         choices = ((row.target,),) if is_single else row.pairs
         used = list(dict.fromkeys(chain.from_iterable(choices)))  # of a pair, the chosen one comes first
@@ -165,22 +176,42 @@ class Encoder:
             row,
             responses=tuple(row.responses[i] for i in used),
             scores=tuple(row.scores[i] for i in used) if row.scores else (),
+            ids=row.ids and row.ids.choose(used),
         )
         conversation = self.formatter.conversation(row)
-        rendered = self.formatter.text(row) if conversation is None else conversation.render()
-        strings = map(text_of, rendered.responses) if conversation is None else prefixes_of(rendered)
-        return Draft(
-            row,
-            tuple(tuple(map(used.index, choice)) for choice in choices),
-            conversation,
-            rendered,
-            [rendered.prompt, *strings],
+        if conversation is None:
+            rendered = self.formatter.text(row)
+            strings = [rendered.prompt, *map(text_of, rendered.responses)]
+        elif row.ids is None:
+            rendered = conversation.render()
+            strings = [rendered.prompt, *prefixes_of(rendered)]
+        else:
+            rendered = self.tokenize.rendered(row.ids)
+        if row.ids is not None:
+            self.check_sampled(row, row.ids)
+            strings = []
+        indices = tuple(tuple(map(used.index, choice)) for choice in choices)
+        return Draft(row, indices, conversation, rendered, strings)
+
+    def check_sampled(self, row: Row, ids: Ids) -> None:
+        """Raise UserError if the sampled ids of a response are not those of its text, as with another tokenizer."""
+        decoded = zip(
+            *(self.tokenize.texts(ids.responses, skip_special) for skip_special in (False, True)), strict=True
         )
+        for response, texts in zip(row.responses, decoded, strict=True):
+            is_text = isinstance(response, str)
+            contents = [response] if is_text else [turn["content"] for turn in response if turn["role"] == "assistant"]
+            for content in contents:
+                if not any(without_space(content) in without_space(text) for text in texts):
+                    problem = f"the sampled ids are those of {texts[0][:40]!r}, not of {content[:40]!r}"
+                    raise UserError(f"{problem}; if another tokenizer made them, {OTHER_IDS}")
 
     def record(self, draft: "Draft", ids: list[list[int]]) -> Record:
         """Make a record of a rendered row and the ids of its strings; UnusableRow if it cannot be trained on."""
         row, rendered, n_left_out = draft.row, draft.rendered, 0
-        if draft.conversation is None:
+        if row.ids is not None:
+            row_ids = row.ids
+        elif draft.conversation is None:
             row_ids = self.tokenize.of_texts(ids[0], ids[1:])
         else:
             row_ids = self.tokenize.of_conversation(ids[0], rendered.responses, ids[1:])
@@ -285,13 +316,18 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Draft:
-    """A rendered row: its examples as indices of responses, and the texts to tokenize."""
+    """A rendered row: its examples as indices of responses, and the texts to tokenize, none if it has sampled ids."""
 
     row: Row
     choices: tuple[tuple[int, ...], ...]
     conversation: Conversation | None
     rendered: Rendered
     strings: list[str]
+
+
+def without_space(text: str) -> str:
+    """The text without white space and undecodable bytes, by which decoders and servers differ."""
+    return "".join(text.replace("\ufffd", "").split())
 
 
 def text_of(response: Sequence[Any]) -> str:
@@ -306,7 +342,10 @@ def hashes_of_row(row: Row, rendered: Rendered) -> tuple[int, int, int]:
     extras += [f"{role} {number}" for role, number in row.numbers.items()]
     if len(row.pairs) > 1:
         extras.append(f"pairs {row.pairs}")
-    hashes = hashes_of(rendered.prompt, *map(text_of, rendered.responses), *extras)
+    responses = list(map(text_of, rendered.responses))
+    if row.ids is not None:
+        responses = [f"{row.ids.prompt} {ids}" for ids in row.ids.responses]
+    hashes = hashes_of(rendered.prompt, *responses, *extras)
     return hashes[0], hashes[min(1, len(hashes) - 1)], hashes[-1]
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from dpo.data.columns import COLUMNS, NO_COLUMN, ORDERS, PAIR, Fields, as_list, number
+from dpo.data.examples import Ids
 from dpo.data.messages import (
     SYSTEM,
     InconsistentRow,
@@ -49,7 +50,7 @@ class Row:
 
     pairs are (chosen, rejected), indices of responses; empty for a single response. target is the response that SFT
     trains on. every_target: SFT trains on each distinct target of the prompt, not only the last one. ties counts the
-    pairs left out because their scores are equal.
+    pairs left out because their scores are equal. ids, if an engine sampled the responses, are trained on as they are.
     """
 
     prompt: str | list[Message]
@@ -64,6 +65,7 @@ class Row:
     prompts_differ: bool = False
     ties: int = 0
     columns_read: frozenset[str] = frozenset()  # by role
+    ids: Ids | None = None
 
 
 def parse_row(row: object, columns: Mapping[str, str], options: RowOptions) -> Row:
@@ -90,7 +92,7 @@ def parse_row(row: object, columns: Mapping[str, str], options: RowOptions) -> R
         parsed = parse_texts(fields, roles, answers)
     ranking = rank(fields, roles, items, options.pairs) if len(items) > 1 else Ranking()
     label = label_of(fields, options.sft) if roles[0] in SINGLE else None
-    columns_read = {*parsed.columns_read, *roles, *ranking.roles, "input", *NUMBERS}
+    columns_read = {*parsed.columns_read, *roles, *ranking.roles, "input", "sampled_ids", *NUMBERS}
     if label is not None:
         columns_read.add("label")
     return replace(
@@ -102,6 +104,7 @@ def parse_row(row: object, columns: Mapping[str, str], options: RowOptions) -> R
         label=None if options.sft else label,
         numbers=numbers_of(fields),
         columns_read=frozenset(columns_read & fields.values.keys()),
+        ids=sampled_ids(fields, roles),
     )
 
 
@@ -161,7 +164,7 @@ def parse_texts(fields: Fields, roles: Sequence[str], answers: Sequence[tuple[st
     """Parse a row of texts: a prompt with responses, or hh-style dialogues that share all but the last answer."""
     texts = tuple(checked_text(answer, name) for name, answer in answers)
     if "prompt" in fields:
-        if all(text.startswith(HUMAN) for text in texts):
+        if all(text.startswith(HUMAN) for text in texts) and "sampled_ids" not in fields:
             problem = f"{answers[0][0]} is a whole dialogue, but {fields.name('prompt')} is given as well"
             raise UserError(f"{problem}; columns.prompt={NO_COLUMN} leaves it out")
         return Row(checked_text(fields["prompt"], fields.name("prompt")), texts, columns_read=frozenset(["prompt"]))
@@ -185,6 +188,30 @@ def split_dialogues(dialogues: Sequence[str], advice: str = "") -> tuple[str, tu
     prompt = dialogues[0][:start]
     prompts_differ = not all(dialogue.startswith(prompt) for dialogue in dialogues)
     return prompt, tuple(dialogue[start:] for dialogue in dialogues), prompts_differ
+
+
+def sampled_ids(fields: Fields, roles: Sequence[str]) -> Ids | None:
+    """The token ids of a row that an engine sampled, None if it has none; UserError if they are malformed."""
+    if "sampled_ids" not in fields:
+        return None
+    name, given = fields.name("sampled_ids"), fields["sampled_ids"]
+    advice = f"columns.sampled_ids={NO_COLUMN} tokenizes the texts"
+    if roles == ["responses"]:
+        raise UserError(f"{name} holds the ids of chosen and rejected, not of {fields.name('responses')}; {advice}")
+    sides = ["prompt", *("completion" if role in SINGLE else role for role in roles)]
+    if not isinstance(given, Mapping):
+        form = f"an object with the token ids of {', '.join(sides)}"
+        raise UserError(f"{name} must be {form}, not {type(given).__name__}; {advice}")
+    for side in sides:
+        if not are_ids(ids := given.get(side)):
+            found = "missing" if ids is None else repr(ids)[:40]
+            raise UserError(f"{name}, {side} must be a list of token ids, at least one, not {found}; {advice}")
+    prompt, *responses = (given[side] for side in sides)
+    return Ids(prompt, tuple(responses))
+
+
+def are_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int and 0 <= token < 2**31 for token in value)
 
 
 # Conversations

@@ -115,6 +115,7 @@ class ColumnSettings(Group):
     score_chosen: Annotated[Text | None, Column()]
     score_rejected: Annotated[Text | None, Column()]
     weight: Annotated[Text | None, Column(is_number=True)]
+    sampled_ids: Annotated[Text | None, Column(("sampled_ids",))]
 
 
 # Columns of two responses in no order, in lower case; another column says which is better.
