@@ -12,26 +12,26 @@ import json
 import os
 import re
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from http.client import HTTPException
 from typing import Any
 
 from dpo.system.console import guard_streams
-from dpo.system.errors import UserError, exit_on_error, summarize_error
+from dpo.system.errors import exit_on_error
+from tools.endpoints import Endpoint
 
 Question = dict[str, Any]
 INSTRUCTION = (
     "Two answers to the same prompt follow. Decide which of them helps the user more and is more correct; do not prefer"
     " an answer for its length or its place. End your reply with one word: A, B or tie."
 )
-ATTEMPTS = 4  # per request
-PAUSE = 2.0  # seconds before the second attempt, doubled for each further attempt
+GRADE_INSTRUCTION = (
+    "An answer to a prompt follows. Grade how much it helps the user and how correct it is, from 1, useless, to 10,"
+    " excellent; do not grade an answer higher for its length. End your reply with the grade, a number from 1 to 10."
+)
+REMINDER = "End your reply with the grade: a number from 1 to 10, and nothing after it."
 AT_ONCE = 8  # requests
 
 
@@ -54,42 +54,52 @@ def demo_judge(question: Question) -> str:
 
 @dataclass(frozen=True)
 class ChatJudge:
-    """Asks a chat model; url is the part before /chat/completions."""
+    """Asks a chat model."""
 
-    url: str
+    endpoint: Endpoint
     model: str
-    key: str | None = None
-    pause: float = PAUSE
 
     def __call__(self, question: Question) -> str:
-        """The last word of the model's reply; a reply without an answer is printed and counts as a tie."""
-        prompt = question["prompt"]
-        if not isinstance(prompt, str):
-            prompt = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
-        parts = {"Prompt": prompt, "Answer A": question["a"], "Answer B": question["b"]}
-        text = "\n\n".join(f"<{name}>\n{part}\n</{name}>" for name, part in parts.items())
-        reply = self.request([{"role": "user", "content": f"{INSTRUCTION}\n\n{text}"}])
+        return self.compare(question) or "tie"
+
+    def compare(self, question: Question) -> str | None:
+        """The last word of the model's reply: A, B or tie; None, and a line on stderr, if it is no answer."""
+        parts = {"Prompt": as_text(question["prompt"]), "Answer A": question["a"], "Answer B": question["b"]}
+        reply = self.endpoint.chat(self.model, [user_turn(INSTRUCTION, parts)])
         words = re.findall(r"[A-Za-z]+", reply)
         if words and (words[-1] in ("A", "B") or words[-1].lower() == "tie"):
-            return words[-1]
+            return words[-1] if words[-1] in ("A", "B") else "tie"
         print(f"judge: the reply ends with no answer, which counts as a tie: {reply[-80:]!r}", file=sys.stderr)
-        return "tie"
+        return None
 
-    def request(self, messages: list[dict[str, str]]) -> str:
-        """The model's reply; UserError after ATTEMPTS failures, or at once if the server refuses the request."""
-        body = json.dumps({"model": self.model, "messages": messages, "temperature": 0}).encode()
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                with urllib.request.urlopen(request, timeout=300) as response:
-                    return str(json.load(response)["choices"][0]["message"]["content"] or "")
-            except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:  # HTTPError is an OSError
-                refused = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429
-                if refused or attempt == ATTEMPTS:
-                    raise UserError(f"--url {self.url}: {summarize_error(error)}") from None
-            time.sleep(self.pause * 2 ** (attempt - 1))
-        raise AssertionError("the loop returns or raises")
+    def grade(self, prompt: Any, response: str) -> float | None:
+        """The last number from 1 to 10 of the model's reply; None, and a line on stderr, if it has none twice."""
+        turns = [user_turn(GRADE_INSTRUCTION, {"Prompt": as_text(prompt), "Answer": response})]
+        for _ in range(2):
+            reply = self.endpoint.chat(self.model, turns)
+            if (grade := last_grade(reply)) is not None:
+                return grade
+            turns += [{"role": "assistant", "content": reply}, {"role": "user", "content": REMINDER}]
+        print(f"judge: the reply ends with no grade, even when asked again: {reply[-80:]!r}", file=sys.stderr)
+        return None
+
+
+def as_text(prompt: Any) -> str:
+    """A prompt of messages as a text with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
+def user_turn(instruction: str, parts: dict[str, str]) -> dict[str, str]:
+    text = "\n\n".join(f"<{name}>\n{part}\n</{name}>" for name, part in parts.items())
+    return {"role": "user", "content": f"{instruction}\n\n{text}"}
+
+
+def last_grade(reply: str) -> float | None:
+    """The last number of a reply, if it is one from 1 to 10; "8/10" and "8 out of 10" are 8."""
+    numbers = re.findall(r"(-?\d+(?:\.\d+)?)(?:\**\s*(?:/|out of)\s*\**10\b)?", reply)
+    return float(numbers[-1]) if numbers and 1 <= float(numbers[-1]) <= 10 else None
 
 
 # A reward model
@@ -97,30 +107,15 @@ class ChatJudge:
 
 def reward_judge(name: str, device: str) -> Callable[[Question], str]:
     """A judge that prefers the higher score of a reward model; UserError if the model gives several scores."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from tools.classifiers import check_reward_model, load_classifier, load_classifier_config
 
-    from dpo.system.devices import pick_device
-
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForSequenceClassification.from_pretrained(name).eval().to(pick_device(device))
-    if model.config.num_labels != 1:
-        raise UserError(f"--model {name}: gives {model.config.num_labels} scores per text; a reward model gives one")
+    check_reward_model(f"--model={name}", load_classifier_config("--model", name))
+    classifier = load_classifier("--model", name, device)
 
     @cache  # tools/compare.py asks about each text twice
     def score(prompt: str, answer: str) -> float:
         """Score an answer; prompt is JSON."""
-        turns = json.loads(prompt)
-        if tokenizer.chat_template:
-            turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
-            text = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False)
-            inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-        elif isinstance(turns, str):
-            inputs = tokenizer(turns + answer, return_tensors="pt")
-        else:
-            raise UserError(f"--model {name}: has no chat template for prompts that are messages")
-        with torch.no_grad():
-            return float(model(**inputs.to(model.device)).logits[0, 0])
+        return classifier.logits([classifier.encode_turns(json.loads(prompt), answer)]).item()
 
     def judge(question: Question) -> str:
         prompt = json.dumps(question["prompt"])
@@ -135,7 +130,8 @@ def reward_judge(name: str, device: str) -> Callable[[Question], str]:
 def make_judge(options: argparse.Namespace) -> tuple[Callable[[Question], str], int]:
     """The judge, and its number of concurrent questions."""
     if options.kind == "openai":
-        return ChatJudge(options.url, options.model, os.environ.get("OPENAI_API_KEY")), AT_ONCE
+        endpoint = Endpoint(f"--url {options.url}", options.url, os.environ.get("OPENAI_API_KEY"))
+        return ChatJudge(endpoint, options.model), AT_ONCE
     return (demo_judge if options.kind == "demo" else reward_judge(options.model, options.device)), 1
 
 
