@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dpo.reporting.figures import Line, line_chart
 from dpo.reporting.metric_table import ACCURACY, HEADLINES, MARGIN, Chart, format_values
-from dpo.reporting.page import Figure, Record, RunFiles, render, run_files, settings, write_page
+from dpo.reporting.page import Figure, Record, RunFiles, render, run_files, settings, settings_table, write_page
 from dpo.system.console import guard_streams, log_message
 from dpo.system.errors import UserError, exit_on_error
 
@@ -98,8 +98,7 @@ def page(runs: Sequence[RunFiles], charts: dict[Chart, list[Line]]) -> str:
         },
         samples={},
         suspects=[],
-        names=[run.name for run in runs],
-        settings=settings(runs),
+        tables=settings_table(runs, [run.name for run in runs]),
     )
 
 

@@ -18,13 +18,17 @@ MAX_POINTS = 600  # per line; more would not be visible
 
 @dataclass(frozen=True)
 class Line:
-    """Points connected in order; band has the lower and the upper edge of an area around them."""
+    """Points connected in order; band has the lower and the upper edge of an area around them.
+
+    Points with names have bars instead of an area.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     band: tuple[Sequence[float], Sequence[float]] | None = None
     faint: bool = False
+    names: Sequence[str] = ()
 
 
 def line_chart(title: str, lines: Sequence[Line], scale: str = "linear", x_label: str = "examples") -> str:
@@ -49,15 +53,17 @@ def line_chart(title: str, lines: Sequence[Line], scale: str = "linear", x_label
             markersize=3,
             label=line.label if is_new else None,
         )
-        if line.band is not None and len(line.x) > 1:
+        if line.band is not None and len(line.x) > 1 and not line.names:
             axes.fill_between(line.x, *line.band, color=color, alpha=0.15, linewidth=0)
         elif line.band is not None:
             axes.vlines(line.x, *line.band, color=color, alpha=0.5, linewidth=1.6)
-    x = [x for line in lines for x in line.x]
-    y = [y for line in lines for y in line.y]
-    axes.set_xlim(left=min((0.0, *x)))
-    write_ticks_in_full(axes, x)
-    if scale == "log" and 0 < min(y) * 100 < max(y):
+        for name, x, y in zip(line.names, line.x, line.y, strict=False):
+            axes.annotate(name, (x, y), (4, 4), textcoords="offset points", fontsize=8, color=INK)
+    all_x = [x for line in lines for x in line.x]
+    all_y = [y for line in lines for y in line.y]
+    axes.set_xlim(left=min((0.0, *all_x)))
+    write_ticks_in_full(axes, all_x)
+    if scale == "log" and 0 < min(all_y) * 100 < max(all_y):
         axes.set_yscale("log")
     if scale == "share":
         axes.set_ylim(-0.03, 1.03)

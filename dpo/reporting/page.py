@@ -114,6 +114,13 @@ class Figure(NamedTuple):
     caption: str
 
 
+class Table(NamedTuple):
+    """Names of columns, if there are several, and rows by their name."""
+
+    names: Sequence[str]
+    rows: Mapping[str, Sequence[str]]
+
+
 class Curve(NamedTuple):
     """A metric in metrics.jsonl that a chart draws; faint: noisy values of updates."""
 
@@ -180,8 +187,7 @@ def page(runs: Sequence[RunFiles]) -> str:
             if run.samples
         },
         suspects=[] if several else suspects(runs[0].pairs),
-        names=names if several else [],
-        settings=settings(runs),
+        tables=settings_table(runs, names),
     )
 
 
@@ -297,6 +303,12 @@ def samples_by_prompt(run: RunFiles) -> dict[str, dict[str, str]]:
         prompt: dict(sorted(columns.items(), key=lambda item: item[0] != "reference"))
         for prompt, columns in texts.items()
     }
+
+
+def settings_table(runs: Sequence[RunFiles], names: Sequence[str]) -> dict[str, Table]:
+    """The table of `settings` under its heading; names are those of the runs."""
+    rows = settings(runs)
+    return {"Settings that differ": Table(names, rows)} if len(runs) > 1 else {"Settings": Table([], rows)}
 
 
 def settings(runs: Sequence[RunFiles]) -> dict[str, list[str]]:

@@ -53,6 +53,12 @@ def test_a_single_point_is_a_marker_also_of_a_faint_line_with_its_interval_as_a_
     assert "FillBetween" not in svg and svg.count('id="LineCollection_') == 1
 
 
+def test_points_with_names_have_bars_instead_of_a_band():
+    svg = line_chart("x", [Line("a", [3, 4], [0.5, 0.6], ([0.4, 0.5], [0.6, 0.7]), names=["first", "last & best"])])
+    assert "FillBetween" not in svg and svg.count('id="LineCollection_') == 1
+    assert ">first<" in svg and ">last &amp; best<" in svg
+
+
 def test_points_of_one_x_or_of_one_y_and_points_that_are_not_finite_make_no_chart():
     for points in ([], [(1, 2)], [(1, 2), (1, 3)], [(1, 2), (3, 2)], [(1, 2), (math.inf, 3), (4, math.nan)]):
         assert scatter_chart("x", points, "x", "y") is None
