@@ -9,7 +9,8 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,8 @@ def train(
         if settings.inspect:
             return inspect_inputs(settings, loss, inputs)
         if settings.dry_run:
-            return dry_run(settings, loss, inputs, run_dir.config, signals)
+            dry_run(settings, loss, inputs, run_dir.config, signals)
+            return
         if run_dir.is_complete(len(inputs.train_batches)):
             export = (run_dir.path / "LATEST").resolve() / "hf"
             for key in {"export_dtype", "lora.export_merged"} & set(overrides or {}):
@@ -131,25 +133,37 @@ def quoted(value: str) -> str:
 
 def check_arguments(arguments: Sequence[str]) -> None:
     """Report mistyped keys and groups, one line each, before Hydra composes the config."""
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     from dpo.settings.sweeps import first_run, sweep_problems
 
     files = read_config_files(CONFIG)
     raise_problems(sweep_problems(arguments) + argument_problems(arguments, files.keys(), files.options()))
-    try:
+    with explained_by_key(files.keys()):
         overrides = first_run(arguments)
-        if any(override.startswith("-") for override in overrides):
-            return
-        with hydra.initialize_config_dir(str(CONFIG), version_base=None):
-            hydra.compose("config", overrides=overrides)
+    if not any(override.startswith("-") for override in overrides):
+        compose("config", overrides, files.keys())
+
+
+def compose(name: str, overrides: Sequence[str], known: Sequence[str]) -> "DictConfig":
+    """Compose config/NAME.yaml with overrides; UserError in one line if Hydra refuses them. known are all keys."""
+    import hydra
+
+    with explained_by_key(known), hydra.initialize_config_dir(str(CONFIG), version_base=None):
+        return hydra.compose(name, overrides=list(overrides))
+
+
+@contextmanager
+def explained_by_key(known: Sequence[str]) -> Iterator[None]:
+    """Turn Hydra's errors into a UserError of one line, with a hint if a key is not one of those that are known."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        yield
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         text = " ".join(str(error).split())
         text = re.sub(r"( \^)? See https://hydra\.cc/\S+ for details$", QUOTE, re.sub(r"^Lexer\w+: ", "", text))
         key = re.match(r"Could not override '([^']*)'", text)
-        raise UserError(suggest(key[1], None, files.keys()) if key else text) from None
+        raise UserError(suggest(key[1], None, known) if key else text) from None
 
 
 def load_losses() -> dict[str, type["Loss"]]:

@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import trainers
 from dpo.runs import checkpoints
 from dpo.settings import run_config
 from dpo.system import files
+from tools.rounds import devices, training
 
 Fault = Callable[[], None]
 HANG = 900.0  # seconds after which a process hangs, however busy the machine is
@@ -72,6 +74,22 @@ def run_code(code: str, folder: Path) -> Run:
         sys.exit()
 
     return command_line(folder, (), instead)
+
+
+def rounds_line(folder: Path, arguments: tuple[str, ...], *faults: Fault) -> Run:
+    """Run `python -m tools.rounds ARGUMENTS` in a folder, in a forked child, and so each training run."""
+
+    def instead() -> None:
+        for module in (training, devices):
+            module.get_context = lambda method: get_context("fork")  # which need not import everything again
+        os.chdir(folder)
+        sys.path.insert(0, str(ROOT))
+        sys.argv = ["rounds", *arguments]
+        sys.modules.pop("tools.rounds.__main__", None)  # another test may have imported it
+        runpy.run_module("tools.rounds", run_name="__main__", alter_sys=True)
+        sys.exit(0)
+
+    return command_line(folder, (), *faults, instead)
 
 
 def be_the_command_line(arguments: tuple[str, ...], faults: tuple[Fault, ...], out: int, err: int) -> None:

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-CODE = [*ROOT.glob("*.py"), *ROOT.glob("dpo/**/*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py")]
+CODE = [*ROOT.glob("*.py"), *ROOT.glob("dpo/**/*.py"), *ROOT.glob("tools/**/*.py"), *ROOT.glob("benchmarks/*.py")]
 TESTS = [*ROOT.glob("tests/**/*.py")]
 OWN = {path.stem for path in [*CODE, *TESTS]} | {"dpo", "tools"}
 TOOLS = {"pytest-xdist", "setuptools", "ruff", "mypy", "types-pyyaml", "types-tqdm", "mutmut"}  # run, not imported
@@ -163,7 +163,7 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_the_wheel_holds_every_module_template_and_config_file_and_nothing_else(wheel):
-    code = [*ROOT.glob("*.py"), *ROOT.glob("dpo/**/*.py"), *ROOT.glob("dpo/**/*.jinja"), *ROOT.glob("tools/*.py")]
+    code = [*ROOT.glob("*.py"), *ROOT.glob("dpo/**/*.py"), *ROOT.glob("dpo/**/*.jinja"), *ROOT.glob("tools/**/*.py")]
     config = [path for path in ROOT.glob("config/**/*.*") if path.suffix not in (".py", ".pyc")]
     expected = {path.relative_to(ROOT).as_posix() for path in code}
     expected |= {f"dpo/share/{path.relative_to(ROOT).as_posix()}" for path in config}

@@ -14,12 +14,16 @@ from omegaconf import OmegaConf
 import preference_datasets
 from dpo.system.errors import UserError
 from losses import LOSSES
+from tools.rounds.__main__ import written_out
+from tools.rounds.settings import validate_config
+from train import compose as compose_rounds
+from utils import register_resolvers
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 CODE = PAGES[ROOT / "docs" / "code.md"]
-SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("dpo/**/*.py"), *ROOT.glob("tools/*.py")]
+SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("dpo/**/*.py"), *ROOT.glob("tools/**/*.py")]
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 COMMAND = re.compile(r"^(?: {4})?python train\.py (.+)$|`python train\.py ([^`]+)`", re.MULTILINE)
 COMMANDS = sorted({a or b for text in PAGES.values() for a, b in COMMAND.findall(text)})
@@ -57,6 +61,21 @@ def test_the_readme_has_commands():
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not re.search("resume=|=help|--help|^-m ", c)])
 def test_every_command_of_the_pages_composes_and_validates(command):
     assert problems_of(command) == []
+
+
+ROUNDS = re.compile(r"^(?: {4})?python -m tools\.rounds (.+)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", sorted({c for text in PAGES.values() for c in ROUNDS.findall(text)}))
+def test_every_command_of_rounds_composes_and_validates(command):
+    if command.startswith("resume="):
+        pytest.skip("test_rounds_loop.py resumes")
+    register_resolvers()
+    arguments = [part for argument in shlex.split(command) for part in written_out(argument)]
+    try:
+        validate_config(compose_rounds("rounds", arguments, ()))
+    except UserError as error:
+        assert [line for line in str(error).splitlines() if "no such file" not in line] == []
 
 
 def test_each_run_of_the_pages_sweeps_composes_and_validates():

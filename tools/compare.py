@@ -62,6 +62,8 @@ def find_candidate(path: Path, as_reference: bool = False) -> Candidate:
         config.model.reference_dtype = None
     if weights is not None and config.get("lora") is None:
         OmegaConf.update(config, "model.archive", str(weights))  # load these weights instead of the initial ones
+    elif weights is not None and config.lora.get("path") and (checkpoint / "hf").is_dir():
+        config.lora.path = str(checkpoint / "hf")  # the adapter that it began with may not be here
     config.trackers = []  # may not be installed here
     defaults = default_values(CONFIG, config.loss.name, resumed=True)
     settings, loss = validate({k: v for k, v in flatten(config).items() if k not in REMOVED}, defaults, LOSSES)

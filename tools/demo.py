@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -38,6 +39,7 @@ STAGES = {
         *("eval_every=500", "n_eval_model_samples=200"),  # 5 evaluations, the first and the last included
     ],
 }
+ROOT = Path(__file__).resolve().parents[1]
 MODELS = {"reference": "SFT model", "policy": "DPO policy"}  # as samples.jsonl names them
 VERDICTS = (*KINDS, "broken")
 MIN_WARM = 0.85  # share of the policy's samples
@@ -52,13 +54,20 @@ def overrides(stage: str, base: Path) -> list[str]:
 
 def train(base: Path) -> int:
     """Run SFT, then DPO, through the command line; return the exit code of a failed run, else 0."""
-    # One thread is as fast for such a small model, and less sensitive to other work on the machine.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for stage in STAGES:
-        command = ["train.py", *overrides(stage, base)]
+    return run_commands([["train.py", *overrides(stage, base)] for stage in STAGES])
+
+
+def run_commands(commands: Sequence[Sequence[str]]) -> int:
+    """Print and run commands of this project, as `python COMMAND`; return the exit code of the first that fails, or 0.
+
+    They run in the project's folder, one thread each: it is as fast for such a small model, and less sensitive to other
+    work on the machine.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for command in commands:
         print(f"\n$ python {shlex.join(command)}\n", flush=True)
-        command = [sys.executable, str(Path(__file__).resolve().parents[1] / "train.py"), *command[1:]]
-        if code := subprocess.run(command, env=environment).returncode:
+        script = [str(ROOT / part) if part == "train.py" else part for part in command]
+        if code := subprocess.run([sys.executable, *script], env=environment).returncode:
             return code
     return 0
 

@@ -33,17 +33,17 @@ COUNTED = 20_000  # training examples whose tokens are counted, at most
 TIMED_UPDATES, TIMED_SECONDS = 20, 30.0  # updates are timed until either limit is reached
 
 
-def dry_run(settings: Settings, loss: Loss, inputs: Inputs, config: DictConfig, signals: Signals) -> None:
-    """Print the forecast of a run; files go to a temporary folder."""
+def dry_run(settings: Settings, loss: Loss, inputs: Inputs, config: DictConfig, signals: Signals) -> float | None:
+    """Print the forecast of a run, and return its seconds, None for several processes; files are temporary."""
     if settings.trainer != "BasicTrainer":
         log_message(memory_of_processes(settings, loss, inputs))
-        return
+        return None
     whole = inputs.eval_batches
     two_batches = replace(whole, n_examples=min(2 * whole.batch_size, whole.n_examples or whole.n_items))
     with TemporaryDirectory() as folder, RunDir(Path(folder), config) as run, actionable_errors(NO_MEMORY):
         unsaved = settings.model_copy(update={"debug": True})
         trainer = build_trainer(unsaved, loss, replace(inputs, eval_batches=two_batches), run, signals)
-        forecast(trainer, whole)
+        return forecast(trainer, whole)
 
 
 # Several processes
@@ -99,8 +99,8 @@ class Seconds:
     samples: float
 
 
-def forecast(trainer: BasicTrainer, eval_batches: BatchIterator) -> None:
-    """Print the forecast; this trains the trainer, which must be new.
+def forecast(trainer: BasicTrainer, eval_batches: BatchIterator) -> float:
+    """Print the forecast, and return the seconds to the end; this trains the trainer, which must be new.
 
     The trainer evaluates on a few examples; eval_batches has all of the run's.
     """
@@ -132,6 +132,7 @@ def forecast(trainer: BasicTrainer, eval_batches: BatchIterator) -> None:
         f"Peak memory: {peak / 1e9:.2f} of {total_memory(device) / 1e9:.1f} GB, in {phase}; an update needs"
         f" {peaks['an update'] / 1e9:.2f} GB, its longest microbatch has {workload.longest_microbatch:,} tokens."
     )
+    return sum(parts.values())
 
 
 def first_batches(batches: BatchIterator) -> Iterator[Batch]:

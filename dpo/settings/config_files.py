@@ -63,16 +63,25 @@ class ConfigFiles:
         return {group.name: [option.name for option in group.options] for group in self.groups}
 
 
-def read_config_files(config_dir: Path) -> ConfigFiles:
-    """Read config.yaml and the groups in its defaults list; raises OSError or yaml.YAMLError."""
-    lines, root = _load(config_dir / "config.yaml")
-    groups = []
+def read_config_files(config_dir: Path, name: str = "config") -> ConfigFiles:
+    """Read NAME.yaml, a file of settings that it builds on, and the groups in its defaults list.
+
+    Raises OSError or yaml.YAMLError.
+    """
+    lines, root = _load(config_dir / f"{name}.yaml")
+    settings = list(_settings(lines, root))
+    groups: list[Group] = []
     for key, node in _pairs(root):
         for entry in node.value if key.value == "defaults" else ():
-            for name, default in _pairs(entry):
-                if (config_dir / name.value).is_dir():
-                    groups.append(_read_group(config_dir / name.value, default.value))
-    return ConfigFiles(tuple(_settings(lines, root)), tuple(groups))
+            if isinstance(entry, yaml.ScalarNode) and (config_dir / f"{entry.value}.yaml").is_file():
+                base = read_config_files(config_dir, entry.value)
+                own = {setting.key for setting in settings}
+                settings += [setting for setting in base.settings if setting.key not in own]
+                groups += base.groups
+            for group, default in _pairs(entry):
+                if (config_dir / group.value).is_dir():
+                    groups.append(_read_group(config_dir / group.value, default.value))
+    return ConfigFiles(tuple(settings), tuple(groups))
 
 
 def _read_group(folder: Path, default: str) -> Group:

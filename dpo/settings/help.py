@@ -3,6 +3,7 @@
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import get_terminal_size
 
@@ -12,7 +13,7 @@ from dpo.system.console import write_text
 from dpo.system.installation import COMMAND
 
 FLAGS = ("--help", "-h")
-CHOICES = ("loss=help", "model=help")
+CHOICES = ("loss=help", "model=help", "scorer=help", "engine=help")
 COLUMN = 34  # where comments begin
 
 INTRODUCTION = (
@@ -48,8 +49,26 @@ SYMBOLS = (
 Losses = Mapping[str, type]
 
 
+@dataclass(frozen=True)
+class Program:
+    """A command line: the file in config/ with its settings, and what its help begins and ends with."""
+
+    command: str
+    config: str
+    introduction: str
+    commands: Sequence[tuple[str, str]]
+    more: Sequence[tuple[str, str]]
+
+
+TRAIN = Program(COMMAND, "config", INTRODUCTION, COMMANDS, MORE)
+
+
 def print_help(
-    arguments: Sequence[str], config_dir: Path, data_sets: Sequence[str], load_losses: Callable[[], Losses]
+    arguments: Sequence[str],
+    config_dir: Path,
+    data_sets: Sequence[str],
+    load_losses: Callable[[], Losses],
+    program: Program = TRAIN,
 ) -> int | None:
     """Print the help that the arguments request and return the exit code; None if they request none.
 
@@ -60,9 +79,10 @@ def print_help(
     if keys is None:
         return None
     pages = [
-        list_losses(load_losses()) if key == "loss=help" else help_for_key(config_dir, key, data_sets) for key in keys
+        list_losses(load_losses()) if key == "loss=help" else help_for_key(config_dir, key, data_sets, program)
+        for key in keys
     ]
-    write_text(sys.stdout, "\n\n".join(pages or [help_page(config_dir, data_sets)]) + "\n")
+    write_text(sys.stdout, "\n\n".join(pages or [help_page(config_dir, data_sets, program)]) + "\n")
     return 0 if arguments else 2
 
 
@@ -78,11 +98,11 @@ def find_help_keys(arguments: Sequence[str]) -> list[str] | None:
     return [argument for argument in arguments[flags[0] :] if argument[:1] != "-" and argument != "help"]
 
 
-def help_page(config_dir: Path, data_sets: Sequence[str]) -> str:
+def help_page(config_dir: Path, data_sets: Sequence[str], program: Program = TRAIN) -> str:
     """The whole page, wrapped to the terminal; raises OSError or yaml.YAMLError."""
-    files = read_config_files(config_dir)
-    lines = [*_wrap(INTRODUCTION), ""]
-    for command, comment in COMMANDS:
+    files = read_config_files(config_dir, program.config)
+    lines = [*_wrap(program.introduction), ""]
+    for command, comment in program.commands:
         lines += [f"  {command}", f"      {comment}"]
     lines += ["", *_wrap(USAGE)]
     for group in files.groups:
@@ -94,17 +114,17 @@ def help_page(config_dir: Path, data_sets: Sequence[str]) -> str:
                 lines += _setting_lines(setting)
                 lines += _row("", f"names: {', '.join(data_sets)}") if setting.key == "datasets" else []
     lines += ["", "More"]
-    for flags, comment in MORE:
+    for flags, comment in program.more:
         lines += _row(flags, comment)
     return "\n".join(lines)
 
 
-def help_for_key(config_dir: Path, key: str, data_sets: Sequence[str] = ()) -> str:
+def help_for_key(config_dir: Path, key: str, data_sets: Sequence[str] = (), program: Program = TRAIN) -> str:
     """Help on a setting (with or without its group and =VALUE), on a group, or on one file of it, as model=gpt2.
 
     For anything else, what was probably meant. Raises OSError or yaml.YAMLError.
     """
-    files = read_config_files(config_dir)
+    files = read_config_files(config_dir, program.config)
     name, _, value = key.removesuffix("=help").partition("=")
     for group in files.groups:
         if name in (group.name, f"{group.name}.name"):

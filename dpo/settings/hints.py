@@ -177,7 +177,7 @@ def argument_problems(
 
 
 def suggest(key: str, value: str | None, known: Collection[str]) -> str:
-    """The error for a key that does not exist or that the chosen loss does not have.
+    """The error for a key that does not exist or that the chosen loss, engine or scorer does not have.
 
     value is the text after the equals sign, None if unknown.
     """
@@ -185,7 +185,8 @@ def suggest(key: str, value: str | None, known: Collection[str]) -> str:
     if key in known:
         if key.startswith("lora."):
             return f"{key}: needs lora=default; without it all weights are trained"
-        return f"{key}: the chosen loss has no such setting"
+        chosen = key.partition(".")[0] if key.startswith(("engine.", "scorer.")) else "loss"
+        return f"{key}: the chosen {chosen} has no such setting"
     if key in groups:
         return f"{key}: is a group of settings; {_hint(key, value) or f'`{COMMAND} --help {key}` lists them'}"
     problem = f"{key}: there is no such setting; "

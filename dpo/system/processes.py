@@ -98,6 +98,11 @@ def start_process(work: Callable[[Any], Any]) -> None:
     function = work
     gc.disable()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    watch_parent()
+
+
+def watch_parent() -> None:
+    """End this process when the one that started it has ended, however that was."""
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

@@ -13,12 +13,13 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from conftest import ROOT
-from faults import command_line, run_code
+from faults import command_line, rounds_line, run_code
 
 from dpo.data import film_reviews
 from dpo.reporting.page import CURVES, RunFiles
 from dpo.system.devices import computes_bfloat16_natively
 from tools import demo
+from tools.rounds import demo as rounds_demo
 
 WARM, COLD = (film_reviews.make_rows("test")[0][side] for side in ("chosen", "rejected"))
 
@@ -50,6 +51,7 @@ def test_the_demo_makes_a_policy_that_writes_whole_warm_reviews(tmp_path, counts
         page = (base / "dpo" / "report.html").read_text(encoding="utf-8")
         assert page.count("<svg") == len(CURVES) + 1  # all are curves, and a chart of the pairs, which are equally long
         assert 0.35 <= result.share("reference", "warm") <= 0.65  # DPO starts from a model that writes both kinds
+        check_rounds(base, report, f"seed={seed}", f"precision={precision}")
     monkeypatch.chdir(ROOT)
     ask, draw = re.findall(r"^  (\S.*)$", demo.next_steps(base), re.MULTILINE)
     python, flag, code = shlex.split(ask)
@@ -59,6 +61,35 @@ def test_the_demo_makes_a_policy_that_writes_whole_warm_reviews(tmp_path, counts
     draw = draw.replace("demo.svg", str(tmp_path / "demo.svg"))
     done = subprocess.run(["bash", "-c", draw], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "demo.svg").stat().st_size > 1000, draw + done.stderr
+
+
+def check_rounds(base: Path, report, *extra: str) -> None:
+    """Run the rounds of `make demo-rounds` from the demo's SFT model."""
+    _, (_, _, *arguments) = rounds_demo.commands(base, *extra)
+    done = rounds_line(ROOT, tuple(arguments))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    counts = rounds_demo.counts(base / "rounds")
+    report(f"demo-rounds, {', '.join(extra)}: {counts}")
+    assert len(counts) == 3 and rounds_demo.problems(counts) == []
+    shown = rounds_demo.summary(counts, base / "rounds")
+    assert f"{'round 2':12}{''.join(f'{n:8}' for n in counts[2].values())}\n" in shown and "FAILED" not in shown
+    assert (base / "rounds" / "best" / "model.safetensors").is_file()
+
+
+ROUNDS = {  # warm, cold and broken samples of the SFT model and of the last round, and what is wrong
+    "rounds that are good": ((97, 98, 5), (170, 15, 15), []),
+    "too few warm samples": ((97, 98, 5), (169, 31, 0), ["84.5% are warm"]),
+    "too many broken samples": ((97, 98, 5), (180, 4, 16), ["has 16 broken samples, the SFT model 5"]),
+}
+
+
+@pytest.mark.parametrize("kind", ROUNDS)
+def test_the_demo_of_rounds_fails_for(kind):
+    first, last, expected = ROUNDS[kind]
+    counts = [dict(zip(demo.VERDICTS, numbers, strict=True)) for numbers in (first, last)]
+    found = rounds_demo.problems(counts)
+    assert len(found) == len(expected) and all(part in line for part, line in zip(expected, found, strict=True))
+    assert rounds_demo.summary(counts, Path("out")).count("FAILED: ") == len(expected)
 
 
 # What is printed

@@ -178,6 +178,7 @@ def test_an_unknown_key_of_a_group_leads_to_the_help_on_it(key):
 
 def test_a_key_that_the_chosen_loss_lacks_is_reported_as_such():
     assert suggest("loss.label_smoothing", "0.1", KNOWN) == "loss.label_smoothing: the chosen loss has no such setting"
+    assert suggest("engine.url", "x", ["engine.url"]) == "engine.url: the chosen engine has no such setting"
 
 
 def test_a_group_of_settings_is_no_setting_itself():

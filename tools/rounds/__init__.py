@@ -1,0 +1,1 @@
+"""On-policy rounds: sample, score, pair, train. Read loop.py first."""
