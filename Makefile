@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Tests that each fork 2 or 4 ranks: they run one at a time
 SHARDED := tests/test_trainers_sharded.py tests/test_trainers_tensor_parallel.py
 
-.PHONY: demo test soak lint mutants clean
+.PHONY: demo demo-rounds test soak lint mutants clean
 
 # pip would compile every file of torch and transformers, most of which nobody imports. Python compiles those that are
 # imported, and an empty value lets it keep the result.
@@ -22,6 +22,9 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: .venv/train
 	$(BIN)/python -m tools.demo
 
+demo-rounds: .venv/train
+	$(BIN)/python -m tools.rounds.demo
+
 # The second part also runs where the first one failed, and make fails if either did; Ctrl-C ends both.
 test: .venv/dev
 	trap 'exit 130' INT; \
@@ -30,7 +33,7 @@ test: .venv/dev
 
 soak: .venv/dev
 	$(BIN)/python -m pytest -n 2 --soak tests/test_resume.py tests/test_resume_sharded.py tests/test_trainers_sharded.py tests/test_hostile.py \
-		tests/tools/test_demo.py tests/test_families.py
+		tests/tools/test_demo.py tests/tools/rounds/test_rounds_loop.py tests/test_families.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .
