@@ -1,5 +1,6 @@
 """OUT, the folder of the rounds: created, locked, and reopened."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ def create(out: Path, values: DictConfig) -> Iterator[None]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in out.iterdir()} - {".lock"}
+        names = {path.name for path in out.iterdir() if path.name != ".lock" and not is_leftover(path)}
     except OSError as error:
         raise UserError(f"local_run_dir={out}: cannot be created ({error.strerror}); choose another") from None
     if MANIFEST in names:
@@ -38,6 +39,7 @@ def create(out: Path, values: DictConfig) -> Iterator[None]:
     if names - BEGUN:
         raise UserError(f"local_run_dir={out}: is not empty; choose another")
     with lock_run_dir(out):
+        remove_leftovers(out)
         values.local_run_dir = str(out.resolve())  # outputs are named relative to it
         write_config(values)
         yield
@@ -50,8 +52,23 @@ def reopen(out: Path) -> Iterator[DictConfig]:
     if "rounds" not in values:
         raise UserError(f"resume={out}: is a training run; continue it with `python train.py resume={out}`")
     with lock_run_dir(out):
+        remove_leftovers(out)
         values.local_run_dir = str(out.resolve())
         yield values
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a killed process may have left a file or folder behind that it had not written whole."""
+    return path.name.startswith(".staging-")
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what killed processes left behind; training runs remove their own."""
+    for path in [path for path in out.rglob("*") if is_leftover(path) and "run" not in path.relative_to(out).parts]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_config(values: DictConfig) -> None:
