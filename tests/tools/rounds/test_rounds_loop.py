@@ -183,7 +183,8 @@ def test_a_kill_while_anything_is_written_changes_nothing(home, finished, tmp_pa
         printed = rounds(home, new(home, out), kill_at(nth))
         if printed.startswith("0\n"):
             break  # it writes less often
-        assert printed.startswith("-9\n"), printed
+        was_training = printed.startswith("7\n") and "training was killed by SIGKILL" in printed
+        assert printed.startswith("-9\n") or was_training, printed
         arguments = (f"resume='{out}'",) if (out / "config.yaml").exists() else new(home, out)
         printed = rounds(home, arguments)
         assert printed.startswith("0\n"), printed
