@@ -88,20 +88,19 @@ def begin(arguments: Sequence[str]) -> None:
     from tools.rounds.settings import validate_config
 
     config = validate_config(values)
-    config.scorer.fingerprint()  # refuses a scorer that cannot be loaded, before anything is sampled
+    check_exist(config)
     if config.run.dry_run:
         from tools.rounds.dry_run import dry_run
 
         return dry_run(config)
     from tools.rounds.out import create
 
-    check_exist(config)
     with create(config.out, values):
         run(validate_config(values), [])
 
 
 def check_exist(config: "Config") -> None:
-    """Refuse a scorer or a reference that is not there, before anything is written."""
+    """Refuse a scorer or a reference that is not there, before anything is sampled or written."""
     from dpo.model.reference_weights import open_reference
 
     config.scorer.fingerprint()

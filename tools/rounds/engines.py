@@ -23,14 +23,13 @@ Logps = Callable[[Sequence[Sample]], Sequence[float]]
 class Engine(Group):
     on_devices: ClassVar[bool] = False  # whether it uses the devices of the run, a process on each
 
-    @abstractmethod
-    def problems(self, settings: Settings, rounds: int) -> Iterator[str]:
+    def problems(self, settings: Settings) -> Iterator[str]:
         """Yield a line for each combination of settings that is refused."""
+        yield from ()
 
     @abstractmethod
     def batches(self, tasks: Sequence[Task]) -> list[list[Task]]:
-        """The batches that are drawn together. Samples depend on the other tasks of a batch by rounding at most, so a
-        batch is drawn whole."""
+        """The batches that are drawn together, and whole: samples depend on the others of a batch by rounding."""
 
     @abstractmethod
     def opened(self, policy: "Policy", device: str) -> AbstractContextManager[Draw]:
@@ -50,9 +49,6 @@ class BuiltinEngine(Engine):
 
     batch_size: int = whole("samples", ge=1)
 
-    def problems(self, settings: Settings, rounds: int) -> Iterator[str]:
-        yield from ()
-
     def batches(self, tasks: Sequence[Task]) -> list[list[Task]]:
         """Prompts of similar length together, so that little is padded, and samples of one prompt, so that it is
         computed once."""
@@ -65,9 +61,8 @@ class BuiltinEngine(Engine):
 
         from dpo.model.decoding import Decoder, choose_rows
         from dpo.model.loading import set_quantized_products
-        from dpo.system.devices import compute_dtype, limit_onednn_cache, pick_device
+        from dpo.system.devices import compute_dtype, pick_device
 
-        limit_onednn_cache()
         settings = policy.candidate.settings
         place = pick_device(device)
         dtype = compute_dtype(settings.compute_precision, getattr(torch, settings.model.policy_dtype), place)

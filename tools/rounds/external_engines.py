@@ -39,7 +39,7 @@ class ExternalEngine(Engine):
     command: Text
     max_gap: Positive
 
-    def problems(self, settings: Settings, rounds: int) -> Iterator[str]:
+    def problems(self, settings: Settings) -> Iterator[str]:
         if settings.lora is not None and settings.lora.quantize is not None:
             yield f"lora.quantize={settings.lora.quantize}: other programs load whole weights; set engine=builtin"
         if problem := command_problem(self.command):
@@ -159,8 +159,8 @@ class ServerEngine(ExternalEngine):
     at_once: int = whole("requests", ge=1)
     prompt: Literal["ids", "text"]
 
-    def problems(self, settings: Settings, rounds: int) -> Iterator[str]:
-        yield from super().problems(settings, rounds)
+    def problems(self, settings: Settings) -> Iterator[str]:
+        yield from super().problems(settings)
         if problem := url_problem(self.url):
             yield f"engine.url={self.url}: {problem}"
 

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations
 
 from tools.rounds.records import Prompt, Record, Sample
@@ -87,9 +87,6 @@ class PairCounts:
     pairs: int = 0
     reasons: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REASONS, 0))
     samples: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
-
-    def to_record(self) -> Record:
-        return asdict(self)
 
     def summary(self) -> str:
         """One line for the log."""

@@ -105,8 +105,8 @@ def validate_config(config: DictConfig) -> Config:
         run, loss = validate(run_values(values), default_values(CONFIG, values.get("loss.name")), LOSSES)
     except UserError as error:
         raise UserError(*problems, *error.args) from None
-    if chosen.get("engine") and rounds:
-        problems += chosen["engine"].problems(run, rounds.rounds)
+    if chosen.get("engine"):
+        problems += chosen["engine"].problems(run)
     if chosen.get("scorer"):
         problems += chosen["scorer"].problems()
     problems += combination_problems(rounds, run, loss)

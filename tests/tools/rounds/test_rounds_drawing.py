@@ -27,9 +27,6 @@ class Broken(Engine):
     n: float = math.inf
     is_wrong: bool = False
 
-    def problems(self, settings, rounds):
-        return iter(())
-
     def batches(self, tasks):
         return [[task] for task in tasks]
 

@@ -146,4 +146,4 @@ def test_where_memory_does_not_suffice_the_error_names_the_size_of_the_batch(tas
 
 
 def test_the_built_in_engine_refuses_no_settings(policy):
-    assert [*ENGINE.problems(policy.candidate.settings, 3)] == []
+    assert [*ENGINE.problems(policy.candidate.settings)] == []

@@ -436,22 +436,21 @@ def test_wrong_values_are_refused(settings, problem):
 
 
 @pytest.mark.parametrize(
-    "name, settings, rounds, problems",
+    "name, settings, problems",
     [
-        ("server", {"url": "http://h/v1/", "command": "sh {model}"}, 2, []),
+        ("server", {"url": "http://h/v1/", "command": "sh {model}"}, []),
         (
             "server",
             {"url": "http://h/v1/completions", "command": "sh {model}"},
-            1,
             ["must be the part before /completions"],
         ),
-        ("command", {"command": "sh my.sh"}, 2, ["lacks {model}"]),
-        ("command", {"command": "no-such-engine {model}"}, 2, ["there is no program no-such-engine"]),
-        ("command", {"command": "sh '{model}"}, 2, ["cannot be split into words (No closing quotation)"]),
+        ("command", {"command": "sh my.sh"}, ["lacks {model}"]),
+        ("command", {"command": "no-such-engine {model}"}, ["there is no program no-such-engine"]),
+        ("command", {"command": "sh '{model}"}, ["cannot be split into words (No closing quotation)"]),
     ],
 )
-def test_settings_that_cannot_work_are_refused_before_anything_starts(name, settings, rounds, problems):
-    found = list(make(name, **settings).problems(make_settings()[0], rounds))
+def test_settings_that_cannot_work_are_refused_before_anything_starts(name, settings, problems):
+    found = list(make(name, **settings).problems(make_settings()[0]))
     assert len(found) == len(problems)
     for line, problem in zip(found, problems, strict=True):
         assert problem in line and "\n" not in line
@@ -460,7 +459,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_starts(name, sett
 def test_quantized_weights_are_for_the_builtin_engine():
     settings, _ = make_settings("lora=default")
     settings = settings.model_copy(update={"lora": settings.lora.model_copy(update={"quantize": "nf4"})})
-    (line,) = make("command", command="sh {model}").problems(settings, 1)
+    (line,) = make("command", command="sh {model}").problems(settings)
     assert line.startswith("lora.quantize=nf4: ")
 
 

@@ -1,6 +1,7 @@
 """Pairs of samples: which samples form one, what becomes of the others, and that training reads the rows."""
 
 import json
+from dataclasses import asdict
 from itertools import combinations
 
 import pytest
@@ -105,7 +106,7 @@ def test_some_samples_are_unusable_and_each_is_counted_by_the_first_reason():
     rows, counts = make_pairs([prompt_of(0)], {0: samples[::-1]}, scores, PAIRINGS["all"], 0, 0, "round-1")
     assert [(row["chosen"], row["rejected"], row["id"]) for row in rows] == [(" c", " a", "round-1/0/4>0")]
     expected = {UNFINISHED: 1, EMPTY: 1, DUPLICATE: 2, UNSCORED: 1, USABLE: 2}
-    assert counts.to_record() == {
+    assert asdict(counts) == {
         "prompts": 1, "paired": 1, "pairs": 1, "reasons": dict.fromkeys(REASONS, 0), "samples": expected,
     }  # fmt: skip
     assert counts.summary() == (
@@ -143,7 +144,7 @@ def test_every_prompt_and_every_sample_is_accounted_for(drawn, pairing, min_marg
     rows, counts = make_pairs(prompts, samples, scores, PAIRINGS[pairing], min_margin, 0, "round-1")
     in_disorder = {number: rng.sample(of_prompt, len(of_prompt)) for number, of_prompt in samples.items()}
     again = make_pairs(prompts, in_disorder, scores, PAIRINGS[pairing], min_margin, 0, "round-1")
-    assert json.dumps([rows, counts.to_record()]) == json.dumps([again[0], again[1].to_record()])
+    assert json.dumps([rows, asdict(counts)]) == json.dumps([again[0], asdict(again[1])])
 
     assert counts.prompts == len(prompts) == counts.paired + sum(counts.reasons.values())
     assert counts.paired == len({row["prompt"] for row in rows}) and counts.pairs == len(rows)
