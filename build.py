@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from dpo.data.batches import BatchIterator, data_problems, schedule_notes
+from dpo.data.batches import BatchIterator, data_problems, data_warnings, schedule_notes
 from dpo.data.examples import Tokenization, bos_notes
 from dpo.data.formatting import RowFormatter, template_time
 from dpo.data.records import Encoder
@@ -48,12 +48,13 @@ from dpo.model.refusals import count_embeddings, model_problems, quantization_me
 from dpo.model.routers import make_router_loss
 from dpo.model.sampling import Sampler, add_stops, distinct_prompts
 from dpo.reporting.metrics import MetricLogger, make_logger
+from dpo.reporting.stopping import keep_best_problems, stop_if_notes
 from dpo.reporting.trackers import TensorBoardTracker, Tracker, Trackers, TrackioTracker, WandbTracker
 from dpo.runs.run_dir import RunDir
 from dpo.runs.weights import add_adapter
 from dpo.settings.constraints import START
 from dpo.settings.schema import Settings
-from dpo.system.console import log_message
+from dpo.system.console import log_message, log_warning
 from dpo.system.devices import autocast, compute_dtype, float32_products, limit_onednn_cache, pick_device, read_facts
 from dpo.system.errors import UserError, actionable_errors, raise_problems
 from dpo.system.signals import Signals
@@ -84,7 +85,7 @@ def load_inputs(settings: Settings, loss: Loss, start: datetime | None = None) -
 
     start is the time that chat templates see without chat_template_time; None: now.
     """
-    raise_problems(optimizer_problems(settings))
+    raise_problems(optimizer_problems(settings) + keep_best_problems(settings, loss))
     model = settings.model
     names = {model.name_or_path: True, model.tokenizer_name_or_path or model.name_or_path: True}
     names[settings.reference] = settings.reference != START and not Path(settings.reference).exists()
@@ -110,11 +111,14 @@ def load_inputs(settings: Settings, loss: Loss, start: datetime | None = None) -
         formatter.check_template()
     drop = settings.on_inconsistent == "drop"
     encoder = Encoder(formatter, tokenize, sft=loss.n_responses == 1, drop_inconsistent=drop)
-    train_batches, eval_batches, is_chat = load_batches(settings, loss, encoder)
+    train_batches, eval_batches, is_chat, warnings = load_batches(settings, loss, encoder)
+    warnings += stop_if_notes(settings, loss)
+    for warning in warnings:
+        log_warning(warning)
     stops = formatter.template.stops() if is_chat else []
     time_seen = time if is_chat and formatter.template.clock_formats else None
     raise_problems(list(unread_settings(settings, is_chat, time_seen)))
-    return Inputs(device, model_config, tokenizer, train_batches, eval_batches, stops, time_seen, reference)
+    return Inputs(device, model_config, tokenizer, train_batches, eval_batches, stops, time_seen, reference, warnings)
 
 
 def unread_settings(settings: Settings, is_chat: bool, time_seen: datetime | None) -> Iterator[str]:
@@ -125,10 +129,12 @@ def unread_settings(settings: Settings, is_chat: bool, time_seen: datetime | Non
         yield "chat_template_args: no row is rendered with the chat template; leave it out, or set prompt_format=chat"
 
 
-def load_batches(settings: Settings, loss: Loss, encoder: Encoder) -> tuple[BatchIterator, BatchIterator, bool]:
-    """Load training and evaluation data, and log anything unusual; UserError if the run cannot use it.
+def load_batches(
+    settings: Settings, loss: Loss, encoder: Encoder
+) -> tuple[BatchIterator, BatchIterator, bool, list[str]]:
+    """Load training and evaluation data; UserError if the run cannot use it.
 
-    Also returns whether there are conversations.
+    Also returns whether there are conversations, and warnings of anything unusual.
     """
     cache = None if settings.dry_run else Path(local_dir(settings.local_dirs)) / "data_cache"
     data = load_data(settings, encoder, cache, loss.takes_labels)
@@ -141,12 +147,13 @@ def load_batches(settings: Settings, loss: Loss, encoder: Encoder) -> tuple[Batc
     )
     problems = data_problems(settings, train_batches, data.lost)
     raise_problems(problems or (data.score_problems() if loss.needs_scores else []))
-    notes = schedule_notes(settings, train_batches) + loss.label_notes(*train_batches.examples.label_counts())
+    warnings = data.warnings + loss.label_notes(*train_batches.examples.label_counts())
     if not data.is_chat:  # a chat template writes its own BOS
-        notes = [*bos_notes(tokenize.tokenizer, tokenize.add_bos), *notes]
-    for note in notes:
+        warnings += bos_notes(tokenize.tokenizer, tokenize.add_bos)
+    warnings += data_warnings(settings, train_batches, eval_batches, encoder.sft)
+    for note in schedule_notes(settings, train_batches):
         log_message(note)
-    return train_batches, eval_batches, data.is_chat
+    return train_batches, eval_batches, data.is_chat, warnings
 
 
 def build_trainer(
@@ -166,6 +173,7 @@ def build_trainer(
     log_bfloat16(settings, models)
     check_fingerprints(loss, inputs, models, run)
     set_token_budget(settings, inputs, models, run)
+    run.warnings = inputs.warnings
     run.create()
 
     prepare = partial(trainer_class.prepare, settings=settings, ranks=run.ranks, dtype=models.dtype)

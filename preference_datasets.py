@@ -209,6 +209,7 @@ class LoadedData:
     test: Mixture
     is_chat: bool
     lost: Mapping[str, str]
+    warnings: list[str]
 
     def score_problems(self) -> list[str]:
         """A line on the first example without scores; only files and hub data sets can have scores."""
@@ -230,8 +231,6 @@ def load_data(settings: Settings, encoder: Encoder, cache: Path | None, labels: 
     for name in names:
         splits += load_named(name, settings, loader) if name in DATASETS else load_files(name, settings, loader, labels)
     check_kinds(splits)
-    if plain_texts := [split.plain_text for split in splits if split.plain_text is not None]:
-        log_message(plain_text_warning(plain_texts[0]))
     train, test = splits[::2], splits[1::2]
     shares = settings.shares or [1.0] * len(names)
     if len(shares) != len(names):
@@ -251,7 +250,9 @@ def load_data(settings: Settings, encoder: Encoder, cache: Path | None, labels: 
     test_mixture = Mixture([each.split for each in test]).numbered_from(len(mixture))
     lost = {} if len(mixture) else {"train": why_lost(train)}
     lost |= {} if len(test_mixture) else {"test": why_lost(test)}
-    return LoadedData(mixture, test_mixture, any(each.is_chat for each in splits), lost)
+    plain_texts = [split.plain_text for split in splits if split.plain_text is not None]
+    warnings = [plain_text_warning(where) for where in plain_texts[:1]]
+    return LoadedData(mixture, test_mixture, any(each.is_chat for each in splits), lost, warnings)
 
 
 def load_named(name: str, settings: Settings, loader: Loader) -> list[Loaded]:

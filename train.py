@@ -9,12 +9,13 @@ import os
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo.settings.config_files import read_config_files
+from dpo.settings.config_files import format_value, read_config_files
 from dpo.settings.help import print_help
 from dpo.settings.hints import argument_problems, suggest
 from dpo.system.console import guard_streams, log_message, mark_rank, on_terminal
@@ -72,9 +73,9 @@ def train(
     overrides: dict[str, Any] | None,
 ) -> None:
     """Build the trainer and train, in each process."""
-    from omegaconf import OmegaConf
-
     from build import build_trainer, load_inputs
+    from dpo.reporting.page import RunFiles, log_verdict
+    from dpo.reporting.stopping import STOPPED, Stop
     from dpo.runs.export import upload_later
     from dpo.runs.run_dir import open_run
     from tools.dry_run import dry_run
@@ -85,6 +86,8 @@ def train(
 
         logging.disable_progress_bar()
     with open_run(Path(settings.local_run_dir), config, overrides, ranks) as run_dir:
+        if not settings.inspect and not settings.dry_run:
+            run_dir.check_free()
         inputs = load_inputs(settings, loss, run_dir.start_time())
         if inputs.template_time is not None and run_dir.config.get("chat_template_time") is None:
             run_dir.config.chat_template_time = inputs.template_time.isoformat()
@@ -93,21 +96,53 @@ def train(
         if settings.dry_run:
             dry_run(settings, loss, inputs, run_dir.config, signals)
             return
-        if run_dir.is_complete(len(inputs.train_batches)):
+        stop = ranks.run_on_main(lambda: Stop.read(run_dir.path)) if run_dir.resumed else None
+        has_ended = stop is not None and stop.holds(settings) and (stop.step is None or run_dir.is_exported())
+        if has_ended or run_dir.is_complete(len(inputs.train_batches)):
             export = (run_dir.path / "LATEST").resolve() / "hf"
             for key in {"export_dtype", "lora.export_merged"} & set(overrides or {}):
                 raise UserError(f"{key}: {export} is already written; remove that folder, and resume the run again")
-            log_message(f"{run_dir.path}: the run is complete; raise n_epochs or n_examples to continue it.")
+            if has_ended and stop is not None:
+                stop.report(run_dir.path)
+            else:
+                log_message(f"{run_dir.path}: the run is complete; raise n_epochs or n_examples to continue it.")
             return ranks.run_on_main(lambda: upload_later(export, settings.push_to_hub))
-        log_message(f"\n{OmegaConf.to_yaml(run_dir.config)}\nRun directory: {run_dir.path}")
+        if run_dir.resumed and run_dir.checkpoint is None:
+            log_message(f"{run_dir.path} holds no checkpoint yet, so the run starts over.")
+        log_message("\nSettings that differ from the defaults (config.yaml in the run directory has all):")
+        changed = " ".join(changed_settings(run_dir.config))
+        lines = textwrap.wrap(changed, width=98, break_long_words=False, break_on_hyphens=False)
+        log_message(textwrap.indent("\n".join(lines), "  "))
+        log_message(f"Run directory: {run_dir.path}")
         trainer = build_trainer(settings, loss, inputs, run_dir, signals)
+        ranks.run_on_main(lambda: (run_dir.path / STOPPED).unlink(missing_ok=True))
         try:
             trainer.train()
         except (Stopped, KeyboardInterrupt):
             log_message(f"To resume: {COMMAND} resume={shlex.quote(str(run_dir.path))}")
             raise
+    ranks.run_on_main(lambda: log_verdict(RunFiles(run_dir.path)))
     examples, updates = trainer.examples, trainer.updates
     log_message(f"Done: {examples:,} examples in {updates:,} updates. Everything is in {run_dir.path}")
+
+
+def changed_settings(config: "DictConfig") -> list[str]:
+    """The settings of a run that differ from the defaults, as on the command line, without its name and its folder.
+
+    Interpolations stay as they are, since they could expose secrets.
+    """
+    from omegaconf import OmegaConf
+
+    from dpo.settings.schema import default_values, flatten_plain
+
+    loss, values = config.loss.name, OmegaConf.to_container(config, resolve=False)
+    assert isinstance(values, dict)
+    defaults = default_values(CONFIG, loss, resumed=True) | default_values(CONFIG, loss)
+    shown_elsewhere = ("exp_name", "local_run_dir", "loss.name")
+    changed = {key: value for key, value in flatten_plain(values).items() if key not in shown_elsewhere}
+    changed = {key: value for key, value in changed.items() if key not in defaults or value != defaults[key]}
+    groups = [f"loss={loss}", *(["lora=default"] if "lora" in values else [])]
+    return groups + [f"{key}={format_value(value)}" for key, value in changed.items()]
 
 
 def resume(arguments: Sequence[str], signals: Signals) -> None:
@@ -118,11 +153,39 @@ def resume(arguments: Sequence[str], signals: Signals) -> None:
     from dpo.settings.run_config import find_run_dir, override_run_config, read_run_config
 
     paths = [argument.removeprefix("resume=") for argument in arguments if argument.startswith("resume=")]
-    run_dir = find_run_dir(Path(re.sub(r"""^(['"])(.*)\1$""", r"\2", paths[-1])))
+    paths = list(dict.fromkeys(re.sub(r"""^(['"])(.*)\1$""", r"\2", path) for path in paths))
+    if len(paths) > 1:
+        raise UserError(f"resume={paths[0]} resume={paths[1]}: one of them is enough; leave the other out")
+    if paths == ["auto"]:
+        return continue_or_start(arguments, signals)
+    run_dir = find_run_dir(Path(paths[0]))
     config = read_run_config(run_dir)
     config.local_run_dir = str(run_dir)
     overrides = [argument for argument in arguments if not argument.startswith("resume=")]
     run(config, signals, arguments, override_run_config(config, overrides, read_config_files(CONFIG).keys()))
+
+
+def continue_or_start(arguments: Sequence[str], signals: Signals) -> None:
+    """Continue the run in local_run_dir, or start it if there is none: resume=auto.
+
+    UserError if the run has other settings that a resumed run cannot change.
+    """
+    from dpo.settings.run_config import change_run_config, changes_of_command, plain_settings, read_run_config
+
+    others = [argument for argument in arguments if not argument.startswith("resume=")]
+    typed = [argument.partition("=")[0] for argument in others]
+    check_arguments(others)
+    known = read_config_files(CONFIG).keys()
+    command = compose("config", others, known)
+    if "local_run_dir" not in typed or "${now:" in plain_settings(command)["local_run_dir"]:
+        raise UserError("resume=auto: needs the same run directory at every start; set local_run_dir=FOLDER")
+    run_dir = Path(command.local_run_dir)
+    if not (run_dir / "config.yaml").is_file():
+        return run(command, signals, others)
+    config = read_run_config(run_dir, setting="resume=auto local_run_dir=")
+    config.local_run_dir = str(run_dir)
+    log_message(f"resume=auto: {run_dir} holds a run, which continues.")
+    run(config, signals, arguments, change_run_config(config, changes_of_command(config, command, typed), known))
 
 
 def quoted(value: str) -> str:
@@ -174,10 +237,11 @@ def load_losses() -> dict[str, type["Loss"]]:
 
 def start(arguments: Sequence[str], signals: Signals) -> None:
     """Print help, resume a run, or let Hydra compose the config of a run or of each run of a sweep."""
+    from dpo.reporting.findings import FIGURES
     from preference_datasets import DATASETS
     from utils import register_resolvers
 
-    help_code = print_help(arguments, CONFIG, list(DATASETS), load_losses)
+    help_code = print_help(arguments, CONFIG, list(DATASETS), load_losses, metrics=FIGURES)
     if help_code is not None:
         sys.exit(help_code)
     os.environ.update(torchrun_variables(os.environ))

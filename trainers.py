@@ -9,9 +9,10 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,12 +43,14 @@ from dpo.model.packing import PackedBatch, Packer
 from dpo.model.reference_weights import ReferenceWeights
 from dpo.model.routers import load_balancing_loss
 from dpo.model.sampling import Sampler, distinct_prompts
-from dpo.reporting.diagnosis import diagnose, diagnose_samples, displacement_advice, lengths, log_ratios
+from dpo.reporting.diagnosis import diagnose, diagnose_samples, diagnose_texts, lengths, log_ratios
+from dpo.reporting.findings import findings
 from dpo.reporting.metrics import BatchMetrics, MetricLogger, check_evaluation, check_finite, log_notes
 from dpo.reporting.model_card import Outcome, model_card
 from dpo.reporting.page import update_report
+from dpo.reporting.stopping import Judge, Progress, Stop, resumed_notes
 from dpo.reporting.utilization import Utilization, memory_use
-from dpo.runs.checkpoints import fitting
+from dpo.runs.checkpoints import fitting, mend_best, read_checkpoint, read_metrics, rewind
 from dpo.runs.export import describe_export, export_dtype, upload
 from dpo.runs.run_dir import RunDir, log_changes, read_environment
 from dpo.runs.shards import load_shards
@@ -56,7 +59,7 @@ from dpo.runs.writer import SAVING, CheckpointWriter
 from dpo.settings.schema import Settings
 from dpo.system.console import log_message, prefetch, progress, progress_bar
 from dpo.system.devices import autocast, platform
-from dpo.system.errors import Stopped, actionable_errors
+from dpo.system.errors import RunError, Stopped, actionable_errors
 from dpo.system.signals import Signals
 from dpo.system.state import random_states, set_random_states
 from dpo.system.stopwatch import Stopwatch
@@ -84,6 +87,7 @@ class Inputs:
     stops: list[int]  # ids that end a turn in the conversations of the data, if there are any
     template_time: datetime | None = None  # that the chat template saw, if it reads the clock
     reference: ReferenceWeights | None = None  # if it does not start from the policy's weights
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -157,6 +161,10 @@ class BasicTrainer:
         self.next_save = next_multiple(0, settings.save_every)
         self.truncated: Counter[str] = Counter()
         self.first_margin: FirstMargin | None = None  # compares policy and reference before the first update
+        self.advised = ""  # the rule that the last evaluation's advice came from
+        self.judge = Judge(settings)
+        self.progress = Progress()
+        self.ends = False  # whether the next checkpoint is the last one
         self.gradients_checked = False  # checked once in every process, also in one that resumes a run
 
     # Modules and batches: trainers for several devices override the first three
@@ -189,15 +197,18 @@ class BasicTrainer:
     # Training
 
     def train(self) -> None:
-        """Train on the remaining batches, evaluating and saving whenever due, then evaluate, save and export."""
+        """Train on the remaining batches, evaluating and saving whenever due, then evaluate, save and export.
+
+        An evaluation may end the run before that.
+        """
         if self.reference is not None and not self.updates:
             if math.isinf(self.reference.start_tolerance) or not has_dropout(self.policy):
                 self.first_margin = FirstMargin(self.reference, f"reference={self.settings.reference}")
         bar = progress_bar("training", "update", len(self.train_batches), initial=self.updates)
         with bar, actionable_errors(NO_MEMORY), strict_autograd(), self.signals.deferred(), self.writer:
             for batch in self.clock.waiting("data", prefetch(self.train_batches)):
-                if self.eval_due():
-                    self.evaluate_and_save()
+                if self.eval_due() and self.evaluate_and_save() is not None:
+                    return
                 metrics = self.train_step(batch)
                 self.log(metrics, thin=True)
                 self.threads.after_update()
@@ -321,26 +332,50 @@ class BasicTrainer:
         requested = self.signals.pop_save() or self.signals.stop is not None
         return requested or (self.examples >= self.next_save and not evaluates)
 
-    def evaluate_and_save(self, final: bool = False) -> None:
-        """Evaluate, sample and write a checkpoint."""
+    def evaluate_and_save(self, final: bool = False) -> Stop | None:
+        """Evaluate, sample and write a checkpoint; return why the evaluation ends the run, if it does."""
         before = self.logger.sizes()
         try:
             metrics = self.evaluate()
             if self.settings.sample_during_eval:
                 metrics |= self.sample()
             self.log(metrics)
-            if self.settings.report:
-                self.ranks.run_on_main(lambda: update_report(self.run.path))
+            self.update_report()
         except Stopped:  # the resumed run repeats the evaluation
             self.save(logs=before)
             raise
-        log_notes(self.truncated, self.examples, displacement_advice(metrics) if self.updates else None)
-        if final:  # not part of a longer run's schedule; and a run that is killed before its export repeats it
-            self.save(metrics, logs=before)
+        log_notes(self.truncated, self.examples, None if final else self.advice(metrics))
+        judge = partial(self.judge, self.progress, self.examples, self.updates, metrics)
+        progress, stop = self.ranks.run_on_main(judge)
+        if final and stop is not None and not stop.is_bad:
+            stop = None  # the run is complete anyway
+        if stop is not None and stop.is_bad:
+            self.go_back(stop)
+        elif final or stop is not None:
+            # not part of a longer run's schedule; and a run that is killed before its export repeats it
+            self.ends = True
+            self.save(metrics, logs=before, progress=progress)
             self.export(metrics)
         else:
             self.next_eval = next_multiple(self.examples, self.settings.eval_every)
+            self.progress = progress
             self.save(metrics)
+            return None
+        self.close(stop, progress)
+        return stop
+
+    def update_report(self) -> None:
+        """Write report.html, if it is wanted."""
+        if self.settings.report:
+            self.ranks.run_on_main(lambda: update_report(self.run.path))
+
+    def advice(self, metrics: dict[str, float]) -> str | None:
+        """The most important finding of an evaluation, once; the end of the run lists all."""
+        sizes = {"pairs": n_evaluated(self), "samples": self.settings.n_eval_model_samples, "updates": self.updates}
+        found = findings(metrics | sizes) if self.updates else []
+        new = found[0] if found and found[0].rule.name != self.advised else None
+        self.advised = found[0].rule.name if found else ""
+        return None if new is None else str(new)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -372,35 +407,85 @@ class BasicTrainer:
             if self.reference is not None:
                 samples["reference"] = self.reference.generate(prompts)
             self.logger.log_samples(self.examples, samples)
-            return diagnose_samples(samples, self.policy, self.reference, BatchSplitter(self.packer, self.ranks))
+            splitter = BatchSplitter(self.packer, self.ranks)
+            figures = diagnose_samples(samples, self.policy, self.reference, splitter)
+        return figures | diagnose_texts(samples, self.sampler.stop_ids)
+
+    # The end
+
+    def go_back(self, stop: Stop) -> None:
+        """Export the last checkpoint that an evaluation found good, and make it the newest one."""
+        if not self.settings.debug:
+            self.writer.wait()
+            self.ranks.run_on_main(lambda: rewind(self.run.path, stop.step))
+            if stop.step is not None:
+                self.export_stored(f"step-{stop.step}", "at the last evaluation before `stop_if` ended the run")
+
+    def close(self, stop: Stop | None, progress: Progress) -> None:
+        """Export the best checkpoint, and record why an evaluation ended the run; RunError if nothing is exported."""
+        if progress.best_step is not None:
+            log_message(f"Best evaluation: {progress.describe_best()}.")
+            self.export_stored(f"step-{progress.best_step}", f"at the best evaluation by `keep_best={progress.metric}`")
+        if stop is not None:
+            self.ranks.run_on_main(lambda: stop.write(self.run.path))
+            self.update_report()
+            stop.report(self.run.path)
 
     # State
 
-    def save(self, metrics: dict[str, float] | None = None, logs: list[int] | None = None) -> None:
+    def save(
+        self,
+        metrics: dict[str, float] | None = None,
+        logs: list[int] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         """Write a checkpoint, with the metrics of its evaluation, if any.
 
-        logs: the sizes in bytes to which a resumed run cuts the log files, by default their current sizes.
+        logs: the sizes in bytes to which a resumed run cuts the log files, by default their current sizes. progress:
+        what a last evaluation has shown, which a resumed run repeats.
         """
         if self.settings.debug or not self.examples:
             return
         self.next_save = next_multiple(self.examples, self.settings.save_every)
         with self.clock("saving"), actionable_errors(SAVING):
             states = self.state_dict(self.logger.sizes() if logs is None else logs)
-            self.writer.write(self.examples, states, metrics or {}, blocking=self.updates == len(self.train_batches))
+            best, good = (progress or self.progress).best_step, (progress or self.progress).good_step
+            blocking = self.ends or self.updates == len(self.train_batches)
+            self.writer.write(self.examples, states, metrics or {}, best, good, blocking=blocking)
 
     def export(self, metrics: dict[str, float]) -> None:
         """Write the model for from_pretrained to LATEST/hf, and upload it if push_to_hub is set."""
         if not self.settings.debug:
-            folder, weights = (self.run.path / "LATEST").resolve() / "hf", self.full_weights()
-            dtype = export_dtype(self.settings, self.dtype)
-            card = model_card(self.settings, self.loss, outcome(self, metrics), dtype)
+            self.export_to((self.run.path / "LATEST").resolve() / "hf", outcome(self, metrics))
 
-            def write() -> None:
-                self.weights.export(folder, self.sampler.tokenizer, card, weights, dtype)
-                log_message(describe_export(folder, self.policy.model.dtype))
+    def export_stored(self, name: str, when: str) -> None:
+        """Write the model of an earlier checkpoint to its hf/, unless that exists; `when` is for the model card.
+
+        The trainer has its weights afterwards. RunError if the checkpoint is damaged.
+        """
+        folder = (self.run.path / name).resolve()
+        if self.ranks.run_on_main(lambda: (folder / "hf").exists()):
+            return
+        states = self.ranks.run_on_main(lambda: read_checkpoint(folder))
+        if isinstance(states, str):
+            raise RunError(f"{folder}: cannot be exported: {states}", "no checkpoint")
+        self.load_tensors(states)
+        counters, metrics = states["run"]["counters"], self.ranks.run_on_main(lambda: read_metrics(folder))
+        facts = replace(outcome(self, metrics), examples=counters["examples"], updates=counters["updates"], when=when)
+        self.export_to(folder / "hf", facts)
+
+    def export_to(self, folder: Path, facts: Outcome) -> None:
+        """Write the model for from_pretrained to a folder; upload it if push_to_hub is set, and LATEST leads to it."""
+        weights, dtype = self.full_weights(), export_dtype(self.settings, self.dtype)
+        card = model_card(self.settings, self.loss, facts, dtype)
+
+        def write() -> None:
+            self.weights.export(folder, self.sampler.tokenizer, card, weights, dtype)
+            log_message(describe_export(folder, self.policy.model.dtype))
+            if folder.parent == (self.run.path / "LATEST").resolve():
                 upload(folder, self.settings.push_to_hub)
 
-            self.ranks.run_on_main(write)
+        self.ranks.run_on_main(write)
 
     def state_dict(self, logs: list[int]) -> dict[str, Any]:
         """Everything that a resumed run needs: the states of policy, optimizer and scheduler, and of the run."""
@@ -409,6 +494,7 @@ class BasicTrainer:
             "truncated": dict(self.truncated),
             "loss": dict(self.loss_state),
             "reference": {} if self.reference is None else self.reference.state_dict(),
+            "progress": self.progress.state_dict(),
             "logs": logs,
             "random": random_states(),
             "fingerprints": self.run.fingerprints,
@@ -440,9 +526,30 @@ class BasicTrainer:
             self.loss_state = dict(run.get("loss", {}))  # checkpoints of earlier versions have none
             if self.reference is not None:
                 self.reference.load_state_dict(run.get("reference", {}))
+            self.progress = self.load_progress(run.get("progress", {}))  # checkpoints of earlier versions have none
             self.logger.cut(run["logs"])
             log_changes(read_environment(states), environment(self))
             set_random_states(run["random"])
+
+    def load_progress(self, state: dict[str, Any]) -> Progress:
+        """Read what evaluations have shown from a checkpoint, and mend BEST.
+
+        The state does not know the last evaluation of a run, which wrote it: a longer run does not repeat that.
+        """
+        progress, criterion = Progress.load(state, self.settings.keep_best), self.judge.criterion
+        metrics = self.ranks.run_on_main(lambda: read_metrics(self.run.path / f"step-{self.examples}"))
+        if metrics:
+            progress = replace(progress, good_step=self.examples)
+        if progress.metric is not None and criterion is not None:
+            value = metrics.get(criterion.name, math.nan)
+            if criterion.is_better(value, progress.best):
+                progress = replace(progress, best=value, best_step=self.examples, waited=0)
+        for note in resumed_notes(self.settings, progress.first):
+            log_message(note)
+        if criterion is None or self.ranks.run_on_main(lambda: mend_best(self.run.path, progress.best_step)):
+            return progress
+        log_message(f"step-{progress.best_step}, the best checkpoint, is gone; the best one from now on is kept.")
+        return replace(progress, best=None, best_step=None)
 
     def load_tensors(self, states: dict[str, Any]) -> None:
         """Load the states of policy and optimizer."""
@@ -529,7 +636,7 @@ class FSDPTrainer(BasicTrainer):
         """The shards of policy and optimizer that this rank writes, and the other values of the optimizer."""
         tensors, values = self.sharded_state()
         states = {"shards": tensors, "values": values}
-        if self.settings.keep_policies or self.updates == len(self.train_batches):
+        if self.settings.keep_policies or self.ends or self.updates == len(self.train_batches):
             states["policy"] = self.weights.state_dict(whole_tensors(self.weights.tensors(), self.ranks.is_main))
         return states
 

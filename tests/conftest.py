@@ -284,6 +284,19 @@ def make_trainer(tmp_path):
         yield make
 
 
+@pytest.fixture
+def trained(make_trainer):
+    """Return a function that trains a tiny model by one update and returns its run directory."""
+    counts = ("n_examples=8", "n_eval_examples=8", "eval_batch_size=8", "do_first_eval=false", "max_length=100")
+
+    def train(*overrides: str) -> Path:
+        trainer = make_trainer(*counts, "lr=1e-2", "warmup_steps=0", *overrides)
+        trainer.train()
+        return trainer.run.path
+
+    return train
+
+
 # Tokenizers and models
 
 WORDS = [row["chosen"] for row in golden_rows("train")]

@@ -104,9 +104,15 @@ def test_a_run_that_would_train_something_else_ends_before_its_first_update_on_a
 
 def test_only_the_main_rank_writes_and_the_end_can_be_opened_by_anyone(whole):
     names = {path.name for path in whole.iterdir()}
-    assert names == {"LATEST", "config.yaml", "metrics.jsonl", "samples.jsonl", "pairs.jsonl", ".lock"} | {
-        f"step-{n}" for n in range(8, 56, 8)
-    }
+    assert names == {
+        "LATEST",
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "pairs.jsonl",
+        ".lock",
+        "warnings.json",
+    } | {f"step-{n}" for n in range(8, 56, 8)}
     updates = [record["updates"] for record in logs_of(whole)[0] if "loss/train" in record]
     assert updates == [1, 2, 3, 4, 5, 6]  # each once
     assert not (whole / "step-40" / "policy.pt").exists()
@@ -127,6 +133,33 @@ def test_a_run_resumes_bit_for_bit_with_as_many_ranks(whole, tmp_path):
     assert [run.returncode for run in done] == [0, 0], done[0].stderr
     assert "not be bit for bit" not in done[0].stdout
     same(folder, whole)
+
+
+def worse_after_16_examples() -> None:
+    evaluate = trainers.BasicTrainer.evaluate
+    trainers.BasicTrainer.evaluate = lambda self: evaluate(self) | {"loss/eval": 0.4 + abs(self.examples - 16) / 100}
+
+
+@pytest.mark.parametrize("condition", [("stop_after=1",), ("stop_after=5", "stop_if.max_loss=0.9")])
+def test_an_evaluation_ends_all_ranks_and_the_best_shards_are_exported_also_after_a_kill(condition, tmp_path):
+    """Of the losses 0.56, 0.4 and 0.56 the last is no better than the second, and above 0.9 times the first."""
+    settings = (*SHARDED, "keep_best=loss/eval", "keep_checkpoints=1", *condition)
+    faults = {rank: [worse_after_16_examples] for rank in range(2)}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = command_lines(whole, fresh(whole, *settings), 2, faults)
+    assert [run.returncode for run in done] == [0, 0], done[0].stderr + done[1].stderr
+    export = lambda self, name, when: kill()  # noqa: E731
+    at_export = lambda: setattr(trainers.BasicTrainer, "export_stored", export)  # noqa: E731
+    done = command_lines(killed, fresh(killed, *settings), 2, {0: [worse_after_16_examples, at_export], 1: faults[1]})
+    assert all(run.returncode for run in done) and not (killed / "stopped.json").exists()
+    done = command_lines(killed, again(killed), 2, faults)
+    assert [run.returncode for run in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert (whole / "stopped.json").read_text() == (killed / "stopped.json").read_text()
+    for run in (whole, killed):
+        assert (run / "BEST").resolve().name == "step-16"
+        assert (run / "LATEST").resolve().name == ("step-32" if len(condition) == 1 else "step-16")
+    same_export = [(run / "BEST" / "hf" / "model.safetensors").read_bytes() for run in (whole, killed)]
+    assert same_export[0] == same_export[1]
 
 
 def test_a_run_of_an_adapter_resumes_bit_for_bit_and_holds_and_exports_that_alone(tmp_path):

@@ -91,7 +91,7 @@ def test_an_import_upward_would_be_found_wherever_it_stands(tmp_path):
 def test_every_package_has_its_place_in_the_order_and_an_init_with_a_docstring_alone():
     packages = {path.parent for path in CODE if path.name == "__init__.py"}
     assert packages == {
-        *(ROOT / name for name in ("dpo", "tools", "tools/rounds")),
+        *(ROOT / name for name in ("dpo", "tools", "tools/diagnose", "tools/rounds", "tools/verify")),
         *(ROOT / "dpo" / name for name in ORDER),
     }
     assert {path.parent for path in CODE if path.relative_to(ROOT).parts[0] in ("dpo", "tools")} <= packages

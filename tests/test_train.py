@@ -16,7 +16,7 @@ import hydra
 import pytest
 import torch
 import yaml
-from conftest import GOLDENS, ROOT, TINY, inputs_of, without_measurements
+from conftest import GOLDENS, ROOT, TINY, compose, inputs_of, without_measurements
 from faults import command_line, during_import, fresh, send
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,6 +25,7 @@ from dpo.model import attention
 from dpo.model.logps import response_logps
 from dpo.model.sampling import distinct_prompts
 from dpo.system.errors import UserError
+from train import changed_settings
 
 SHORT = (
     *TINY,
@@ -166,12 +167,20 @@ def test_several_processes_of_the_trainer_for_one_are_refused_before_anything_is
     assert line.startswith("trainer=BasicTrainer WORLD_SIZE=2: this trainer uses one process; set trainer=")
 
 
-@pytest.mark.parametrize("warmup, note", [(2, None), (3, "ends at 7.5e-05"), (9, "ends at 3e-05")])
+@pytest.mark.parametrize(
+    "warmup, note",
+    [
+        (2, None),
+        (3, "ends at 7.5e-05 and the full rate is never reached"),
+        (9, "ends at 3e-05 and probably almost nothing will be learned"),
+    ],
+)
 def test_a_warmup_that_the_run_does_not_leave_is_noted_with_the_learning_rate_reached(warmup, note, capsys):
     """Of 24 examples in batches of 8: 3 updates, the last of which has lr * 3 / (warmup_steps + 1)."""
     inputs_of("loss=sft", *SHORT, f"warmup_steps={warmup}")
     lines = [line for line in capsys.readouterr().out.splitlines() if "warmup_steps" in line]
-    assert [line.endswith(f"so the learning rate {note}.") for line in lines] == [True] * (note is not None), lines
+    assert [line.startswith("Warning: warmup_steps=") for line in lines] == [True] * (note is not None), lines
+    assert not note or f"so the learning rate {note}; set warmup_steps=0." in lines[0]
 
 
 @pytest.mark.parametrize("eval_every, noted", [(23, False), (24, True)])
@@ -204,7 +213,7 @@ def test_a_sweep_names_its_runs_by_what_differs_and_leaves_nothing_else(fixed, t
         assert re.fullmatch(r"dpo_tiny-gpt2_[\d_-]+", folder.name) and folder.parent.parent == tmp_path / "runs"
     paths = [path for path in tmp_path.rglob("*") if "data_cache" not in path.parts]
     files = {path.name for path in paths if path.is_file()}
-    assert files == {"config.yaml", "metrics.jsonl", "samples.jsonl", "pairs.jsonl", ".lock"}
+    assert files == {"config.yaml", "metrics.jsonl", "samples.jsonl", "pairs.jsonl", ".lock", "warnings.json"}
     assert all(any(folder.iterdir()) for folder in tmp_path.rglob("*") if folder.is_dir())
     assert {path.name for path in tmp_path.iterdir()} - {".cache"} == {"sweep" if fixed else "runs"}
     lines = [
@@ -379,6 +388,7 @@ def test_a_run_directory_holds_what_the_readme_says(sft_run):
         "config.yaml",
         "metrics.jsonl",
         "samples.jsonl",
+        "warnings.json",
         "pairs.jsonl",
         "step-16",
         "step-24",
@@ -458,6 +468,7 @@ def test_debug_writes_neither_checkpoints_nor_wandb(run_forked):
         "config.yaml",
         "metrics.jsonl",
         "samples.jsonl",
+        "warnings.json",
         "pairs.jsonl",
         ".lock",
     }
@@ -590,3 +601,10 @@ def test_settings_of_chat_templates_that_change_nothing_are_refused():
     ):
         with pytest.raises(UserError, match=words):
             inputs_of("loss=dpo", *TINY, setting)
+
+
+def test_the_log_names_the_settings_that_differ_from_the_defaults_and_no_others():
+    config = compose("loss=dpo", "model=gpt2", "lora=default", "lora.r=8", "lr=1e-6", "loss.beta=0.1", "datasets=[a,b]")
+    assert changed_settings(config)[:3] == ["loss=dpo", "lora=default", "model.name_or_path=gpt2"]
+    assert set(changed_settings(config)[3:]) == {"lora.r=8", "lr=1e-06", "datasets=['a', 'b']", "wandb.enabled=false"}
+    assert "lora=default" not in changed_settings(compose("loss=sft", "model=gpt2"))

@@ -25,6 +25,7 @@ from dpo.model import logps
 from dpo.model.logps import response_logps
 from dpo.model.packing import LAYOUTS
 from dpo.model.sampling import Sampler, distinct_prompts
+from dpo.reporting.findings import Rule, findings
 from dpo.runs.checkpoints import read_checkpoint
 from dpo.runs.run_dir import Checkpoint
 from dpo.system.errors import RunError, Stopped, UserError
@@ -780,9 +781,9 @@ def test_every_update_is_logged_and_one_per_interval_is_shown_beside_every_evalu
     counts = [[record[f"counters/{name}"] for name in ("examples", "updates")] for record in updates]
     assert counts == [[8, 1], [16, 2], [24, 3]] == [[record["examples"], record["updates"]] for record in updates]
     out = capsys.readouterr().out
-    assert re.findall("(.*) updates: loss/train", out) == ["8 examples, 1"]
+    assert re.findall("(.*) updates: loss ", out) == ["8 examples, 1"]
     evaluations = ["0 examples, 0", "8 examples, 1", "16 examples, 2", "24 examples, 3"]
-    assert re.findall("(.*) updates: .*loss/eval", out) == evaluations
+    assert re.findall("(.*) updates, evaluation: loss ", out) == evaluations
 
 
 def test_an_evaluation_prints_how_much_was_truncated_so_far_also_after_a_resume(make_trainer, capsys):
@@ -801,14 +802,19 @@ def test_an_evaluation_prints_how_much_was_truncated_so_far_also_after_a_resume(
         assert f"Truncated so far, of 16 training examples: {counts}\n" in capsys.readouterr().out
 
 
-def test_an_evaluation_prints_its_advice_if_there_is_some(make_trainer, monkeypatch, capsys):
+def test_an_evaluation_prints_its_first_finding_once(make_trainer, monkeypatch, capsys):
     trainer = make_trainer("loss=dpo", "n_eval_examples=8", "debug=true")
     trainer.updates = 1  # before that, a difference from the reference is none that training has made
     trainer.evaluate_and_save()
     assert "Advice:" not in capsys.readouterr().out
-    monkeypatch.setattr("trainers.displacement_advice", lambda metrics: f"of {metrics['diagnosis/displaced']:.0f}")
+    rules = [Rule(name, lambda figures: f"{figures['pairs']} pairs", "", "this; that", "") for name in "ab"]
+    monkeypatch.setattr("trainers.findings", lambda figures: findings(figures, rules))
+    for advice in (["Advice: a: 8 pairs. Try this."], []):  # it is not repeated
+        trainer.evaluate_and_save()
+        assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("Advice")] == advice
+    rules.reverse()
     trainer.evaluate_and_save()
-    assert "Advice: of 0.\n" in capsys.readouterr().out
+    assert "Advice: b: 8 pairs. Try this.\n" in capsys.readouterr().out
 
 
 # Checkpoints

@@ -279,7 +279,7 @@ def test_a_rank_that_has_never_built_a_mixture_computes_the_routers_loss_as_well
     settings = (*TINY, mixture, *launched, "do_first_eval=false", f"local_run_dir='{tmp_path / 'run'}'")
     command = [sys.executable, str(ROOT / "train.py"), "loss=dpo", *settings]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and "router_loss/eval" in done.stdout, done.stderr
+    assert done.returncode == 0 and "evaluation: loss " in done.stdout and "router loss " in done.stdout, done.stderr
 
 
 def test_samples_and_their_divergence_are_those_of_one_process(sharded, make_trainer):

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+FEW = 50  # evaluation examples below which a run warns
+SHARED = 0.01  # share of test rows that are training rows from which on a run warns
+
+
 @dataclass(frozen=True)
 class Batch:
     """Tokenized examples, and the iterator's position after them."""
@@ -137,14 +141,7 @@ def data_problems(settings: Settings, train_batches: BatchIterator, lost: Mappin
 def schedule_notes(settings: Settings, batches: BatchIterator) -> list[str]:
     """A line for each part of the schedule or the data that a run does not reach."""
     notes = []
-    n_updates = len(batches)
-    n_examples = n_updates * settings.batch_size
-    if settings.warmup_steps >= n_updates:
-        last_lr = settings.lr * n_updates / (settings.warmup_steps + 1)
-        notes.append(
-            f"warmup_steps={settings.warmup_steps}: the run has {n_updates:,} updates, "
-            f"so the learning rate ends at {last_lr:.2g}."
-        )
+    n_examples = len(batches) * settings.batch_size
     if settings.eval_every >= n_examples:
         notes.append(
             f"eval_every={settings.eval_every:,}: the run has {n_examples:,} examples, "
@@ -153,3 +150,40 @@ def schedule_notes(settings: Settings, batches: BatchIterator) -> list[str]:
     if skipped := batches.n_items - batches.batches_per_epoch * settings.batch_size:
         notes.append(f"Each epoch skips the last {skipped:,} of {batches.n_items:,} examples, too few for a batch.")
     return notes
+
+
+def data_warnings(settings: Settings, train: BatchIterator, test: BatchIterator, sft: bool) -> list[str]:
+    """A line for each reason why a run will teach or show little: warmup, evaluation set, rows in both splits."""
+    warnings = []
+    n_updates, warmup = len(train), settings.warmup_steps
+    if warmup >= n_updates:
+        share = n_updates / (warmup + 1)
+        effect = "probably almost nothing will be learned" if share < 0.5 else "the full rate is never reached"
+        warnings.append(
+            f"warmup_steps={warmup}: the run has {n_updates:,} updates, so the learning rate ends at "
+            f"{settings.lr * share:.2g} and {effect}; set warmup_steps={n_updates // 10}."
+        )
+    n_evaluated = min(test.n_items, settings.n_eval_examples)
+    if n_evaluated < FEW and not sft:
+        mitigation = "hold out more" if n_evaluated == test.n_items else f"set n_eval_examples={FEW} or more"
+        few = f"{n_evaluated:,} evaluation example{'s are' if n_evaluated > 1 else ' is'}"
+        warnings.append(f"{few} too few to tell what was learned from chance; {mitigation}.")
+    n_shared = count_shared(train, test, sft)
+    if n_shared >= SHARED * test.n_items and n_shared:
+        warnings.append(
+            f"{n_shared:,} of {test.n_items:,} evaluation rows are also trained on, so the evaluation shows what was "
+            "memorized; remove them from one of the two."
+        )
+    return warnings
+
+
+def count_shared(train: BatchIterator, test: BatchIterator, sft: bool) -> int:
+    """How many test examples are training examples, by the hashes of their rows; for SFT, of prompt and target.
+
+    A million training examples take 0.2 s of CPU time.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    hashes = [pa.array(each.examples.row_hashes("target_hash" if sft else "whole_hash")) for each in (test, train)]
+    return int(pc.is_in(hashes[0], value_set=hashes[1]).to_numpy(zero_copy_only=False).sum())

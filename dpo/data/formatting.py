@@ -89,4 +89,7 @@ def template_time(setting: str | None, start: datetime | None = None) -> datetim
 
 def plain_text_warning(where: str) -> str:
     """A warning about text prompts for a model with a chat template."""
-    return f"{where}: a text prompt is used as it is; prompt_format=chat renders it with the chat template."
+    return (
+        f"{where}: the model has a chat template, but a text prompt is used as it is; prompt_format=chat renders it "
+        "with the chat template. To train on plain text, set prompt_format=text."
+    )

@@ -58,6 +58,12 @@ class Mixture(Sequence[TokenizedExample]):
         desirable, undesirable = zip(*(split.label_counts() for split in self.splits), strict=True)
         return sum(desirable), sum(undesirable)
 
+    def row_hashes(self, column: str) -> "np.ndarray[Any, np.dtype[np.uint64]]":
+        """The hash of each example's row, (examples,): its target_hash or its whole_hash."""
+        import numpy as np
+
+        return np.concatenate([split.table.column(column)[split.selection.records] for split in self.splits])
+
     def digest(self) -> bytes:
         """A SHA-256 of the examples in their order."""
         digests = [bytes.fromhex(split.selection.digest) for split in self.splits]

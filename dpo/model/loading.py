@@ -45,9 +45,13 @@ def load_model_config(
     return config, tokenizer
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def has_tokenizer(folder: Path) -> bool:
     files = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*.spm", "tekken*")
-    if Path(name).is_dir() and not any(any(Path(name).glob(pattern)) for pattern in files):
+    return any(any(folder.glob(pattern)) for pattern in files)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    if Path(name).is_dir() and not has_tokenizer(Path(name)):
         raise UserError("holds no tokenizer; set model.tokenizer_name_or_path to a folder or Hub name that does")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     return tokenizer

@@ -48,6 +48,11 @@ class Sampler:
             seed=settings.seed,
         )
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """The ids that end a response."""
+        return list(dict.fromkeys((self.tokenizer.eos_token_id, *self.stops)))
+
     def generate(self, model: PreTrainedModel, prompts: Sequence[TokenizedExample], title: str) -> list[str]:
         """The texts of `sample`."""
         return [sample.text.responses[0] for sample in self.sample(model, prompts, title)]
@@ -96,7 +101,7 @@ class Sampler:
             top_p=self.top_p,
             max_new_tokens=max(1, self.max_length - prompt_length),
             pad_token_id=pad_id,
-            eos_token_id=list(dict.fromkeys((self.tokenizer.eos_token_id, *self.stops))),
+            eos_token_id=self.stop_ids,
         )
 
 

@@ -1,7 +1,7 @@
 """Metrics of a whole evaluation: displacement, length, divergence from the reference. docs/report.md explains each."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from dpo.reporting.metrics import BatchMetrics
 from dpo.reporting.statistics import (
     calibration_error,
     correlation,
+    distinct_ngrams,
     edit_distance,
+    longest_repeat,
     mean,
     mean_per_token,
     wilson_interval,
@@ -24,9 +26,6 @@ from dpo.training.objectives import by_label
 from dpo.training.references import Reference
 
 QUANTILES = (5, 25, 50, 75, 95)  # percent
-# Advice is given if both are exceeded; docs/report.md has the measurements behind them.
-DISPLACED_SHARE = 0.6  # of the pairs
-FALL_PER_TOKEN = 0.2  # mean fall of the chosen responses' tokens against the reference, in nats
 
 
 def log_ratios(policy: Logps, reference: Logps | None) -> dict[str, Tensor]:
@@ -95,18 +94,6 @@ def displacement(columns: Mapping[str, np.ndarray], examples: Sequence[Tokenized
     return figures
 
 
-def displacement_advice(metrics: Mapping[str, float]) -> str | None:
-    """Advice, if an evaluation's chosen responses fell further than usual."""
-    share = metrics.get("diagnosis/displaced", 0.0)
-    fall = -metrics.get("diagnosis/chosen_log_ratio_per_token", 0.0)
-    if share < DISPLACED_SHARE or fall < FALL_PER_TOKEN:
-        return None
-    return (
-        f"{share:.0%} of the chosen responses are less likely than under the reference, by {fall:.2g} nats per token, "
-        "which is more than usual for DPO: try loss=dpop, loss.nll_weight=1 or a lower lr"
-    )
-
-
 @torch.no_grad()
 def diagnose_samples(
     samples: Mapping[str, Sequence[TokenizedExample]],
@@ -138,4 +125,21 @@ def diagnose_samples(
         lengths_of_policy = np.array([len(sample.responses[0]) for sample in samples["policy"]])
         lengths_of_reference = np.array([len(sample.responses[0]) for sample in samples["reference"]])
         figures |= mean("sample_length_difference", lengths_of_policy - lengths_of_reference)
+    return named(figures)
+
+
+def diagnose_texts(samples: Mapping[str, Sequence[TokenizedExample]], stops: Collection[int]) -> dict[str, float]:
+    """The metrics of the texts of samples: how many are finished, with one of the stops, and how they repeat.
+
+    Those of "reference" samples are named so.
+    """
+    figures = {}
+    for model, prefix in (("policy", ""), ("reference", "reference_")):
+        if model not in samples:
+            continue
+        responses = [sample.responses[0] for sample in samples[model]]
+        ngrams = [n for response in responses if not math.isnan(n := distinct_ngrams(response, 4))]
+        figures[f"{prefix}finished"] = float(np.mean([bool(ids) and ids[-1] in stops for ids in responses]))
+        figures[f"{prefix}distinct_4grams"] = float(np.mean(ngrams)) if ngrams else math.nan
+        figures[f"{prefix}longest_repeat"] = float(np.mean([longest_repeat(response) for response in responses]))
     return named(figures)

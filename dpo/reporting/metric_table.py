@@ -17,11 +17,15 @@ def record_name(name: str, split: str) -> str:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of report.html; meaning is its caption. scale "share" is from 0 to 1, "log" logarithmic."""
+    """A chart of report.html; meaning is its caption. scale "share" is from 0 to 1, "log" logarithmic.
+
+    level is the height of a horizontal line, and its name.
+    """
 
     title: str
     meaning: str = ""
     scale: Literal["linear", "share", "log"] = "linear"
+    level: tuple[float, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,10 @@ class Metric:
     label     of its curve
     splits    for a metric of single examples: whether updates (train), evaluations (eval) or both are drawn
     headline  its newest value is shown at the top of the page, in the model card and in the summary of a sweep
-    console   the console shows it after each update (after an evaluation it shows all metrics)
+    console   its name on the console, which shows it after each update and evaluation that has it; "" if it does not
     pairs     pairs.jsonl has its value for each evaluated pair
     weighted  its mean over examples is weighted by their weights (columns.weight)
+    better    whether a larger ("max") or a smaller value ("min") of an evaluation is better; None if that depends
     """
 
     name: str
@@ -43,9 +48,10 @@ class Metric:
     label: str = ""
     splits: tuple[Split, ...] = ()
     headline: bool = False
-    console: bool = False
+    console: str = ""
     pairs: bool = False
     weighted: bool = False
+    better: Literal["max", "min"] | None = None
 
     def recorded(self, split: Split) -> str:
         """Return its name in the records of updates (train) or of evaluations (eval)."""
@@ -55,7 +61,7 @@ class Metric:
 BOTH: tuple[Split, ...] = ("train", "eval")
 EVAL: tuple[Split, ...] = ("eval",)
 LOSS = Chart("Loss", "mean over the examples, weighted if they have weights")
-ACCURACY = Chart("Reward accuracy", "share of pairs whose chosen response has the higher reward", "share")
+ACCURACY = Chart("Reward accuracy", "share of pairs whose chosen response has the higher reward", "share", (0.5, "50%"))
 MARGIN = Chart("Reward margin", "chosen minus rejected reward")
 REWARDS = Chart("Rewards, evaluation", "beta times log(policy / reference)")
 LOG_RATIOS = Chart("Log-ratio to the reference per token, evaluation", "log(policy / reference) over all tokens, nats")
@@ -70,30 +76,31 @@ MFU = Chart("Share of the matrix rate (mfu)", "of the device's measured rate of 
 
 # In the order of the page.
 METRICS = (
-    Metric("loss", LOSS, splits=BOTH, headline=True, console=True, weighted=True),
-    Metric("router_loss", LOSS, "load balance of the routers", BOTH, console=True),
-    Metric("rewards/accuracies", ACCURACY, splits=BOTH, headline=True, console=True, pairs=True),
-    Metric("rewards/margins", MARGIN, splits=BOTH, headline=True, console=True, pairs=True),
+    Metric("loss", LOSS, splits=BOTH, headline=True, console="loss", weighted=True, better="min"),
+    Metric("router_loss", LOSS, "load balance of the routers", BOTH, console="router loss", better="min"),
+    Metric("rewards/accuracies", ACCURACY, splits=BOTH, headline=True, console="accuracy", pairs=True, better="max"),
+    Metric("rewards/margins", MARGIN, splits=BOTH, headline=True, console="margin", pairs=True, better="max"),
     Metric("rewards/chosen", REWARDS, "chosen", EVAL, pairs=True),
     Metric("rewards/rejected", REWARDS, "rejected", EVAL, pairs=True),
-    Metric("rewards/desirable", REWARDS, "desirable", EVAL, console=True),
-    Metric("rewards/undesirable", REWARDS, "undesirable", EVAL, console=True),
+    Metric("rewards/desirable", REWARDS, "desirable", EVAL, console="desirable"),
+    Metric("rewards/undesirable", REWARDS, "undesirable", EVAL, console="undesirable"),
     Metric("log_ratios/chosen", pairs=True),
     Metric("log_ratios/rejected", pairs=True),
     Metric("lengths/chosen", pairs=True),
     Metric("lengths/rejected", pairs=True),
-    Metric("diagnosis/chosen_log_ratio_per_token", LOG_RATIOS, "chosen"),
+    Metric("diagnosis/chosen_log_ratio_per_token", LOG_RATIOS, "chosen", better="max"),
     Metric("diagnosis/rejected_log_ratio_per_token", LOG_RATIOS, "rejected"),
-    Metric("diagnosis/displaced", DISPLACED, "evaluation", headline=True),
-    Metric("grad_norm", GRADIENT, "before clipping", console=True),
-    Metric("diagnosis/kl", KL, "samples", headline=True),
+    Metric("diagnosis/displaced", DISPLACED, "evaluation", headline=True, console="displaced", better="min"),
+    Metric("grad_norm", GRADIENT, "before clipping", console="gradient norm"),
+    Metric("diagnosis/kl", KL, "samples", headline=True, console="KL", better="min"),
     Metric("diagnosis/entropy_per_token", ENTROPY, "samples"),
     Metric("diagnosis/sample_length_difference", LENGTH, "samples"),
-    Metric("lr", RATE, console=True),
-    Metric("examples_per_second", SPEED, console=True),
+    Metric("diagnosis/finished", console="finished"),
+    Metric("lr", RATE, console="lr"),
+    Metric("examples_per_second", SPEED, console="per second"),
     Metric("mfu", MFU),
 )
-CONSOLE = tuple(metric.recorded("train") for metric in METRICS if metric.console)
+CONSOLE = {metric.recorded(split): metric.console for metric in METRICS if metric.console for split in BOTH}
 HEADLINES = {metric.recorded("eval"): metric for metric in METRICS if metric.headline}
 PAIR_COLUMNS = frozenset(metric.name for metric in METRICS if metric.pairs) | {"weight"}
 WEIGHTED = frozenset(metric.name for metric in METRICS if metric.weighted)

@@ -16,7 +16,7 @@ import torch
 
 from dpo.data.examples import TokenizedExample
 from dpo.distributed.ranks import ALONE, Ranks
-from dpo.reporting.metric_table import CONSOLE, PAIR_COLUMNS, WEIGHTED, format_values, record_name
+from dpo.reporting.metric_table import CONSOLE, PAIR_COLUMNS, WEIGHTED, record_name
 from dpo.reporting.trackers import Tracker
 from dpo.system.console import log_message, on_terminal, printable
 from dpo.system.errors import RunError
@@ -127,6 +127,10 @@ class RecordFile:
             self.file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             self.file.flush()
 
+    @property
+    def is_empty(self) -> bool:
+        return os.fstat(self.file.fileno()).st_size == 0
+
     def size(self) -> int:
         """Flush the file to disk and return its size in bytes."""
         with naming_file(self.path):
@@ -178,7 +182,7 @@ class MetricLogger:
         self.last_shown = now if thin else self.last_shown
         self.tracker.log({k: v for k, v in record.items() if k not in ("examples", "updates")}, int(record["examples"]))
         if not (thin and on_terminal()):  # on a terminal the progress bar shows the loss
-            log_message(console_line(record, CONSOLE if thin else record))
+            log_message(console_line(record))
 
     def log_samples(self, examples: int, samples: Mapping[str, Sequence[TokenizedExample]]) -> None:
         """Write the samples of each model ("policy", "reference") for the same prompts; print the first three.
@@ -200,16 +204,19 @@ class MetricLogger:
             log_message("\n".join(lines))
 
     def log_pairs(self, examples: int, metrics: BatchMetrics) -> None:
-        """Append a line per evaluated pair to pairs.jsonl, if there are pairs.
+        """Append a line per evaluated pair to pairs.jsonl, if there are pairs; the first evaluation's have the texts.
 
         A checksum of the responses identifies the pairs of one row, whose order depends on the token budget.
         """
         if "rewards/margins" not in metrics.values:
             return
+        is_first = self.pairs.is_empty
         records = []
         for row in metrics.rows():
+            chosen, rejected = row["responses"]
             checksum = zlib.crc32(repr(row["responses"]).encode("utf-8", "backslashreplace"))
             record = {"examples": examples, "pair": checksum, "source": row["source"], "row": row["row"]}
+            record |= {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected} if is_first else {}
             records.append(record | {name: value for name, value in row.items() if name in PAIR_COLUMNS})
         self.pairs.append(records)
 
@@ -254,16 +261,17 @@ def make_logger(run_dir: Path, ranks: Ranks, make_tracker: Callable[[], Tracker]
     return MetricLogger(run_dir, make_tracker(), interval) if ranks.is_main else NoLogger()
 
 
-def console_line(record: Mapping[str, float], names: Iterable[str]) -> str:
-    """Format some metrics of a record as a readable line."""
-    values = format_values(record, [name for name in names if name not in ("examples", "updates")])
-    return f"{record['examples']:,} examples, {record['updates']:,} updates: {values}"
+def console_line(record: Mapping[str, float]) -> str:
+    """The figures of a record that the console shows; metrics.jsonl has all."""
+    values = ", ".join(f"{name} {record[metric]:.3g}" for metric, name in CONSOLE.items() if metric in record)
+    kind = ", evaluation" if "loss/eval" in record else ""
+    return f"{record['examples']:,} examples, {record['updates']:,} updates{kind}: {values}"
 
 
 def log_notes(truncated: Counter[str], n_examples: int, advice: str | None) -> None:
     """Print advice, if any, and how many training examples have been truncated."""
     if advice is not None:
-        log_message(f"Advice: {advice}.")
+        log_message(f"Advice: {advice}")
     if truncated:
         counts = ", ".join(f"{what} {n:,}" for what, n in sorted(truncated.items()))
         log_message(f"Truncated so far, of {n_examples:,} training examples: {counts}")

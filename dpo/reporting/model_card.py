@@ -28,7 +28,7 @@ TRAINING = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """The counters of a run, its last evaluation, and the fingerprints of what it was trained on."""
+    """The counters of a run, an evaluation, the fingerprints of what it was trained on, and which evaluation it is."""
 
     loss_name: str
     examples: int
@@ -36,6 +36,7 @@ class Outcome:
     n_evaluated: int
     metrics: Mapping[str, float]
     fingerprints: Mapping[str, str]
+    when: str = "after the last update"
 
 
 def model_card(

@@ -1,4 +1,4 @@
-"""Statistics of an evaluation: means with standard errors, intervals, correlation, calibration, edit distance."""
+"""Statistics of an evaluation: means, intervals, correlation, calibration, edit distance, repetition in texts."""
 
 import math
 from collections.abc import Sequence
@@ -62,3 +62,25 @@ def edit_distance(one: Sequence[int], other: Sequence[int]) -> float:
         replaced_or_removed = np.minimum(row[:-1] + (target != token), row[1:] + 1)
         row = np.minimum.accumulate(np.concatenate(([i], replaced_or_removed)) - steps) + steps  # or inserted
     return float(row[-1]) / max(len(one), len(other), 1)
+
+
+def distinct_ngrams(ids: Sequence[int], n: int) -> float:
+    """The share of a text's n-grams that do not occur earlier in it; NaN without n-grams.
+
+    1 minus this is seq-rep-n of arXiv 1908.04319.
+    """
+    ngrams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
+
+
+def longest_repeat(ids: Sequence[int]) -> int:
+    """The length of the longest sequence that occurs twice in a text; the two may overlap."""
+    tokens = np.asarray(ids)
+    longest = 0
+    common = np.zeros(
+        len(tokens) + 1, dtype=int
+    )  # at i + 1: how many last tokens of ids[: i + 1], ids[: end + 1] match
+    for end in range(1, len(tokens)):
+        common[1 : end + 1] = np.where(tokens[:end] == tokens[end], common[:end] + 1, 0)
+        longest = max(longest, int(common.max()))
+    return longest

@@ -37,14 +37,16 @@ def save_checkpoint(
     metrics: dict[str, float],
     keep: int | None = None,
     keep_policies: bool = False,
+    best: int | None = None,
+    good: int | None = None,
 ) -> Path:
     """Write RUN/step-N/NAME.pt for each of PARTS, as a dict of step_idx, state and metrics, and point LATEST at it.
 
     If ranks have written tensors, states["shards"] is the folder with their files, which are moved into the checkpoint,
     and states["digests"] has their SHA-256. An evaluation's metrics are also written to metrics.json. A step that
     exists already, because a stopped run continued from it, is kept. All but the newest `keep` checkpoints are removed
-    (None: none). keep_policies keeps the weights of evaluations. RunError if the checkpoint cannot be written; earlier
-    ones are intact.
+    (None: none), except step `best`, at which BEST is pointed, and step `good`. keep_policies keeps the weights of
+    evaluations. RunError if the checkpoint cannot be written; earlier ones are intact.
     """
     final = run_dir / f"step-{step}"
 
@@ -67,11 +69,21 @@ def save_checkpoint(
     if "shards" in states:  # still there if the step existed
         shutil.rmtree(states["shards"], ignore_errors=True)
     point_latest(run_dir, final.name)
+    point_best(run_dir, best)
+    kept = {f"step-{best}", f"step-{good}"}
     for folder in list_checkpoints(run_dir)[keep:] if keep else []:
+        if folder.name in kept:
+            continue
         if keep_policies and (folder / "metrics.json").is_file() and (folder / "policy.pt").is_file():
             keep_policy(folder)
         remove_checkpoint(folder)
     return final
+
+
+def read_metrics(folder: Path) -> dict[str, float]:
+    """The metrics of a checkpoint's evaluation; {} if none wrote it."""
+    path = folder / "metrics.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
 
 
 def write_metrics(folder: Path, metrics: dict[str, float]) -> None:
@@ -80,14 +92,55 @@ def write_metrics(folder: Path, metrics: dict[str, float]) -> None:
 
 def point_latest(run_dir: Path, name: str) -> None:
     """Point LATEST at a checkpoint, atomically."""
-    link = run_dir / ".staging-LATEST"
-    latest = run_dir / "LATEST"
-    if latest.is_dir() and not latest.is_symlink():  # copied by a tool that follows links
-        latest.rename(free_name(run_dir / "LATEST-copied"))
-    link.unlink(missing_ok=True)
-    link.symlink_to(name)
-    os.replace(link, latest)
-    fsync(run_dir)
+    point(run_dir / "LATEST", name)
+
+
+def point_best(run_dir: Path, step: int | None) -> None:
+    """Point BEST at a checkpoint if it does not lead there yet; do nothing for None."""
+    link, name = run_dir / "BEST", f"step-{step}"
+    if step is not None and not (link.is_symlink() and os.readlink(link) == name):
+        point(link, name)
+
+
+def point(link: Path, name: str) -> None:
+    """Make a link to a checkpoint beside it, or change it, atomically."""
+    staging = link.with_name(f".staging-{link.name}")
+    if link.is_dir() and not link.is_symlink():  # copied by a tool that follows links
+        link.rename(free_name(link.with_name(f"{link.name}-copied")))
+    staging.unlink(missing_ok=True)
+    staging.symlink_to(name)
+    os.replace(staging, link)
+    fsync(link.parent)
+
+
+def mend_best(run_dir: Path, step: int | None) -> bool:
+    """Point BEST where a resumed run's checkpoint says, since a kill may have come between; False if that is gone."""
+    if step is not None and (run_dir / f"step-{step}").is_dir():
+        point_best(run_dir, step)
+        return True
+    if (run_dir / "BEST").is_symlink():
+        (run_dir / "BEST").unlink()
+    return step is None
+
+
+def rewind(run_dir: Path, step: int | None) -> None:
+    """Make step-N the newest checkpoint, by removing those after it; None removes all. RunError if step-N is gone."""
+    if step is not None and not (run_dir / f"step-{step}").is_dir():
+        raise RunError(
+            f"{run_dir}: step-{step}, the last good checkpoint, is gone; nothing is removed", "no checkpoint"
+        )
+    later = [folder for folder in list_checkpoints(run_dir) if step is None or step_of(folder) > step]
+    if step is None:
+        (run_dir / "LATEST").unlink(missing_ok=True)
+    else:
+        point_latest(run_dir, f"step-{step}")
+    for folder in later:
+        remove_checkpoint(folder)
+        log_message(f"Removed {folder}, which no evaluation has found good.")
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from dpo.settings.schema import flatten
 from dpo.system.console import log_message
 from dpo.system.errors import RunError, UserError
 from dpo.system.files import atomic_write, naming_file
+from dpo.system.installation import COMMAND
 
 # Names in messages for keys of the environment (what determines rounding); other keys are printed as they are.
 LABELS = {
@@ -61,6 +63,7 @@ class RunDir:
         self.resumed = False
         self.checkpoint: Checkpoint | None = None
         self.overrides: dict[str, Any] = {}
+        self.warnings: list[str] = []  # of the start, which the log and the report repeat at the end
         self.open_files = ExitStack()
 
     @classmethod
@@ -76,8 +79,6 @@ class RunDir:
 
         newest = run.ranks.run_on_main(read)
         run.checkpoint = None if newest is None else Checkpoint(*newest)
-        if newest is None:
-            log_message(f"{path} holds no checkpoint yet, so the run starts over.")
         return run
 
     def __enter__(self) -> "RunDir":
@@ -91,6 +92,11 @@ class RunDir:
         now = self.ranks.run_on_main(lambda: datetime.now().replace(microsecond=0))
         recorded = self.config.get("chat_template_time")
         return datetime.fromisoformat(recorded) if recorded else now
+
+    def check_free(self) -> None:
+        """Raise UserError if this is a new run and its directory is not empty."""
+        if not self.resumed:
+            self.ranks.run_on_main(lambda: check_free(self.path))
 
     def create(self) -> None:
         """Create, lock and record the directory of a new run; UserError if it is not empty or cannot be created."""
@@ -122,24 +128,34 @@ class RunDir:
         """The environment before the interruption, which determined rounding; empty for a new run."""
         return {} if self.checkpoint is None else read_environment(self.checkpoint.states)
 
-    def is_complete(self, n_updates: int) -> bool:
-        """Whether all updates are done and the export, the last step, is written."""
+    def is_exported(self) -> bool:
+        """Whether the newest checkpoint is exported, and the best one if keep_best is set."""
         if self.checkpoint is None:
             return False
-        export = self.checkpoint.folder / "hf"
-        is_exported = self.ranks.run_on_main(lambda: export.is_dir() and not export.is_symlink())
+        best = self.path / "BEST"
+        exports = [self.checkpoint.folder / "hf"]
+        if self.config.get("keep_best") is not None and best.exists():
+            exports.append(best / "hf")
+        return self.ranks.run_on_main(lambda: all(path.is_dir() and not path.is_symlink() for path in exports))
+
+    def is_complete(self, n_updates: int) -> bool:
+        """Whether all updates are done and the exports, the last step, are written."""
+        is_exported = self.is_exported()
+        if self.checkpoint is None:
+            return False
         try:
             return is_exported and self.checkpoint.states["run"]["counters"]["updates"] >= n_updates
         except (KeyError, TypeError):  # forged: refused when its states are loaded
             return False
 
     def record(self) -> None:
-        """Write config.yaml; for a resumed run also record its checkpoint and overrides."""
+        """Write config.yaml and warnings.json; for a resumed run also record its checkpoint and overrides."""
         self.ranks.run_on_main(self._write_record)
 
     def _write_record(self) -> None:
         text = OmegaConf.to_yaml(self.config)
         atomic_write(self.path / "config.yaml", text.encode())
+        atomic_write(self.path / "warnings.json", json.dumps(self.warnings, ensure_ascii=False).encode())
         if self.resumed:
             start = None if self.checkpoint is None else self.checkpoint.folder.name
             time = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
@@ -151,8 +167,12 @@ class RunDir:
 def open_run(path: Path, config: DictConfig, overrides: dict[str, Any] | None, ranks: Ranks) -> RunDir:
     """Open the directory of a new run or, with overrides, of a resumed one.
 
-    A run that torchrun restarts continues from its newest checkpoint.
+    A run that torchrun restarts continues from its newest checkpoint. UserError if only some ranks found a run there.
     """
+    found = ranks.gather(overrides is not None)
+    if len(set(found)) > 1:
+        problem = f"{sum(found)} of {len(found)} processes find a run in it; choose a folder on a disk that all share"
+        raise UserError(f"local_run_dir={path}: {problem}")
     first_path, restarted = ranks.keep_first("run", str(path))  # ranks may have different timestamps
     path = Path(first_path)
     if restarted and overrides is None and ranks.run_on_main(lambda: (path / "config.yaml").is_file()):
@@ -163,13 +183,30 @@ def open_run(path: Path, config: DictConfig, overrides: dict[str, Any] | None, r
 
 def make_run_dir(path: Path) -> None:
     """Create the run's directory; UserError if it is not empty or cannot be created."""
+    check_free(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        occupied = any(path.iterdir())
     except OSError as error:
         raise UserError(f"local_run_dir={path}: cannot be created ({error.strerror}); choose another") from None
-    if occupied:
-        raise UserError(f"local_run_dir={path}: holds another run; choose a new exp_name or local_run_dir")
+
+
+def check_free(path: Path) -> None:
+    """Raise UserError if the directory of a new run is not empty, with the command that continues the run in it.
+
+    What a process leaves that is killed while it creates the directory does not count.
+    """
+    try:
+        names = [entry.name for entry in path.iterdir()]
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"local_run_dir={path}: cannot be read ({error.strerror}); choose another") from None
+    problem = f"local_run_dir={path}: holds another run"
+    if "config.yaml" in names:
+        command = f"{COMMAND} resume={shlex.quote(str(path))}"
+        raise UserError(f"{problem}; to continue it: {command} (or choose a new exp_name or local_run_dir)")
+    if any(name != ".lock" and not name.startswith(".staging-") for name in names):
+        raise UserError(f"{problem}; choose a new exp_name or local_run_dir")
 
 
 def lock_run_dir(path: Path) -> TextIO:

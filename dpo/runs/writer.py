@@ -37,34 +37,48 @@ class CheckpointWriter:
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
-    def write(self, step: int, states: dict[str, Any], metrics: dict[str, float], blocking: bool = False) -> None:
+    def write(
+        self,
+        step: int,
+        states: dict[str, Any],
+        metrics: dict[str, float],
+        best: int | None = None,
+        good: int | None = None,
+        *,
+        blocking: bool = False,
+    ) -> None:
         """Write a checkpoint after the previous one; in the background, return once the states are copied.
 
-        RunError if this or the previous one cannot be written.
+        best and good are steps as in save_checkpoint. RunError if this or the previous one cannot be written.
         """
         self.wait()
         if blocking or not self.in_background:
-            log_message(f"Wrote {self.save(step, states, metrics)}")
+            log_message(f"Wrote {self.save(step, states, metrics, best, good)}")
             return
         states = copy_to_host(states, {})
-        self.thread = threading.Thread(target=self.run, args=(step, states, metrics), daemon=True)
+        self.thread = threading.Thread(target=self.run, args=(step, states, metrics, best, good), daemon=True)
         self.thread.start()
 
-    def save(self, step: int, states: dict[str, Any], metrics: dict[str, float]) -> Path:
+    def save(
+        self, step: int, states: dict[str, Any], metrics: dict[str, float], best: int | None, good: int | None
+    ) -> Path:
         """Write a checkpoint, with each rank's shards if there are any, and return its folder."""
         with actionable_errors(SAVING):
             if "shards" in states:
                 folder = self.path / ".staging-shards"
                 digests = save_shards(states["shards"], folder, self.ranks)
                 states = states | {"shards": folder, "digests": digests}
-            return self.ranks.run_on_main(partial(save_checkpoint, self.path, step, states, metrics, *self.keep))
+            write = partial(save_checkpoint, self.path, step, states, metrics, *self.keep, best, good)
+            return self.ranks.run_on_main(write)
 
-    def run(self, step: int, states: dict[str, Any], metrics: dict[str, float]) -> None:
+    def run(
+        self, step: int, states: dict[str, Any], metrics: dict[str, float], best: int | None, good: int | None
+    ) -> None:
         start = time.monotonic()
         if self.gpu is not None:
             torch.cuda.set_device(self.gpu)  # a new thread starts with the first one
         try:
-            folder = self.save(step, states, metrics)
+            folder = self.save(step, states, metrics, best, good)
             log_message(f"Wrote {folder} in {time.monotonic() - start:.1f} s in the background")
         except BaseException as error:
             self.error = error  # raised in the main thread

@@ -94,6 +94,10 @@ RULES: tuple[Rule, ...] = (
     # Checkpoints, export and logging
     Rule("keep_policies keep_checkpoints", lambda keep, n: keep and n is None,
          "every checkpoint is kept anyway; set keep_checkpoints to a number, or keep_policies=false"),
+    Rule("stop_after keep_best", lambda n, metric: n is not None and metric is None,
+         "counts evaluations without a better keep_best; set keep_best=METRIC"),
+    Rule("keep_best debug", lambda metric, debug: metric is not None and debug,
+         "debug=true writes no checkpoints; set keep_best=null"),
     Rule("save_every debug", all_set, "debug=true writes no checkpoints; set save_every=null"),
     Rule("push_to_hub debug", all_set, "debug=true exports nothing; set push_to_hub=null"),
     Rule("export_dtype debug", lambda dtype, debug: dtype != "auto" and debug,

@@ -1,11 +1,13 @@
 """The help of the command line, made from the files of config/ without importing anything slow."""
 
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import get_terminal_size
+from types import MappingProxyType
 
 from dpo.settings.config_files import REQUIRED, ConfigFiles, Group, Option, Setting, read_config_files
 from dpo.settings.hints import suggest, suggest_option
@@ -47,6 +49,7 @@ SYMBOLS = (
     "tokens; m is the mean log-probability per token."
 )
 Losses = Mapping[str, type]
+NO_METRICS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -69,17 +72,18 @@ def print_help(
     data_sets: Sequence[str],
     load_losses: Callable[[], Losses],
     program: Program = TRAIN,
+    metrics: Mapping[str, str] = NO_METRICS,
 ) -> int | None:
     """Print the help that the arguments request and return the exit code; None if they request none.
 
     Without arguments the code is 2, so that a script that lost its arguments does not continue as if a run had
-    succeeded.
+    succeeded. metrics explains those of a run, by name.
     """
     keys = find_help_keys(arguments)
     if keys is None:
         return None
     pages = [
-        list_losses(load_losses()) if key == "loss=help" else help_for_key(config_dir, key, data_sets, program)
+        list_losses(load_losses()) if key == "loss=help" else help_for_key(config_dir, key, data_sets, program, metrics)
         for key in keys
     ]
     write_text(sys.stdout, "\n\n".join(pages or [help_page(config_dir, data_sets, program)]) + "\n")
@@ -119,8 +123,15 @@ def help_page(config_dir: Path, data_sets: Sequence[str], program: Program = TRA
     return "\n".join(lines)
 
 
-def help_for_key(config_dir: Path, key: str, data_sets: Sequence[str] = (), program: Program = TRAIN) -> str:
-    """Help on a setting (with or without its group and =VALUE), on a group, or on one file of it, as model=gpt2.
+def help_for_key(
+    config_dir: Path,
+    key: str,
+    data_sets: Sequence[str] = (),
+    program: Program = TRAIN,
+    metrics: Mapping[str, str] = NO_METRICS,
+) -> str:
+    """Help on a setting (with or without its group and =VALUE), on a group, on one file of it, as model=gpt2, or on a
+    metric (its name, as in metrics.jsonl, or the last part of it).
 
     For anything else, what was probably meant. Raises OSError or yaml.YAMLError.
     """
@@ -138,7 +149,16 @@ def help_for_key(config_dir: Path, key: str, data_sets: Sequence[str] = (), prog
         lines += ["", f"{setting.key} ({entries[setting]})", *_wrap(setting.comment, "  "), f"  {default}"]
         if setting.key == "datasets":
             lines += _wrap(f"names: {', '.join(data_sets)}", "  ")
+    lines = lines or list(_metric_lines(name, metrics))
     return "\n".join(lines[1:]) or suggest(name, value or None, files.keys())
+
+
+def _metric_lines(name: str, metrics: Mapping[str, str]) -> Iterator[str]:
+    """An empty line and the explanation of each metric with this name or last part; a split's name is its own."""
+    plain = re.sub(r"(?:_(?:train|eval)(?=/)|/(?:train|eval)$|_stderr$)", "", name)
+    for metric, meaning in metrics.items():
+        if plain in (metric, metric.rpartition("/")[2]):
+            yield from ("", f"{metric} (a metric, no setting)", *_wrap(meaning, "  "))
 
 
 def list_losses(losses: Losses) -> str:

@@ -121,11 +121,20 @@ TABLE = {
     "eval_steps eval_interval eval_strategy evaluation_strategy": f"use eval_every, {EXAMPLES}",
     "save_steps save_interval save_strategy": f"use save_every, {EXAMPLES}; each evaluation also saves",
     "save_total_limit": "keep_checkpoints",
-    "load_best_model_at_end": (
-        "use `python -m tools.export RUN/step-N OUT`, which writes any checkpoint as a model; keep_policies=true keeps"
-        " the weights of each evaluation"
+    "load_best_model_at_end save_best keep_best_model": (
+        "use keep_best=METRIC, such as keep_best=loss/eval; the best checkpoint is exported to RUN/BEST/hf"
     ),
-    "resume_from_checkpoint resume_from": "use resume=RUN, the run directory; it keeps its own settings",
+    "metric_for_best_model monitor best_metric": "use keep_best{}, a name from metrics.jsonl such as loss/eval",
+    "greater_is_better": "use keep_best=max:NAME or keep_best=min:NAME; the direction of most metrics is known",
+    "early_stopping early_stopping_patience patience": (
+        "use stop_after{} with keep_best=METRIC: evaluations without a better value"
+    ),
+    "early_stopping_threshold min_delta": (
+        "leave it out: every better value of keep_best counts; stop_after=N waits for N evaluations without one"
+    ),
+    "resume_from_checkpoint resume_from auto_resume": (
+        "use resume=RUN, the run directory, which keeps its own settings; or resume=auto with a fixed local_run_dir"
+    ),
     "hub_model_id": "push_to_hub",
     "fsdp_port": "leave it out: processes started by n_processes or torchrun find each other",
     "generate_during_eval": "sample_during_eval",

@@ -28,6 +28,7 @@ REMOVED = ("fsdp_port",)  # keys of earlier versions that did nothing; the confi
 Text = Annotated[str, Field(pattern=r"\S", description="a name")]
 Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False, description="a number above 0")]
 NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False, description="a number, 0 or more")]
+Negative = Annotated[float, Field(strict=True, lt=0, allow_inf_nan=False, description="a number below 0")]
 Probability = Annotated[float, Field(strict=True, gt=0, le=1, description="a number above 0, at most 1")]
 Smoothing = Annotated[float, Field(strict=True, ge=0, lt=0.5, description="a number from 0, below 0.5")]
 Flag = Annotated[bool, Field(strict=True, description="true or false")]
@@ -148,6 +149,17 @@ class ModelSettings(Group):
     resize_embeddings: Flag
 
 
+class StopIfSettings(Group):
+    """The keys below `stop_if`; the conditions are in dpo/reporting/stopping.py."""
+
+    min_entropy: Rate | None
+    max_entropy: Positive | None
+    max_cross_entropy: Positive | None
+    max_unfinished: Probability | None
+    min_log_ratio: Negative | None
+    max_loss: Positive | None
+
+
 class LoraSettings(Group):
     """The keys of config/lora/."""
 
@@ -172,7 +184,7 @@ class Settings(Group):
     exp_name: str = Field(pattern=r"^\w[\w.+=-]*$", description="a name without slashes")
     local_dirs: list[Text] = Field(min_length=1, description="a list of folders")
     local_run_dir: Text
-    resume: None = Field(description=f"given without Hydra's flags: {COMMAND} resume=RUN_DIR")
+    resume: None = Field(description=f"given without Hydra's flags: {COMMAND} resume=RUN_DIR, or resume=auto")
     debug: Flag
     dry_run: Flag
     trackers: list[Literal["wandb", "tensorboard", "trackio"]] = Field(
@@ -237,6 +249,10 @@ class Settings(Group):
     compile: Flag
 
     eval_every: int = whole("examples", ge=1)
+    keep_best: str | None = Field(
+        pattern=r"^((max|min):)?[\w.-]+(/[\w.-]+)*$", description="NAME, max:NAME or min:NAME"
+    )
+    stop_after: int | None = whole("evaluations", ge=1)
     save_every: int | None = whole("examples", ge=1)
     keep_checkpoints: int | None = whole("checkpoints", ge=1)
     keep_policies: Flag
@@ -255,6 +271,7 @@ class Settings(Group):
     minimum_log_interval_secs: NotNegative
 
     model: ModelSettings
+    stop_if: StopIfSettings
     lora: LoraSettings | None
 
     @property

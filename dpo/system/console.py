@@ -113,9 +113,30 @@ def mark_rank(rank: str) -> None:
 
 def log_message(message: str) -> None:
     """Print a message to stdout, above the progress bar if one is drawn, with control characters escaped."""
+    write_above_bar(f"{printable(message)}\n")
+
+
+def write_above_bar(text: str) -> None:
     tqdm = sys.modules.get("tqdm")  # imported if there is a bar
     with tqdm.tqdm.external_write_mode(file=sys.stdout) if tqdm else nullcontext():
-        write_text(sys.stdout, f"{printable(message)}\n")
+        write_text(sys.stdout, text)
+
+
+def log_warning(warning: str) -> None:
+    """Print a warning, in yellow on a terminal unless NO_COLOR is set."""
+    line = printable(f"Warning: {warning}")
+    if in_color():
+        write_above_bar(f"\033[33m{line}\033[0m\n")
+    else:
+        write_above_bar(f"{line}\n")
+
+
+def in_color() -> bool:
+    """Whether stdout is a terminal that shows colors."""
+    try:
+        return sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    except ValueError:  # closed
+        return False
 
 
 class BarOutput:

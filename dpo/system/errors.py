@@ -16,6 +16,8 @@ EXIT_CODES = {
     "not finite": 5,
     "memory": 6,
     "rank": 7,
+    "verification": 8,
+    "no good checkpoint": 9,  # stop_if ended the run before the first one
     # 128 plus the signal's number, as in a shell
     "SIGHUP": 129,
     "SIGINT": 130,

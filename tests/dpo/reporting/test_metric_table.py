@@ -20,7 +20,7 @@ def is_documented(name):
 
 def test_the_names_are_those_of_the_original():
     assert [record_name(name, "eval") for name in ("loss", "rewards/chosen")] == ["loss/eval", "rewards_eval/chosen"]
-    assert CONSOLE[0] == "loss/train" and "lr" in CONSOLE and "rewards/margins" in PAIR_COLUMNS
+    assert next(iter(CONSOLE)) == "loss/train" and "lr" in CONSOLE and "rewards/margins" in PAIR_COLUMNS
 
 
 def test_every_metric_is_documented_and_every_one_of_the_table_is_recorded(make_trainer):

@@ -21,8 +21,8 @@ def test_metrics_are_all_written_although_the_console_is_thinned(tmp_path, capsy
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])["examples"] == 2
     assert capsys.readouterr().out.splitlines() == [
-        "1 examples, 1 updates: loss/train 0.5",
-        "3 examples, 3 updates: loss/eval 0.25",
+        "1 examples, 1 updates: loss 0.5",
+        "3 examples, 3 updates, evaluation: loss 0.25",
     ]
 
 
@@ -86,15 +86,22 @@ def one_pair():
     return metrics
 
 
-def test_a_pair_is_logged_with_its_row_rewards_and_lengths_alone(tmp_path):
+def test_a_pair_is_logged_with_its_row_rewards_and_lengths_and_once_with_its_texts(tmp_path):
     logger, sft = MetricLogger(tmp_path, Tracker()), BatchMetrics()
     sft.add(one_pair().examples, {"loss": torch.ones(1)})
-    logger.log_pairs(8, one_pair())
+    logger.log_pairs(0, one_pair())
     logger.log_pairs(8, sft)
+    logger.log_pairs(8, one_pair())
+    first, second = map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines())
+    assert second.pop("pair") == zlib.crc32(b"('a', 'b')")
+    assert second == {"examples": 8, "source": "mine", "row": 7, "rewards/margins": 0.5, "lengths/chosen": 3.0}
+    assert {name: first[name] for name in first if name not in second} == {
+        **{"pair": zlib.crc32(b"('a', 'b')"), "prompt": "p", "chosen": "a", "rejected": "b"}
+    }
+    logger.cut([0, 0, 0])  # a resumed run repeats its first evaluation
+    logger.log_pairs(8, one_pair())
     logger.close()
-    (record,) = map(json.loads, (tmp_path / "pairs.jsonl").read_text().splitlines())
-    assert record.pop("pair") == zlib.crc32(b"('a', 'b')")
-    assert record == {"examples": 8, "source": "mine", "row": 7, "rewards/margins": 0.5, "lengths/chosen": 3.0}
+    assert json.loads((tmp_path / "pairs.jsonl").read_text())["chosen"] == "a"
 
 
 def test_a_pair_is_logged_with_a_weight_that_is_not_1(tmp_path):

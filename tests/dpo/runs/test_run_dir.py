@@ -252,3 +252,15 @@ def test_the_runs_of_the_first_version_name_no_machine():
     assert len(paths) == 9
     for path in paths:
         assert not [word for word in ("/home", "/root", "/tmp", "/Users") if word in path.read_text()]
+
+
+def test_the_warnings_of_the_start_are_kept_also_by_a_resumed_run_and_repeated_beside_the_verdict(copied):
+    kept = (copied / "warnings.json").read_text()
+    (copied / "warnings.json").unlink()
+    done = command_line(copied, again(copied))
+    assert done.returncode == 0 and (copied / "warnings.json").read_text() == kept, done.stderr
+    (warning,) = json.loads(kept)
+    lines = done.stdout.splitlines()
+    last = next(i for i, line in enumerate(lines) if line.startswith("Verdict: 8 pairs say nothing: "))
+    assert warning.startswith("8 evaluation examples are too few") and lines.count(f"Warning: {warning}") == 2
+    assert lines[last + 1] == f"Warning: {warning}" and lines[-1].startswith("Done: 24 examples in 3 updates.")

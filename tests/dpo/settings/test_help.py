@@ -112,6 +112,27 @@ def test_help_on_a_setting_shows_its_section_comment_and_default(key):
     assert help_for_key(CONFIG, key) == "lr (Training)\n  learning rate after the warmup\n  default: 5e-7"
 
 
+METRICS = {"diagnosis/kl": "nats (docs/report.md)", "rewards/margins": "a margin (docs/metrics.md)", "lr": "its lr"}
+
+
+@pytest.mark.parametrize("key", ["kl", "diagnosis/kl", "kl_stderr", "diagnosis/kl_stderr"])
+def test_help_on_a_metric_says_that_it_is_one_and_where_it_is_explained(key):
+    expected = "diagnosis/kl (a metric, no setting)\n  nats (docs/report.md)"
+    assert help_for_key(CONFIG, key, metrics=METRICS) == expected
+
+
+def test_help_knows_a_metric_by_the_name_of_its_split_and_a_setting_comes_first():
+    for key in ("rewards/margins", "rewards_eval/margins", "rewards_train/margins", "margins"):
+        assert help_for_key(CONFIG, key, metrics=METRICS).startswith("rewards/margins (a metric, no setting)\n")
+    assert help_for_key(CONFIG, "lr", metrics=METRICS).startswith("lr (Training)\n")
+    assert "there is no such setting" in help_for_key(CONFIG, "margin", metrics=METRICS)
+
+
+def test_the_command_line_explains_the_metrics_of_a_run():
+    done = subprocess.run([sys.executable, "train.py", "--help", "displaced"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("diagnosis/displaced (a metric, no setting)\n")
+
+
 @pytest.mark.parametrize("key", ["loss.beta", "beta"])
 def test_help_on_a_setting_of_several_losses_shows_each(key):
     text = help_for_key(CONFIG, key)

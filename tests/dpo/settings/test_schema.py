@@ -210,6 +210,8 @@ SEVERAL = ("trainer=FSDPTrainer", "batch_size=8")
         ),
         (["keep_policies=true"], "every checkpoint is kept anyway"),
         (["save_every=8", "debug=true"], "debug=true writes no checkpoints"),
+        (["keep_best=loss/eval", "debug=true"], "debug=true writes no checkpoints"),
+        (["stop_after=2"], "counts evaluations without a better keep_best; set keep_best=METRIC"),
         (["push_to_hub=me/name", "debug=true"], "debug=true exports nothing; set push_to_hub=null"),
         (["export_dtype=float32", "debug=true"], "debug=true exports nothing; set export_dtype=auto"),
         (["model.archive=nowhere/policy.pt"], "model.archive=nowhere/policy.pt: no such file"),
