@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from dpo.settings.run_config import read_run_config
 from dpo.system.devices import pick_device
-from tools.compare import find_candidate
+from tools.candidates import find_candidate
 from tools.rounds.drawing import Drawing, read_samples
 from tools.rounds.judgement import Judgement, judge, read_history
 from tools.rounds.loop import Rounds

@@ -3,13 +3,14 @@
 python -m tools.compare RUN_A RUN_B --judge COMMAND
 python -m tools.compare RUN_A reference --judge COMMAND       RUN_B is the reference of RUN_A
 python -m tools.compare RUN_A RUN_B --judge COMMAND --prompts FILE
+python -m tools.compare FOLDER RUN_B --judge COMMAND          any trainer's model or adapter, with RUN_B's settings
+python -m tools.compare FOLDER FOLDER --judge COMMAND --prompts FILE
 
 A judge is a command that reads JSON lines {"prompt", "a", "b"} and writes A, B or tie for each: tools/judges.py.
 """
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -19,56 +20,14 @@ from typing import TYPE_CHECKING, Any
 from dpo.reporting.comparison import Comparison
 from dpo.system.console import guard_streams, log_message
 from dpo.system.errors import UserError, exit_on_error
-from dpo.system.installation import CONFIG
+from tools.candidates import REFERENCE, Candidate, find_candidate, is_model_folder, load_model
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from dpo.data.examples import TokenizedExample
     from dpo.data.rows import Row
     from dpo.settings.schema import Settings
-    from dpo.training.objectives import Loss
-
-
-REFERENCE = "reference"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """The policy of a run or, without weights, its reference."""
-
-    name: str
-    settings: "Settings"
-    loss: "Loss"
-    weights: Path | None  # policy.pt
-
-
-def find_candidate(path: Path, as_reference: bool = False) -> Candidate:
-    """The policy or reference of RUN or RUN/step-N; UserError if it has no weights."""
-    from omegaconf import OmegaConf
-
-    from dpo.settings.run_config import read_run_config
-    from dpo.settings.schema import REMOVED, default_values, flatten, validate
-    from losses import LOSSES
-
-    checkpoint = path if re.fullmatch(r"LATEST|step-\d+", path.name) else path / "LATEST"
-    config = read_run_config(checkpoint.parent)
-    weights = None if as_reference else checkpoint / "policy.pt"
-    if weights is not None and not weights.is_file():
-        raise UserError(f"{weights}: there is no such file; give a run that has written a checkpoint")
-    if not as_reference:
-        config.reference = "start"  # its weights are not needed, and may not be here
-        config.model.reference_dtype = None
-    if weights is not None and config.get("lora") is None:
-        OmegaConf.update(config, "model.archive", str(weights))  # load these weights instead of the initial ones
-    elif weights is not None and config.lora.get("path") and (checkpoint / "hf").is_dir():
-        config.lora.path = str(checkpoint / "hf")  # the adapter that it began with may not be here
-    config.trackers = []  # may not be installed here
-    defaults = default_values(CONFIG, config.loss.name, resumed=True)
-    settings, loss = validate({k: v for k, v in flatten(config).items() if k not in REMOVED}, defaults, LOSSES)
-    name = f"{REFERENCE} of {settings.exp_name}" if as_reference else settings.exp_name
-    return Candidate(name, settings, loss, weights)
 
 
 # Prompts
@@ -144,8 +103,7 @@ def same_prompts(a: Candidate, b: Candidate, file: Path | None, n: int | None) -
     """The same prompts for both candidates, from a file or their evaluation data; UserError if these differ."""
     if file is not None:
         return prompts_of_file(file, a, n), prompts_of_file(file, b, n)
-    of_a = prompts_of_run(a, n)
-    of_b = of_a if b.weights is None else prompts_of_run(b, n)
+    of_a, of_b = prompts_of_run(a, n), prompts_of_run(b, n)
     n = min(len(of_a.examples), len(of_b.examples))
     of_a = replace(of_a, examples=of_a.examples[:n])
     of_b = replace(of_b, examples=of_b.examples[:n])
@@ -155,33 +113,6 @@ def same_prompts(a: Candidate, b: Candidate, file: Path | None, n: int | None) -
 
 
 # Samples
-
-
-def load_model(candidate: Candidate, device: "torch.device") -> "PreTrainedModel":
-    """Load a candidate, with its adapter if it has one."""
-    from dpo.model.archives import load_archive
-    from dpo.model.loading import load_model_config, load_policy
-    from dpo.model.lora import REFERENCE as FROZEN
-    from dpo.model.lora import adapted_layers, use_adapter
-    from dpo.model.reference_weights import find_reference
-    from dpo.model.refusals import count_embeddings
-    from dpo.runs.weights import add_adapter
-
-    settings = candidate.settings
-    config, tokenizer = load_model_config(settings.model)
-    n_embeddings = count_embeddings(settings.model, config, tokenizer)
-    reference = find_reference(settings, config, tokenizer)
-    model = load_policy(settings, config, device, n_embeddings)
-    # A new adapter changes nothing, so without weights this is the reference, or the frozen adapter is.
-    adapter = None if settings.lora is None else add_adapter(model, settings, reference)
-    if reference is not None and (adapter is None or adapter.reference is None):
-        return reference.load(settings, config, n_embeddings).to(device)  # type: ignore[arg-type]  # as in load_policy
-    if reference is not None:
-        use_adapter(adapted_layers(model).values(), FROZEN)
-    if adapter is not None and candidate.weights is not None:
-        path = str(candidate.weights)
-        adapter.load_state_dict(load_archive(path), path)
-    return model
 
 
 def sample(candidate: Candidate, prompts: Prompts, like: "Settings") -> list[str]:
@@ -198,7 +129,8 @@ def sample(candidate: Candidate, prompts: Prompts, like: "Settings") -> list[str
     dtype = compute_dtype(settings.compute_precision, getattr(torch, settings.model.policy_dtype), device)
     model = load_model(candidate, device)
     set_quantized_products(model, dtype)
-    sampler = replace(Sampler.of(like, prompts.tokenizer, device, dtype), stops=prompts.stops)
+    max_length = min(settings.max_length, like.max_length)
+    sampler = replace(Sampler.of(like, prompts.tokenizer, device, dtype), max_length=max_length, stops=prompts.stops)
     return sampler.generate(model, prompts.examples, f"sampling {candidate.name}")
 
 
@@ -209,7 +141,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="python -m tools.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run_a", type=Path, metavar="RUN_A", help="a run directory, or RUN/step-N")
+    parser.add_argument("run_a", type=Path, metavar="RUN_A", help="a run, RUN/step-N, or a model's folder")
     parser.add_argument("run_b", type=Path, metavar="RUN_B", help=f"another one, or {REFERENCE}")
     parser.add_argument("--judge", required=True, metavar="COMMAND", help="a command that answers A, B or tie")
     parser.add_argument("--prompts", type=Path, metavar="FILE", help='JSON lines {"prompt": text or messages}')
@@ -221,16 +153,25 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return options
 
 
+def find_candidates(path_a: Path, path_b: Path, prompts: Path | None) -> tuple[Candidate, Candidate]:
+    """Both candidates; the model of a folder has the settings of the other's run, if that is one."""
+    if str(path_b) == REFERENCE:
+        return find_candidate(path_a), find_candidate(path_a, as_reference=True)
+    if not is_model_folder(path_a):
+        a = find_candidate(path_a)
+        return a, find_candidate(path_b, like=a)
+    if is_model_folder(path_b) and prompts is None:
+        raise UserError(f"{path_a}, {path_b}: neither is a run, so nothing says what to ask; give --prompts FILE")
+    b = find_candidate(path_b)
+    return find_candidate(path_a, like=b), b
+
+
 def compare(options: argparse.Namespace) -> Comparison:
     """Sample from both models and ask the judge."""
     from utils import register_resolvers
 
     register_resolvers()
-    a = find_candidate(options.run_a)
-    if str(options.run_b) == REFERENCE:
-        b = find_candidate(options.run_a, as_reference=True)
-    else:
-        b = find_candidate(options.run_b)
+    a, b = find_candidates(options.run_a, options.run_b, options.prompts)
     prompts_of_a, prompts_of_b = same_prompts(a, b, options.prompts, options.n)
     texts_of_a = sample(a, prompts_of_a, a.settings)
     texts_of_b = sample(b, prompts_of_b, a.settings)

@@ -54,9 +54,11 @@ def find_source(path: Path) -> Source:
     from dpo.settings.run_config import list_checkpoints
 
     path = path.absolute()
+    if path.name == "BEST" and path.is_symlink():
+        path = path.parent / path.readlink()
     is_step = re.fullmatch(r"step-\d+", path.name) is not None
     is_kept = re.fullmatch(r"step-\d+\.pt", path.name) is not None
-    run = path.parent.parent if is_kept else path.parent if is_step or path.name == "LATEST" else path
+    run = path.parent.parent if is_kept else path.parent if is_step or path.name in ("LATEST", "BEST") else path
     if not (run / "config.yaml").is_file():
         raise UserError(f"{path}: is not of a run; give RUN, RUN/step-N or RUN/policies/step-N.pt")
     steps = list_checkpoints(run)
@@ -343,7 +345,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="python -m tools.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    forms = "RUN, RUN/LATEST, RUN/step-N or RUN/policies/step-N.pt"
+    forms = "RUN, RUN/LATEST, RUN/BEST, RUN/step-N or RUN/policies/step-N.pt"
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=forms)
     parser.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     parser.add_argument("--merged", action="store_true", help="write a LoRA run's merged model instead of the adapter")

@@ -7,29 +7,55 @@ python -m tools.frontier SWEEP --svg FILE                 also write the first c
 """
 
 import argparse
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import stdev
+from typing import NamedTuple
 
 from dpo.reporting.figures import Line, line_chart
-from dpo.reporting.metric_table import ACCURACY, HEADLINES, MARGIN, Chart, format_values
-from dpo.reporting.page import Figure, Record, RunFiles, render, run_files, settings, settings_table, write_page
+from dpo.reporting.metric_table import ACCURACY, HEADLINES, MARGIN, Chart, format_values, interval
+from dpo.reporting.page import (
+    Figure,
+    Record,
+    RunFiles,
+    names_of,
+    render,
+    run_files,
+    settings,
+    settings_tables,
+    write_page,
+)
+from dpo.reporting.statistics import Z
 from dpo.system.console import guard_streams, log_message
 from dpo.system.errors import UserError, exit_on_error
 
 NAMES = ("exp_name", "local_run_dir", "seed")  # settings that do not distinguish curves
 CHARTS = {ACCURACY: "rewards_eval/accuracies", MARGIN: "rewards_eval/margins"}
-WIN_RATE = Chart("Win rate over the reference, by the judge")
+WIN_RATE = Chart("Win rate over the reference, by the judge", "", "share", (0.5, "50%"))
+KL = "diagnosis/kl"
+MAX_LABEL = 45  # characters that fit beside the line of a legend
 X_LABEL = "KL to the reference, nats per response"
-Points = tuple[list[float], list[float]]  # for each evaluation: KL and a metric
+
+
+class Point(NamedTuple):
+    """An evaluation's KL and a metric, each with the ends of its 95% interval if that is known."""
+
+    kl: float
+    value: float
+    kl_ends: tuple[float, float] | None
+    ends: tuple[float, float] | None
 
 
 def labels(runs: Sequence[RunFiles]) -> list[str]:
-    """For each run, the settings that differ between runs, without the seed."""
+    """For each run, the settings that differ between runs, without the seed; its name if that is too long."""
     if len(runs) == 1:
         return [runs[0].name]
     differing = {key: values for key, values in settings(runs).items() if key not in NAMES}
     rows = [", ".join(f"{key}={values[i]}" for key, values in differing.items()) for i in range(len(runs))]
+    if any(len(row) > MAX_LABEL for row in rows):
+        return names_of(runs)
     return [row or run.name for row, run in zip(rows, runs, strict=True)]
 
 
@@ -39,24 +65,40 @@ def summary(runs: Sequence[RunFiles]) -> list[str]:
 
 
 def evaluations_with_kl(run: RunFiles) -> list[Record]:
-    return [record for record in run.metrics if record.get("diagnosis/kl") is not None]
+    return [record for record in run.metrics if record.get(KL) is not None]
 
 
-def points(run: RunFiles, metric: str) -> Points:
-    """The KL and a metric of each evaluation that has both."""
+def points(run: RunFiles, metric: str) -> list[Point]:
+    """The evaluations that have both the KL and a metric."""
     records = [record for record in evaluations_with_kl(run) if record.get(metric) is not None]
-    return [record["diagnosis/kl"] for record in records], [record[metric] for record in records]
+    return [
+        Point(
+            record[KL],
+            record[metric],
+            interval(record, KL),
+            metric_interval(run, record, metric),
+        )
+        for record in records
+    ]
 
 
-def win_rates(run: RunFiles, command: str) -> Points:
+def metric_interval(run: RunFiles, record: Record, metric: str) -> tuple[float, float] | None:
+    """A metric's 95% interval; the margin's comes from the evaluated pairs, two or more."""
+    margins = [float(pair["rewards/margins"]) for pair in run.pairs if pair["examples"] == record["examples"]]
+    if metric != CHARTS[MARGIN] or len(margins) < 2:
+        return interval(record, metric)
+    half = Z * stdev(margins) / math.sqrt(len(margins))
+    return record[metric] - half, record[metric] + half
+
+
+def win_rates(run: RunFiles, command: str) -> list[Point]:
     """For each evaluation: the KL, and how often a judge prefers the samples to the reference's."""
-    from dpo.reporting.comparison import Comparison, prompt_scores
+    from dpo.reporting.comparison import Comparison, prompt_scores, win_rate
 
     texts: dict[tuple[int, str], dict[str, str]] = defaultdict(dict)
     for sample in run.samples:
         texts[sample["examples"], sample["model"]][sample["prompt"]] = sample["sample"]
-    kl: list[float] = []
-    rates: list[float] = []
+    rates = []
     for record in evaluations_with_kl(run):
         policy = texts[record["examples"], "policy"]
         reference = texts[record["examples"], "reference"]
@@ -65,9 +107,10 @@ def win_rates(run: RunFiles, command: str) -> Points:
             b = [reference[prompt] for prompt in prompts]
             comparison = Comparison.judged(command, prompts, a, b)
             scores = prompt_scores(comparison.answers, comparison.swapped)
-            kl.append(record["diagnosis/kl"])
-            rates.append(sum(scores) / len(scores))
-    return kl, rates
+            rate = win_rate(scores)
+            kl = record[KL]
+            rates.append(Point(kl, rate.value, interval(record, KL), (rate.low, rate.high)))
+    return rates
 
 
 def curves(runs: Sequence[RunFiles], judge: str | None = None) -> dict[Chart, list[Line]]:
@@ -77,14 +120,23 @@ def curves(runs: Sequence[RunFiles], judge: str | None = None) -> dict[Chart, li
         by_chart = {WIN_RATE: [win_rates(run, judge) for run in runs]} | by_chart
     names = labels(runs)
     lines = {
-        chart: [Line(name, x, y) for name, (x, y) in zip(names, rows, strict=True) if x]
+        chart: [line_of(name, row) for name, row in zip(names, rows, strict=True) if row]
         for chart, rows in by_chart.items()
     }
     return {chart: curves for chart, curves in lines.items() if curves}
 
 
+def line_of(name: str, row: Sequence[Point]) -> Line:
+    """The points in their order, with bars for intervals; a value whose interval is not known has a bar of length 0."""
+    kl, values = [point.kl for point in row], [point.value for point in row]
+    x_ends = [point.kl_ends or (point.kl, point.kl) for point in row]
+    ends = [point.ends or (point.value, point.value) for point in row]
+    x_band = [low for low, _ in x_ends], [high for _, high in x_ends]
+    return Line(name, kl, values, ([low for low, _ in ends], [high for _, high in ends]), x_band=x_band)
+
+
 def draw(chart: Chart, lines: Sequence[Line]) -> str:
-    return line_chart(chart.title, lines, chart.scale, X_LABEL)
+    return line_chart(chart.title, lines, chart.scale, X_LABEL, chart.level)
 
 
 def page(runs: Sequence[RunFiles], charts: dict[Chart, list[Line]]) -> str:
@@ -92,13 +144,11 @@ def page(runs: Sequence[RunFiles], charts: dict[Chart, list[Line]]) -> str:
         title="Reward against KL",
         tiles={"runs": str(len(runs))},
         charts={
-            "Each point is an evaluation, each curve the course of a run": [
+            "Each point is an evaluation with its 95% intervals, each curve the course of a run": [
                 Figure(draw(chart, lines), chart.meaning) for chart, lines in charts.items()
             ]
         },
-        samples={},
-        suspects=[],
-        tables=settings_table(runs, [run.name for run in runs]),
+        tables=settings_tables(runs, names_of(runs)),
     )
 
 

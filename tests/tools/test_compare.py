@@ -6,16 +6,15 @@ import shlex
 import sys
 
 import pytest
-import torch
-from conftest import ROOT
+from conftest import GOLDENS, ROOT
 from omegaconf import OmegaConf
 
 from dpo.reporting.comparison import Comparison, ask_judge
 from dpo.system.errors import UserError
 from tools import judges
-from tools.compare import compare, find_candidate, load_model, parse_arguments, prompts_of_file, same_prompts
+from tools.candidates import find_candidate
+from tools.compare import compare, parse_arguments, prompts_of_file, same_prompts
 
-SHORT = ("n_examples=8", "n_eval_examples=8", "eval_batch_size=8", "do_first_eval=false", "max_length=100", "lr=1e-2")
 HEAD = "import sys, json\nrows = [json.loads(line) for line in sys.stdin]\n"
 
 
@@ -26,68 +25,6 @@ def judge_command(answer: str) -> str:
 
 
 LONGER = judge_command("'A' if len(row['a']) > len(row['b']) else 'B' if len(row['a']) < len(row['b']) else 'tie'")
-
-
-@pytest.fixture
-def trained(make_trainer):
-    """Return a function that trains a tiny model by one update and returns its run directory."""
-
-    def train(*overrides):
-        trainer = make_trainer(*SHORT, "warmup_steps=0", *overrides)
-        trainer.train()
-        return trainer.run.path
-
-    return train
-
-
-# Whose weights
-
-
-def weights(candidate):
-    return load_model(candidate, torch.device("cpu")).state_dict()
-
-
-@pytest.mark.parametrize("lora", [(), ("lora=default",)], ids=["all weights", "adapter"])
-def test_the_policy_has_the_trained_weights_and_the_reference_those_of_the_start(lora, trained):
-    run = trained("loss=dpo", *lora)
-    policy, reference = find_candidate(run), find_candidate(run, as_reference=True)
-    assert (policy.name, reference.name) == ("dpo_tiny-gpt2", "reference of dpo_tiny-gpt2")
-    found, start = weights(policy), weights(reference)
-    saved = torch.load(run / "LATEST" / "policy.pt")["state"]
-    saved = saved["weights"] if lora else saved
-    kept = re.compile(r"\.default\b")
-    named = {kept.sub("", name).removesuffix(".weight"): value for name, value in found.items()}
-    for name, value in saved.items():
-        assert torch.equal(named[name.removesuffix(".weight")], value), name
-    moved = [name for name in found if not torch.equal(found[name], start[name])]
-    assert moved and all(("lora_" in name) == bool(lora) for name in moved)
-
-
-def test_a_policy_needs_no_more_what_its_run_started_from(trained, tmp_path):
-    first = trained("loss=sft")
-    second = trained("loss=dpo", f"model.archive='{first / 'LATEST' / 'policy.pt'}'")
-    first.rename(tmp_path / "moved")
-    assert find_candidate(second).weights == second / "LATEST" / "policy.pt"
-    with pytest.raises(UserError, match="model.archive=.*: no such file"):
-        find_candidate(second, as_reference=True)
-
-
-def test_a_checkpoint_of_a_run_can_be_named_and_a_run_without_one_is_refused(trained, tmp_path):
-    run = trained("loss=dpo")
-    for name in ("step-8", "LATEST"):
-        assert find_candidate(run / name).weights == run / name / "policy.pt"
-    with pytest.raises(UserError, match=r"step-9/policy.pt: there is no such file; give a run that has written"):
-        find_candidate(run / "step-9")
-    with pytest.raises(UserError, match="not a run directory"):
-        find_candidate(tmp_path)
-
-
-def test_no_tracker_of_the_run_is_needed(trained, monkeypatch):
-    run = trained("loss=dpo")
-    text = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(text.replace("- wandb\n", "- trackio\n"))
-    monkeypatch.setattr("dpo.settings.constraints.is_installed", lambda library: library != "trackio")
-    assert "- trackio\n" in (run / "config.yaml").read_text() and find_candidate(run).settings.trackers == []
 
 
 # Prompts
@@ -229,6 +166,31 @@ def test_both_models_are_sampled_as_the_first_runs_settings_say(trained):
     assert found.a == found.b
     cold = compare(parse_arguments([str(other), str(run), "--judge", LONGER]))
     assert cold.a == cold.b != found.a
+
+
+def test_a_models_folder_is_compared_with_a_run_on_its_prompts_and_with_its_settings(trained, tmp_path):
+    """The export of a run is its policy: sampled with the run's settings, not the defaults, it writes the same."""
+    run = trained("loss=dpo", "sample_temperature=0.5")
+    folder = tmp_path / "copied"
+    (run / "LATEST" / "hf").rename(folder)
+    for names in ([str(folder), str(run)], [str(run), str(folder)]):
+        found = compare(parse_arguments([*names, "--judge", LONGER, "--n", "4"]))
+        assert found.a == found.b and len(found.a) == 4 and len("".join(found.a)) > 0
+
+
+def test_two_models_folders_need_a_file_of_prompts(trained, tmp_path):
+    folder = trained("loss=dpo") / "LATEST" / "hf"
+    arguments = [str(folder), str(GOLDENS / "tiny-gpt2"), "--judge", LONGER]
+    with pytest.raises(UserError, match="neither is a run, so nothing says what to ask; give --prompts FILE"):
+        compare(parse_arguments(arguments))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Name a river."}\n{"prompt": "Name a lake."}\n')
+    found = compare(parse_arguments([*arguments, "--prompts", str(tmp_path / "prompts.jsonl")]))
+    assert found.prompts == ["Name a river.", "Name a lake."] and found.a != found.b
+
+
+def test_a_folder_that_is_neither_a_run_nor_a_model_is_named_as_it_was_given(tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path / 'no'}: not a run directory: it holds no config.yaml"):
+        compare(parse_arguments([str(tmp_path / "no"), "reference", "--judge", LONGER]))
 
 
 # The pages

@@ -13,7 +13,7 @@ from dpo.reporting.figures import COLORS
 from dpo.reporting.page import RunFiles
 from dpo.system.errors import UserError
 from tools import frontier
-from tools.frontier import close_sweep, labels, points, summary, win_rates
+from tools.frontier import close_sweep, curves, labels, points, summary, win_rates
 
 
 def write_run(folder, beta, kl=(0.0, 2.0, 5.0), seed=0, samples=()):
@@ -47,11 +47,34 @@ def test_a_curve_is_named_by_what_was_swept_and_seeds_share_a_name(tmp_path):
     assert labels(runs) == ["loss.beta=0.1"] * 2 + ["loss.beta=0.5"] * 2
     assert labels(runs[:2]) == ["0.1-0", "0.1-1"]
     assert labels(runs[:1]) == ["0.1-0"]
+    long = write_run(tmp_path / "long", 0.1)
+    (long.path / "config.yaml").write_text(f"exp_name: long\nmodel: {{name_or_path: {'x' * 50}}}\n")
+    assert labels([runs[0], RunFiles(long.path)]) == ["0.1-0", "long"]  # a legend has no room for more
 
 
 def test_points_are_the_evaluations_in_their_order(tmp_path):
     run = write_run(tmp_path / "run", 0.1, kl=(0.0, 3.0, 2.0))
-    assert points(run, "rewards_eval/accuracies") == ([0.0, 3.0, 2.0], [0.0, 0.6, 0.75])
+    found = points(run, "rewards_eval/accuracies")
+    assert [(point.kl, point.value) for point in found] == [(0.0, 0.0), (3.0, 0.6), (2.0, 0.75)]
+    assert {(point.kl_ends, point.ends) for point in found} == {(None, None)}  # of an earlier version
+
+
+def test_points_have_the_95_percent_intervals_of_both_axes(tmp_path):
+    """Wilson's of the accuracy, as recorded; 1.96 standard errors of KL and margin, which is 1 for margins 1, 3."""
+    run = write_run(tmp_path / "run", 0.1)
+    ends = {"diagnosis/kl_stderr": 0.5, "diagnosis/accuracy_low": 0.41, "diagnosis/accuracy_high": 0.93}
+    evaluation = {"loss/eval": 0.1, "rewards_eval/accuracies": 0.75, "rewards_eval/margins": 2.0, "diagnosis/kl": 6.0}
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"examples": 24, "updates": 3} | evaluation | ends) + "\n")
+    pairs = [{"examples": n, "rewards/margins": margin} for n, margin in ((16, 9), (24, 1.0), (24, 3.0))]
+    (run.path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    run = RunFiles(run.path)
+    accuracy, margin = (points(run, f"rewards_eval/{name}")[-1] for name in ("accuracies", "margins"))
+    assert accuracy.kl_ends == margin.kl_ends == pytest.approx((6 - 0.98, 6 + 0.98), abs=1e-3)
+    assert accuracy.ends == (0.41, 0.93) and margin.ends == pytest.approx((2 - 1.96, 2 + 1.96), abs=1e-3)
+    (line,) = next(iter(curves([run]).values()))
+    assert (line.x_band[1][-1], line.band[1][-1]) == (pytest.approx(6.98, abs=1e-3), 0.93)
+    assert (line.x_band[0][0], line.band[0][0]) == (0.0, 0.0)  # not known
 
 
 def test_the_page_has_a_curve_per_value_of_the_swept_setting(tmp_path, capsys):
@@ -117,7 +140,9 @@ def test_a_judge_compares_the_samples_of_policy_and_reference_at_each_evaluation
     judge = shlex.join(
         [sys.executable, "-c", f"import json, sys\nfor r in map(json.loads, sys.stdin): print({answer})"]
     )
-    assert win_rates(run, judge) == ([2.0, 5.0], [0.75, 1.0])
+    found = win_rates(run, judge)
+    assert [(point.kl, point.value) for point in found] == [(2.0, 0.75), (5.0, 1.0)]
+    assert all(point.ends[0] < point.value <= point.ends[1] for point in found)
     close_sweep(tmp_path, [run.path], judge)
     assert 'aria-label="Win rate over the reference, by the judge"' in (tmp_path / "frontier.html").read_text()
 

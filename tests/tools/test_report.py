@@ -37,3 +37,30 @@ def test_a_report_of_one_run_lies_in_its_folder_and_one_of_several_here(tmp_path
         monkeypatch.setattr("sys.argv", ["report", *names])
         report.main()
         assert (tmp_path / path).exists()
+
+
+def test_the_exported_model_of_a_run_stands_for_the_run_and_any_other_model_is_sent_to_diagnose(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    write_run(run)
+    (run / "step-8" / "hf").mkdir(parents=True)
+    (run / "step-8" / "hf" / "config.json").write_text("{}")
+    (run / "LATEST").symlink_to("step-8")
+    for path in ("LATEST/hf", "step-8/hf", "step-8"):
+        monkeypatch.setattr("sys.argv", ["report", str(run / path)])
+        report.main()
+        (run / "report.html").unlink()
+    monkeypatch.chdir(run / "LATEST" / "hf")
+    monkeypatch.setattr("sys.argv", ["report", "."])
+    report.main()
+    assert (run / "report.html").exists()
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "hf")])
+    with pytest.raises(UserError, match=r"hf: is a model's folder, .*python -m tools.diagnose policy=.*hf reference="):
+        report.main()
+
+
+def test_an_error_names_the_argument(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "no")])
+    with pytest.raises(UserError, match=f"^{tmp_path / 'no'}: not a run directory: its config.yaml cannot be read"):
+        report.main()

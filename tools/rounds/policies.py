@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tools.compare import Candidate, load_model
+from tools.candidates import Candidate, load_model
 from tools.rounds.records import Prompt, Sample
 
 if TYPE_CHECKING:

@@ -100,18 +100,17 @@ def page(history: Sequence[Judgement], best: Judgement, reason: str | None, stag
     }
     return render(
         title="On-policy rounds",
-        tiles=tiles(history, best),
-        advice=reason and f"Stopped: {reason}; the best round is {best.round}",
+        headlines=headlines(history, best),
+        verdict=reason and f"Stopped: {reason}; the best round is {best.round}.",
         charts={f"Rounds, judged on {n:,} held-out prompts": [*charts(history), frontier(history)]},
         samples={"Samples of the same prompts": samples(history)},
-        suspects=[],
         tables={"Rounds side by side, with 95% intervals": Table(rounds, table)}
         | ({"Stages": stages} if stages is not None else {}),
     )
 
 
-def tiles(history: Sequence[Judgement], best: Judgement) -> dict[str, str]:
-    """The numbers at the top of the page, by label."""
+def headlines(history: Sequence[Judgement], best: Judgement) -> dict[str, str]:
+    """The large numbers at the top of the page, by label."""
     numbers = {"rounds": str(history[-1].round), "best round": str(best.round)}
     for name in ("score", "win_rate"):
         if estimate := best.metrics.get(name):
@@ -152,9 +151,10 @@ def frontier(history: Sequence[Judgement]) -> Figure:
 
 
 def samples(history: Sequence[Judgement]) -> dict[str, dict[str, str]]:
-    """For each of the first prompts: the text of each round, by a heading with its score."""
+    """For each of the first prompts: the newest round's text, the first's, and the others', by headings with scores."""
+    order = [history[-1], history[0], *reversed(history[1:-1])]
     return {
-        first.prompt: {heading(judgement, i): judgement.samples[i].sample.text for judgement in history}
+        first.prompt: {heading(judgement, i): judgement.samples[i].sample.text for judgement in order}
         for i, first in enumerate(history[0].samples[:N_PROMPTS])
     }
 

@@ -14,7 +14,7 @@ from dpo.settings.schema import Settings
 from dpo.system.errors import EXIT_CODES, print_errors
 from dpo.system.files import atomic_write
 from dpo.system.processes import watch_parent
-from tools.compare import Candidate, find_candidate
+from tools.candidates import Candidate, find_candidate
 from tools.rounds.settings import GROUPS, Config, RoundsSettings
 from train import quoted
 

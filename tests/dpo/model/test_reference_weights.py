@@ -29,8 +29,8 @@ from dpo.settings.run_config import override_run_config
 from dpo.system.errors import UserError
 from dpo.system.signals import Signals
 from dpo.training.references import AdapterReference, CachedReference, ModelReference
-from tools.compare import find_candidate
-from tools.compare import load_model as load_candidate
+from tools.candidates import find_candidate
+from tools.candidates import load_model as load_candidate
 from tools.dry_run import dry_run
 
 TINY_GPT2 = GOLDENS / "tiny-gpt2"

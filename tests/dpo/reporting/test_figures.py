@@ -45,11 +45,11 @@ def test_a_single_point_is_a_marker_also_of_a_faint_line_with_its_interval_as_a_
     def markers(line):
         return len(re.findall(f"<use [^>]*{COLORS[0]}", line_chart("x", [line])))
 
-    assert markers(Line("a", range(40), range(40))) == 0  # so many points have none
-    assert markers(Line("a", [3, 4], [0.5, 0.6])) == 2
-    assert markers(Line("a", [3, 4], [0.5, 0.6], faint=True)) == 0
-    assert markers(Line("a", [3], [0.5], faint=True)) == 1
-    svg = line_chart("x", [Line("a", [3], [0.5], ([0.4], [0.6]))])
+    assert markers(Line("", range(40), range(40))) == 0  # so many points have none
+    assert markers(Line("", [3, 4], [0.5, 0.6])) == 2
+    assert markers(Line("", [3, 4], [0.5, 0.6], faint=True)) == 0
+    assert markers(Line("", [3], [0.5], faint=True)) == 1
+    svg = line_chart("x", [Line("", [3], [0.5], ([0.4], [0.6]))])
     assert "FillBetween" not in svg and svg.count('id="LineCollection_') == 1
 
 
@@ -57,6 +57,27 @@ def test_points_with_names_have_bars_instead_of_a_band():
     svg = line_chart("x", [Line("a", [3, 4], [0.5, 0.6], ([0.4, 0.5], [0.6, 0.7]), names=["first", "last & best"])])
     assert "FillBetween" not in svg and svg.count('id="LineCollection_') == 1
     assert ">first<" in svg and ">last &amp; best<" in svg
+
+
+def test_points_with_intervals_of_both_axes_have_bars_of_both():
+    svg = line_chart("x", [Line("a", [3, 4], [0.5, 0.6], ([0.4, 0.5], [0.6, 0.7]), x_band=([2, 3], [4, 5]))])
+    assert "FillBetween" not in svg and svg.count('id="LineCollection_') == 2
+
+
+def test_a_level_has_its_name_and_a_dashed_line_its_dashes():
+    plain = line_chart("x", [Line("a", [0, 1], [0.2, 0.3])])
+    assert "stroke-dasharray" not in plain and "log 2" not in plain
+    level = line_chart("x", [Line("a", [0, 1], [0.2, 0.3])], level=(0.6931, "log 2"))
+    assert "log 2" in texts(level) and level.count("stroke-dasharray") == 1
+    assert line_chart("x", [Line("a", [0, 1], [0.2, 0.3], dashed=True)]).count("stroke-dasharray") == 2  # in the legend
+
+
+def test_no_tick_is_cut_at_the_left_edge():
+    """A digit of 8 points is about 5.1 wide; the label of the last tick ends 7 left of the axes."""
+    for values in ([0, 1.5e-8], [9.6e-5, 1.04e-4], [0, 3_000_000], [0.08, 0.0801]):
+        svg = line_chart("Learning rate", [Line("", [0, 16], values)])
+        ends = re.findall(r'<text style="[^"]*text-anchor: end[^"]*" x="([^"]*)"[^>]*>([^<]*)<', svg)
+        assert ends and all(float(x) - 5.1 * len(label) > 0 for x, label in ends), values
 
 
 def test_points_of_one_x_or_of_one_y_and_points_that_are_not_finite_make_no_chart():

@@ -1,6 +1,7 @@
 """A run as one page, and the pairs that are likely mislabelled."""
 
 import json
+import math
 import random
 import re
 
@@ -8,7 +9,22 @@ import pytest
 import yaml
 from conftest import golden_rows
 
-from dpo.reporting.page import Curve, RunFiles, Suspect, line_of, page, run_files, suspects, update_report
+from dpo.reporting.figures import COLORS, MEANINGS
+from dpo.reporting.findings import Finding, Rule
+from dpo.reporting.page import (
+    Curve,
+    RunFiles,
+    Suspect,
+    first_words,
+    last_words,
+    line_of,
+    page,
+    render,
+    run_files,
+    suspects,
+    update_report,
+)
+from dpo.reporting.stopping import Cause, Stop
 from dpo.system.errors import UserError
 
 SETTINGS = {"exp_name": "first", "lr": 1e-3, "loss": {"name": "dpo", "beta": 0.1}}
@@ -63,8 +79,9 @@ def sample(model, text, examples=16, prompt="Hi"):
 
 
 def tiles(text):
-    """Return the tiles of a page as {label: number}."""
-    return {label: value for value, label in re.findall(r'<div class="tile"><b>(.*?)</b><span>(.*?)</span>', text)}
+    """Return the tiles of a page as {label: number}; what follows a label's first comma is small."""
+    found = re.findall(r'<div class="tile"><b>(.*?)</b><span>(.*?)</span>(?:<small>(.*?)</small>)?', text)
+    return {", ".join(filter(None, label)): value for value, *label in found}
 
 
 def charts(text):
@@ -95,7 +112,7 @@ def test_the_page_shows_the_newest_figures_with_their_interval(tmp_path):
     assert tiles(page([run])) == {"examples": "16", "updates": "2", **evaluated}
     shown = tiles(page([add_records(run, record(24, loss__train=0.45))]))
     assert shown["examples"] == "24" and shown["Loss, evaluation, after 16 examples"] == "0.4"
-    assert len(shown) == 2 + len(evaluated) and all("after 16 examples" in label for label in list(shown)[2:])
+    assert len(shown) == 2 + len(evaluated) and all("after 16 examples" in label for label in list(shown)[:-2])
 
 
 def test_what_a_run_recorded_once_is_a_number_and_no_chart(tmp_path):
@@ -105,7 +122,7 @@ def test_what_a_run_recorded_once_is_a_number_and_no_chart(tmp_path):
     text = page([add_records(run, record(16, **once))])
     assert charts(text)[:3] == ["Loss", "Gradient norm", "Learning rate"]
     assert set(charts(text)[3:]) == {"Log-ratios to the reference (nats)", "Margin and length"}
-    assert list(tiles(text).items())[7:] == [
+    assert list(tiles(text).items())[7:] == [  # after the large ones, examples and updates
         ("Rewards, evaluation, chosen", "0.2"),
         ("Rewards, evaluation, rejected", "-0.3"),
         ("Entropy of the policy, nats per token, samples", "1.5"),
@@ -167,7 +184,8 @@ def test_runs_of_one_name_are_told_apart_by_their_folders_or_their_paths(tmp_pat
     runs = [write_run(tmp_path / name, samples=samples) for name in ("one", "other", "sub/one")]
     text = page(runs[:2])
     assert "<title>one, other</title>" in text and "Samples of one<" in text and "Samples of other<" in text
-    assert f"{KL}, one, samples" in text and f"{KL}, other, samples" in text
+    shown = [label for label in tiles(text) if label.startswith(KL)]
+    assert [label.removeprefix(f"{KL}, ").partition(", samples")[0] for label in shown] == ["one", "other"]
     assert f"Samples of {tmp_path / 'sub' / 'one'}<" in page(runs)
 
 
@@ -180,15 +198,6 @@ def test_pairs_that_are_alike_make_no_chart(tmp_path):
     alike = [pair | {"lengths/chosen": 9.0} for pair in evaluated(16, [1, 2, 3])]
     (run.path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in alike))
     assert charts(page([RunFiles(run.path)]))[-1] == "Log-ratios to the reference (nats)"
-
-
-def test_advice_stands_below_the_figures_where_there_is_some(tmp_path):
-    run = write_run(tmp_path / "run")
-    assert 'class="advice"' not in page([run])
-    with open(run.path / "metrics.jsonl", "a") as file:
-        figures = {"diagnosis__displaced": 0.9, "diagnosis__chosen_log_ratio_per_token": -0.5}
-        file.write(json.dumps(record(24, loss__eval=0.4, **figures)) + "\n")
-    assert '<p class="advice" role="note">90% of the chosen responses are less likely' in page([RunFiles(run.path)])
 
 
 def test_curves_have_the_intervals_that_were_recorded(tmp_path):
@@ -209,12 +218,110 @@ def test_the_page_needs_no_network_and_runs_no_script(tmp_path):
     assert len(text) < 1_000_000
 
 
-def test_samples_stand_side_by_side_the_reference_first(tmp_path):
-    texts = [sample("policy", "one", 8), sample("reference", "none", 8), sample("policy", "two", 16)]
+def test_the_newest_sample_stands_first_beside_the_reference_and_earlier_ones_are_folded(tmp_path):
+    texts = [sample(model, f"{model} {n}", n) for n in (0, 8, 16) for model in ("policy", "reference")]
     text = page([write_run(tmp_path / "run", samples=texts)])
-    heads = re.search(r"<thead><tr>(.*?)</tr></thead>\s*<tbody><tr>(.*?)</tr>", text, re.DOTALL)
-    assert re.findall(r">([^<>]+)</th>", heads[1]) == ["reference", "after 8", "after 16"]
-    assert re.findall(r"<pre>(.*?)</pre>", heads[2]) == ["none", "one", "two"]
+    shown, folded = text[text.index("<h2>Samples</h2>") :].split("<summary>2 earlier</summary>")
+    found = [re.findall(r"<h4>(.*?)</h4>\s*<pre>(.*?)</pre>", part) for part in (shown, folded)]
+    assert found == [
+        [("policy after 16 examples", "policy 16"), ("reference", "reference 16")],
+        [("policy after 8 examples", "policy 8"), ("policy after 0 examples", "policy 0")],
+    ]
+
+
+def test_a_prompt_is_called_by_its_last_words_none_of_them_cut(tmp_path):
+    """The last 100 characters begin within a word."""
+    prompt = "First words. " + "abcdefg " * 20
+    text = page([write_run(tmp_path / "run", samples=[sample("policy", "x", prompt=prompt), sample("policy", "y")])])
+    headings = re.findall(r"<summary>(.*?)</summary>", text)
+    assert headings[:2] == ["\N{HORIZONTAL ELLIPSIS} " + " ".join(["abcdefg"] * 12), "Hi"]
+    assert text.count("First words.") == 1  # in full below its heading; a prompt that is not cut is not repeated
+    assert last_words("one two", 3) == "\N{HORIZONTAL ELLIPSIS} two" and last_words("one two", 7) == "one two"
+    assert first_words("one two", 5) == "one \N{HORIZONTAL ELLIPSIS}" and last_words("x" * 9, 3)[1:] == "xxx"
+
+
+def test_all_but_five_prompts_are_folded(tmp_path):
+    texts = [sample("policy", "x", prompt=f"prompt {i}") for i in range(7)]
+    text = page([write_run(tmp_path / "run", samples=texts)])
+    assert "<summary>2 more prompts</summary>" in text and len(re.findall("<summary>prompt", text)) == 7
+
+
+@pytest.mark.parametrize("setting, is_bad", [("stop_if.max_loss", True), ("stop_after", False)])
+def test_a_page_says_why_an_evaluation_ended_the_run_and_which_checkpoint_is_left(setting, is_bad, tmp_path):
+    run = write_run(tmp_path / "run")
+    Stop(16, 2, 8, [Cause(setting, 2, "loss/eval", 0.4, 0.3)]).write(run.path)
+    html = page([run])
+    assert f"The run was ended by its evaluation after 16 examples: {setting}=2: loss/eval is 0.4, the " in html
+    assert ("LATEST is step-8, the last good checkpoint." in html) == is_bad
+    assert ("A condition of stop_if ended the run." in html) == is_bad
+
+
+def test_verdict_warnings_and_findings_come_first(tmp_path):
+    rule = Rule(
+        "length exploitation", lambda figures: None, "the data prefer long texts", "loss.length=x", "2403.19159"
+    )
+    text = render(
+        title="A run",
+        verdict="It learned. Accuracy 75% <of 8>.",
+        warnings=["only 8 pairs"],
+        findings=[Finding(rule, "the margin grows with the length (0.9)")],
+        headlines={"Reward accuracy, evaluation": "75%"},
+    )
+    parts = ("It learned. Accuracy 75% &lt;of 8&gt;.", "only 8 pairs", "Length exploitation:</b> the margin grows with")
+    parts += ("Usual cause: the data prefer long texts. Try loss.length=x.", "(2403.19159)", 'class="tile"')
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+
+
+def test_what_a_run_warned_of_at_its_start_is_repeated(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run.path / "warnings.json").write_text('["the warmup is longer than the run"]')
+    assert "<b>Warning:</b> the warmup is longer than the run" in page([RunFiles(run.path)])
+
+
+def lines_by_chart(monkeypatch, runs):
+    """Return the lines and the level of each chart of a page."""
+    drawn = {}
+    monkeypatch.setattr(
+        "dpo.reporting.figures.line_chart",
+        lambda title, lines, scale, level: drawn.update({title: (lines, level)}) or "",
+    )
+    page(runs)
+    return drawn
+
+
+def test_a_colour_means_the_same_in_all_charts_and_of_several_runs_the_run(tmp_path, monkeypatch):
+    """What has one colour differs by its dashes or its points too."""
+    more = {
+        "rewards_eval__margins": 0.2,
+        "diagnosis__kl": 3.0,
+        "diagnosis__kl_stderr": 0.5,
+        "rewards_train__margins": 0,
+    }
+    for side in ("chosen", "rejected"):
+        more |= {f"rewards_eval__{side}": 0.1, f"diagnosis__{side}_log_ratio_per_token": 0.1}
+    names = ("first", "second")
+    runs = [write_run(tmp_path / name, {**SETTINGS, "exp_name": name}) for name in names]
+    runs = [add_records(run, record(16, **more), record(24, loss__eval=0.3, **more)) for run in runs]
+    charts = [lines for lines, _ in lines_by_chart(monkeypatch, runs[:1]).values()]
+    meanings = {(line.label, line.color, line.dashed) for lines in charts for line in lines}
+    labels = {label for label, *_ in meanings}
+    assert {"train", "evaluation", "chosen", "rejected", "samples"} < labels and len(meanings) == len(labels)
+    assert all(color == MEANINGS[label] for label, color, _ in meanings if label in MEANINGS)
+    assert {label for label, _, dashed in meanings if dashed} == {"rejected"}
+    charts = [lines for lines, _ in lines_by_chart(monkeypatch, runs).values()]
+    of_runs = {(line.label.partition(",")[0], line.color) for lines in charts for line in lines}
+    assert of_runs == {("first", COLORS[0]), ("second", COLORS[1])}
+
+
+def test_a_loss_that_starts_at_log_2_has_a_line_there_and_accuracies_one_at_one_half(tmp_path, monkeypatch):
+    for first, level in ((math.log(2), (math.log(2), "log 2 = 0.693")), (0.5, None)):
+        run = write_run(tmp_path / f"run{first}")
+        lines = (run.path / "metrics.jsonl").read_text()
+        start = record(0, loss__eval=first, rewards_eval__accuracies=0.0)
+        (run.path / "metrics.jsonl").write_text(json.dumps(start) + "\n" + lines)
+        drawn = lines_by_chart(monkeypatch, [RunFiles(run.path)])
+        assert drawn["Loss"][1] == level and drawn["Reward accuracy"][1] == (0.5, "50%")
 
 
 def test_each_curve_and_each_axis_has_the_values_that_it_is_labelled_with(tmp_path, monkeypatch):
@@ -224,7 +331,7 @@ def test_each_curve_and_each_axis_has_the_values_that_it_is_labelled_with(tmp_pa
     """
     curves, points = {}, {}
     monkeypatch.setattr(
-        "dpo.reporting.figures.line_chart", lambda title, lines, scale: curves.update({title: lines}) or ""
+        "dpo.reporting.figures.line_chart", lambda title, lines, scale, level: curves.update({title: lines}) or ""
     )
     monkeypatch.setattr(
         "dpo.reporting.figures.scatter_chart",
@@ -272,6 +379,46 @@ def test_a_pair_is_suspect_if_its_margin_was_negative_at_every_evaluation_after_
     assert suspects(evaluated(0, [-1])) == []
     unknown = [pair | {"rewards/margins": "nan"} for pair in evaluated(16, [0])]  # as pairs.jsonl writes it
     assert suspects(evaluated(8, [-1]) + unknown) == []
+
+
+def test_suspects_are_shown_with_the_texts_that_the_first_evaluation_recorded(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert suspects(run.pairs)[0].texts is None and "row 2: mean margin -0.9" in page([run])  # of an earlier version
+    texts = {"prompt": "P" * 400 + " the end", "chosen": "good <b>", "rejected": "bad " * 200}
+    pairs = [pair | texts for pair in evaluated(0, [0, 0, 0])] + evaluated(16, [0.5, -0.2, -0.9])
+    (run.path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    text = page([RunFiles(run.path)])
+    found = text[text.index("Pairs with likely wrong labels") :]
+    assert found.startswith("Pairs with likely wrong labels</h2>\n<p>2 evaluated pairs have a negative margin")
+    assert found.count("\N{HORIZONTAL ELLIPSIS} the end") == found.count("good &lt;b&gt;") == 2
+    assert found.count("bad") == 2 * 150  # 600 characters of each
+
+
+def test_the_texts_of_twenty_suspects_are_shown(tmp_path):
+    run = write_run(tmp_path / "run")
+    texts = {"prompt": "p" * 10_000, "chosen": "c" * 10_000, "rejected": "r" * 10_000}
+    pairs = [pair | texts for pair in evaluated(16, [-1.0] * 40)]
+    (run.path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    text = page([RunFiles(run.path)])
+    assert text.count(": mean margin") == 20 and len(text) < 300_000
+
+
+def test_settings_that_differ_from_their_defaults_come_first_and_the_others_are_folded(tmp_path):
+    settings = {**SETTINGS, "batch_size": 4, "model": {"name_or_path": "gpt2", "add_bos": False}, "report": False}
+    text = page([write_run(tmp_path / "run", settings)])
+    first, folded = text[text.index("<h2>Settings that differ from the defaults") :].split("<details>")
+    rows = [dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', part)) for part in (first, folded)]
+    own = {"exp_name": "first", "lr": "0.001", "loss.name": "dpo", "model.name_or_path": "gpt2", "report": "false"}
+    assert rows == [own, {"loss.beta": "0.1", "batch_size": "4", "model.add_bos": "false"}]
+    assert "<summary><h2>Other settings</h2></summary>" in folded
+
+
+def test_settings_are_shown_as_they_are_stored(tmp_path, monkeypatch):
+    """No resolver has to be there, as for model=tiny, and no foreign file can show a secret."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    model = {"name_or_path": "${project_dir:config/tiny}", "archive": "${oc.env:SECRET}"}
+    text = page([write_run(tmp_path / "run", {**SETTINGS, "model": model})])
+    assert "${project_dir:config/tiny}" in text and "${oc.env:SECRET}" in text and "hunter2" not in text
 
 
 def test_pairs_of_one_row_are_told_apart():

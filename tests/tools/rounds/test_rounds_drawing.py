@@ -11,7 +11,7 @@ from conftest import TINY, validated
 from transformers import AutoTokenizer
 
 from dpo.system.errors import UserError
-from tools.compare import Candidate
+from tools.candidates import Candidate
 from tools.rounds import devices
 from tools.rounds.devices import devices_of
 from tools.rounds.drawing import Drawing, read_samples

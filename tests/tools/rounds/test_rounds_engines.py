@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from dpo.model.decoding import Decoder
 from dpo.system.errors import RunError
-from tools.compare import Candidate
+from tools.candidates import Candidate
 from tools.rounds.engines import BuiltinEngine
 from tools.rounds.policies import Policy
 from tools.rounds.records import Prompt, Task

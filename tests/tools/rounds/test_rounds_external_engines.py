@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo.settings.schema import build
 from dpo.system.errors import UserError
 from tools import endpoints
-from tools.compare import Candidate
+from tools.candidates import Candidate
 from tools.endpoints import Endpoint
 from tools.rounds.external_engines import CommandEngine, ServerEngine, compare_logps
 from tools.rounds.policies import Policy, sums_of_samples

@@ -10,7 +10,7 @@ from conftest import GOLDENS, TINY, validated
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dpo.system.errors import UserError
-from tools.compare import Candidate, find_candidate, load_model
+from tools.candidates import Candidate, find_candidate, load_model
 from tools.rounds.judgement import (
     Estimate,
     Judged,

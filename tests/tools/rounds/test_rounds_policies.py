@@ -7,7 +7,7 @@ import torch
 from conftest import GOLDENS, TINY, validated
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tools.compare import Candidate, find_candidate
+from tools.candidates import Candidate, find_candidate
 from tools.rounds.policies import Policy
 
 TOKENIZER = AutoTokenizer.from_pretrained(GOLDENS / "tiny-gpt2")
