@@ -337,7 +337,8 @@ def test_tensors_of_parts_that_the_model_does_not_have_are_listed_and_ignored_an
     weights = load_file(tmp_path / "model" / "model.safetensors")
     for extra, code in (("mtp.layers.0.weight", 0), ("transformer.surplus", 2)):
         save_file(weights | {extra: torch.zeros(2)}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-        run = run_forked("loss=sft", *SHORT, "n_examples=8", "debug=true", f"model.name_or_path='{tmp_path / 'model'}'")
+        settings = ("n_examples=8", "debug=true", f"local_run_dir='{tmp_path / extra}'")
+        run = run_forked("loss=sft", *SHORT, *settings, f"model.name_or_path='{tmp_path / 'model'}'")
         assert run.returncode == code, run.stderr
         assert ("that this model lacks: mtp (1)" in run.stdout) == (code == 0)
         assert ("unexpected ['transformer.surplus']" in run.stderr) == (code == 2)

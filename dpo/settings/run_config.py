@@ -91,7 +91,8 @@ def override_run_config(config: DictConfig, arguments: Sequence[str], known: Seq
     changes: dict[str, Any] = {}
     problems: list[str] = []
     for override, key, value in overrides:
-        if override.type != OverrideType.CHANGE or override.is_sweep_override():
+        is_plain = override.type == OverrideType.CHANGE and not override.is_sweep_override()
+        if not is_plain and key in known:  # of an unknown key, that is the problem
             problems.append(f"{override.input_line}: a resumed run accepts only KEY=VALUE")
         elif key == "stop_if":
             changes |= conditions(value, known)

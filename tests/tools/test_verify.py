@@ -80,7 +80,7 @@ def test_a_healthy_run_keeps_its_promises(name, rows_of):
     expected = {
         "adapter": {training.REFERENCE},
         "synced": {training.REFERENCE, training.FROZEN},
-        "bfloat16 reference": {training.MARGIN, training.FROZEN},
+        "bfloat16 reference": {gradients.PRECOMPUTED, training.MARGIN, training.FROZEN},
         "sft": {gradients.PRECOMPUTED, training.MARGIN, training.REFERENCE, training.FROZEN},
         "kto": {gradients.PRECOMPUTED, training.FROZEN},
     }
