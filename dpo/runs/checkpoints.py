@@ -2,7 +2,7 @@
 
 A checkpoint is a folder step-N. It is written under another name, flushed to disk, and renamed when complete. Its files
 never change. The manifest lists their SHA-256, in the format of `sha256sum --check MANIFEST`, and ends with the SHA-256
-of these lines. metrics.json and hf/ may be added later; a resume does not read them.
+of these lines. metrics.json and hf/ may be added later; the manifest does not vouch for them then.
 """
 
 import hashlib
@@ -81,9 +81,15 @@ def save_checkpoint(
 
 
 def read_metrics(folder: Path) -> dict[str, float]:
-    """The metrics of a checkpoint's evaluation; {} if none wrote it."""
+    """The metrics of a checkpoint's evaluation; {} if none wrote them, or for a link or content that no run writes."""
     path = folder / "metrics.json"
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    try:
+        content = {} if path.is_symlink() else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(content, dict):
+        return {}
+    return {name: value for name, value in content.items() if isinstance(value, (int, float))}
 
 
 def write_metrics(folder: Path, metrics: dict[str, float]) -> None:

@@ -21,6 +21,7 @@ from dpo.runs.checkpoints import (
     find_corruption,
     newest_checkpoint,
     read_checkpoint,
+    read_metrics,
     save_checkpoint,
 )
 from dpo.runs.export import export_model
@@ -362,3 +363,11 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     clear_leftovers(tmp_path)
     assert sorted(tmp_path.rglob("*")) == kept
     assert find_corruption(tmp_path / "step-4") is None
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "null", '{"loss/eval": "x"}', "{"])
+def test_metrics_of_a_form_that_no_run_writes_are_none(text, tmp_path):
+    (tmp_path / "metrics.json").write_text(text)
+    assert read_metrics(tmp_path) == {}
+    (tmp_path / "metrics.json").write_text('{"loss/eval": 0.5}')
+    assert read_metrics(tmp_path) == {"loss/eval": 0.5}
