@@ -43,7 +43,9 @@ TEMPLATE = (
     "{{ bos_token }}{% for turn in messages %}<|{{ turn.role }}|>{{ turn.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+FAST = ("device=cpu", "eval_batch_size=200")  # of a diagnosis
 Rows = list[dict[str, Any]]
+Change = Callable[[Rows, random.Random], Rows]
 
 
 # Data
@@ -93,7 +95,7 @@ def as_messages(rows: Rows, rng: random.Random) -> Rows:
              "rejected": [{"role": "assistant", "content": row["rejected"].strip()}]} for row in rows]  # fmt: skip
 
 
-def with_two_bos(model: Path) -> Callable[[Rows, random.Random], Rows]:
+def with_two_bos(model: Path) -> Change:
     """Pairs as token ids: rendered with the chat template of a model, whose BOS its tokenizer has doubled."""
     from transformers import AutoTokenizer
 
@@ -117,7 +119,7 @@ def question(row: Mapping[str, Any]) -> str:
     return str(row.get("text", row["prompt"])).split("Human: ")[1].split("\n\nAssistant")[0]
 
 
-def write_data(folder: Path, change: Callable[[Rows, random.Random], Rows]) -> Path:
+def write_data(folder: Path, change: Change) -> Path:
     """Write the demo's pairs, changed, as train.jsonl and test.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
@@ -152,6 +154,11 @@ def change_json(path: Path, values: Mapping[str, Any]) -> None:
 # Models
 
 
+def hf(run: Path) -> Path:
+    """The exported model of a run."""
+    return run / "LATEST" / "hf"
+
+
 @dataclass(frozen=True)
 class Makers:
     """Makes the models of situations in a folder; what is there already is not made again."""
@@ -182,14 +189,25 @@ class Makers:
     def dpo(self, name: str, start: Path, data: str, *overrides: str, exact: bool = True) -> Path:
         of_stage = [override for override in STAGES["dpo"] if "eval" not in override] + ["n_examples=1024"]
         dtype = ("export_dtype=float32",) if exact else ()
-        model = f"model.name_or_path='{start / 'LATEST' / 'hf'}'"
+        model = f"model.name_or_path='{hf(start)}'"
         return self.run(name, *of_stage, model, f"datasets=[{data}]", *dtype, *overrides)
+
+    def healthy(self, seed: int) -> Path:
+        return self.dpo(f"healthy-{seed}", self.sft(), "demo", f"seed={seed}")
+
+    def adapter(self) -> Path:
+        """The folder of a healthy adapter."""
+        return hf(self.dpo("adapter", self.sft(), "demo", "lora=default", "optimizer=AdamW", "lr=3e-4"))
+
+    def on_data(self, name: str, change: Change, start: Path, *overrides: str) -> Path:
+        """A run on the demo's pairs after a change."""
+        return self.dpo(name, start, f"'{write_data(self.folder / f'data-{name}', change)}'", *overrides)
 
     def trl(self, name: str, start: Path, **options: Any) -> Path:
         """A model trained with TRL, in a process of its own."""
         folder = self.folder / name
         if not (folder / "config.json").exists():
-            work = partial(train_with_trl, str(start / "LATEST" / "hf"), str(folder), **options)
+            work = partial(train_with_trl, str(hf(start)), str(folder), **options)
             in_child(work, self.folder / f"{name}.log")
         return folder
 
@@ -293,82 +311,64 @@ class Situation:
     needs_trl: bool = False
 
 
-def situations() -> list[Situation]:
-    """All situations; those of the issue first."""
-    hot = ("loss.beta=0.1", "lr=0.5")
-
-    def hf(run: Path) -> str:
-        return str(run / "LATEST" / "hf")
-
-    def policy(path: Path | str) -> str:
-        return f"policy='{path}'"
-
-    def reference(path: Path | str) -> str:
-        return f"reference='{path}'"
-
-    def healthy(seed: int) -> Callable[[Makers], Sequence[str]]:
-        return lambda m: [policy(m.dpo(f"healthy-{seed}", m.sft(), "demo", f"seed={seed}"))]
-
-    def demo(m: Makers) -> Sequence[str]:
-        return ["datasets=[demo]", "max_length=128", "max_prompt_length=64", "n_eval_model_samples=100", *FAST]
-
-    def first(m: Makers) -> Path:
-        return m.dpo("healthy-0", m.sft(), "demo", "seed=0")
-
-    def adapter(m: Makers) -> Path:
-        rate = ("lora=default", "optimizer=AdamW", "lr=3e-4")
-        return m.dpo("adapter", m.sft(), "demo", *rate) / "LATEST" / "hf"
-
-    def on_data(m: Makers, name: str, change: Any, start: Path, *overrides: str) -> list[str]:
-        data = write_data(m.folder / f"data-{name}", change)
-        return [policy(m.dpo(name, start, f"'{data}'", *overrides))]
-
-    return [
-        Situation("too high a rate", "lr=0.5 loss.beta=0.1", "over-optimization",
-                  lambda m: [policy(m.dpo("hot", m.sft(), "demo", *hot))]),
-        Situation("flipped labels", "25% of the labels exchanged", "label noise",
-                  lambda m: on_data(m, "flipped", flipped, m.sft(), "lr=0.01")),
-        Situation("length bias", "the chosen response is always longer", "length exploitation",
-                  lambda m: on_data(m, "longer", longer, m.sft(), "lr=0.02")),
-        Situation("wrong template", "plain prompts for a chat model", "another prompt format",
-                  lambda m: on_data(m, "no-template", without_turns, m.chat_sft())),
-        Situation("double BOS", "the template's BOS and the tokenizer's", "BOS",
-                  lambda m: on_data(m, "two-bos", with_two_bos(m.chat_sft() / "LATEST" / "hf"), m.chat_sft())),
-        Situation("other reference", "another SFT model as the reference", "another reference",
-                  lambda m: [policy(hf(first(m))), reference(hf(m.sft(1, 2))), *demo(m)]),
-        Situation("adapter of zeros", "lora_B is 0", "adapter not loaded",
-                  lambda m: [policy(change_adapter(adapter(m), m.folder / "zeroed", zeroed)), *demo(m)]),
-        Situation("adapter of other names", "no tensor fits a module", "adapter not loaded",
-                  lambda m: [policy(change_adapter(adapter(m), m.folder / "renamed", renamed)), *demo(m)]),
-        Situation("adapter left off", "the base model instead of the adapter", "policy unchanged",
-                  lambda m: [policy(hf(m.sft())), reference(hf(m.sft())), *demo(m)]),
-        Situation("healthy, TRL", "none", "",
-                  lambda m: [policy(m.trl("trl", m.sft(), learning_rate=0.08, beta=2.0, optim="sgd")),
-                             reference(hf(m.sft())), "loss.beta=2", *demo(m)], needs_trl=True),
-        Situation("too high a rate, TRL", "learning_rate=1e-3", "over-optimization",
-                  lambda m: [policy(m.trl("trl-hot", m.sft(), learning_rate=1e-3, beta=0.1, optim="adamw_torch")),
-                             reference(hf(m.sft())), *demo(m)], needs_trl=True),
-        *(Situation(f"healthy-{seed}", "none", "", healthy(seed)) for seed in SEEDS),
-        # Beyond the issue
-        Situation("earlier reference", "an earlier checkpoint of SFT as the reference", "another reference",
-                  lambda m: [policy(hf(first(m))), reference(hf(m.sft(0, 2))), *demo(m)]),
-        Situation("no turns", "prompts without Human and Assistant", "another prompt format",
-                  lambda m: on_data(m, "no-turns", without_turns, m.sft())),
-        Situation("too low a rate", "lr=1e-5", "nothing learned",
-                  lambda m: [policy(m.dpo("cold", m.sft(), "demo", "lr=1e-6"))]),
-        Situation("broken tokenizer", "the vocabulary in another order", "broken tokenizer",
-                  lambda m: [policy(break_tokenizer(first(m) / "LATEST" / "hf", m.folder / "broken")),
-                             reference(hf(m.sft())), *demo(m)]),
-        Situation("healthy adapter", "none", "", lambda m: [policy(adapter(m)), "loss.beta=2", *demo(m)]),
-        Situation("healthy, bfloat16 export", "none", "",
-                  lambda m: [policy(hf(m.dpo("rounded", m.sft(), "demo", exact=False))), reference(hf(m.sft())),
-                             "loss.beta=2", *demo(m)]),
-        Situation("healthy, chat", "none", "",
-                  lambda m: on_data(m, "chat", as_messages, m.chat_sft())),
-    ]  # fmt: skip
+def policy(path: Path) -> str:
+    return f"policy='{path}'"
 
 
-FAST = ("device=cpu", "eval_batch_size=200")
+def reference(path: Path) -> str:
+    return f"reference='{path}'"
+
+
+def healthy(seed: int, makers: Makers) -> Sequence[str]:
+    return [policy(makers.healthy(seed))]
+
+
+# Arguments for models that are not runs, which do not bring their data along
+DEMO = ("datasets=[demo]", "max_length=128", "max_prompt_length=64", "n_eval_model_samples=100", *FAST)
+
+SITUATIONS = (
+    Situation("too high a rate", "lr=0.5 loss.beta=0.1", "over-optimization",
+              lambda m: [policy(m.dpo("hot", m.sft(), "demo", "loss.beta=0.1", "lr=0.5"))]),
+    Situation("flipped labels", "25% of the labels exchanged", "label noise",
+              lambda m: [policy(m.on_data("flipped", flipped, m.sft(), "lr=0.01"))]),
+    Situation("length bias", "the chosen response is always longer", "length exploitation",
+              lambda m: [policy(m.on_data("longer", longer, m.sft(), "lr=0.02"))]),
+    Situation("wrong template", "plain prompts for a chat model", "another prompt format",
+              lambda m: [policy(m.on_data("no-template", without_turns, m.chat_sft()))]),
+    Situation("double BOS", "the template's BOS and the tokenizer's", "BOS",
+              lambda m: [policy(m.on_data("two-bos", with_two_bos(hf(m.chat_sft())), m.chat_sft()))]),
+    Situation("other reference", "another SFT model as the reference", "another reference",
+              lambda m: [policy(hf(m.healthy(0))), reference(hf(m.sft(1, 2))), *DEMO]),
+    Situation("adapter of zeros", "lora_B is 0", "adapter not loaded",
+              lambda m: [policy(change_adapter(m.adapter(), m.folder / "zeroed", zeroed)), *DEMO]),
+    Situation("adapter of other names", "no tensor fits a module", "adapter not loaded",
+              lambda m: [policy(change_adapter(m.adapter(), m.folder / "renamed", renamed)), *DEMO]),
+    Situation("adapter left off", "the base model instead of the adapter", "policy unchanged",
+              lambda m: [policy(hf(m.sft())), reference(hf(m.sft())), *DEMO]),
+    Situation("healthy, TRL", "none", "",
+              lambda m: [policy(m.trl("trl", m.sft(), learning_rate=0.08, beta=2.0, optim="sgd")),
+                         reference(hf(m.sft())), "loss.beta=2", *DEMO], needs_trl=True),
+    Situation("too high a rate, TRL", "learning_rate=1e-3", "over-optimization",
+              lambda m: [policy(m.trl("trl-hot", m.sft(), learning_rate=1e-3, beta=0.1, optim="adamw_torch")),
+                         reference(hf(m.sft())), *DEMO], needs_trl=True),
+    *(Situation(f"healthy-{seed}", "none", "", partial(healthy, seed)) for seed in SEEDS),
+    # Further ones
+    Situation("earlier reference", "an earlier checkpoint of SFT as the reference", "another reference",
+              lambda m: [policy(hf(m.healthy(0))), reference(hf(m.sft(0, 2))), *DEMO]),
+    Situation("no turns", "prompts without Human and Assistant", "another prompt format",
+              lambda m: [policy(m.on_data("no-turns", without_turns, m.sft()))]),
+    Situation("too low a rate", "lr=1e-6", "nothing learned",
+              lambda m: [policy(m.dpo("cold", m.sft(), "demo", "lr=1e-6"))]),
+    Situation("broken tokenizer", "the vocabulary in another order", "broken tokenizer",
+              lambda m: [policy(break_tokenizer(hf(m.healthy(0)), m.folder / "broken")),
+                         reference(hf(m.sft())), *DEMO]),
+    Situation("healthy adapter", "none", "", lambda m: [policy(m.adapter()), "loss.beta=2", *DEMO]),
+    Situation("healthy, bfloat16 export", "none", "",
+              lambda m: [policy(hf(m.dpo("rounded", m.sft(), "demo", exact=False))), reference(hf(m.sft())),
+                         "loss.beta=2", *DEMO]),
+    Situation("healthy, chat", "none", "",
+              lambda m: [policy(m.on_data("chat", as_messages, m.chat_sft()))]),
+)  # fmt: skip
 
 
 def diagnose(makers: Makers, situation: Situation) -> dict[str, float]:
@@ -388,7 +388,7 @@ def diagnose(makers: Makers, situation: Situation) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(".cache/situations"), help="where everything lies")
-    names = [situation.name for situation in situations()]
+    names = [situation.name for situation in SITUATIONS]
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help="only these situations")
     options = parser.parse_args()
     os.chdir(ROOT)
@@ -397,7 +397,7 @@ def main() -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     makers, failed = Makers(options.folder.resolve()), False
     rows = []
-    for situation in situations():
+    for situation in SITUATIONS:
         if options.only and situation.name not in options.only:
             continue
         if situation.needs_trl and find_spec("trl") is None:

@@ -103,7 +103,7 @@ def in_folder(folder: Path, settings: "Settings", loss: "Loss") -> Candidate:
     from dpo.settings.constraints import START
 
     is_adapter = not (folder / "config.json").is_file()
-    own: dict[str, Any] = {"name_or_path": base_model(folder) if is_adapter else str(folder)}
+    own: dict[str, Any] = {"name_or_path": base_model(folder / ADAPTER) if is_adapter else str(folder)}
     if has_tokenizer(folder):
         own["tokenizer_name_or_path"] = str(folder)
     elif is_adapter:
@@ -121,9 +121,8 @@ def in_folder(folder: Path, settings: "Settings", loss: "Loss") -> Candidate:
     return Candidate(str(folder), settings, loss, adapter=folder if is_adapter else None)
 
 
-def base_model(folder: Path) -> str:
-    """The base model of an adapter; UserError if its folder names none."""
-    path = folder / ADAPTER
+def base_model(path: Path) -> str:
+    """The base model in an adapter_config.json; UserError if it names none, or a folder that does not exist."""
     try:
         name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:

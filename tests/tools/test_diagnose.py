@@ -247,11 +247,11 @@ def test_an_adapter_without_its_base_is_refused_by_its_own_name(trained, tmp_pat
     shutil.copytree(trained("loss=dpo", "lora=default") / "LATEST" / "hf", folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/moved"}))
-    with pytest.raises(UserError, match=r"policy=.*lost: /moved: there is no such folder"):
+    with pytest.raises(UserError, match=r"policy=.*lost: .*adapter_config.json: there is no folder /moved"):
         start([f"policy='{folder}'", f"reference='{MODEL}'", *PLACE, *FEW, f"local_dirs=['{tmp_path}']",
                f"out='{tmp_path / 'out'}'"])  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
-    with pytest.raises(UserError, match=r"policy=.*lost: its adapter_config.json names no base model"):
+    with pytest.raises(UserError, match=r"policy=.*lost: .*adapter_config.json: names no base model"):
         find("policy", str(folder))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo.system.errors import UserError, join_names, summarize_error
+from tools.candidates import ADAPTER, CHECKPOINT, base_model
 
 if TYPE_CHECKING:
     import torch
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from dpo.settings.schema import Settings
     from tools.candidates import Candidate
 
-CHECKPOINT = re.compile(r"LATEST|BEST|step-\d+")
 MIN_RATES = 10  # learning rates that tell their mean; the only one of a short run may be the last, near 0
 BOUNDED = ("Adam", "AdamW", "AdamW8bit")  # optimizers whose steps are hardly above lr; RMSprop's first is ten times lr
 DERIVED = re.compile(
@@ -224,16 +224,16 @@ def find(key: str, name: str) -> Checkpoint:
         return find_in_folder(key, name, path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{key}={name}: there is no such folder")
-    from dpo.model.pretrained import ADAPTER, source_file
+    from dpo.model.pretrained import source_file
 
     if file := source_file(name, ADAPTER):
-        return Adapter(key, name, base_of(key, name, file))
+        return adapter(key, name, file)
     return Model(key, name)
 
 
 def find_in_folder(key: str, name: str, path: Path) -> Checkpoint:
-    if (path / "adapter_config.json").is_file():
-        return Adapter(key, name, base_of(key, name, path / "adapter_config.json"))
+    if (path / ADAPTER).is_file():
+        return adapter(key, name, path / ADAPTER)
     if (path / "config.json").is_file():
         return Model(key, name)
     inside = sorted(
@@ -244,17 +244,12 @@ def find_in_folder(key: str, name: str, path: Path) -> Checkpoint:
     raise UserError(f"{key}={name}: holds neither config.json, adapter_config.json nor a run's config.yaml")
 
 
-def base_of(key: str, name: str, file: Path) -> str:
-    """The base model in an adapter_config.json."""
+def adapter(key: str, name: str, file: Path) -> Adapter:
+    """The adapter whose adapter_config.json is a file; UserError if that names no base model."""
     try:
-        base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError, OSError) as error:
-        raise UserError(f"{key}={name}: its adapter_config.json cannot be read ({summarize_error(error)})") from None
-    if not base:
-        raise UserError(
-            f"{key}={name}: its adapter_config.json names no base model; write base_model_name_or_path there"
-        )
-    return str(base)
+        return Adapter(key, name, base_model(file))
+    except UserError as error:
+        raise UserError(f"{key}={name}: {error}") from None
 
 
 def merge_adapter(model: "PreTrainedModel") -> None:
