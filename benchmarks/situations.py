@@ -1,6 +1,6 @@
 """Trains tiny models with a fault whose cause is known, diagnoses each, and prints findings against causes.
 
-    python benchmarks/situations.py                     all situations, in about an hour on one core
+    python benchmarks/situations.py                     all situations, in about ten minutes on one core
     python benchmarks/situations.py --only "flipped labels" healthy-0
 
 A run or a diagnosis that is complete is not repeated; delete its folder to repeat it. The findings are computed again
