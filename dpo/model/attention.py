@@ -3,16 +3,18 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.flex_attention import repeat_kv
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dpo.model.varlen import HALF, attention_dtype, refuse_options, varlen_attention
 from dpo.system.devices import DeviceFacts
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ FLEX_BLOCK = 128  # tokens in a block of flex attention's mask: rows are padded 
 
 
 def attention_kinds(facts: DeviceFacts) -> list[str]:
-    """The kinds of attention to try on a device for rows of several examples, fastest first.
+    """The kinds of attention to try on a device in every dtype for rows of several examples, fastest first.
 
     Flex attention is compiled by Triton; torch tests it from compute capability 8.0 on (test_flex_attention.py).
     """
@@ -33,16 +35,27 @@ def attention_kinds(facts: DeviceFacts) -> list[str]:
     return ["flex_attention", "packed"] if flex else ["packed"]
 
 
-def use_attention(model: PreTrainedModel, kind: str) -> None:
-    """Switch a model that uses torch's own attention to another kind; a model with its own keeps it.
+def half_precision_kinds(facts: DeviceFacts, dtype: torch.dtype) -> list[str]:
+    """The kinds to try before these if dtype, the compute dtype, has 16 bits: torch's kernel for any lengths."""
+    return ["varlen"] if facts.kind == "cuda" and facts.capability >= (8, 0) and dtype in HALF else []
 
-    Of a composite model only the language model is switched: encoders of images and audio may not support the kind.
-    Raises ValueError or ImportError if the model has no attention of this kind.
+
+def use_attention(model: PreTrainedModel, kind: str) -> None:
+    """Switch a model to a kind of attention, or to "sdpa", torch's own. A model with attention of its own keeps it.
+
+    A model whose attention torch cannot compute, such as Gemma 2, computes it itself ("eager") where torch's is asked
+    for. Of a composite model only the language model is switched: encoders of images and audio may not support the
+    kind. Raises ValueError or ImportError if the model has no attention of this kind.
     """
-    if kind == "packed":
-        AttentionInterface.register("packed", packed_attention)
+    current, replaceable = model.config._attn_implementation, [*KINDS, "sdpa"]
+    if kind in KINDS:
+        AttentionInterface.register(kind, KINDS[kind])
+    if kind == "packed":  # without a mask function, transformers makes no mask
         AttentionMaskInterface.register("packed", sdpa_mask)
-    if model.config._attn_implementation in ("sdpa", "packed", "flex_attention"):
+    if not model._supports_sdpa:
+        replaceable.append("eager")
+        kind = "eager" if kind in ("packed", "sdpa") else kind
+    if current in replaceable and current != kind and model._can_set_attn_implementation():
         text_config = model.config.get_text_config()
         text = [key for key, value in vars(model.config).items() if value is text_config]
         model.set_attn_implementation(dict.fromkeys(["", *text], kind) if text else kind)
@@ -128,6 +141,53 @@ def flex_mask(segments: torch.Tensor) -> "BlockMask":
     return BlockMask.from_kv_blocks(*masked_blocks, *full_blocks, BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask_mod)
 
 
+@cache
+def compiled_flex_attention() -> Callable[..., torch.Tensor]:
+    """Torch's flex attention, compiled as a whole: otherwise it would hold the scores of all pairs of tokens."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, fullgraph=True)
+
+
+@cache  # another function would be compiled anew
+def soft_cap(limit: float) -> Callable[..., torch.Tensor]:
+    """A function of flex attention that caps scores softly."""
+    return lambda score, b, h, q, k: limit * torch.tanh(score / limit)
+
+
+@torch.compiler.disable  # it is compiled on its own, since torch 2.11 fails to compile it within some layers
+def flex_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: "BlockMask",
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend by a block mask; query, key and value are (1, heads, seq, d), the result (1, seq, heads, d).
+
+    transformers' own function makes an object of torch.compile whenever training and evaluation alternate, may run
+    without being compiled once torch has compiled it too often, and is compiled as a part of compiled layers.
+    """
+    refuse_options("flex", kwargs)
+    dtype, n_heads = attention_dtype(value), query.shape[1]
+    query, key, value = (states.to(dtype) for states in (query, key, value))
+    if n_heads & (n_heads - 1):  # torch's kernel groups queries only if the number of heads is a power of 2
+        key, value = (repeat_kv(states, n_heads // states.shape[1]) for states in (key, value))
+    out = compiled_flex_attention()(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else soft_cap(softcap),
+        block_mask=attention_mask,
+        scale=scaling,
+        enable_gqa=n_heads != key.shape[1],
+    )
+    return out.transpose(1, 2), None
+
+
 @dataclass(frozen=True)
 class BranchLengths:
     """The lengths of the prompt and the responses of each example in a row.
@@ -155,6 +215,7 @@ def packed_attention(
     """
     if attention_mask is None or branch_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    refuse_options("packed", kwargs | {"dropout": 0.0})  # which it has
     sizes = [sum(lengths) for lengths in branch_lengths.examples]
     outputs = []
     split = (states.split(sizes, dim=2) for states in (query, key, value))  # slices would have whole gradients
@@ -214,3 +275,6 @@ def attend_by_branch(
         m = torch.cat((columns[0], columns[i]), 3)
         outputs.append(attend(response, k, v, attn_mask=m))
     return torch.cat(outputs, 2)
+
+
+KINDS = {"varlen": varlen_attention, "flex_attention": flex_attention, "packed": packed_attention}

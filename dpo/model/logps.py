@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from dpo.model.attention import BranchLengths, additive_mask, flex_inputs
+from dpo.model.attention import BranchLengths, additive_mask, torch_attention
 from dpo.model.packing import PackedBatch
 from dpo.model.routers import RouterLoss, no_router_logits, recorded_router_logits
 
@@ -156,18 +156,22 @@ def has_separate_head(model: PreTrainedModel) -> bool:
     if head is None or model.base_model is model:
         return False
     ids = torch.arange(8, device=next(model.parameters()).device)[None]
-    logits = model(input_ids=ids, use_cache=False, **no_router_logits(model.config)).logits
-    hidden = model.base_model(input_ids=ids, use_cache=False, **no_router_logits(model.config))[0]
+    with torch_attention(model):
+        logits = model(input_ids=ids, use_cache=False, **no_router_logits(model.config)).logits
+        hidden = model.base_model(input_ids=ids, use_cache=False, **no_router_logits(model.config))[0]
     return torch.equal(head(hidden), logits)
 
 
 def model_inputs(model: PreTrainedModel, batch: PackedBatch) -> dict[str, Any]:
     inputs: dict[str, Any] = dict(batch.inputs)
-    if batch.segments is not None and model.config._attn_implementation == "flex_attention":
-        inputs = flex_inputs(inputs, batch.segments)
+    kind = model.config._attn_implementation
+    if batch.segments is not None and kind == "flex_attention":
+        inputs = dict(batch.flex_inputs)
+    elif batch.segments is not None and kind == "varlen":
+        inputs["segments"] = batch.varlen_segments  # for varlen_attention
     elif batch.segments is not None:
         inputs["attention_mask"] = additive_mask(batch.segments, model.dtype)  # models use a 4D mask as it is
-        if model.config._attn_implementation == "packed":
+        if kind == "packed":
             inputs["branch_lengths"] = BranchLengths(batch.branch_lengths)  # for packed_attention
     return inputs | no_router_logits(model.config) | {"use_cache": False}
 

@@ -3,10 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 
 from dpo.data.examples import TokenizedExample
+from dpo.model.attention import flex_inputs
+from dpo.model.varlen import Segments, make_segments
 from dpo.system.errors import actionable_errors
 
 
@@ -46,6 +50,17 @@ class PackedBatch:
             return self.inputs["attention_mask"].flatten().float()
         is_prompt, n_responses = self.segments[1] == 0, self.lengths.shape[1]
         return torch.where(is_prompt, n_responses, 1).float()
+
+    @cached_property  # policy and reference share it
+    def flex_inputs(self) -> dict[str, Any]:
+        """The inputs of a row of several examples for flex attention."""
+        assert self.segments is not None
+        return flex_inputs(self.inputs, self.segments)
+
+    @cached_property
+    def varlen_segments(self) -> Segments:
+        """What varlen attention needs to know of a row of several examples."""
+        return make_segments(self.branch_lengths, self.sources.device)
 
     def to(self, device: torch.device) -> "PackedBatch":
         def move(value: torch.Tensor) -> torch.Tensor:

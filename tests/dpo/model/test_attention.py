@@ -1,9 +1,13 @@
 """Attention in rows that hold several examples."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny_models import EXACT, EXAMPLES, make_examples, sums_of_logps, tiny
 from torch._dynamo.testing import CompileCounter
+from torch.nn.attention import flex_attention as torch_flex_attention
 
 from dpo.model import attention
 from dpo.model.attention import (
@@ -15,7 +19,7 @@ from dpo.model.attention import (
     use_attention,
 )
 from dpo.model.loading import recompute_activations
-from dpo.model.logps import ResponseLogps
+from dpo.model.logps import ResponseLogps, has_separate_head
 from dpo.model.packing import LAYOUTS
 
 
@@ -167,3 +171,74 @@ def test_rows_are_filled_to_whole_blocks_two_at_least(name):
     assert {tuple(inputs[key].shape) for key in row.inputs} == {(1, length)}
     assert inputs["attention_mask"].seq_lengths == (length, length)
     assert inputs["input_ids"][0, : row.n_tokens].tolist() == row.inputs["input_ids"][0].tolist()
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Compile flex attention to what torch computes without a compiler, and count the compilations."""
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(torch_flex_attention.flex_attention, fullgraph=True, backend=counter)
+    monkeypatch.setattr(attention, "compiled_flex_attention", lambda: compiled)
+    return counter
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPTNeoX", "Gemma2", "Qwen3"])
+def test_flex_attention_has_the_log_probabilities_of_the_padded_layout(name, graphs):
+    """Grouped queries (Llama), none (GPTNeoX), capped scores and another scale (Gemma2), three heads (Qwen3)."""
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1} if name == "Qwen3" else {}
+    module = ResponseLogps.wrap(tiny(name, **heads))
+    before, padded = module.model.config._attn_implementation, sums_of_logps(module, EXAMPLES, "padded")
+    use_attention(module.model, "flex_attention")
+    torch.testing.assert_close(sums_of_logps(module, EXAMPLES, "shared_prefix"), padded, rtol=1e-5, atol=1e-5)
+    assert graphs.frame_count == 1
+    use_attention(module.model, "sdpa")
+    assert module.model.config._attn_implementation == before
+
+
+def test_flex_attention_is_compiled_once_for_policy_and_reference_and_keeps_no_batch(graphs, monkeypatch):
+    """Once more for other lengths, and each time with and without gradients."""
+    monkeypatch.setattr(torch_flex_attention, "_validate_device", lambda *states: None)  # refuses gradients on a CPU
+    module, kept, compiled = ResponseLogps.wrap(tiny("Llama")), [], []
+    use_attention(module.model, "flex_attention")
+    for n in range(3, 8):  # in rows of 384, 384, 512, 640 and 768 tokens
+        batch = LAYOUTS["shared_prefix"].pack(make_examples([(40 + n, 30, 20)] * n))
+        for training in (False, True):
+            with torch.set_grad_enabled(training):
+                logps = module.train(training)(batch)
+        logps.sum().backward()
+        mask = batch.flex_inputs["attention_mask"]
+        kept += [weakref.ref(each) for each in (batch.segments, mask, mask.kv_indices, batch.flex_inputs["input_ids"])]
+        compiled.append(graphs.frame_count)
+        del batch, mask, logps
+    gc.collect()
+    assert not any(each() is not None for each in kept)
+    assert compiled == [2, 2, 4, 4, 4]
+
+
+def test_compiled_layers_call_flex_attention_outside_of_their_graphs(graphs):
+    module = ResponseLogps.wrap(tiny("Llama"))
+    expected = sums_of_logps(module, EXAMPLES, "padded")
+    use_attention(module.model, "flex_attention")
+    layers = CompileCounter()
+    for layer in module.model.model.layers:
+        layer.compile(backend=layers, dynamic=True)
+    torch.testing.assert_close(sums_of_logps(module, EXAMPLES, "shared_prefix"), expected, rtol=1e-5, atol=1e-5)
+    assert graphs.frame_count == 1 and layers.frame_count > 0
+
+
+@pytest.mark.parametrize("kind", ["varlen", "flex_attention", "packed"])
+def test_whether_the_head_is_separate_is_found_without_compiled_layers_and_with_torchs_attention(kind):
+    model, layers = tiny("Llama"), CompileCounter()
+    use_attention(model, kind)
+    for layer in model.model.layers:
+        layer.compile(backend=layers, dynamic=True)
+    assert has_separate_head(model)
+    assert layers.frame_count == 0 and model.config._attn_implementation == kind
+
+
+def test_what_packed_attention_does_not_compute_is_refused():
+    states, mask = states_of([5, 3])
+    branches = attention.BranchLengths(((5, 3),))
+    with pytest.raises(ValueError, match="packed attention has no softcap"):
+        attention.packed_attention(torch.nn.Identity(), *states, mask, branches, softcap=1.0)

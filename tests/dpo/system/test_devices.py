@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from dpo.model.attention import attention_kinds
+from dpo.model.attention import attention_kinds, half_precision_kinds
 from dpo.system import devices
 from dpo.system.devices import DeviceFacts, float32_products, has_bfloat16, pick_device, read_facts
 
@@ -47,6 +47,14 @@ DECISIONS = {
 def test_what_a_device_computes_in_is_decided_by_its_facts(name):
     facts = DEVICES[name]
     assert (has_bfloat16(facts), float32_products(facts), attention_kinds(facts)) == DECISIONS[name]
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_torchs_kernel_for_any_lengths_is_tried_in_16_bits_on_gpus_that_have_bfloat16(name):
+    facts = DEVICES[name]
+    varlen = ["varlen"] if facts.kind == "cuda" and name != "T4" else []
+    assert half_precision_kinds(facts, torch.bfloat16) == half_precision_kinds(facts, torch.float16) == varlen
+    assert half_precision_kinds(facts, torch.float32) == []
 
 
 @pytest.mark.parametrize("avx512, amx", [(False, False), (True, False), (False, True)])
