@@ -5,10 +5,11 @@ import re
 
 import pytest
 import torch
+import varlen_kernel
 from tiny_models import EXACT, EXAMPLES, NOT_EXACT, make_examples, mask_responses, sums_of_logps, tiny
 
-from dpo.model import layout_check
-from dpo.model.attention import use_attention
+from dpo.model import layout_check, varlen
+from dpo.model.attention import KINDS, use_attention
 from dpo.model.layout_check import choose_layout
 from dpo.model.logps import ResponseLogps
 from dpo.model.packing import make_microbatches
@@ -165,3 +166,102 @@ def test_a_check_that_was_made_before_is_not_repeated():
     policy.register_forward_pre_hook(lambda *_: pytest.fail("computed"))
     assert choose_layout(policy, EXAMPLES, "shared_prefix", 64, torch.float32, known) == known
     assert policy.model.config._attn_implementation == known.attention
+
+
+# Kernels of 16 bits
+
+
+def kind_chosen_for(model, monkeypatch, dtype=torch.bfloat16, kinds=("varlen", "packed")):
+    """The kind of attention that is chosen on a device with these kinds."""
+    monkeypatch.setattr(layout_check, "attention_kinds", lambda facts: list(kinds))
+    return choose_layout(ResponseLogps.wrap(model), EXAMPLES, "shared_prefix", 64, dtype).attention
+
+
+def hide(shape, n):
+    """The keys after a query, causal from the end of the keys, and n more or fewer."""
+    return torch.ones(shape, dtype=torch.bool).triu(shape[2] - shape[1] + 1 + n)
+
+
+def causal_from_the_start(shape):
+    return hide(shape, shape[1] - shape[2])
+
+
+def without_the_first_key(shape):
+    """Of the rows of the long example: one key of sixty is hidden from one query."""
+    hidden = hide(shape, 0)
+    hidden[:, -1, 0] = shape[1] > 40
+    return hidden
+
+
+def with_the_next_key(shape):
+    return hide(shape, 1)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Qwen3"])
+def test_a_kernel_that_rounds_is_used(name, stored, monkeypatch):
+    assert kind_chosen_for(tiny(name).to(stored), monkeypatch) == "varlen"
+
+
+@pytest.mark.parametrize("wrong", [causal_from_the_start, without_the_first_key, with_the_next_key])
+def test_a_kernel_that_hides_or_shows_another_key_is_not_used(wrong, monkeypatch, capsys):
+    def weights_of(q, k, scale):
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+        return scores.masked_fill(wrong(scores.shape), -torch.inf).softmax(-1)
+
+    monkeypatch.setattr(varlen_kernel, "weights_of", weights_of)
+    assert kind_chosen_for(tiny("Llama"), monkeypatch) == "packed"
+    assert "the output of its kernel differs from that of exact attention" in capsys.readouterr().out
+
+
+def steeper(states):
+    """The same numbers, with a gradient that is too large by a fifth."""
+    return states + 0.2 * (states - states.detach())
+
+
+@pytest.mark.parametrize(
+    "what, distort",
+    {
+        "output": lambda q, k, v: (1.2 * q, k, v),  # as by another scale
+        "values' gradient": lambda q, k, v: (q, k, steeper(v)),
+        "queries' gradient": lambda q, k, v: (steeper(q), k, v),
+        "keys' gradient": lambda q, k, v: (q, steeper(k), v),
+        "output ": lambda q, k, v: (q, k.flip(1), v.flip(1)),  # heads in another order
+    }.items(),
+)
+def test_a_kernel_that_is_wrong_in_16_bits_in_another_way_is_not_used(what, distort, monkeypatch, capsys):
+    attend = varlen.varlen_attention
+
+    def distorted(module, query, key, value, mask, **options):
+        if varlen.attention_dtype(value) != torch.float32:
+            query, key, value = distort(query, key, value)
+        return attend(module, query, key, value, mask, **options)
+
+    monkeypatch.setitem(KINDS, "varlen", distorted)
+    assert kind_chosen_for(tiny("Llama"), monkeypatch) == "packed"
+    assert f"the {what.strip()} of its kernel differs from that of exact attention" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype, kind", [(torch.bfloat16, "varlen"), (torch.float32, "packed")])
+def test_a_kernel_that_fits_the_gpu_in_16_bits_alone_is_used_in_16_bits(dtype, kind, monkeypatch, capsys):
+    def too_large(*args):
+        raise RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376")
+
+    monkeypatch.setattr(varlen, "exact_attention", too_large)
+    assert kind_chosen_for(tiny("Llama"), monkeypatch, dtype) == kind
+    assert "shared memory" in capsys.readouterr().out
+
+
+def test_what_a_model_computes_itself_is_tried_last_where_torchs_attention_cannot_compute_it(monkeypatch, capsys):
+    """Gemma 2 caps its scores, which the kernel refuses."""
+    model = tiny("Gemma2")
+    assert kind_chosen_for(model, monkeypatch) == "eager"
+    assert "varlen attention has no softcap" in capsys.readouterr().out
+    module = ResponseLogps.wrap(model)
+    padded, shared = (sums_of_logps(module, EXAMPLES, layout) for layout in ("padded", "shared_prefix"))
+    torch.testing.assert_close(padded, shared, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_smaller_than_the_longest_example_is_refused(monkeypatch):
+    assert kind_chosen_for(tiny("Mistral", sliding_window=48), monkeypatch) == "sdpa"  # the padded layout
+    assert kind_chosen_for(tiny("Mistral", sliding_window=64), monkeypatch) == "varlen"
