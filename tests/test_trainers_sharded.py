@@ -9,6 +9,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import build as build_module
 from build import build_trainer, load_inputs
+from dpo.distributed import sharding
 from dpo.distributed.process_group import ProcessGroup
 from dpo.distributed.sharding import reshard, whole_tensors
 from dpo.runs.run_dir import RunDir
@@ -341,3 +343,55 @@ def test_each_rank_holds_its_share_of_weights_and_optimizer(sharded, make_traine
     total, held = bytes_held(trainer), json.loads((folder / "held.json").read_text())
     report(f"weights and RMSprop's state: {total:,} bytes on one process, {held} on {n}")
     assert len(held) == n and max(held) < 1.1 * total / n
+
+
+# Layers gathered in bfloat16, as on GPUs
+
+
+def one_update(trainer) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.dtype]]:
+    """Return log-probabilities and gradient of one microbatch after an evaluation, and the dtypes of some outputs."""
+    move(trainer.policy)
+    trainer.evaluate()
+    batch = next(trainer.packer(next(iter(trainer.train_batches)).examples[:3]))
+    dtypes = {}
+
+    def watch(name: str) -> None:
+        def keep(module, inputs, output) -> None:
+            dtypes[name] = output.dtype
+
+        trainer.policy.model.get_submodule(name).register_forward_hook(keep)
+
+    for name in ("transformer.wte", "transformer.h.0.ln_1", "transformer.h.0.attn.c_attn", "transformer.h.1"):
+        watch(name)
+    with trainer.autocast():
+        tokens = trainer.policy(batch)
+        tokens.sum().backward()
+    gradients = [parameter.grad for parameter in trainer.policy.trained_parameters()]
+    whole = [g.full_tensor() if isinstance(g, DTensor) else g for g in gradients]
+    return tokens.detach(), torch.cat([gradient.flatten() for gradient in whole]), dtypes
+
+
+def gather_in_bfloat16(rank: int, n: int, folder: Path) -> None:
+    """Write what n ranks compute, each the same microbatch, with the precision that a mesh of GPUs would get."""
+    ranks, precision = ProcessGroup(torch.device("cpu"), timedelta(seconds=60)), sharding.mixed_precision
+    sharding.mixed_precision = lambda mesh, dtype: precision(SimpleNamespace(device_type="cuda"), dtype)
+    for name in ("sharded", "replicated"):
+        ddp = name == "replicated"
+        ranks.init_mesh(n if ddp else 1)
+        trainer = build(folder / name, ranks, *TINY, *PLAIN, "precision=bfloat16", "trainer=FSDPTrainer", f"ddp={ddp}")
+        result = one_update(trainer)
+        if rank == 0:
+            torch.save(result, folder / f"{name}.pt")
+    ranks.close()
+
+
+def test_layers_gathered_in_bfloat16_compute_the_bits_of_one_device(make_trainer, tmp_path):
+    """Hidden states between layers stay in float32, also where an evaluation has left the embeddings gathered."""
+    run_ranks(2, gather_in_bfloat16, tmp_path)
+    logps, gradient, dtypes = one_update(make_trainer(*PLAIN, "precision=bfloat16"))
+    assert dtypes.pop("transformer.h.0.attn.c_attn") == torch.bfloat16 and set(dtypes.values()) == {torch.float32}
+    for name in ("sharded", "replicated"):
+        found, its_gradient, its_dtypes = torch.load(tmp_path / f"{name}.pt")
+        assert torch.equal(found, logps) and its_dtypes.pop("transformer.h.0.attn.c_attn") == torch.bfloat16
+        assert its_dtypes == dtypes
+        assert (its_gradient - gradient).norm() < 1e-6 * gradient.norm()

@@ -3,6 +3,7 @@
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -32,7 +33,7 @@ def shard(
     weights: Weights,
     split: Split = lambda modules: None,
 ) -> ResponseLogps:
-    """Shard a module's parameters in place: each layer separately, then the rest (embeddings, norm and head).
+    """Shard a module's parameters in place: each layer separately, then the rest (embeddings, norms and head).
 
     mesh has the dimensions replicate and shard, and perhaps others. Within shard, every rank holds a part of each
     parameter, and gathers a layer to compute it. Over replicate, such groups repeat. With shard of size 1, every rank
@@ -40,20 +41,33 @@ def shard(
 
     Each layer gets its weights right before it is sharded, so that a rank holds at most one whole layer. split may
     divide the modules of a layer over further dimensions of the mesh.
+
+    If layers are gathered in 16 bits, the rest is gathered as it is stored, and so are the norms of layers, with it:
+    what autocast does not cast on one device either. So hidden states between layers have the dtype that they have
+    there, and so does the first parameter, by which autocast is turned on, whether it is gathered or not.
     """
-    options: dict[str, Any] = {"mesh": mesh["replicate", "shard"], "mp_policy": mixed_precision(mesh, dtype)}
+    options: dict[str, Any] = {"mesh": mesh["replicate", "shard"]}
     apply: Any = fully_shard
     if mesh["shard"].size() == 1 and mesh["replicate"].size() > 1:
         apply, options["mesh"] = replicate, mesh["replicate"]
     elif mesh["replicate"].size() == 1:
         options["mesh"] = mesh["shard"]
+    precision = mixed_precision(mesh, dtype)
     done: set[nn.Module] = set()
+    norms = nn.ModuleList()
     for part in (*layers(module.model, block_name), module):
         new = [each for each in part.modules() if each not in done]
         done.update(new)
         set_weights(new, weights)
         split(new)
-        apply(part, **options)
+        if part is not module:
+            own = [each for each in new if is_norm(each)] if precision.param_dtype else []
+            norms.extend(own)
+            others = {parameter for norm in own for parameter in norm.parameters()}
+            apply(part, mp_policy=precision, ignored_params=others, **options)
+    module.norms = norms  # so that fully_shard finds them beside the layers, which it passes over
+    apply(module, mp_policy=replace(precision, param_dtype=None), **options)
+    del module.norms
     # Sampling calls generate instead of forward, so FSDP must gather there too. All ranks sample the same texts;
     # synced_gpus keeps each of them computing, and so gathering, until all are done.
     generate: Any = module.model.generate
@@ -124,10 +138,17 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
-def mixed_precision(mesh: DeviceMesh, dtype: torch.dtype) -> MixedPrecisionPolicy:
-    """Choose how parameters are gathered: on GPUs in the dtype of the computation, with gradients summed in float32.
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module holds vectors and nothing else."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not list(module.children()) and all(each.dim() == 1 for each in parameters)
 
-    On a CPU they are gathered in float32, since gloo has no bfloat16, and autocast casts them as on one device.
+
+def mixed_precision(mesh: DeviceMesh, dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Choose how layers are gathered: on GPUs in the dtype of the computation, with gradients summed in float32.
+
+    On a CPU they are gathered in float32, since gloo has no bfloat16, and autocast casts them as on one device. It
+    keeps its casts of all layers until the end of an update, which is too much for the memory of a GPU.
     """
     if mesh.device_type == "cpu" or dtype == torch.float32:
         return MixedPrecisionPolicy()
