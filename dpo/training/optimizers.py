@@ -9,21 +9,31 @@ picks one of the two neighbours so that the mean of the result is the exact numb
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from types import MethodType
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from dpo.distributed.sharding import local_part
 from dpo.model.logps import ResponseLogps
 from dpo.settings.schema import Settings
 from dpo.system.errors import summarize_error
 
-CHUNK = {"cpu": 2**20, "mps": 2**22, "cuda": 2**24}  # weights updated at a time, with about seven float32 temporaries
+T = TypeVar("T")
+
+# bfloat16 weights that are updated at a time, with up to 13 float32 temporaries
+CHUNK = {"cpu": 2**20, "mps": 2**21, "cuda": 2**23}
+# Bytes of float32 parameters that are updated at a time. On a GPU, torch updates lists of tensors with few kernels
+# (foreach), and one to four temporaries of each tensor. A kernel takes up to 84 or 587 MB, depending on the version of
+# CUDA, so that more at a time would hardly save any.
+PART_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ def make_optimizer(
     groups = decay_groups(parameters, options.weight_decay)
     if name != "AdamW8bit" and any(parameter.dtype == torch.bfloat16 for parameter in parameters):
         return StochasticRoundingOptimizer(partial(kind, **options.arguments), groups, lr)
-    return kind(groups, lr=lr, **options.arguments)
+    return step_in_parts(kind(groups, lr=lr, **options.arguments))
 
 
 def stepped_optimizer(settings: Settings, policy: ResponseLogps) -> Optimizer:
@@ -109,7 +119,44 @@ def make_muon(parameters: Sequence[Parameter], lr: float, options: OptimizerOpti
     muon = torch.optim.Muon(decay_groups(matrices, options.weight_decay), lr=lr, **arguments)
     if not others:  # an adapter has only matrices
         return CombinedOptimizer([muon])
-    return CombinedOptimizer([muon, torch.optim.AdamW(decay_groups(others, options.weight_decay), lr=lr)])
+    adamw = torch.optim.AdamW(decay_groups(others, options.weight_decay), lr=lr)
+    return CombinedOptimizer([muon, step_in_parts(adamw)])
+
+
+def step_in_parts(optimizer: Optimizer) -> Optimizer:
+    """Let an optimizer, whose updates of parameters do not depend on each other, update PART_BYTES at a time.
+
+    The numbers and the state stay the same. Returns the optimizer.
+    """
+    step_all = type(optimizer).step
+
+    def step(self: Optimizer, closure: None = None) -> None:
+        assert closure is None
+        groups = self.param_groups
+        try:
+            for group in groups:
+                for part in in_parts(group["params"], lambda parameter: local_part(parameter).nbytes, PART_BYTES):
+                    self.param_groups = [group | {"params": part}]
+                    step_all(self)
+        finally:
+            self.param_groups = groups
+
+    optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]  # its class stays torch's own
+    return optimizer
+
+
+def in_parts(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Divide items, in their order, into lists of sizes up to `limit`, or of a single larger item."""
+    part: list[T] = []
+    total = 0
+    for item in items:
+        if part and total + size(item) > limit:
+            yield part
+            part, total = [], 0
+        part.append(item)
+        total += size(item)
+    if part:
+        yield part
 
 
 def optimizer_problems(settings: Settings) -> list[str]:
@@ -156,53 +203,80 @@ class CombinedOptimizer(Optimizer):
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
+class Piece(NamedTuple):
+    """A parameter, or some rows of a large one."""
+
+    parameter: Parameter
+    rows: slice
+
+    def of(self, values: Tensor) -> Tensor:
+        """The rows of a tensor with one number per weight."""
+        return torch.atleast_1d(values.detach())[self.rows]
+
+    def size(self) -> int:
+        return self.of(self.parameter).numel()
+
+
 class StochasticRoundingOptimizer(Optimizer):
     """An elementwise optimizer of torch.optim that computes in float32 and rounds the results stochastically.
 
-    Weights and moments stay in the parameters' dtype, with float32 copies of one chunk at a time. The noise comes from
-    the global generator of each parameter's device, so that a run that restores its state continues bit for bit.
-    float32 parameters are updated as by torch.optim.
+    Weights and moments stay in the parameters' dtype, with float32 copies of up to CHUNK weights at a time, of rows of
+    one parameter or of many parameters. The noise comes from the global generator of each parameter's device, so that a
+    run that restores its state continues bit for bit. float32 parameters are updated as by torch.optim.
     """
 
     def __init__(self, kind: Callable[..., Optimizer], parameters: Iterable[Any], lr: float):
-        self.make_inner = lambda proxy: kind([proxy], lr=lr)
-        super().__init__(parameters, self.make_inner(torch.zeros(1)).defaults)
+        self.make_inner = lambda copies: kind(copies, lr=lr)
+        super().__init__(parameters, self.make_inner([torch.zeros(1)]).defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # takes no closure
         assert closure is None, "a closure would need gradients in float32"
+        after: dict[Parameter, dict[str, Any]] = defaultdict(dict)
         for group in self.param_groups:
             options = {key: value for key, value in group.items() if key != "params"}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_parameter(parameter, options)
+            pieces = [piece for parameter in group["params"] if parameter.grad is not None for piece in cut(parameter)]
+            for part in in_parts(pieces, Piece.size, CHUNK[pieces[0].parameter.device.type] if pieces else 0):
+                self._step_pieces(part, options, after)
+        for parameter, state in after.items():  # not before, since all pieces of a parameter need its old counters
+            self.state[parameter].update(state)
 
-    def _step_parameter(self, parameter: Parameter, options: dict[str, Any]) -> None:
-        """Update a parameter chunk by chunk, each by a new inner optimizer with its slice of the state."""
-        weights, gradients = torch.atleast_1d(parameter.detach()), torch.atleast_1d(parameter.grad)
-        state = self.state[parameter]  # empty before the first step
-        moments = {key: value for key, value in state.items() if has_shape(value, weights.shape)}
-        counters = {key: value for key, value in state.items() if key not in moments}  # the same for every chunk
-        n_rows = max(1, CHUNK[weights.device.type] * len(weights) // max(1, weights.numel()))
-        after: dict[str, Any] = {}
-        for start in range(0, len(weights), n_rows):
-            rows = slice(start, start + n_rows)
-            proxy = weights[rows].float()
-            proxy.grad = gradients[rows].float()
-            inner = self.make_inner(proxy)
-            inner.param_groups[0].update(options)
-            if state:
-                inner.state[proxy] = {key: value[rows].float() for key, value in moments.items()}
-                inner.state[proxy] |= copy.deepcopy(counters)
-            inner.step()
-            weights[rows] = round_to(proxy, weights.dtype)
-            for key, value in inner.state[proxy].items():
-                if has_shape(value, proxy.shape):
-                    after.setdefault(key, moments.get(key, torch.empty_like(weights)))
-                    after[key][rows] = round_to(value, weights.dtype)
+    def _step_pieces(
+        self, pieces: Sequence[Piece], options: dict[str, Any], after: dict[Parameter, dict[str, Any]]
+    ) -> None:
+        """Update pieces of parameters by a new inner optimizer of float32 copies; `after` gets the new states."""
+        weights = [piece.of(piece.parameter) for piece in pieces]
+        copies = in_float32(weights)
+        inner = self.make_inner(copies)
+        inner.param_groups[0].update(options)
+        gradients = in_float32([piece.of(each.grad) for piece in pieces if (each := piece.parameter).grad is not None])
+        for copied, gradient in zip(copies, gradients, strict=True):
+            copied.grad = gradient
+        moments = []
+        for piece, copied in zip(pieces, copies, strict=True):
+            for key, value in self.state[piece.parameter].items():
+                if has_shape(value, torch.atleast_1d(piece.parameter).shape):
+                    moments.append((copied, key, piece.of(value)))
                 else:
-                    after[key] = value
-        state.update(after)
+                    inner.state[copied][key] = value.clone() if isinstance(value, Tensor) else value
+        for (copied, key, _), value in zip(moments, in_float32([rows for *_, rows in moments]), strict=True):
+            inner.state[copied][key] = value
+        inner.step()
+
+        targets, values = [], []
+        for piece, rows, copied in zip(pieces, weights, copies, strict=True):
+            state, new = self.state[piece.parameter], after[piece.parameter]
+            targets.append(rows)
+            values.append(copied)
+            for key, value in inner.state[copied].items():
+                if not has_shape(value, copied.shape):
+                    new[key] = value
+                    continue
+                if key not in new:
+                    new[key] = state[key] if key in state else torch.empty_like(torch.atleast_1d(piece.parameter))
+                targets.append(piece.of(new[key]))
+                values.append(value)
+        store(values, targets)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state without torch.optim's casts, which would round counters to the parameters' dtype."""
@@ -222,9 +296,31 @@ def has_shape(value: Any, shape: torch.Size) -> bool:
     return isinstance(value, Tensor) and value.shape == shape
 
 
-def round_to(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert float32 values to a parameter's dtype, with stochastic rounding to bfloat16."""
-    return stochastic_round(values) if dtype == torch.bfloat16 else values.to(dtype)
+def cut(parameter: Parameter) -> Iterator[Piece]:
+    """Cut a parameter into pieces of up to CHUNK weights."""
+    length = len(torch.atleast_1d(parameter))
+    n_rows = max(1, CHUNK[parameter.device.type] * length // max(1, parameter.numel()))
+    for start in range(0, length, n_rows):
+        yield Piece(parameter, slice(start, start + n_rows))
+
+
+def in_float32(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors to float32, on a GPU by few kernels."""
+    copies = [torch.empty_like(tensor, dtype=torch.float32) for tensor in tensors]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return copies
+
+
+def store(values: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Write float32 values to targets of the same shapes, with stochastic rounding to those in bfloat16."""
+    flat = [value.flatten() for value, target in zip(values, targets, strict=True) if target.dtype == torch.bfloat16]
+    rounded = iter(stochastic_round(torch.cat(flat)).split([len(each) for each in flat]) if flat else ())
+    results = [
+        next(rounded).view_as(target) if target.dtype == torch.bfloat16 else value
+        for value, target in zip(values, targets, strict=True)
+    ]
+    torch._foreach_copy_(list(targets), results)
 
 
 def stochastic_round(values: Tensor) -> Tensor:

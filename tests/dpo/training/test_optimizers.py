@@ -4,14 +4,19 @@ import copy
 import io
 import sys
 import types
+import weakref
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import TINY, inputs_of, validated
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo.system.errors import UserError
+from dpo.system.state import tensors_in
 from dpo.training import optimizers
 from dpo.training.optimizers import (
     OptimizerOptions,
@@ -188,6 +193,86 @@ def assert_same(a: object, b: object) -> None:
             assert_same(a[key], b[key])
     else:
         assert a == b
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_parameters_at_a_time_get_the_bits_of_each_by_itself(name, monkeypatch):
+    """With its noise, which is drawn for weights and moments of a parameter after another."""
+    results = []
+    for divide in (optimizers.in_parts, lambda items, size, limit: ([item] for item in items)):
+        monkeypatch.setattr(optimizers, "in_parts", divide)
+        torch.manual_seed(0)
+        parameters = [*start(torch.bfloat16, n=128), Parameter(torch.tensor(1.5)), *start(torch.float32, n=128)]
+        optimizer = make_optimizer(name, parameters, 0.1)
+        for _ in range(3):
+            for parameter in parameters[:-1]:
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        results.append((parameters, optimizer.state_dict()))
+    (together, state), (alone, its_state) = results
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+    assert_same(state, its_state)
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, and the bytes of tensors that they allocate and that still live."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts, self.bytes, self.peak = Counter(), {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        known = {tensor.data_ptr() for tensor in tensors_in([*args, kwargs or {}])}
+        results = function(*args, **(kwargs or {}))
+        self.counts[function.overloadpacket.__name__] += 1
+        for tensor in tensors_in(results):
+            if (key := tensor.data_ptr()) not in known and key not in self.bytes:
+                self.bytes[key] = tensor.nbytes
+                weakref.finalize(tensor, self.bytes.pop, key)
+        self.peak = max(self.peak, sum(self.bytes.values()))
+        return results
+
+
+FOREACH = OptimizerOptions({"foreach": True})  # as on a GPU by default: lists of tensors are updated together
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_needs_temporaries_of_a_few_parameters_at_a_time_and_computes_the_same(name, monkeypatch):
+    """8 parameters of 1 KB in parts of 2 KB; at once, the smallest optimizers but SGD need 8 KB more."""
+    results = []
+    for limit in (2**20, 2**11):
+        monkeypatch.setattr(optimizers, "PART_BYTES", limit)
+        parameters = [Parameter(torch.linspace(-1, i, 256)) for i in range(8)]
+        optimizer = make_optimizer(name, parameters, 0.1, replace(FOREACH, weight_decay=0.1))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = parameter.detach().cos()
+            with Operations() as operations:
+                optimizer.step()
+            scheduler.step()
+        results.append((parameters, optimizer.state_dict(), operations.peak))
+    (whole, state, peak), (parts, state_of_parts, peak_of_parts) = results
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert_same(state, state_of_parts)
+    assert peak >= 8 * 1024 * (name != "SGD") and peak_of_parts <= 0.3 * peak
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_bfloat16_parameters_take_no_more_kernels(name):
+    """Views, allocations and counters on the host are not kernels."""
+    counts = []
+    for n in (10, 20):
+        parameters = [Parameter(torch.ones(8, 8, dtype=torch.bfloat16)) for _ in range(n)]
+        optimizer = make_optimizer(name, parameters, 1e-3, FOREACH)
+        for _ in range(2):
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+            with Operations() as operations:
+                optimizer.step()
+        on_host = ("detach", "slice", "view", "empty_like", "clone", "_local_scalar_dense", "lift_fresh", "full_like")
+        counts.append({key: value for key, value in operations.counts.items() if key not in on_host})
+    assert counts[0] == counts[1] and sum(counts[0].values()) < 40
 
 
 @pytest.mark.parametrize("name", NAMES)
