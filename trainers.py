@@ -623,6 +623,8 @@ class FSDPTrainer(BasicTrainer):
         assert isinstance(ranks, ProcessGroup)
         has_weights = ranks.run_on_main(lambda: not any(parameter.is_meta for parameter in module.parameters()))
         weights = weights_of_main(torch.device(ranks.device_type)) if has_weights else no_weights
+        if settings.lora is not None and settings.lora.use_dora:
+            dtype = module.model.dtype  # autocast does not cast the weights whose norms DoRA computes
         return shard(module, ranks.mesh, dtype, settings.model.block_name, weights, split)
 
     copy = staticmethod(without_weights)

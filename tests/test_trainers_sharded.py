@@ -374,7 +374,7 @@ def one_update(trainer) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.dty
 def gather_in_bfloat16(rank: int, n: int, folder: Path) -> None:
     """Write what n ranks compute, each the same microbatch, with the precision that a mesh of GPUs would get."""
     ranks, precision = ProcessGroup(torch.device("cpu"), timedelta(seconds=60)), sharding.mixed_precision
-    sharding.mixed_precision = lambda mesh, dtype: precision(SimpleNamespace(device_type="cuda"), dtype)
+    sharding.mixed_precision = lambda mesh, *dtypes: precision(SimpleNamespace(device_type="cuda"), *dtypes)
     for name in ("sharded", "replicated"):
         ddp = name == "replicated"
         ranks.init_mesh(n if ddp else 1)
@@ -382,6 +382,9 @@ def gather_in_bfloat16(rank: int, n: int, folder: Path) -> None:
         result = one_update(trainer)
         if rank == 0:
             torch.save(result, folder / f"{name}.pt")
+    ranks.init_mesh(1)
+    dora = (*LORA, "lora.use_dora=true", "precision=bfloat16", "trainer=FSDPTrainer")
+    build(folder / "dora", ranks, *TINY, *dora)  # which compares the policy with the reference
     ranks.close()
 
 

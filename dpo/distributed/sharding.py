@@ -52,7 +52,7 @@ def shard(
         apply, options["mesh"] = replicate, mesh["replicate"]
     elif mesh["replicate"].size() == 1:
         options["mesh"] = mesh["shard"]
-    precision = mixed_precision(mesh, dtype)
+    precision = mixed_precision(mesh, module.model.dtype, dtype)
     done: set[nn.Module] = set()
     norms = nn.ModuleList()
     for part in (*layers(module.model, block_name), module):
@@ -144,13 +144,13 @@ def is_norm(module: nn.Module) -> bool:
     return bool(parameters) and not list(module.children()) and all(each.dim() == 1 for each in parameters)
 
 
-def mixed_precision(mesh: DeviceMesh, dtype: torch.dtype) -> MixedPrecisionPolicy:
-    """Choose how layers are gathered: on GPUs in the dtype of the computation, with gradients summed in float32.
+def mixed_precision(mesh: DeviceMesh, stored: torch.dtype, dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Choose how layers are gathered: on GPUs in dtype if they are stored in another, with gradients summed in float32.
 
     On a CPU they are gathered in float32, since gloo has no bfloat16, and autocast casts them as on one device. It
     keeps its casts of all layers until the end of an update, which is too much for the memory of a GPU.
     """
-    if mesh.device_type == "cpu" or dtype == torch.float32:
+    if mesh.device_type == "cpu" or dtype == stored:
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
