@@ -38,6 +38,7 @@ ADAPTERS = {
     "plain": LORA,
     "DoRA, recomputed": (*LORA, "lora.use_dora=true", "activation_checkpointing=true"),
     "of bfloat16 weights": (*LORA, "model.policy_dtype=bfloat16", "precision=bfloat16"),
+    "computed in bfloat16": (*LORA, "precision=bfloat16"),
     "replicated": (*LORA, "ddp=true"),
 }
 EXPERTS = (*UNEVEN, "lora=default", "lora.targets=[q_proj,gate_up_proj,down_proj]")

@@ -68,6 +68,9 @@ def shard(
     module.norms = norms  # so that fully_shard finds them beside the layers, which it passes over
     apply(module, mp_policy=replace(precision, param_dtype=None), **options)
     del module.norms
+    # Autograd sums the gradient of a cast that autocast has kept from an earlier pass too late: once the gradients of
+    # the layer are reduced.
+    module.register_forward_pre_hook(lambda *arguments: torch.clear_autocast_cache())
     # Sampling calls generate instead of forward, so FSDP must gather there too. All ranks sample the same texts;
     # synced_gpus keeps each of them computing, and so gathering, until all are done.
     generate: Any = module.model.generate
@@ -148,7 +151,7 @@ def mixed_precision(mesh: DeviceMesh, stored: torch.dtype, dtype: torch.dtype) -
     """Choose how layers are gathered: on GPUs in dtype if they are stored in another, with gradients summed in float32.
 
     On a CPU they are gathered in float32, since gloo has no bfloat16, and autocast casts them as on one device. It
-    keeps its casts of all layers until the end of an update, which is too much for the memory of a GPU.
+    keeps its casts of all layers during a pass, which may be too much for a GPU.
     """
     if mesh.device_type == "cpu" or dtype == stored:
         return MixedPrecisionPolicy()
