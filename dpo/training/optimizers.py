@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ from dpo.distributed.sharding import local_part
 from dpo.model.logps import ResponseLogps
 from dpo.settings.schema import Settings
 from dpo.system.errors import summarize_error
-
-T = TypeVar("T")
+from dpo.system.state import in_parts
 
 # bfloat16 weights that are updated at a time, with up to 13 float32 temporaries
 CHUNK = {"cpu": 2**20, "mps": 2**21, "cuda": 2**23}
@@ -143,20 +142,6 @@ def step_in_parts(optimizer: Optimizer) -> Optimizer:
 
     optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]  # its class stays torch's own
     return optimizer
-
-
-def in_parts(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
-    """Divide items, in their order, into lists of sizes up to `limit`, or of a single larger item."""
-    part: list[T] = []
-    total = 0
-    for item in items:
-        if part and total + size(item) > limit:
-            yield part
-            part, total = [], 0
-        part.append(item)
-        total += size(item)
-    if part:
-        yield part
 
 
 def optimizer_problems(settings: Settings) -> list[str]:

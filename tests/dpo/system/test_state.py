@@ -3,9 +3,11 @@
 import random
 
 import numpy as np
+import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
+from dpo.system import state
 from dpo.system.state import copy_to_host, random_states, set_random_states, size_of
 
 
@@ -57,6 +59,53 @@ def test_a_copy_of_a_tensor_made_of_others_copies_these():
     source.a += 1
     source.b += 1
     assert type(copied) is TwoTensor and copied.a.tolist() == [1, 1] and copied.b.tolist() == [0, 0]
+
+
+class Queue:
+    """Copies that a GPU makes at once, or as late as it may: when the host waits for an event after them."""
+
+    def __init__(self, monkeypatch, late):
+        copies, copy, empty = [], torch.Tensor.copy_, torch.empty
+
+        class Event:
+            def record(self):
+                self.n = len(copies)
+
+            def synchronize(self):
+                for i, pair in enumerate(copies[: self.n]):
+                    if pair is not None:
+                        copy(*pair)
+                    copies[i] = None
+
+        def enqueue(target, source, non_blocking=False):
+            return copies.append((target, source)) if non_blocking and late else copy(target, source)
+
+        def allocate(*shape, pin_memory=False, **options):
+            self.pinned += [*shape] * pin_memory
+            return empty(*shape, **options)
+
+        self.pinned = []
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(torch.Tensor, "copy_", enqueue)
+        monkeypatch.setattr(torch, "empty", allocate)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_copy_from_a_gpu_is_whole_when_it_returns_and_goes_through_two_small_pinned_buffers(late, monkeypatch):
+    """Buffers of 64 bytes for tensors from 0 to 480 bytes, of several dtypes, and one that is not contiguous."""
+    generator = torch.Generator().manual_seed(0)
+    shapes, dtypes = [(5,), (), (3, 40), (0,), (2, 2, 2), (17,), (64,)], (torch.float32, torch.bfloat16, torch.int64)
+    source = [(100 * torch.rand(shape, generator=generator)).to(dtype) for shape in shapes for dtype in dtypes]
+    expected = [tensor.clone() for tensor in source]
+    queue = Queue(monkeypatch, late)
+    monkeypatch.setattr(state, "STAGING_BYTES", 64)
+    copied = copy_to_host({"all": source, "transposed": source[6].T, "again": source[6]}, {})
+    for tensor in source:
+        tensor.zero_()
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(copied["all"], expected, strict=True))
+    assert torch.equal(copied["transposed"], expected[6].T) and copied["again"] is copied["all"][6]
+    assert queue.pinned == [64, 64]
 
 
 def test_tensors_are_counted_once():
