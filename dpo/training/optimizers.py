@@ -30,7 +30,7 @@ from dpo.system.state import in_parts
 # bfloat16 weights that are updated at a time, with up to 13 float32 temporaries
 CHUNK = {"cpu": 2**20, "mps": 2**21, "cuda": 2**23}
 # Bytes of float32 parameters that are updated at a time. On a GPU, torch updates lists of tensors with few kernels
-# (foreach), and one to four temporaries of each tensor. A kernel takes up to 84 or 587 MB, depending on the version of
+# (foreach), and one to three temporaries of each tensor. A kernel takes up to 84 or 587 MB, depending on the version of
 # CUDA, so that more at a time would hardly save any.
 PART_BYTES = 2**28
 
