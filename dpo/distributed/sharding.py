@@ -42,9 +42,9 @@ def shard(
     Each layer gets its weights right before it is sharded, so that a rank holds at most one whole layer. split may
     divide the modules of a layer over further dimensions of the mesh.
 
-    If layers are gathered in 16 bits, the rest is gathered as it is stored, and so are the norms of layers, with it:
-    what autocast does not cast on one device either. So hidden states between layers have the dtype that they have
-    there, and so does the first parameter, by which autocast is turned on, whether it is gathered or not.
+    Where layers are gathered in 16 bits, autocast's casts are saved. It does not cast embeddings and norms, so these
+    are gathered as they are stored, those of layers with the rest. So hidden states between layers have the dtype that
+    they have on one device, and so does the first parameter, by which autocast is turned on, gathered or not.
     """
     options: dict[str, Any] = {"mesh": mesh["replicate", "shard"]}
     apply: Any = fully_shard
@@ -148,12 +148,12 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def mixed_precision(mesh: DeviceMesh, stored: torch.dtype, dtype: torch.dtype) -> MixedPrecisionPolicy:
-    """Choose how layers are gathered: on GPUs in dtype if they are stored in another, with gradients summed in float32.
+    """Choose how layers are gathered: on GPUs in 16 bits if they compute so, with gradients summed in float32.
 
     On a CPU they are gathered in float32, since gloo has no bfloat16, and autocast casts them as on one device. It
     keeps its casts of all layers during a pass, which may be too much for a GPU.
     """
-    if mesh.device_type == "cpu" or dtype == stored:
+    if mesh.device_type == "cpu" or dtype in (stored, torch.float32):
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 

@@ -2,6 +2,7 @@
 
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from tiny_models import EXACT, NOT_EXACT, tiny
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from dpo.distributed.sharding import clip_gradient, distinct, layers, set_weights, whole_tensors, without_weights
+from dpo.distributed.sharding import (
+    clip_gradient,
+    distinct,
+    layers,
+    mixed_precision,
+    set_weights,
+    whole_tensors,
+    without_weights,
+)
 from dpo.system.errors import UserError
 
 
@@ -57,6 +66,23 @@ def test_a_model_that_travels_without_its_weights_computes_the_same_once_it_gets
         found, expected = (each(input_ids=ids, use_cache=False).logits for each in (sent, model))
     assert torch.equal(found, expected)
     assert [p.requires_grad for p in sent.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    "device, stored, dtype, gathered",
+    [
+        ("cuda", "float32", "bfloat16", torch.bfloat16),
+        ("cuda", "float32", "float32", None),
+        ("cuda", "bfloat16", "bfloat16", None),
+        ("cuda", "bfloat16", "float32", None),
+        ("cpu", "float32", "bfloat16", None),
+    ],
+)
+def test_layers_are_gathered_as_they_are_stored_unless_a_gpu_computes_in_fewer_bits(device, stored, dtype, gathered):
+    mesh = SimpleNamespace(device_type=device)
+    precision = mixed_precision(mesh, getattr(torch, stored), getattr(torch, dtype))
+    assert precision.param_dtype == gathered
+    assert precision.reduce_dtype == (torch.float32 if gathered else None)
 
 
 def clip_on_two_meshes(rank: int, n: int, folder: Path) -> None:
