@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from composition import compose  # which adds the project's root to the path
@@ -29,6 +29,9 @@ from composition import compose  # which adds the project's root to the path
 from build import build_trainer, load_inputs
 from dpo.runs.run_dir import RunDir
 from dpo.system.devices import peak_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CPU = torch.device("cpu")
 MAX_LENGTH, MAX_PROMPT = 512, 256
@@ -73,25 +76,37 @@ def ours(args: argparse.Namespace, folder: Path, overrides: tuple[str, ...]) -> 
     return Measured(ends[-1] - ends[args.updates - 1], peak_memory(CPU) / 1e9)
 
 
-def trl(args: argparse.Namespace, folder: Path, microbatch: int, **options: Any) -> Measured:
-    """Train with TRL's DPOTrainer."""
+def run_trl(
+    model: "PreTrainedModel",
+    tokenizer: Path,
+    data: Path,
+    pairs: int,
+    microbatch: int,
+    ref_model: "PreTrainedModel | None" = None,
+    peft_config: Any = None,
+    **options: Any,
+) -> list[float]:
+    """Train with TRL's DPOTrainer on rows of data, and return the times at which updates ended.
+
+    pairs are those of an update, options those of DPOConfig.
+    """
     from datasets import load_dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     ends: list[float] = []
 
     class Watch(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as output:
         config = DPOConfig(
             output_dir=output,
             per_device_train_batch_size=microbatch,
-            gradient_accumulation_steps=args.pairs // microbatch,
-            num_train_epochs=2,
-            max_length=MAX_LENGTH,
+            gradient_accumulation_steps=pairs // microbatch,
             learning_rate=1e-6,
             lr_scheduler_type="constant",
             optim="rmsprop",
@@ -100,14 +115,29 @@ def trl(args: argparse.Namespace, folder: Path, microbatch: int, **options: Any)
             report_to="none",
             save_strategy="no",
             logging_strategy="no",
-            use_cpu=True,
             **options,
         )
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        rows = load_dataset("json", data_files=str(folder / "train.jsonl"), split="train", cache_dir=output)
-        trainer = DPOTrainer(model, args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[Watch()])
+        rows = load_dataset("json", data_files=str(data), split="train", cache_dir=output)
+        trainer = DPOTrainer(
+            model,
+            ref_model=ref_model,
+            args=config,
+            train_dataset=rows,
+            processing_class=AutoTokenizer.from_pretrained(tokenizer),
+            peft_config=peft_config,
+            callbacks=[Watch()],
+        )
         trainer.train()
+    return ends
+
+
+def trl(args: argparse.Namespace, folder: Path, microbatch: int, **options: Any) -> Measured:
+    """Train with TRL."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
+    options |= {"num_train_epochs": 2, "max_length": MAX_LENGTH, "use_cpu": True}
+    ends = run_trl(model, args.model, folder / "train.jsonl", args.pairs, microbatch, **options)
     assert len(ends) == 2 * args.updates
     return Measured(ends[-1] - ends[args.updates - 1], peak_memory(CPU) / 1e9)
 

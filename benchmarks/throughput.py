@@ -45,16 +45,35 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 
 
 def make(kind: type[PretrainedConfig], *sizes: int, **others: int) -> PretrainedConfig:
-    """A config with SIZES, others, and 2,048 positions."""
-    return kind.from_dict(dict(zip(SIZES, sizes, strict=True), max_position_embeddings=2048, **others))
+    """A config with SIZES, others, and 4,096 positions."""
+    return kind.from_dict(dict(zip(SIZES, sizes, strict=True), max_position_embeddings=4096, **others))
 
 
 # The operations of addmm_, which torch does not count.
 IN_PLACE = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    "tiny": lambda: make(LlamaConfig, 512, 64, 128, 2, 4, num_key_value_heads=2, tie_word_embeddings=True),
     "smollm2-135m": lambda: make(LlamaConfig, 49152, 576, 1536, 30, 9, num_key_value_heads=3, tie_word_embeddings=True),
+    "llama-3.2-1b": lambda: make(
+        LlamaConfig, 128256, 2048, 8192, 16, 32, num_key_value_heads=8, tie_word_embeddings=True
+    ),
     "pythia-2.8b": lambda: make(GPTNeoXConfig, 50304, 2560, 10240, 32, 32),
+    "llama-3.1-8b": lambda: make(LlamaConfig, 128256, 4096, 14336, 32, 32, num_key_value_heads=8),
 }
+
+
+def draw_examples(
+    n: int, vocabulary: int, max_length: int = 512, max_prompt_length: int = 256, scale: int = 1
+) -> list[TokenizedExample]:
+    """Draw examples with the lengths of real pairs, times scale, and random tokens, truncated as training does it."""
+    rng, lengths = random.Random(0), json.loads(Path(__file__).with_name("hh_lengths.json").read_text())
+    rng.shuffle(lengths)
+    cut = Tokenization(None, max_length, max_prompt_length).truncate  # type: ignore[arg-type]  # truncates alone
+    examples = []
+    for i, triple in enumerate(lengths[:n]):
+        prompt, *responses = ([rng.randrange(vocabulary) for _ in range(scale * length)] for length in triple)
+        examples.append(cut(Ids(prompt, tuple(responses)), TextExample(str(i), ("", ""), "keep_end", i, ""), i))
+    return examples
 
 
 @dataclass
@@ -84,34 +103,15 @@ class Bench:
             config = SHAPES[args.shape]()
             with device:
                 self.policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        self.vocabulary = config.vocab_size
         self.policy.train()
         self.optimizer = torch.optim.RMSprop(self.policy.parameters(), lr=0.0)  # so that every update is the same
         self.references: dict[torch.dtype, ModelReference] = {}
         self.response_logps = ResponseLogps.wrap(self.policy)
         self.compile(self.policy)
-        self.batches = self.make_batches()
+        examples = draw_examples(args.repeats * args.pairs, config.vocab_size, args.max_length, args.max_prompt_length)
+        self.batches = [examples[start : start + args.pairs] for start in range(0, len(examples), args.pairs)]
         self.cached_reference = CachedReference(sum(map(len, self.batches)), 2)
         self.cached_reference.sums.zero_()
-
-    def make_batches(self) -> list[list[TokenizedExample]]:
-        """Draw batches of examples with real lengths and random tokens."""
-        rng, lengths = random.Random(0), json.loads(Path(__file__).with_name("hh_lengths.json").read_text())
-        rng.shuffle(lengths)
-        cut = Tokenization(None, self.args.max_length, self.args.max_prompt_length).truncate  # type: ignore[arg-type]
-        batches = []
-        for b in range(self.args.repeats):
-            triples = lengths[b * self.args.pairs : (b + 1) * self.args.pairs]
-            tokens = [[[rng.randrange(self.vocabulary) for _ in range(n)] for n in triple] for triple in triples]
-            items = [TextExample(f"{b} {i}", ("", ""), "keep_end", i, "") for i in range(len(triples))]
-            first = b * self.args.pairs
-            batches.append(
-                [
-                    cut(Ids(prompt, (chosen, rejected)), item, first + i)
-                    for i, (item, (prompt, chosen, rejected)) in enumerate(zip(items, tokens, strict=True))
-                ]
-            )
-        return batches
 
     def reference(self, dtype: torch.dtype) -> ModelReference:
         """The live reference as training holds it for a dtype; only one at a time is kept."""
