@@ -83,13 +83,15 @@ def measure_missing(cells: Sequence[Cell], folder: Path, deadline: float, comman
 def run_alone(name: str, command: Sequence[str], limit: float) -> tuple[Row | None, str]:
     """Run a cell's command; return its row, None if it did not end within limit seconds, and what it printed.
 
-    All processes share compiled Python files, which not every machine keeps beside the sources.
+    All processes share compiled Python files, which not every machine keeps beside the sources. An error is the last
+    line that a process prints, so nothing is buffered.
     """
-    bytecode = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": f"{tempfile.gettempdir()}/benchmark_bytecode"}
+    variables = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONUNBUFFERED": "1"}
+    variables["PYTHONPYCACHEPREFIX"] = f"{tempfile.gettempdir()}/benchmark_bytecode"
     start = time.monotonic()
     process = subprocess.Popen(
         command,
-        env=os.environ | bytecode,
+        env=os.environ | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
