@@ -139,7 +139,7 @@ def last_line(output: str) -> str:
 def show_table(cells: Sequence[Cell], rows: Mapping[str, Row]) -> Iterator[str]:
     """The lines of a table in Markdown, and of the texts that belong to it."""
     known = [(cell, rows[cell.name]) for cell in cells if cell.name in rows]
-    headings = list(dict.fromkeys(key for _, row in known for key in row.figures if key != TEXT))
+    headings = list(dict.fromkeys(key for _, row in known for key in row.figures if key != TEXT)) or ["result"]
     if known:
         yield from ("", f"| {' | '.join(['what', 'way', *headings])} |", "|---" * (2 + len(headings)) + "|")
     for cell, row in known:

@@ -2,7 +2,8 @@
 
     python benchmarks/throughput.py                                  SmolLM2-135M's shape with random weights
     python benchmarks/throughput.py --model DIR                      a real model
-    python benchmarks/throughput.py --shape pythia-2.8b --pairs 64   what fits a large GPU
+
+gpu.py measures training on a GPU, through the trainer.
 
 Needs torch and transformers alone. The pairs have the lengths (prompt, chosen, rejected, in SmolLM2's tokens) of 2,312
 real pairs, hh_lengths.json, cut as training cuts them (max_length 512, max_prompt_length 256), and random tokens. Each
