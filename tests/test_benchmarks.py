@@ -60,7 +60,7 @@ def test_a_cell_that_the_end_of_a_call_stops_is_measured_again_and_one_that_does
 def test_a_speed_is_shown_as_a_multiple_of_the_best_of_trl_for_the_same_task():
     measured = [cell("default settings"), cell("TRL, 8"), cell("TRL, 16"), cell("TRL, 64"), cell("later", 90)]
     other = replace(measured[0], task="other")
-    speeds = [90.0, 10.0, 20.0]
+    speeds = [90.0, 20.0, 10.0]
     rows = {c.name: Row(c.name, 1.0, {"pairs/s": v}) for c, v in zip(measured, speeds, strict=False)}
     rows |= {
         "task: TRL, 64": Row("", 2.0, {}, "exit code 1: a | b"),
@@ -71,8 +71,8 @@ def test_a_speed_is_shown_as_a_multiple_of_the_best_of_trl_for_the_same_task():
         "| what | way | pairs/s | times TRL's best |",
         "|---|---|---|---|",
         "| task | default settings | 90 | 4.5 |",
-        "| task | TRL, 8 | 10 | 0.5 |",
-        "| task | TRL, 16 | 20 | 1 |",
+        "| task | TRL, 8 | 20 | 1 |",
+        "| task | TRL, 16 | 10 | 0.5 |",
         "| task | TRL, 64 | failed: exit code 1: a / b |  |",
         "| other | default settings | 5 |  |",
         "",
