@@ -137,8 +137,10 @@ def last_line(output: str) -> str:
 
 
 def show_table(cells: Sequence[Cell], rows: Mapping[str, Row]) -> Iterator[str]:
-    """The lines of a table in Markdown, and of the texts that belong to it."""
-    known = [(cell, rows[cell.name]) for cell in cells if cell.name in rows]
+    """The lines of a table in Markdown, grouped by task, and of the texts that belong to it."""
+    tasks = dict.fromkeys(cell.task for cell in cells)
+    grouped = [cell for task in tasks for cell in cells if cell.task == task]
+    known = [(cell, rows[cell.name]) for cell in grouped if cell.name in rows]
     headings = list(dict.fromkeys(key for _, row in known for key in row.figures if key != TEXT)) or ["result"]
     if known:
         yield from ("", f"| {' | '.join(['what', 'way', *headings])} |", "|---" * (2 + len(headings)) + "|")
