@@ -1,10 +1,12 @@
 """Runs the command line in forked children, which start at once, and what can go wrong in them."""
 
 import contextlib
+import copy
 import hashlib
 import importlib.abc
 import json
 import os
+import pickle
 import re
 import resource
 import runpy
@@ -16,19 +18,24 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from conftest import GOLDENS, ROOT, TINY, Run, without_measurements
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+import train
 import trainers
 from dpo.runs import checkpoints
 from dpo.settings import run_config
 from dpo.system import files
 from tools.rounds import devices, training
+from utils import register_resolvers
 
 Fault = Callable[[], None]
 HANG = 900.0  # seconds after which a process hangs, however busy the machine is
@@ -51,8 +58,37 @@ BUSY = (
 )
 
 
+@cache
+def prepare_children() -> None:
+    """Do here, once, what each child would do again in a third of its time: import, and parse config/."""
+    import pandas  # noqa: F401  (which pyarrow imports)
+    import peft  # noqa: F401
+
+    yaml.load, yaml.compose = parsing_once(yaml.load), parsing_once(yaml.compose)
+    parse = cache(partial(OverridesParser.parse_rule, OverridesParser.create()))
+    OverridesParser.parse_rule = lambda self, text, rule: copy.copy(parse(text, rule))
+    register_resolvers()
+    train.check_arguments((*BUSY, "loss=dpo"))
+
+
+def parsing_once(parse: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Return a function of yaml that parses each text once, also for the children that are forked later."""
+    parsed: dict[tuple[str, str], bytes] = {}
+
+    def remembered(source: Any, Loader: Any) -> Any:
+        text = source if isinstance(source, (str, bytes)) else source.read()
+        if (text, Loader.__name__) not in parsed:
+            if text is not source:
+                source.seek(0)  # so that an error names the file
+            parsed[text, Loader.__name__] = pickle.dumps(parse(source, Loader))
+        return pickle.loads(parsed[text, Loader.__name__])
+
+    return remembered
+
+
 def command_line(folder: Path, arguments: tuple[str, ...], *faults: Fault, timeout: float = HANG) -> Run:
     """Run `python train.py ARGUMENTS` in a child in which the faults were put; folder is its run directory."""
+    prepare_children()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         pid = os.fork()
         if pid == 0:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from conftest import Run
-from faults import HANG, Fault, be_the_command_line, run_command_line, wait
+from faults import HANG, Fault, be_the_command_line, prepare_children, run_command_line, wait
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, launch_agent
@@ -56,6 +56,7 @@ def command_lines(
     timeout: float = HANG,
 ) -> list[Run]:
     """Run `python train.py ARGUMENTS` as n ranks, with faults by rank; return what each of them did."""
+    prepare_children()
     store, pids, gate = make_store(), [], Gate()
     files = [tempfile.TemporaryFile("w+") for _ in range(2 * n)]
     for rank in range(n):
@@ -79,6 +80,7 @@ def command_lines(
 
 def run_ranks(n: int, work: Callable[[int, int, Path], None], folder: Path, timeout: float = HANG) -> None:
     """Call work(rank, n, folder) in n forked children with torchrun's environment; AssertionError if one fails."""
+    prepare_children()
     store, pids, gate = make_store(), [], Gate()
     for rank in range(n):
         pid = os.fork()
@@ -125,6 +127,7 @@ def torchrun(folder: Path, arguments: Sequence[str], n: int, fault: Callable[[in
         )  # fmt: skip
         launch_agent(config, rank_main, [])
 
+    prepare_children()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         pid = os.fork()
         if pid == 0:

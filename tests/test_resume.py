@@ -96,8 +96,6 @@ LORA = (*BUSY, "loss=dpo", "lora=default", "lora.r=4", "lora.dropout=0.2")
 
 
 def test_a_lora_run_that_is_killed_ends_as_if_it_had_not_been_with_the_adapters_own_dropout(tmp_path, counts, report):
-    import peft  # noqa: F401  (once, for all children)
-
     def finish(folder: Path, arguments: tuple[str, ...], *faults) -> Path:
         result = command_line(folder, arguments, *faults)
         assert result.returncode == 0, result.stderr[-2000:]

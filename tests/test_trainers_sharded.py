@@ -1,8 +1,6 @@
 """FSDPTrainer on several processes gives the numbers of one, and those of the original."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -14,13 +12,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import GOLDENS, ROOT, TINY, compose, validated
-from ranks import run_ranks
+from conftest import GOLDENS, TINY, compose, validated
+from ranks import command_lines, run_ranks
 from test_goldens import compare_steps, overrides_of, read
 from test_trainers import labelled_rows
 from tiny_models import weigh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 import build as build_module
 from build import build_trainer, load_inputs
@@ -277,12 +276,12 @@ def test_the_routers_loss_is_that_of_one_process_and_so_is_its_gradient(sharded,
 
 def test_a_rank_that_has_never_built_a_mixture_computes_the_routers_loss_as_well(write_tiny_folder, tmp_path):
     """transformers learns which modules are routers when a model is built, and a rank only gets a copy."""
-    launched = ("trainer=FSDPTrainer", "n_processes=2", "n_examples=8", "debug=true", "wandb.enabled=false")
     mixture = f"model.name_or_path='{write_tiny_folder('mixtral')}'"
-    settings = (*TINY, mixture, *launched, "do_first_eval=false", f"local_run_dir='{tmp_path / 'run'}'")
-    command = [sys.executable, str(ROOT / "train.py"), "loss=dpo", *settings]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0 and "evaluation: loss " in done.stdout and "router loss " in done.stdout, done.stderr
+    settings = (*TINY, mixture, "trainer=FSDPTrainer", "n_examples=8", "debug=true", "do_first_eval=false")
+    arguments = ("loss=dpo", *settings, f"local_run_dir='{tmp_path / 'run'}'")
+    done = command_lines(tmp_path, arguments, 2, {rank: [_CAN_RECORD_REGISTRY.clear] for rank in range(2)})
+    assert [run.returncode for run in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert "evaluation: loss " in done[0].stdout and "router loss " in done[0].stdout
 
 
 def test_samples_and_their_divergence_are_those_of_one_process(sharded, make_trainer):
