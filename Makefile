@@ -1,7 +1,5 @@
 PYTHON ?= python3
 BIN := .venv/bin
-# Tests that each fork 2 or 4 ranks: they run one at a time
-SHARDED := tests/test_trainers_sharded.py tests/test_trainers_tensor_parallel.py
 
 .PHONY: demo demo-rounds test soak lint mutants clean
 
@@ -25,11 +23,8 @@ demo: .venv/train
 demo-rounds: .venv/train
 	$(BIN)/python -m tools.rounds.demo
 
-# The second part also runs where the first one failed, and make fails if either did; Ctrl-C ends both.
 test: .venv/dev
-	trap 'exit 130' INT; \
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(addprefix --ignore ,$(SHARDED)); first=$$?; \
-	$(BIN)/python -m pytest $(SHARDED) && exit $$first
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 soak: .venv/dev
 	$(BIN)/python -m pytest -n 2 --soak tests/test_resume.py tests/test_resume_sharded.py tests/test_trainers_sharded.py tests/test_hostile.py \

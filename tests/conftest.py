@@ -106,6 +106,15 @@ def without_measurements(record: dict) -> dict:
     return {k: v for k, v in record.items() if not (k.endswith("_per_second") or k.startswith(measured))}
 
 
+# Files with tests of a minute come first: at the end, the other worker would wait for them.
+LONG = ("test_demo.py", "test_trainers_sharded.py", "test_train.py")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 # Small counts in `make test`, full ones in `make soak`
 
 

@@ -377,7 +377,9 @@ def malformed(folder, i):
 
 
 def test_a_cell_of_5_megabytes_is_a_text(tmp_path):
-    data = read(tmp_path, {"prompt": "Hi.", "chosen": "y" * 5_000_000, "rejected": "no"}, chat(1))
+    lines(tmp_path / "train.jsonl", {"prompt": "Hi.", "chosen": "y" * 5_000_000, "rejected": "no"}, chat(1))
+    lines(tmp_path / "test.jsonl", chat(1))
+    data = read_data(tmp_path, tokenizer=TOKENIZER)["train"]
     assert counts(data) == {"read": 2, "kept": 2}
     assert len(data[0][0].responses[0]) == 5_000_000
 
