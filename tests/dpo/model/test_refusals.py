@@ -50,6 +50,7 @@ def test_a_model_that_stays_random_is_refused_by_the_names_of_its_settings():
     config = transformers.PhimoeConfig(**COMMON, **ROTARY, **EXPERTS, router_jitter_noise=0.1)
     disable_randomness(config)
     assert config.router_jitter_noise == 0.0
+    torch.manual_seed(0)  # with one model in three, the experts that are drawn are the same for two seeds
     model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(UserError, match="outputs are random.*router_jitter_noise"):
         check_deterministic(model)
