@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import yaml
 from conftest import GOLDENS, ROOT, TINY, Run, without_measurements
+from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 import train
@@ -67,6 +68,7 @@ def prepare_children() -> None:
     yaml.load, yaml.compose = parsing_once(yaml.load), parsing_once(yaml.compose)
     parse = cache(partial(OverridesParser.parse_rule, OverridesParser.create()))
     OverridesParser.parse_rule = lambda self, text, rule: copy.copy(parse(text, rule))
+    Hydra.get_mode = lambda self, config_name, overrides: None  # else it composes once more, for a mode that is null
     register_resolvers()
     train.check_arguments((*BUSY, "loss=dpo"))
 
