@@ -61,7 +61,7 @@ BUSY = (
 
 @cache
 def prepare_children() -> None:
-    """Do here, once, what each child would do again in a third of its time: import, and parse config/."""
+    """Do here, once, what would be a quarter of each child's time: import slow libraries, and parse config/."""
     import pandas  # noqa: F401  (which pyarrow imports)
     import peft  # noqa: F401
 
