@@ -8,7 +8,8 @@ Each trains two epochs on the same pairs, none of which is truncated, and the se
 its public API: DPOTrainer, with microbatches of the sizes that --microbatches names, with and without recomputed
 activations where its default is to recompute. Memory is the peak of the whole process, models included. Writes a
 Markdown table to stdout: medians over the repeats, and speed as the ratio to the fastest row of TRL with as many
-forward passes (with a live reference, or a cached one).
+forward passes (with a live reference, or a cached one). --cpu-seconds measures CPU seconds, for a machine that other
+programs use; pairs/s are then those of one core, if OMP_NUM_THREADS=1.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def ours(args: argparse.Namespace, folder: Path, overrides: tuple[str, ...]) -> 
         config, settings, loss = compose([*SHARED, *places, *where, *overrides])
         run = RunDir(Path(settings.local_run_dir), config)
         trainer = build_trainer(settings, loss, load_inputs(settings, loss), run)
-        ends = [time.perf_counter() for batch in trainer.train_batches if trainer.train_step(batch)]
+        ends = [args.clock() for batch in trainer.train_batches if trainer.train_step(batch)]
     assert len(ends) == 2 * args.updates
     return Measured(ends[-1] - ends[args.updates - 1], peak_memory(CPU) / 1e9)
 
@@ -84,9 +85,10 @@ def run_trl(
     microbatch: int,
     ref_model: "PreTrainedModel | None" = None,
     peft_config: Any = None,
+    clock: Callable[[], float] = time.perf_counter,
     **options: Any,
 ) -> list[float]:
-    """Train with TRL's DPOTrainer on rows of data, and return the times at which updates ended.
+    """Train with TRL's DPOTrainer on rows of data, and return the times at which updates ended, by a clock in seconds.
 
     pairs are those of an update, options those of DPOConfig.
     """
@@ -100,7 +102,7 @@ def run_trl(
         def on_step_end(self, *_: Any, **__: Any) -> None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            ends.append(time.perf_counter())
+            ends.append(clock())
 
     with tempfile.TemporaryDirectory() as output:
         config = DPOConfig(
@@ -136,7 +138,7 @@ def trl(args: argparse.Namespace, folder: Path, microbatch: int, **options: Any)
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
-    options |= {"num_train_epochs": 2, "max_length": MAX_LENGTH, "use_cpu": True}
+    options |= {"num_train_epochs": 2, "max_length": MAX_LENGTH, "use_cpu": True, "clock": args.clock}
     ends = run_trl(model, args.model, folder / "train.jsonl", args.pairs, microbatch, **options)
     assert len(ends) == 2 * args.updates
     return Measured(ends[-1] - ends[args.updates - 1], peak_memory(CPU) / 1e9)
@@ -186,6 +188,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--microbatches", nargs="+", type=int, default=[1, 2, 4], help="of TRL")
     parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--cpu-seconds", dest="clock", action="store_const", const=time.process_time, default=time.perf_counter
+    )
     parser.add_argument("--way", nargs=2, metavar=("NAME", "FOLDER"), help="only print a way's seconds and peak")
     args = parser.parse_args()
     if args.way:
