@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -33,6 +32,7 @@ class Logps:
     tokens      (n,) the log-probability of each token, response after response; None if only the sums are known
     collisions  (n,) the log of the sum of pi^2 over the vocabulary at each token's position; None unless requested
     routers     (2, experts) the sums of RouterLoss over all tokens of the batch; None without such a loss
+    sizes       the lengths, flat, as Python integers; None if the tokens are not known
     """
 
     sums: Tensor
@@ -40,6 +40,7 @@ class Logps:
     tokens: Tensor | None = None
     collisions: Tensor | None = None
     routers: Tensor | None = None
+    sizes: Sequence[int] | None = None
 
     @classmethod
     def from_tokens(cls, tokens: Tensor, lengths: Tensor, sizes: Sequence[int] | None = None) -> "Logps":
@@ -47,14 +48,30 @@ class Logps:
 
         sizes: the same lengths, flat, as Python integers if known, since reading them from a device waits.
         """
-        by_response = tokens.split(lengths.flatten().tolist() if sizes is None else list(sizes))
-        sums = pad_sequence(by_response, batch_first=True).sum(1)  # segment_reduce does not support MPS
-        return cls(sums.view(lengths.shape), lengths, tokens)
+        sizes = lengths.flatten().tolist() if sizes is None else list(sizes)
+        return cls(
+            sum_segments(tokens, lengths.flatten(), max(sizes)).view(lengths.shape), lengths, tokens, sizes=sizes
+        )
 
     @property
     def means(self) -> Tensor:
         """The mean log-probability per token, (batch, n_responses)."""
         return self.sums / self.lengths
+
+
+def sum_segments(values: Tensor, lengths: Tensor, longest: int) -> Tensor:
+    """Sum values (n,) over adjacent segments of the given lengths (segments,), of which `longest` is the largest.
+
+    The values are written to a row per segment, padded with zeros, by as many operations whatever the number of
+    segments, each of which gives the same bits at every call on a GPU. segment_reduce does not support MPS.
+    """
+    rows = torch.arange(len(lengths), device=values.device)
+    shifts = rows * longest - (lengths.cumsum(0) - lengths)  # from the place of a value to its place in the rows
+    places = torch.arange(len(values), device=values.device) + shifts.repeat_interleave(
+        lengths, output_size=len(values)
+    )
+    padded = values.new_zeros(len(lengths) * longest).index_copy(0, places, values)
+    return padded.view(len(lengths), longest).sum(1)
 
 
 class ResponseLogps(torch.nn.Module):
