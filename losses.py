@@ -27,6 +27,7 @@ from dpo.training.objectives import (
     WeightOptions,
     logsigmoid,
     mismatch,
+    to_device_of,
 )
 
 if TYPE_CHECKING:
@@ -168,7 +169,8 @@ class ODPO(LengthOptions, PairLoss):
         return -logsigmoid(self.beta * h)
 
     def losses(self, policy: Tensor, reference: Tensor, lengths: Tensor, context: Context) -> Tensor:
-        gaps = policy.new_tensor([chosen - rejected for chosen, rejected in (e.text.scores for e in context.examples)])
+        scores = (example.text.scores for example in context.examples)
+        gaps = to_device_of(policy, [chosen - rejected for chosen, rejected in scores], policy.dtype)
         return self.pair_losses(self.compute_h(policy, reference) - self.alpha / self.beta * gaps.log())
 
 

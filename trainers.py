@@ -239,8 +239,8 @@ class BasicTrainer:
                         routers = self.routers.detach() if routers is None else routers  # of the only microbatch
                         loss = loss + self.router_weight * scale * load_balancing_loss(self.routers, routers)
                     loss.backward()
-        with self.clock("forward_backward"):  # reading the norm waits for a GPU
-            grad_norm = self.clip_gradient()
+        with self.clock("forward_backward"):  # waits for a GPU, once per update
+            (grad_norm,) = metrics.to_host(self.clip_gradient())
             check_finite(metrics, grad_norm, self.updates + 1, self.run.path, self.ranks)
             if not self.gradients_checked:
                 self.gradients_checked = self.check_gradients(batch)
@@ -255,7 +255,7 @@ class BasicTrainer:
             self.reference.after_update(self.updates)
         self.position = batch.position
         self.truncated.update(what for example in batch.examples for what in example.truncated)
-        means = metrics.means("train", self.ranks)  # waits for the device, so the seconds are computed after it
+        means = metrics.means("train", self.ranks)
         self.loss_state = self.loss.next_state(self.loss_state, means)
         seconds = time.perf_counter() - start
         return means | {

@@ -322,6 +322,32 @@ def test_the_next_batch_is_made_while_an_update_is_computed(make_trainer, monkey
     assert waited == [True, True]
 
 
+WAITS = {
+    "dpo": (("loss=dpo", "loss.ld_alpha=0.5"), 1),
+    "dpo, wpo": (("loss=dpo", "loss.token_weights=wpo", "gradient_accumulation_steps=2"), 1),
+    "dpo, cached": (("loss=dpo", "loss.precompute_reference=true", "max_tokens_per_pass=300"), 1),
+    "kto": (("loss=kto", "max_tokens_per_pass=300"), 2),  # also for the divergence, from which the losses are computed
+    "orpo": (("loss=orpo",), 1),
+}
+
+
+@pytest.mark.parametrize("overrides, n", WAITS.values(), ids=WAITS)
+def test_an_update_reads_from_the_device_once_whatever_the_number_of_its_passes(
+    overrides, n, make_trainer, monkeypatch
+):
+    """Tensors on the device meta have no values: all that would wait for a GPU's fails, but for what is counted."""
+    trainer, reads, meta = make_trainer(*overrides), [], torch.device("meta")
+    monkeypatch.setitem(logps.FLOAT32_BYTES, "meta", 2**22)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: reads.append(tensor.device) or torch.ones(tensor.shape))
+    monkeypatch.setattr(trainer, "utilization", lambda *_: {})  # measures the device's rate
+    trainer.packer = dataclasses.replace(trainer.packer, device=meta)
+    for module in {trainer.policy, getattr(trainer.reference, "module", trainer.policy)}:
+        module.to(meta)
+    trainer.gradients_checked, trainer.updates = True, 1
+    metrics = trainer.train_step(next(iter(trainer.train_batches)))
+    assert metrics["loss/train"] == metrics["grad_norm"] == 1 and reads.count(meta) == n
+
+
 def test_policy_and_reference_are_compiled_where_that_is_asked(make_trainer, monkeypatch):
     compiled = []
     monkeypatch.setattr(build, "compile_layers", compiled.append)

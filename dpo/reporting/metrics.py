@@ -36,6 +36,15 @@ class BatchMetrics:
         for name, value in values.items():
             self.values[name].append(value)
 
+    def to_host(self, *scalars: torch.Tensor) -> list[torch.Tensor]:
+        """Move all values to the host, and return the scalars there; one copy, since each one waits for a GPU."""
+        tensors = [value for values in self.values.values() for value in values] + [one.reshape(1) for one in scalars]
+        parts = torch.cat(tensors).cpu().split([len(tensor) for tensor in tensors])
+        host = iter(parts)
+        for values in self.values.values():
+            values[:] = [next(host) for _ in values]
+        return [one[0] for one in host]
+
     def means(self, split: str, ranks: Ranks = ALONE) -> dict[str, float]:
         """Average over the examples of all ranks, under the original's names: rewards_train/chosen, loss/train.
 

@@ -17,6 +17,7 @@ from dpo.settings.constraints import START
 from dpo.settings.schema import Flag, LossSettings, NotNegative, Positive, Probability
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from dpo.data.examples import TokenizedExample
@@ -266,14 +267,21 @@ def desirable_responses(like: Tensor, context: Context) -> Tensor:
     """Which responses are desirable, as a mask of the shape of `like`, (batch, n_responses)."""
     is_pair = like.shape[1] > 1
     labels = [[True, False]] * len(like) if is_pair else [[example.text.label] for example in context.examples]
-    return like.new_tensor(labels).bool()
+    return to_device_of(like, labels)
 
 
 def by_label(name: str, values: Tensor, examples: Sequence[TokenizedExample]) -> Metrics:
     """Split the values, (batch,), of labelled examples into those of desirable and of undesirable ones."""
-    desirable = [i for i, example in enumerate(examples) if example.text.label is True]
-    undesirable = [i for i, example in enumerate(examples) if example.text.label is False]
-    return {f"{name}/desirable": values[desirable], f"{name}/undesirable": values[undesirable]}
+    rows = {label: [i for i, example in enumerate(examples) if example.text.label is label] for label in (True, False)}
+    parts = {label: values[to_device_of(values, rows[label]).long()] for label in rows}
+    return {f"{name}/desirable": parts[True], f"{name}/undesirable": parts[False]}
+
+
+def to_device_of(like: Tensor, numbers: Sequence[Any], dtype: torch.dtype | None = None) -> Tensor:
+    """Make a tensor of numbers on the device of another one, without waiting for a GPU as new_tensor does."""
+    import torch
+
+    return torch.tensor(numbers, dtype=dtype).to(like.device, non_blocking=True)
 
 
 # Options that several losses share
@@ -360,13 +368,14 @@ def desensitized_sums(logps: Logps, alpha: float) -> Tensor:
     import torch
 
     assert logps.tokens is not None, "a cached reference has no log-probabilities of tokens"
-    lengths = logps.lengths.flatten()
+    lengths, n = logps.lengths.flatten(), len(logps.tokens)
     ends = lengths.cumsum(0)
-    positions = torch.arange(len(logps.tokens), device=ends.device) - (ends - lengths).repeat_interleave(lengths)
+    starts = (ends - lengths).repeat_interleave(lengths, output_size=n)  # whose size need not be read from the device
     public = logps.lengths.min(1, keepdim=True).values.expand_as(logps.lengths).flatten()
-    weights = (positions < public.repeat_interleave(lengths)).to(logps.tokens)
+    positions = torch.arange(n, device=ends.device) - starts
+    weights = (positions < public.repeat_interleave(lengths, output_size=n)).to(logps.tokens)
     weights = weights + alpha * (1 - weights)
-    return type(logps).from_tokens(weights * logps.tokens, logps.lengths).sums
+    return type(logps).from_tokens(weights * logps.tokens, logps.lengths, logps.sizes).sums
 
 
 def wpo_weights(logps: Logps) -> Tensor:
@@ -376,7 +385,7 @@ def wpo_weights(logps: Logps) -> Tensor:
     samples. The product is clamped at 1, as in the authors' code.
     """
     assert logps.tokens is not None and logps.collisions is not None
-    alignment = type(logps).from_tokens((logps.tokens - logps.collisions).detach(), logps.lengths)
+    alignment = type(logps).from_tokens((logps.tokens - logps.collisions).detach(), logps.lengths, logps.sizes)
     return alignment.means.sum(1).exp().clamp(max=1)
 
 

@@ -80,8 +80,9 @@ def sums_of_logps(
         with split_batch.packer.memory_hint(batch):
             sums = torch.stack((response_logps(policy, batch).sums, reference.logps(batch).sums))
         if scale:
-            computed.append(sums.cpu())
-    shares = split_batch.ranks.gather_shares(computed)
+            computed.append(sums)
+    share = [torch.cat(computed, dim=1).cpu()] if computed else []  # one copy, since each one waits for a GPU
+    shares = split_batch.ranks.gather_shares(share)
     policy_sums, reference_sums = torch.cat([sums for share in shares for sums in share], dim=1)
     return policy_sums, reference_sums
 
