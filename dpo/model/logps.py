@@ -1,12 +1,13 @@
 """Log-probabilities of responses, and the module that computes them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -88,7 +89,8 @@ class ResponseLogps(torch.nn.Module):
         separate_head: call the head only on the hidden states of trained tokens, in chunks. This is correct if the
         logits are the head's output for the last hidden states (see wrap).
         float32_head: compute logits in float32 whatever the body's dtype. Most of the effect that other examples in a
-        microbatch have on a bfloat16 log-probability is the rounding of the logits. No effect without a separate head.
+        microbatch have on a bfloat16 log-probability is the rounding of the logits. On an NVIDIA GPU, hidden states and
+        weights are still rounded to bfloat16, as tensor cores need it. No effect without a separate head.
         The attribute with_collisions requests the log of the sum of pi^2 in addition to each token's log-probability,
         and router_loss the sums of a mixture's routers.
         """
@@ -132,11 +134,11 @@ class ResponseLogps(torch.nn.Module):
             return self.token_logps(response_logits(self.model, batch), batch.targets)
         hidden = self.model.base_model(**model_inputs(self.model, batch))[0]
         hidden = hidden.reshape(-1, hidden.shape[-1])[batch.sources]
-        size = max(CHUNK_TOKENS, CHUNK_BYTES // (4 * self.head.get_parameter("weight").shape[0]))
+        size, logits = max(CHUNK_TOKENS, CHUNK_BYTES // (4 * self.head.get_parameter("weight").shape[0])), self.logits()
         if len(hidden) <= size:
-            return self.token_logps(self.logits(hidden), batch.targets)
+            return self.token_logps(logits(hidden), batch.targets)
         chunks = [
-            checkpoint(lambda h, t: self.token_logps(self.logits(h), t), h, t, use_reentrant=False)
+            checkpoint(lambda h, t: self.token_logps(logits(h), t), h, t, use_reentrant=False)
             for h, t in zip(hidden.split(size), batch.targets.split(size), strict=True)
         ]
         return torch.cat(chunks, dim=-1)
@@ -146,13 +148,20 @@ class ResponseLogps(torch.nn.Module):
         logps = target_logps(logits, targets)
         return torch.stack((logps, log_collisions(logits))) if self.with_collisions else logps
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self) -> Callable[[Tensor], Tensor]:
+        """The function that computes logits (n, vocabulary) from hidden states (n, d)."""
         head = self.head
         if not self.float32_head:
-            return head(hidden)
-        parameters = {name: parameter.float() for name, parameter in head.named_parameters()}
+            return head
+        if type(head) is torch.nn.Linear and head.bias is None and uses_float32_product(head.weight):
+            weight = head.weight.bfloat16()  # once per pass, not per chunk
+            return lambda hidden: Float32Product.apply(hidden.bfloat16(), weight)
+        return self.logits_of_float32
+
+    def logits_of_float32(self, hidden: Tensor) -> Tensor:
+        parameters = {name: parameter.float() for name, parameter in self.head.named_parameters()}
         with torch.autocast(hidden.device.type, enabled=False):
-            return torch.func.functional_call(head, parameters, hidden.float())
+            return torch.func.functional_call(self.head, parameters, hidden.float())
 
 
 def response_logps(module: ResponseLogps, batch: PackedBatch) -> Logps:
@@ -201,6 +210,35 @@ def response_logits(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     if logits.shape[1] != len(columns):  # the model, such as xLSTM, takes this argument and ignores it
         kept = batch.sources % width
     return logits[batch.sources // width, kept]
+
+
+def uses_float32_product(weight: Tensor) -> bool:
+    """Whether Float32Product computes with a weight: a whole one on an NVIDIA GPU, when computing in bfloat16."""
+    in_bfloat16 = weight.dtype == torch.bfloat16 or torch.is_autocast_enabled(weight.device.type)
+    return (
+        weight.device.type == "cuda" and torch.version.hip is None and in_bfloat16 and not isinstance(weight, DTensor)
+    )
+
+
+class Float32Product(torch.autograd.Function):
+    """Logits (n, vocabulary) in float32 of hidden states (n, d) and a weight (vocabulary, d), both in bfloat16.
+
+    Products of bfloat16 numbers are exact in float32, where they are added, so only the inputs are rounded. The
+    gradient is computed as that of a layer in bfloat16. torch has no gradient for this product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        grad = grad.to(hidden.dtype)
+        of_hidden, of_weight = ctx.needs_input_grad
+        return grad @ weight if of_hidden else None, grad.T @ hidden if of_weight else None
 
 
 def target_logps(logits: Tensor, targets: Tensor) -> Tensor:

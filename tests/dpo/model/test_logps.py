@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.data.examples import TextExample, Tokenization
 from dpo.model.attention import use_attention
-from dpo.model.logps import FLOAT32_BYTES, ResponseLogps, response_logps, target_logps
+from dpo.model.logps import FLOAT32_BYTES, ResponseLogps, response_logps, target_logps, uses_float32_product
 from dpo.model.packing import LAYOUTS, make_microbatches
 
 BUDGETS = (PLENTY, 90)  # tokens a microbatch: everything in one, and about one long example
@@ -413,3 +413,63 @@ def test_collisions_are_the_log_of_the_sum_of_squared_probabilities(separate, mo
                 logits = model(torch.tensor([example.prompt + response])).logits[0, len(example.prompt) - 1 : -1]
                 expected.append(logits.double().softmax(-1).square().sum(-1).log())
     assert torch.allclose(found.collisions.double(), torch.cat(expected), atol=1e-5)
+
+
+@pytest.fixture
+def float32_product(monkeypatch):
+    """Compute on a CPU as on an NVIDIA GPU, whose tensor cores multiply bfloat16 exactly and add in float32."""
+    used, product = [], torch.mm
+
+    def mm(a, b, out_dtype=None):
+        if out_dtype is None:
+            return product(a, b)
+        assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == torch.float32
+        used.append(tuple(b.shape))
+        with torch.autocast("cpu", enabled=False):
+            return product(a.float(), b.float())
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr("dpo.model.logps.uses_float32_product", lambda weight: True)
+    return used
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_float32_head_of_a_gpu_rounds_its_inputs_alone_and_has_the_gradient_of_a_bfloat16_layer(
+    stored, float32_product, monkeypatch
+):
+    monkeypatch.setattr("dpo.model.logps.CHUNK_BYTES", 0)
+    monkeypatch.setattr("dpo.model.logps.CHUNK_TOKENS", 7)
+    (batch,) = make_microbatches(EXAMPLES, "shared_prefix", PLENTY)
+    model, hidden, gradients = tiny("Llama").to(stored), [], []
+    model.base_model.register_forward_hook(lambda body, args, output: hidden.append(output[0].detach()))
+    for on in (True, False):
+        monkeypatch.setattr("dpo.model.logps.uses_float32_product", lambda weight, on=on: on)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=stored == torch.float32):
+            found = ResponseLogps(model, True, float32_head=True)(batch)
+            (found * torch.arange(len(found)).sin()).sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        if on:
+            rounded = [
+                part.bfloat16().double() for part in (hidden[0].flatten(0, 1)[batch.sources], model.lm_head.weight)
+            ]
+            expected = (rounded[0] @ rounded[1].T).log_softmax(1).gather(1, batch.targets[:, None])[:, 0]
+            assert found.dtype == torch.float32 and (found - expected).abs().max() < 1e-5
+    assert len(float32_product) == 2 * -(-len(batch.targets) // 7)  # again in the backward pass
+    for name, gradient in gradients[0].items():
+        assert (gradient - gradients[1][name]).norm() < 0.02 * gradient.norm(), name
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, autocast, expected",
+    [
+        ("cuda", torch.float32, True, True),
+        ("cuda", torch.bfloat16, False, True),
+        ("cuda", torch.float32, False, False),  # as the check of the layout computes
+        ("cpu", torch.float32, True, False),
+        ("mps", torch.bfloat16, False, False),
+    ],
+)
+def test_nvidia_gpus_that_compute_in_bfloat16_take_that_product(kind, dtype, autocast, expected, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: autocast and device_type == kind)
+    assert uses_float32_product(SimpleNamespace(device=torch.device(kind), dtype=dtype)) == expected
