@@ -60,6 +60,7 @@ from dpo.system.errors import UserError, actionable_errors, raise_problems
 from dpo.system.signals import Signals
 from dpo.system.threads import set_threads
 from dpo.training.budgets import estimate_memory, fit_budget, has_second_model, resolve_max_tokens
+from dpo.training.compiling import compiling_pays, try_compiling
 from dpo.training.first_update import check_first_margin
 from dpo.training.objectives import Loss
 from dpo.training.optimizers import bfloat16_note, optimizer_problems
@@ -167,8 +168,7 @@ def build_trainer(
         models = load_models(settings, loss, inputs, run)
         if models.reference_checksum is None and has_second_model(settings, loss):
             models.second = copy_reference(models.policy, settings.model.reference_dtype, trainer_class.copy)
-    if settings.compile:
-        compile_models(models)
+    compile_models(settings, inputs, models, run)
     seed_generators(settings.seed, run.ranks)
     log_bfloat16(settings, models)
     check_fingerprints(loss, inputs, models, run)
@@ -306,11 +306,29 @@ def without_model_weights(models: Models) -> Models:
     return replace(models, policy=policy, adapter=adapter, second=second)
 
 
-def compile_models(models: Models) -> None:
-    """Compile the layers of the policy, and of the second model if the reference is one."""
-    compile_layers(models.policy.model)
-    if models.second is not None:
+def compile_models(settings: Settings, inputs: Inputs, models: Models, run: RunDir) -> None:
+    """Compile the layers of the policy, and of the second model if the reference is one, if that is asked or pays."""
+    models.compiled = settings.compile is True
+    if models.compiled:
+        compile_layers(models.policy.model)
+    elif settings.compile == "auto":
+        models.compiled = compile_if_it_pays(settings, inputs, models, run)
+    if models.compiled and models.second is not None:
         compile_layers(models.second.model)
+
+
+def compile_if_it_pays(settings: Settings, inputs: Inputs, models: Models, run: RunDir) -> bool:
+    """Decide for compile=auto, and record what was chosen on a GPU, so that a resumed run uses it too."""
+    facts = read_facts(inputs.device)
+    if facts.kind != "cuda":
+        return False
+    first = next(iter(inputs.train_batches.from_start())).examples
+    n_tokens = len(inputs.train_batches) * sum(map(len, first))
+    run.config.compile = False
+    if compiling_pays(settings, facts, models.policy.model, n_tokens):
+        with actionable_errors(LOADING):
+            run.config.compile = try_compiling(models.policy, next(models.packer(first[:2])), models.dtype)
+    return run.config.compile
 
 
 def seed_generators(seed: int, ranks: Ranks) -> None:
@@ -460,7 +478,7 @@ def cached_reference(
         train,
         test,
         n_microbatches=settings.gradient_accumulation_steps,
-        compiled=settings.compile,
+        compiled=models.compiled,
         reference=computed,
     )
     precomputation.run(cache, path, shared_folder)
@@ -475,7 +493,7 @@ def start_tolerance(settings: Settings, models: Models) -> float:
         or settings.model.reference_dtype not in (None, settings.model.policy_dtype)
     ):
         return math.inf
-    return ROUNDED if settings.compile else 0.0  # compiled with and without gradients, a model may round differently
+    return ROUNDED if models.compiled else 0.0  # compiled with and without gradients, a model may round differently
 
 
 def resume_trainer(trainer: BasicTrainer, run: RunDir) -> None:

@@ -101,6 +101,7 @@ class Models:
     second: ResponseLogps | None = None  # if the reference is a second model
     reference_checksum: str | None = None  # of its weights, if it does not start from the policy's
     starts_equal: bool = True  # whether policy and reference have the same weights before the first update
+    compiled: bool = False  # whether their layers are compiled
     reference: Reference | None = None
     sampler: Sampler = field(init=False)
 

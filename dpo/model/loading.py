@@ -199,8 +199,8 @@ def freeze(reference: M, dtype: str | None) -> M:
     return reference
 
 
-def compile_layers(model: PreTrainedModel) -> None:
-    """Compile a model's layers at their first call, once for all layers and row lengths.
+def compile_layers(model: PreTrainedModel, on: bool = True) -> None:
+    """Compile a model's layers at their first call, once for all layers and row lengths; or no longer do.
 
     Parameters keep their names. UserError if the model is not made of transformers' layers.
     """
@@ -208,7 +208,10 @@ def compile_layers(model: PreTrainedModel) -> None:
     if not layers:
         raise UserError("compile=true: this kind of model has no layers that can be compiled; set compile=false")
     for layer in layers:
-        layer.compile(dynamic=True)
+        if on:
+            layer.compile(dynamic=True)
+        else:
+            layer._compiled_call_impl = None  # torch has no way to undo it
 
 
 def recompute_activations(model: PreTrainedModel, on: bool = True) -> None:

@@ -38,7 +38,7 @@ def model_problems(
         problems.append(problem)
     if settings.model.router_loss_weight and not hasattr(config.get_text_config(), "output_router_logits"):
         problems.append(router_problem(settings.model, config))
-    if settings.lora is not None and (problem := target_problem(config, settings.lora, settings.compile)):
+    if settings.lora is not None and (problem := target_problem(config, settings.lora, settings.compile is True)):
         problems.append(problem)
     n_embeddings = count_embeddings(settings.model, config, tokenizer)
     return problems + special_token_problems(tokenizer, n_embeddings, settings.model.add_bos)

@@ -68,6 +68,10 @@ def recorded_router_logits(base_model: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+def has_experts(module: nn.Module) -> bool:
+    return any("experts" in name.split(".") for name, _ in module.named_modules())
+
+
 def no_router_logits(config: PreTrainedConfig) -> dict[str, Any]:
     """The arguments with which a model returns no router logits, though its config may ask for them.
 

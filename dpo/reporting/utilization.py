@@ -9,6 +9,7 @@ import torch
 from dpo.data.examples import TokenizedExample
 from dpo.distributed.ranks import Ranks
 from dpo.model.logps import ResponseLogps
+from dpo.model.routers import has_experts
 from dpo.system.devices import peak_memory
 from dpo.training.references import Reference
 
@@ -44,7 +45,7 @@ class Utilization:
         self.body = self.flops(p for p in policy.parameters() if id(p) not in head | embeddings)
         self.device, self.dtype, self.n_devices = next(policy.parameters()).device, dtype, n_devices
         # A mixture of experts uses only some of its weights for a token; how many is not known here.
-        self.is_dense = not any("experts" in name.split(".") for name, _ in policy.named_modules())
+        self.is_dense = not has_experts(policy)
 
     def flops(self, parameters: Iterable[torch.nn.Parameter]) -> int:
         """The FLOPs per token for some parameters in an update."""

@@ -28,7 +28,7 @@ MAY_CHANGE = (
     "keep_best stop_after stop_if.min_entropy stop_if.max_entropy stop_if.max_cross_entropy "
     "stop_if.max_unfinished stop_if.min_log_ratio stop_if.max_loss "
     "save_every keep_checkpoints keep_policies background_saves export_dtype eval_batch_size lora.export_merged "
-    "max_tokens_per_pass activation_checkpointing device "
+    "max_tokens_per_pass activation_checkpointing compile device "
     "n_processes replicate tensor_parallel ddp reduce_every_pass collective_timeout"
 ).split()
 MAY_GROW = ("n_epochs", "n_examples")
@@ -125,7 +125,7 @@ def changes_of_command(config: DictConfig, command: DictConfig, typed: Collectio
     changes = {}
     for key, value in new.items():
         is_recorded = key == "chat_template_time" and value is None
-        is_recorded |= key == "max_tokens_per_pass" and value in ("auto", "fit")
+        is_recorded |= key in ("max_tokens_per_pass", "compile") and value in ("auto", "fit")
         is_later = key not in old and key not in typed
         if key in ("local_run_dir", "resume") or is_recorded or is_later:
             continue

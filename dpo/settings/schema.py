@@ -246,7 +246,7 @@ class Settings(Group):
     sync_reference: int | None = whole("updates", ge=1)
     sync_mix: Probability
     activation_checkpointing: Flag
-    compile: Flag
+    compile: Flag | Literal["auto"] = Field(description="auto, true or false")
 
     eval_every: int = whole("examples", ge=1)
     keep_best: str | None = Field(

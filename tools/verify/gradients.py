@@ -125,7 +125,7 @@ def packed_logps(
 
 
 def check_gradients(session: Session, inputs: Inputs) -> Iterator[Row]:
-    compiled = session.settings.compile
+    compiled = session.settings.compile is True
     session = session.alone.with_settings(ONLY_THE_LOSS)
     rounding = yield from check_update(session, inputs)
     free_memory()
