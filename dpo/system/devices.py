@@ -43,11 +43,15 @@ def read_facts(device: torch.device) -> DeviceFacts:
     return DeviceFacts(device.type, total_memory(device), bfloat16=device.type == "cpu" and bfloat16)
 
 
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the older name
+
+
 def pick_device(name: str) -> torch.device:
     """Get a device by name, or the best one for auto; UserError if this machine has none.
 
     cuda:N becomes the current GPU of the process. On CUDA, attention never runs in cuDNN: SDPA prefers it on Hopper,
-    and it builds a plan for every new shape, which took 52 to 81 ms on an H200, forward and backward each.
+    and it builds a plan for every new shape, which took 52 to 81 ms on an H200, forward and backward each. Memory is
+    reserved in segments that can grow, since microbatches differ in size, unless the environment says otherwise.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -57,6 +61,9 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device={name}: not available here; use device=auto or device=cpu")
     if kind == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
+        if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+            # Not through the environment, which the programs that a run starts inherit.
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     if index:
         torch.cuda.set_device(int(index))  # kernels that Triton makes run there
     return torch.device(name)

@@ -28,6 +28,7 @@ DEVICES = {
     "H200": DeviceFacts("cuda", 150 * GB, capability=(9, 0), triton=True),
     "B200": DeviceFacts("cuda", 190 * GB, capability=(10, 0), triton=True),
 }
+VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 FLEX = ["flex_attention", "packed"]
 DECISIONS = {
     "AVX2": (False, "highest", ["packed"]),
@@ -85,8 +86,24 @@ def test_attention_never_runs_in_cudnn_where_a_gpu_is_picked(name, there, off, m
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched.append)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", lambda settings: None)
     pick_device(name)
     assert switched == ([False] if off else [])
+
+
+@pytest.mark.parametrize("variable, expected", [(None, ["expandable_segments:True"]), *((n, []) for n in VARIABLES)])
+def test_a_gpus_memory_grows_in_segments_unless_the_environment_says_otherwise(variable, expected, monkeypatch):
+    settings = []
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "max_split_size_mb:128")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    pick_device("cpu")
+    assert settings == []
+    pick_device("cuda")
+    assert settings == expected
 
 
 def test_auto_precision_is_bfloat16_only_where_the_device_computes_it(monkeypatch):
