@@ -116,6 +116,8 @@ def estimate_memory(
     elif choice.attention == "packed":  # the mask, and each example's slice of it, cast in every layer
         per_square = float(model.dtype.itemsize)
         activations += dtype.itemsize * settings.max_length * n_layers
+    elif choice.attention == "varlen":  # gathers keys and values, a prompt's once more for the second response
+        activations += 2 * dtype.itemsize * key_value_width(config) * n_layers
     if choice.layout == "padded":  # queries only attend to keys of their own row
         activations, per_square = activations + per_square * settings.max_length, 0.0
     if settings.activation_checkpointing:  # the input of each layer, and the activations of one layer at a time
@@ -124,7 +126,8 @@ def estimate_memory(
     if not policy.separate_head:  # logits of all tokens, scaled or capped in several steps
         activations += 5 * dtype.itemsize * vocabulary
     fixed = weight_bytes(model, settings, loss, dtype, n_shards, second)
-    fixed += 4 * max(CHUNK_BYTES, 4 * CHUNK_TOKENS * vocabulary) + 8 * vocabulary * width  # logits; the head's gradient
+    # Of a chunk: logits, their softmax and gradient, all of them in float32 at most. And the head's gradient.
+    fixed += 4 * max(CHUNK_BYTES, 4 * CHUNK_TOKENS * vocabulary) + 8 * vocabulary * width
     return MemoryEstimate(fixed, ACTIVATION_MARGIN * activations, per_square)
 
 
@@ -146,6 +149,13 @@ def estimate_before_loading(
     model.requires_grad_(settings.lora is None)
     choice = LayoutChoice(settings.layout, "eager" if model.config._attn_implementation == "eager" else "packed")
     return estimate_memory(ResponseLogps(model, separate_head=True), settings, loss, dtype, choice, n_shards, second)
+
+
+def key_value_width(config: PreTrainedConfig) -> int:
+    """The number of features of a token's keys and values together, in one layer."""
+    heads: int = getattr(config, "num_attention_heads", 1)
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
 
 
 def activation_bytes(model: PreTrainedModel, dtype: torch.dtype) -> float:

@@ -45,6 +45,7 @@ PYTHIA = {
 SHAPES = {"SmolLM2": lambda: LlamaConfig(**SMOLLM2), "Pythia-2.8B": lambda: GPTNeoXConfig(**PYTHIA)}
 KINDS = {
     "flex": LayoutChoice("shared_prefix", "flex_attention"),
+    "varlen": LayoutChoice("shared_prefix", "varlen"),
     "packed": LayoutChoice("shared_prefix", "packed"),
     "padded": LayoutChoice("padded", "sdpa"),
     "eager": LayoutChoice("shared_prefix", "eager"),
@@ -133,6 +134,15 @@ def test_eager_attention_keeps_its_weights_for_whole_rows():
     assert estimated("Pythia-2.8B", "packed").per_square == 4  # one mask, in the dtype of the parameters
     assert estimated("Pythia-2.8B", "padded").per_square == estimated("Pythia-2.8B", "flex").per_square == 0
     assert 8 * 8 * 26 * 8_192**2 == pytest.approx(111 * GB, rel=0.01)
+
+
+@pytest.mark.parametrize("shape, width", [("SmolLM2", 2 * 3 * 64), ("Pythia-2.8B", 2 * 2560)])
+def test_varlen_attention_keeps_gathered_keys_and_values_and_no_mask(shape, width):
+    """Of two tokens for each one in the row at most: all of it a prompt, gathered for both responses."""
+    gathered, plain = estimated(shape, "varlen"), estimated(shape, "flex")
+    n_layers = SHAPES[shape]().num_hidden_layers
+    assert gathered.per_square == 0 and gathered.fixed == plain.fixed
+    assert gathered.per_token - plain.per_token == pytest.approx(budgets.ACTIVATION_MARGIN * 2 * 2 * width * n_layers)
 
 
 def test_inspecting_on_a_gpu_estimates_from_the_config_alone(monkeypatch, capsys):
