@@ -20,8 +20,9 @@ from dpo.model.routers import RouterLoss, no_router_logits, recorded_router_logi
 # slow.
 CHUNK_BYTES = 2**28
 CHUNK_TOKENS = 128
-# Bytes of float32 softmax at a time: small enough for a CPU's cache; larger elsewhere, for fewer kernel launches.
-FLOAT32_BYTES = {"cpu": 2**22, "mps": 2**25, "cuda": 2**25}
+# Bytes of float32 softmax at a time: small enough for a CPU's cache; larger elsewhere, for fewer kernel launches. On
+# CUDA, a chunk of logits takes one softmax, which budgets count.
+FLOAT32_BYTES = {"cpu": 2**22, "mps": 2**25, "cuda": CHUNK_BYTES}
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class ResponseLogps(torch.nn.Module):
         head = self.head
         if not self.float32_head:
             return head
-        if type(head) is torch.nn.Linear and head.bias is None and uses_float32_product(head.weight):
+        if type(head) is torch.nn.Linear and getattr(head, "bias", None) is None and uses_float32_product(head.weight):
             weight = head.weight.bfloat16()  # once per pass, not per chunk
             return lambda hidden: Float32Product.apply(hidden.bfloat16(), weight)
         return self.logits_of_float32

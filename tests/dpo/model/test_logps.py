@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.data.examples import TextExample, Tokenization
+from dpo.model import logps
 from dpo.model.attention import use_attention
 from dpo.model.logps import FLOAT32_BYTES, ResponseLogps, response_logps, target_logps, uses_float32_product
 from dpo.model.packing import LAYOUTS, make_microbatches
@@ -243,6 +244,29 @@ def test_float32_logits_of_bfloat16_ones_exist_a_few_tokens_at_a_time(size, rows
         logps.sum().backward()
     assert (forward.rows, backward.rows) == (rows, rows)
     assert [t.dtype for t in kept if t.is_floating_point()] == [torch.bfloat16]
+
+
+class Softmaxes(TorchDispatchMode):
+    """Counts softmaxes."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "softmax" in function._schema.name
+        return function(*args, **(kwargs or {}))
+
+
+def test_on_cuda_each_chunk_of_logits_takes_one_softmax_each_way(monkeypatch):
+    """A vocabulary of 152k had a launch for every 55 tokens."""
+    assert FLOAT32_BYTES["cuda"] == logps.CHUNK_BYTES
+    monkeypatch.setattr(logps, "CHUNK_BYTES", 4 * 97 * 20)
+    monkeypatch.setattr(logps, "CHUNK_TOKENS", 1)
+    monkeypatch.setitem(FLOAT32_BYTES, "cpu", logps.CHUNK_BYTES)
+    (batch,) = make_microbatches(EXAMPLES, "shared_prefix", PLENTY)
+    with Softmaxes() as softmaxes:
+        ResponseLogps(tiny("Llama"), separate_head=True)(batch).sum().backward()
+    n_chunks = -(-len(batch.targets) // 20)
+    assert softmaxes.count == 3 * n_chunks > 3  # forward, and both again in the backward pass
 
 
 def test_the_gradient_of_logits_takes_their_place_once():
