@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import json
 import math
 import re
@@ -15,6 +16,7 @@ import torch
 from chat_families import FAMILIES, TURNS, answer
 from conftest import TINY, golden_rows, inputs_of, tiny_config, tiny_tokenizer, without_measurements
 from tiny_models import mask_responses, weigh
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, MistralConfig
 
 import build
@@ -346,6 +348,28 @@ def test_an_update_reads_from_the_device_once_whatever_the_number_of_its_passes(
     trainer.gradients_checked, trainer.updates = True, 1
     metrics = trainer.train_step(next(iter(trainer.train_batches)))
     assert metrics["loss/train"] == metrics["grad_norm"] == 1 and reads.count(meta) == n
+
+
+@pytest.mark.parametrize("overrides", [(), ("loss.precompute_reference=true",), ("compile=true",)])
+def test_updates_leave_no_memory_behind_and_no_cycles_for_the_garbage_collector(overrides, make_trainer, monkeypatch):
+    """By the allocator's own count: what a graph of autograd or a compiled layer keeps is no Python object."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **how: compile_module(*args, backend="eager", **how))
+    sizes = ("n_examples=176", "n_epochs=null", "max_length=64", "max_prompt_length=32", "max_tokens_per_pass=300")
+    trainer = make_trainer("loss=dpo", "precision=bfloat16", *sizes, *overrides)
+    batches = iter(trainer.train_batches)
+    for batch in islice(batches, 2):  # allocate the optimizer's state, and compile
+        trainer.train_step(batch)
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            for batch in batches:
+                trainer.train_step(batch)
+    finally:
+        gc.enable()
+    allocated = [event.self_cpu_memory_usage for event in profiled.events()]
+    assert trainer.updates == 22 and max(allocated) > 0 and sum(allocated) == 0
 
 
 def test_policy_and_reference_are_compiled_where_that_is_asked(make_trainer, monkeypatch):

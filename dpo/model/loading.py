@@ -204,7 +204,7 @@ def compile_layers(model: PreTrainedModel, on: bool = True) -> None:
 
     Parameters keep their names. UserError if the model is not made of transformers' layers.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers_to_compile(model)
     if not layers:
         raise UserError("compile=true: this kind of model has no layers that can be compiled; set compile=false")
     for layer in layers:
@@ -212,6 +212,10 @@ def compile_layers(model: PreTrainedModel, on: bool = True) -> None:
             layer.compile(dynamic=True)
         else:
             layer._compiled_call_impl = None  # torch has no way to undo it
+
+
+def layers_to_compile(model: PreTrainedModel) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def recompute_activations(model: PreTrainedModel, on: bool = True) -> None:

@@ -51,9 +51,8 @@ class Logps:
         sizes: the same lengths, flat, as Python integers if known, since reading them from a device waits.
         """
         sizes = lengths.flatten().tolist() if sizes is None else list(sizes)
-        return cls(
-            sum_segments(tokens, lengths.flatten(), max(sizes)).view(lengths.shape), lengths, tokens, sizes=sizes
-        )
+        sums = sum_segments(tokens, lengths.flatten(), max(sizes)).view(lengths.shape)
+        return cls(sums, lengths, tokens, sizes=sizes)
 
     @property
     def means(self) -> Tensor:
@@ -67,13 +66,12 @@ def sum_segments(values: Tensor, lengths: Tensor, longest: int) -> Tensor:
     The values are written to a row per segment, padded with zeros, by as many operations whatever the number of
     segments, each of which gives the same bits at every call on a GPU. segment_reduce does not support MPS.
     """
-    rows = torch.arange(len(lengths), device=values.device)
-    shifts = rows * longest - (lengths.cumsum(0) - lengths)  # from the place of a value to its place in the rows
-    places = torch.arange(len(values), device=values.device) + shifts.repeat_interleave(
-        lengths, output_size=len(values)
-    )
-    padded = values.new_zeros(len(lengths) * longest).index_copy(0, places, values)
-    return padded.view(len(lengths), longest).sum(1)
+    n, n_rows = len(values), len(lengths)
+    starts = lengths.cumsum(0) - lengths
+    shifts = torch.arange(n_rows, device=values.device) * longest - starts  # from a value's place to that in the rows
+    places = torch.arange(n, device=values.device) + shifts.repeat_interleave(lengths, output_size=n)
+    padded = values.new_zeros(n_rows * longest).index_copy(0, places, values)
+    return padded.view(n_rows, longest).sum(1)
 
 
 class ResponseLogps(torch.nn.Module):

@@ -5,7 +5,7 @@ import time
 import torch
 from transformers import PreTrainedModel
 
-from dpo.model.loading import compile_layers, is_quantized
+from dpo.model.loading import compile_layers, is_quantized, layers_to_compile
 from dpo.model.logps import ResponseLogps, response_logps
 from dpo.model.packing import PackedBatch
 from dpo.model.routers import has_experts
@@ -23,13 +23,12 @@ MIN_TOKENS = 20_000_000
 def compiling_pays(settings: Settings, facts: DeviceFacts, model: PreTrainedModel, n_tokens: int) -> bool:
     """Whether compile=auto compiles the layers: on a GPU, for a run of n_tokens that is long enough.
 
-    Not where compile=true is refused, and not where it was never tried: experts and quantized weights.
+    Not where compile=true is refused, and not where it was never tried: with experts or quantized weights.
     """
-    can_compile = facts.kind == "cuda" and facts.triton and facts.capability >= (7, 0)  # what Triton supports
+    has_compiler = facts.kind == "cuda" and facts.triton and facts.capability >= (7, 0)  # what Triton supports
     is_refused = settings.trainer != "BasicTrainer" or settings.activation_checkpointing
-    return (
-        can_compile and not is_refused and not has_experts(model) and not is_quantized(model) and n_tokens >= MIN_TOKENS
-    )
+    is_known = bool(layers_to_compile(model)) and not has_experts(model) and not is_quantized(model)
+    return has_compiler and not is_refused and is_known and n_tokens >= MIN_TOKENS
 
 
 def try_compiling(policy: ResponseLogps, batch: PackedBatch, dtype: torch.dtype) -> bool:

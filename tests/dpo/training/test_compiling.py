@@ -35,6 +35,11 @@ def test_long_runs_on_gpus_with_triton_compile_where_they_can(facts, n_tokens, m
     assert settings.compile == "auto" and compiling_pays(settings, facts, tiny(model), n_tokens) == expected
 
 
+def test_a_model_without_known_layers_is_not_compiled():
+    settings, _ = validated(*TINY, "loss=dpo")
+    assert not compiling_pays(settings, GPU, torch.nn.Linear(2, 2), MIN_TOKENS)
+
+
 @pytest.fixture
 def on_gpu(monkeypatch):
     """Take this machine for one with a GPU, every run for a long one, and compile by Dynamo alone, with a hook."""
