@@ -350,15 +350,13 @@ def test_an_update_reads_from_the_device_once_whatever_the_number_of_its_passes(
     assert metrics["loss/train"] == metrics["grad_norm"] == 1 and reads.count(meta) == n
 
 
-@pytest.mark.parametrize("overrides", [(), ("loss.precompute_reference=true",), ("compile=true",)])
-def test_updates_leave_no_memory_behind_and_no_cycles_for_the_garbage_collector(overrides, make_trainer, monkeypatch):
-    """By the allocator's own count: what a graph of autograd or a compiled layer keeps is no Python object."""
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **how: compile_module(*args, backend="eager", **how))
-    sizes = ("n_examples=176", "n_epochs=null", "max_length=64", "max_prompt_length=32", "max_tokens_per_pass=300")
+@pytest.mark.parametrize("overrides", [(), ("loss.precompute_reference=true",)], ids=["live", "cached"])
+def test_updates_leave_no_memory_behind_and_no_cycles_for_the_garbage_collector(overrides, make_trainer):
+    """By the allocator's own count: what a graph of autograd keeps is no Python object."""
+    sizes = ("n_examples=44", "batch_size=2", "max_length=64", "max_prompt_length=32", "max_tokens_per_pass=100")
     trainer = make_trainer("loss=dpo", "precision=bfloat16", *sizes, *overrides)
     batches = iter(trainer.train_batches)
-    for batch in islice(batches, 2):  # allocate the optimizer's state, and compile
+    for batch in islice(batches, 2):  # the first allocates the optimizer's state
         trainer.train_step(batch)
     gc.collect()
     gc.disable()
