@@ -377,7 +377,10 @@ def make_sampler(settings: Settings, inputs: Inputs, models: Models, signals: Si
     if inputs.stops:
         add_stops(models.policy.model.generation_config, inputs.stops)
     sampler = Sampler.of(settings, inputs.tokenizer, inputs.device, models.dtype)
-    return replace(sampler, before_batch=signals.check, stops=inputs.stops)
+    sampler = replace(sampler, before_batch=signals.check, stops=inputs.stops)
+    if settings.trainer == "BasicTrainer" and settings.sample_during_eval:
+        sampler = sampler.fit(models.policy.model)
+    return sampler
 
 
 def open_logger(settings: Settings, run: RunDir) -> MetricLogger:

@@ -131,7 +131,7 @@ def sample(candidate: Candidate, prompts: Prompts, like: "Settings") -> list[str
     set_quantized_products(model, dtype)
     max_length = min(settings.max_length, like.max_length)
     sampler = replace(Sampler.of(like, prompts.tokenizer, device, dtype), max_length=max_length, stops=prompts.stops)
-    return sampler.generate(model, prompts.examples, f"sampling {candidate.name}")
+    return sampler.fit(model).generate(model, prompts.examples, f"sampling {candidate.name}")
 
 
 # The command line

@@ -1,12 +1,13 @@
 """Decoding: many samples of a batch of prompts, each drawn with random numbers of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
 from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     LogitsProcessorList,
@@ -16,8 +17,10 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from dpo.model.attention import torch_attention
+from dpo.model.cuda_graphs import Recorder, Step
 from dpo.model.layout_check import TOLERANCE, float32_parameters
 from dpo.model.routers import no_router_logits
 from dpo.settings.schema import Settings
@@ -34,11 +37,25 @@ class Rows(Protocol):
 
     logits: Tensor
 
+    @property
+    def check_every(self) -> int:
+        """The tokens after which is looked for rows that have ended. Each look waits for the device."""
+
+    @property
+    def ended_share(self) -> float:
+        """Rows that have ended are dropped if they are more than this share."""
+
     def select(self, rows: Tensor) -> None:
         """Keep the rows with these indices, in this order; a row that is named several times is repeated."""
 
     def append(self, tokens: Tensor) -> None:
-        """Append a token to each row, and compute the next logits."""
+        """Append a token to each row, and compute the next logits.
+
+        With check_every above 1, a negative token is none: its row has ended.
+        """
+
+
+MakeRows = Callable[[PreTrainedModel, Sequence[Sequence[int]]], Rows]  # of a model and prompts
 
 
 def last_logits(model: PreTrainedModel) -> dict[str, Any]:
@@ -49,6 +66,8 @@ def last_logits(model: PreTrainedModel) -> dict[str, Any]:
 
 class CachedRows:
     """Rows with a key-value cache. Prompts are padded on the left, by any token: it is masked by position."""
+
+    check_every, ended_share = 1, 0.0
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]):
         self.model = model
@@ -80,8 +99,77 @@ class CachedRows:
         self.logits = self.forward(tokens[:, None])
 
 
+class StaticRows(CachedRows):
+    """Rows whose keys and values lie in buffers with room for further tokens, so that a GPU can replay a step.
+
+    A step is the same work for every token, on the same tensors. It is recorded anew after rows have left or slots were
+    added, so rows leave only when half of them have ended. recorder=None: nothing is recorded.
+    """
+
+    check_every, ended_share = 16, 0.5
+    tokens: Tensor
+    slot: Tensor  # of the next token
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], recorder: Recorder | None = None):
+        super().__init__(model, prompts)
+        self.recorder = recorder
+        self.recorded: Step | None = None
+        self.is_ready = False  # whether the tensors of the step are those of the last one
+        self.n_slots = self.mask.shape[1]  # that are used
+
+    def select(self, rows: Tensor) -> None:
+        self.is_ready, self.recorded = False, None
+        super().select(rows)
+
+    def append(self, tokens: Tensor) -> None:
+        if self.n_slots + 2 > self.mask.shape[1]:  # recording computes two steps
+            self.add_slots(self.n_slots // 2 + 128)
+        if not self.is_ready:
+            self.tokens, self.slot = tokens[:, None].clone(), torch.tensor([self.n_slots], device=tokens.device)
+            lengths = [layer.cumulative_length for layer in self.cache["past_key_values"].layers]
+            changed = [self.mask, self.slot, *lengths]
+            self.recorded = self.recorder and self.recorder(self.step, changed, self.logits)
+            self.is_ready = True
+        self.tokens.copy_(tokens[:, None])
+        (self.recorded or self.step)()
+        self.n_slots += 1
+
+    def step(self) -> None:
+        self.mask.index_copy_(1, self.slot, (self.tokens >= 0).to(self.mask.dtype))
+        self.logits.copy_(self.forward(self.tokens.clamp(min=0)))
+        self.slot.add_(1)
+
+    def add_slots(self, n: int) -> None:
+        """Move keys and values to buffers with at least n more slots, a multiple of 64, on which kernels are faster."""
+        self.is_ready, self.recorded = False, None
+        length = -(-(self.n_slots + n) // 64) * 64
+        self.mask = F.pad(self.mask, (0, length - self.mask.shape[1]))
+        layers = self.cache["past_key_values"].layers
+        for i, layer in enumerate(layers):  # one by one, so that little memory is taken twice
+            layers[i] = static_layer(layer, self.n_slots, length)
+        self.cache = {"past_key_values": Cache(layers=layers)}
+
+
+def static_layer(layer: Any, n_slots: int, length: int) -> StaticLayer:
+    """A layer's keys and values in a buffer of `length` slots, n_slots of them used; TypeError if it has others.
+
+    A layer with a sliding window gets slots for all tokens as well; the mask hides those outside of the window.
+    """
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer):
+        raise TypeError(f"it has a {type(layer).__name__}")
+    static = StaticLayer(length)
+    keys, values = layer.keys[:, :, :n_slots], layer.values[:, :, :n_slots]
+    static.lazy_initialization(keys, values)
+    known = slice(n_slots - keys.shape[2], n_slots)  # a sliding window keeps the last ones
+    static.keys[:, :, known], static.values[:, :, known] = keys, values
+    static.cumulative_length.fill_(n_slots)
+    return static
+
+
 class WholeRows:
     """Rows without cache and padding: every step computes the whole texts, those of one length together."""
+
+    check_every, ended_share = 1, 0.0
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]):
         self.model = model
@@ -107,35 +195,48 @@ class WholeRows:
         self.logits = self.forward()
 
 
-@torch.no_grad()
-def choose_rows(model: PreTrainedModel, max_length: int) -> type[CachedRows] | type[WholeRows]:
-    """CachedRows, or WholeRows if the cache or the padding changes log-probabilities.
+def kinds_of_rows(device: torch.device) -> dict[str, MakeRows]:
+    """The kinds of rows to try on a device, fastest first, by the name of their cache."""
+    kinds: dict[str, MakeRows] = {"key-value cache": CachedRows}
+    if device.type == "cuda":
+        kinds = {"static key-value cache": partial(StaticRows, recorder=Recorder()), **kinds}
+    return kinds
 
-    The comparison is in float32 without TF32, on a short text and one of max_length tokens, since a sliding window
-    shows only there. The rows are repeated, selected and dropped as in decoding.
+
+@torch.no_grad()
+def choose_rows(model: PreTrainedModel, max_length: int, kinds: Mapping[str, MakeRows] | None = None) -> MakeRows:
+    """The first of the kinds that changes no log-probabilities, by cache or padding, else WholeRows.
+
+    kinds is by default that of the device. The comparison is in float32 without TF32, on a short text and one of
+    max_length tokens, since a sliding window shows only there. The rows are repeated, selected and dropped as in
+    decoding.
     """
     n_ids = model.get_input_embeddings().get_parameter("weight").shape[0]
     texts = [[i % n_ids for i in range(length)] for length in (max(1, max_length // 4), max(1, max_length - 2))]
-    kinds: tuple[type[CachedRows], type[WholeRows]] = (CachedRows, WholeRows)
-    found = []
-    try:
-        with float32_parameters(model), torch_attention(model):
-            for kind in kinds:
-                rows = kind(model, texts)
-                for selected in ([1, 0, 0], [2, 1]):
-                    rows.select(torch.tensor(selected, device=model.device))
-                    rows.append(torch.arange(len(selected), device=model.device))
-                    found.append(rows.logits.log_softmax(-1))
-        cached, whole = torch.cat(found[:2]), torch.cat(found[2:])
-        worst = (whole.exp() * (cached - whole).abs()).sum(-1).max().item()  # the mean over tokens that are drawn
-        if worst <= TOLERANCE:
-            return CachedRows
-        problem = f"changes log-probabilities by {worst:.2g} nats per token"
-    except Exception as error:  # a model with another kind of cache fails in many ways
-        if is_out_of_memory(error):
-            raise
-        problem = f"fails ({type(error).__name__}: {summarize_error(error)})"
-    log_message(f"This model's key-value cache {problem}; each token is computed from its whole text, which is slow.")
+
+    def trial(kind: MakeRows) -> Tensor:
+        rows, found = kind(model, texts), []
+        for selected in ([1, 0, 0], [2, 1]):
+            rows.select(torch.tensor(selected, device=model.device))
+            rows.append(torch.arange(len(selected), device=model.device))
+            found.append(rows.logits.log_softmax(-1))
+        return torch.cat(found)
+
+    with float32_parameters(model), torch_attention(model):
+        whole = trial(WholeRows)
+        for name, kind in (kinds or kinds_of_rows(model.device)).items():
+            try:
+                # the mean over tokens that are drawn
+                worst = (whole.exp() * (trial(kind) - whole).abs()).sum(-1).max().item()
+                if worst <= TOLERANCE:
+                    return kind
+                problem = f"changes log-probabilities by {worst:.2g} nats per token"
+            except Exception as error:  # a model with another kind of cache fails in many ways
+                if is_out_of_memory(error):
+                    raise
+                problem = f"fails ({type(error).__name__}: {summarize_error(error)})"
+            log_message(f"This model's {name} {problem}.")
+    log_message("Each token is computed from its whole text, which is slow.")
     return WholeRows
 
 
@@ -195,7 +296,7 @@ class Decoder:
         model: PreTrainedModel,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
-        kind: type[CachedRows] | type[WholeRows] = CachedRows,
+        kind: MakeRows = CachedRows,
     ) -> list[Continuation]:
         """Continue each prompt with the random numbers of its seed. kind is that of choose_rows.
 
@@ -217,6 +318,7 @@ class Decoder:
         with torch_attention(model), autocast(model.dtype, self.dtype, device):
             rows = kind(model, list(places))
             rows.select(torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device))
+            is_live = torch.ones_like(live, dtype=torch.bool)
             for step in range(max(limits)):
                 logits = rows.logits.float()
                 scores = self.warpers(
@@ -224,14 +326,17 @@ class Decoder:
                 )  # which ignore the ids
                 tokens = draw(scores, randoms[live, step])
                 logp = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-                ids[live, step], logps[live, step] = tokens, logp
+                ids[live, step], logps[live, step] = tokens.where(is_live, -1), logp.where(is_live, 0.0)
                 ended = torch.isin(tokens, stops) | (last_steps[live] == step) | ~logp.isfinite()
-                kept = (~ended).nonzero()[:, 0]
-                if not len(kept):
-                    break
-                if len(kept) < len(live):
-                    live, tokens = live[kept], tokens[kept]
-                    rows.select(kept)
+                is_live &= ~ended
+                tokens = tokens.where(is_live, -1)
+                if (step + 1) % rows.check_every == 0 or step + 1 == max(limits):
+                    kept = is_live.nonzero()[:, 0]
+                    if not len(kept):
+                        break
+                    if len(live) - len(kept) > rows.ended_share * len(live):
+                        live, tokens, is_live = live[kept], tokens[kept], is_live[kept]
+                        rows.select(kept)
                 rows.append(tokens)
         if not logps.isfinite().all():
             raise RunError(

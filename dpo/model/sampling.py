@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from dpo.data.batches import BatchIterator
 from dpo.data.examples import TokenizedExample, padding_id
 from dpo.model.attention import torch_attention
+from dpo.model.decoding import Decoder, MakeRows, choose_rows
 from dpo.settings.schema import Settings
 from dpo.system.console import progress
 from dpo.system.devices import autocast
@@ -18,7 +19,10 @@ from dpo.system.errors import actionable_errors
 
 @dataclass(frozen=True)
 class Sampler:
-    """Settings of sampling; max_length counts the tokens of prompt and continuation together."""
+    """Settings of sampling; max_length counts the tokens of prompt and continuation together.
+
+    transformers' generate samples, or on a GPU a Decoder.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     device: torch.device
@@ -31,6 +35,7 @@ class Sampler:
     seed: int
     before_batch: Callable[[], None] = lambda: None  # raises to stop the run
     stops: Sequence[int] = ()  # stop tokens in addition to eos
+    rows: MakeRows | None = None  # of the Decoder; None: generate
 
     @classmethod
     def of(
@@ -47,6 +52,10 @@ class Sampler:
             top_p=settings.sample_top_p,
             seed=settings.seed,
         )
+
+    def fit(self, model: PreTrainedModel) -> "Sampler":
+        """On a GPU, sample by a Decoder with the cache that fits the model, whose weights must not be sharded."""
+        return replace(self, rows=choose_rows(model, self.max_length)) if self.device.type == "cuda" else self
 
     @property
     def stop_ids(self) -> list[int]:
@@ -65,8 +74,11 @@ class Sampler:
         """
         model.eval()
         size = self.batch_size
-        samples = []
-        batches = [prompts[start : start + size] for start in range(0, len(prompts), size)]
+        order = list(range(len(prompts)))
+        if self.rows is not None:  # little padding
+            order.sort(key=lambda i: len(prompts[i].prompt))
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        samples = {}
         devices = [self.device] if self.device.type == "cuda" else []
         hint = f"while sampling for {min(size, len(prompts))} prompts at a time; lower eval_batch_size"
         with torch.random.fork_rng(devices), autocast(model.dtype, self.dtype, self.device), actionable_errors(hint):
@@ -74,16 +86,21 @@ class Sampler:
             with default_generation_config(model), torch_attention(model):
                 for batch in progress(batches, title):
                     self.before_batch()
-                    responses = self.generate_batch(model, [example.prompt for example in batch])
+                    responses = self.generate_batch(model, [prompts[i].prompt for i in batch])
                     texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-                    samples += [
-                        TokenizedExample(replace(example.text, responses=(text,)), example.prompt, (response,))
-                        for example, text, response in zip(batch, texts, responses, strict=True)
-                    ]
-        return samples
+                    for i, text, response in zip(batch, texts, responses, strict=True):
+                        example = replace(prompts[i].text, responses=(text,))
+                        samples[i] = TokenizedExample(example, prompts[i].prompt, (response,))
+        return [samples[i] for i in range(len(prompts))]
 
     def generate_batch(self, model: PreTrainedModel, prompts: Sequence[list[int]]) -> list[list[int]]:
         """Sample continuations of token ids. Prompts are padded on the left, and masked by position."""
+        if self.rows is not None:
+            decoder = Decoder(
+                self.max_length, self.temperature, self.top_k, self.top_p, self.dtype, tuple(self.stop_ids)
+            )
+            seeds = torch.randint(2**62, (len(prompts),)).tolist()
+            return [one.ids for one in decoder.decode(model, prompts, seeds, self.rows)]
         width = max(map(len, prompts))
         pad_id = padding_id(self.tokenizer, model.config.get_text_config().vocab_size)
         ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts])

@@ -151,8 +151,8 @@ def load(
     sampler = replace(sampler, stops=inputs.stops)
     splitter = BatchSplitter(Packer(choice.layout, budget, device))
     kept = dtype if original.dtype == torch.float32 else original.dtype
-    module = ModelReference(other, kept, sampler)
-    return Evaluation(settings, loss, inputs, one, module, splitter, sampler), figures
+    module = ModelReference(other, kept, sampler.fit(original))
+    return Evaluation(settings, loss, inputs, one, module, splitter, sampler.fit(trained)), figures
 
 
 def check_vocabulary(reference: Checkpoint, settings: Settings, inputs: Inputs) -> None:

@@ -1,14 +1,27 @@
 """Decoding: the distribution that the settings name, and samples that do not depend on those of their batch."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from conftest import TINY, tiny_tokenizer, validated
+from recording import record
 from tiny_models import EXACT, MIXTURES, NOT_EXACT, composite, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
-from dpo.model.decoding import PRECISION, CachedRows, Decoder, WholeRows, choose_rows, draw
+from dpo.model.cuda_graphs import Recorder
+from dpo.model.decoding import (
+    PRECISION,
+    CachedRows,
+    Decoder,
+    StaticRows,
+    WholeRows,
+    choose_rows,
+    draw,
+    kinds_of_rows,
+)
 from dpo.system.errors import RunError
 
 DECODER = Decoder(max_length=24, temperature=1.0, top_k=0, top_p=1.0, dtype=torch.float32, stops=(96,))
@@ -140,6 +153,87 @@ def test_a_model_whose_cache_changes_logits_is_computed_without_it(capsys):
     model.prepare_inputs_for_generation = None
     assert choose_rows(model, DECODER.max_length) is WholeRows
     assert "key-value cache fails (TypeError: " in capsys.readouterr().out
+
+
+# A cache whose steps are recorded, as on a GPU
+
+NOT_RECORDED = ["Falcon", "JetMoe"]  # copies numbers from the host; reads the number of each expert's tokens
+NOT_STATIC = ["Mpt", "Mamba"]
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Mistral", "Gemma3", *NOT_RECORDED, *NOT_STATIC])
+def test_samples_of_recorded_steps_are_those_of_computed_ones(name, capsys):
+    """Also with a sliding window of 16 tokens, and masks for each kind of layer."""
+    model, recorder = build(name), Recorder(record)
+    decoder = replace(DECODER, max_length=36)
+    static = partial(StaticRows, recorder=recorder)
+    kind = choose_rows(model, decoder.max_length, {"static cache": static, "cache": CachedRows})
+    drawn, expected = decoder.decode(model, PROMPTS, SEEDS, kind), decoder.decode(model, PROMPTS, SEEDS)
+    assert [one.ids for one in drawn] == [one.ids for one in expected]
+    assert all(abs(one.logp - other.logp) < 1e-3 for one, other in zip(drawn, expected, strict=True))
+    assert kind is (CachedRows if name in NOT_STATIC else static)
+    messages = capsys.readouterr().out
+    assert ("static cache fails" in messages) == (name in NOT_STATIC)
+    assert name in NOT_STATIC or ("uses no CUDA graphs" in messages) == (name in NOT_RECORDED) == (not recorder.works)
+
+
+class Layouts(StaticRows):
+    """Remembers the rows and slots of each layout, and the number of its steps."""
+
+    seen: list[list[int]]
+
+    def append(self, tokens):
+        new = not self.is_ready
+        super().append(tokens)
+        if new or list(self.mask.shape) != self.seen[-1][:2]:
+            self.seen.append([*self.mask.shape, 0])
+        self.seen[-1][2] += 1
+
+
+def test_rows_leave_once_half_of_them_have_ended_and_slots_are_added_when_they_are_full(model, monkeypatch):
+    """Samples of 116 tokens, four of five rows shorter: looks after 16, 32 and 48 tokens."""
+    monkeypatch.setattr(Layouts, "seen", [], raising=False)
+    prompts = [[20] * n for n in (12, 90, 100, 80, 85)]
+    decoder = replace(DECODER, max_length=128, stops=())
+    drawn = decoder.decode(model, prompts, SEEDS, partial(Layouts, recorder=Recorder(record)))
+    assert [len(one.ids) for one in drawn] == [116, 38, 28, 48, 43]
+    assert Layouts.seen == [[5, 320, 47], [1, 320, 68]]
+    assert [one.ids for one in drawn] == [one.ids for one in decoder.decode(model, prompts, SEEDS)]
+
+
+def test_slots_are_added_before_they_are_full(model, monkeypatch):
+    """From 3 slots, one more than half of them and 128, rounded up: 192."""
+    monkeypatch.setattr(Layouts, "seen", [], raising=False)
+    rows = Layouts(tiny("Llama", max_position_embeddings=512), [PROMPTS[0]] * 2, Recorder(record))
+    for _ in range(190):
+        rows.append(torch.tensor([5, -1]))
+    assert Layouts.seen == [[2, 192, 188], [2, 448, 2]]
+    assert rows.mask.sum(1).tolist() == [193, 3]
+    expected = rows.model(torch.tensor([[*PROMPTS[0], *[5] * 190]])).logits[0, -1]
+    assert torch.allclose(rows.logits[0], expected, atol=1e-4)
+
+
+def test_the_device_is_waited_for_after_every_16_tokens_of_recorded_steps(model):
+    """Three times for a sample of 45 tokens, of which the last look ends it."""
+
+    class Looks(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.n += function is torch.ops.aten.nonzero.default
+            return function(*args, **(kwargs or {}))
+
+    decoder = replace(DECODER, max_length=48, stops=())
+    for kind, n in ((StaticRows, 3), (CachedRows, 45)):
+        with Looks() as looks:
+            decoder.decode(model, PROMPTS[:1], SEEDS[:1], kind)
+        assert looks.n == n
+
+
+def test_steps_are_recorded_on_a_gpu_alone():
+    first, second = kinds_of_rows(torch.device("cuda")).values()
+    assert (first.func, type(first.keywords["recorder"]), second) == (StaticRows, Recorder, CachedRows)
+    assert [*kinds_of_rows(torch.device("cpu")).values()] == [CachedRows]
 
 
 # Where a sample ends

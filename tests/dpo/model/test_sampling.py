@@ -9,6 +9,7 @@ from conftest import TINY, inputs_of, validated
 from tiny_models import respond, tiny
 from transformers import GenerationConfig
 
+from dpo.model.decoding import CachedRows, StaticRows
 from dpo.model.sampling import Sampler, add_stops, distinct_prompts
 
 
@@ -34,6 +35,7 @@ SAMPLER = Sampler(
     seed=0,
 )
 GREEDY = replace(SAMPLER, top_k=1)
+BOTH = pytest.mark.parametrize("rows", [None, StaticRows], ids=["generate", "decoder"])  # on a CPU, on a GPU
 PROMPT = (5, 17, 40)
 
 
@@ -79,13 +81,15 @@ def test_tokens_have_the_distribution_that_the_settings_name(settings, model):
     assert not settings or distance(expected, plain) > 0.12
 
 
-def test_the_seed_alone_decides_what_is_drawn(model):
+@BOTH
+def test_the_seed_alone_decides_what_is_drawn(rows, model):
     prompts = [respond(PROMPT, [1]), respond(PROMPT[:2], [1])]
+    sampler = replace(SAMPLER, rows=rows)
     torch.manual_seed(1)
-    first = SAMPLER.generate(model, prompts, "sampling")
+    first = sampler.generate(model, prompts, "sampling")
     torch.manual_seed(2)
-    assert SAMPLER.generate(model, prompts, "sampling") == first
-    assert replace(SAMPLER, seed=1).generate(model, prompts, "sampling") != first
+    assert sampler.generate(model, prompts, "sampling") == first
+    assert replace(sampler, seed=1).generate(model, prompts, "sampling") != first
 
 
 def test_a_runs_settings_describe_its_samples():
@@ -96,10 +100,32 @@ def test_a_runs_settings_describe_its_samples():
     assert Sampler.of(settings, SAMPLER.tokenizer, SAMPLER.device, SAMPLER.dtype) == expected
 
 
-def test_prompt_and_sample_together_have_max_length_tokens(model):
+@BOTH
+def test_prompt_and_sample_together_have_max_length_tokens(rows, model):
     for length, n in ((3, 7), (8, 2), (9, 1), (10, 1)):  # a prompt that leaves no room gets one token
-        (sample,) = SAMPLER.generate(model, [respond(range(20, 20 + length), [1])], "sampling")
+        (sample,) = replace(SAMPLER, rows=rows).generate(model, [respond(range(20, 20 + length), [1])], "sampling")
         assert len(sample) == n
+
+
+def test_a_decoder_draws_prompts_of_similar_length_together_and_returns_them_in_their_order(model):
+    prompts = [respond(range(20, 20 + n), [1]) for n in (7, 2, 5, 6, 1)]
+    lengths = []
+
+    class Lengths(StaticRows):
+        def __init__(self, model, prompts):
+            super().__init__(model, prompts)
+            lengths.append([len(prompt) for prompt in prompts])
+
+    sampler = replace(SAMPLER, batch_size=2, rows=Lengths)
+    texts = sampler.generate(model, prompts, "sampling")
+    assert lengths == [[1, 2], [5, 6], [7]]
+    assert [len(text) for text in texts] == [3, 8, 5, 4, 9]
+    assert replace(sampler, batch_size=1).generate(model, prompts, "sampling") == texts
+
+
+def test_a_decoder_samples_on_a_gpu(model):
+    assert SAMPLER.fit(model) == SAMPLER
+    assert replace(SAMPLER, device=torch.device("cuda")).fit(model).rows is CachedRows  # since this model is on a CPU
 
 
 def test_padding_is_never_seen(model):
@@ -126,12 +152,13 @@ def test_a_sample_ends_at_the_end_token_and_other_samples_of_its_batch_go_on(mod
     assert texts[1:] == sampler.generate(model, [other], "sampling") and len(texts[1]) > n
 
 
-def test_a_sample_is_an_example_whose_response_holds_the_token_that_ended_it(model):
+@BOTH
+def test_a_sample_is_an_example_whose_response_holds_the_token_that_ended_it(rows, model):
     """As in the test above; the other sample of the batch is cut at max_length, and ends with no stop."""
     (whole,) = GREEDY.generate(model, [respond(PROMPT, [1])], "sampling")
     n = max(i for i, token in enumerate(whole) if token not in whole[:i])
     prompts = [respond(PROMPT, [1], [2]), respond((60, 61, 62), [1], [2])]
-    sampler = replace(GREEDY, stops=[whole[n]])
+    sampler = replace(GREEDY, stops=[whole[n]], rows=rows)
     ended, cut = sampler.sample(model, prompts, "sampling")
     assert (ended.prompt, ended.responses) == (list(PROMPT), (whole[: n + 1],))
     assert len(cut.responses[0]) == 7 and whole[n] not in cut.responses[0]
