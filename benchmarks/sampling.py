@@ -1,11 +1,12 @@
-"""Sampling: samples per second and peak memory of the rounds' built-in engine, beside `generate` as it is called.
+"""Sampling: seconds per 1,000 samples of this project's decoder, transformers' generate, and vLLM if it is installed.
 
     python benchmarks/sampling.py --model DIR --data FILE
 
-FILE has a prompt per line, JSON {"prompt": text or messages}; the model's chat template renders messages. All ways
-sample for the same prompts, in turn, in one process. Speed is the median ratio of the process's CPU time per token,
-which other processes hardly change (so run it with one thread on a CPU); samples per second are by the clock. Memory is
-the peak of a process of its own for each way. Writes a Markdown table to stdout.
+FILE has a prompt per line, JSON {"prompt": text or messages}; the model's chat template renders messages. Each way
+samples for the same prompts in a process of its own, on a GPU once more before, so that nothing is compiled while the
+time is taken. Time is by the clock on a GPU. On a CPU it is that of the process, which other processes hardly change,
+so run it with one thread. Samples have different lengths, so ways are compared by tokens per second. Writes a Markdown
+table to stdout.
 """
 
 import argparse
@@ -16,18 +17,26 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo.model.decoding import Decoder
+from dpo.model.cuda_graphs import Recorder
+from dpo.model.decoding import CachedRows, Decoder, MakeRows, StaticRows
 from dpo.model.sampling import up_to_stop
-from dpo.system.devices import limit_onednn_cache, peak_memory, pick_device, reset_peak_memory
+from dpo.system.devices import autocast, limit_onednn_cache, peak_memory, pick_device, reset_peak_memory
 
 Ids = list[int]
+DTYPES = {  # of the weights, and of the computation
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "autocast": (torch.float32, torch.bfloat16),
+}
 
 
 class LikeGenerate(Decoder):
@@ -37,128 +46,144 @@ class LikeGenerate(Decoder):
         return self.max_length
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bench:
-    """The prompts, and what is drawn for each: `samples` texts of at most `tokens` tokens, `rows` at a time."""
+    """The prompts; for each, args.samples texts of at most args.tokens tokens are drawn, args.rows at a time."""
 
-    prompts: list[Ids]
-    samples: int
-    tokens: int
-    rows: int
-    eos: int
+    args: argparse.Namespace
+    device: torch.device
 
-    def generate_each(self, model: PreTrainedModel, dtype: torch.dtype) -> list[Ids]:
-        """One call for each prompt."""
-        return [ids for prompt in self.prompts for ids in self.generate(model, [prompt])]
+    @cached_property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        return DTYPES[self.args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32")]
 
-    def generate_padded(self, model: PreTrainedModel, dtype: torch.dtype) -> list[Ids]:
-        """Calls for as many prompts as fit into `rows`, in the order of the data."""
-        n = max(1, self.rows // self.samples)
-        starts = range(0, len(self.prompts), n)
-        return [ids for start in starts for ids in self.generate(model, self.prompts[start : start + n])]
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.args.model)
 
-    def generate(self, model: PreTrainedModel, prompts: list[Ids]) -> list[Ids]:
-        width = max(map(len, prompts))
-        ids = torch.tensor([[self.eos] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=ids.device)
-        output = model.generate(  # type: ignore[operator]  # known to causal models
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=self.tokens,
-            num_return_sequences=self.samples,
-            eos_token_id=self.eos,
-            pad_token_id=self.eos,
-        )
-        return [up_to_stop(row, [self.eos]) for row in output[:, width:].tolist()]
+    @property
+    def eos(self) -> int:
+        return self.tokenizer.eos_token_id
 
-    def engine(self, model: PreTrainedModel, dtype: torch.dtype) -> list[Ids]:
-        """The batches of BuiltinEngine."""
-        rows = [prompt for prompt in sorted(self.prompts, key=len) for _ in range(self.samples)]
+    @cached_property
+    def prompts(self) -> list[Ids]:
+        """The token ids of the prompts, the shortest first."""
+        tokenizer = self.tokenizer
+        prompts: list[Ids] = []
+        for line in self.args.data.read_text().splitlines():
+            prompt = json.loads(line)["prompt"]
+            if not isinstance(prompt, str):
+                prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            ids = tokenizer(prompt, add_special_tokens=False).input_ids
+            if len(ids) <= self.args.max_prompt_tokens:
+                prompts.append(ids)
+        return sorted(prompts[: self.args.prompts], key=len)
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.args.model, dtype=self.dtypes[0]).eval()
+        return model.to(self.device)  # type: ignore[arg-type]  # a decorator hides its arguments
+
+    def generate(self, cache: str | None) -> list[Ids]:
+        """Calls for as many prompts as fit into args.rows."""
+        n = max(1, self.args.rows // self.args.samples)
         drawn: list[Ids] = []
-        for start in range(0, len(rows), self.rows):
-            batch = rows[start : start + self.rows]
-            decoder = LikeGenerate(self.tokens, 1.0, 0, 1.0, dtype, (self.eos,))
-            continuations = decoder.decode(model, batch, range(start, start + len(batch)))
-            drawn += [continuation.ids for continuation in continuations]
+        for start in range(0, len(self.prompts), n):
+            prompts = self.prompts[start : start + n]
+            width = max(map(len, prompts))
+            ids = [[self.eos] * (width - len(prompt)) + prompt for prompt in prompts]
+            mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+            with autocast(*self.dtypes, self.device):
+                output = self.model.generate(  # type: ignore[operator]  # known to causal models
+                    input_ids=torch.tensor(ids, device=self.device),
+                    attention_mask=torch.tensor(mask, device=self.device),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    max_new_tokens=self.args.tokens,
+                    num_return_sequences=self.args.samples,
+                    eos_token_id=self.eos,
+                    pad_token_id=self.eos,
+                    cache_implementation=cache,
+                )
+            drawn += [up_to_stop(row, [self.eos]) for row in output[:, width:].tolist()]
         return drawn
 
+    def decode(self, rows: MakeRows) -> list[Ids]:
+        """The batches of rounds (BuiltinEngine)."""
+        prompts = [prompt for prompt in self.prompts for _ in range(self.args.samples)]
+        decoder = LikeGenerate(self.args.tokens, 1.0, 0, 1.0, self.dtypes[1], (self.eos,))
+        drawn: list[Ids] = []
+        for start in range(0, len(prompts), self.args.rows):
+            batch = prompts[start : start + self.args.rows]
+            drawn += [one.ids for one in decoder.decode(self.model, batch, range(start, start + len(batch)), rows)]
+        return drawn
 
-@dataclass(frozen=True)
-class Way:
-    """A row of the table: the dtype of the weights, and that of the computation."""
+    def decode_static(self) -> list[Ids]:
+        return self.decode(partial(StaticRows, recorder=Recorder() if self.device.type == "cuda" else None))
 
-    draw: Callable[[Bench, PreTrainedModel, torch.dtype], list[Ids]]
-    weights: torch.dtype
-    dtype: torch.dtype
+    @cached_property
+    def server(self) -> "vllm.LLM":  # type: ignore[name-defined]  # noqa: F821  # vLLM is not among the requirements
+        import vllm  # type: ignore[import-not-found]
+
+        longest = self.args.max_prompt_tokens + self.args.tokens
+        name = str(self.dtypes[1]).removeprefix("torch.")
+        return vllm.LLM(self.args.model, dtype=name, max_model_len=longest, max_num_seqs=self.args.rows)
+
+    def vllm(self) -> list[Ids]:
+        import vllm
+
+        lengths = {"max_tokens": self.args.tokens, "stop_token_ids": [self.eos]}
+        parameters = vllm.SamplingParams(n=self.args.samples, temperature=1.0, top_p=1.0, **lengths)
+        prompts = [{"prompt_token_ids": prompt} for prompt in self.prompts]
+        answers = self.server.generate(prompts, parameters, use_tqdm=False)
+        return [list(one.token_ids) for answer in answers for one in answer.outputs]
 
 
-WAYS = {
-    "generate, each prompt, float32": Way(Bench.generate_each, torch.float32, torch.float32),
-    "generate, padded, float32": Way(Bench.generate_padded, torch.float32, torch.float32),
-    "engine, float32": Way(Bench.engine, torch.float32, torch.float32),
-    "generate, each prompt, bfloat16 weights": Way(Bench.generate_each, torch.bfloat16, torch.bfloat16),
-    "generate, padded, bfloat16 weights": Way(Bench.generate_padded, torch.bfloat16, torch.bfloat16),
-    "engine, bfloat16 weights": Way(Bench.engine, torch.bfloat16, torch.bfloat16),
-    "engine, bfloat16 by autocast": Way(Bench.engine, torch.float32, torch.bfloat16),
+WAYS: dict[str, Callable[[Bench], list[Ids]]] = {
+    "generate": partial(Bench.generate, cache=None),
+    "generate, static cache": partial(Bench.generate, cache="static"),  # which it compiles on a GPU
+    "decoder, growing cache": partial(Bench.decode, rows=CachedRows),
+    "decoder, static cache": Bench.decode_static,  # the project's way on a GPU; the row above is that on a CPU
+    "vLLM": Bench.vllm,
 }
 
 
-def read_prompts(args: argparse.Namespace) -> Bench:
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    prompts: list[Ids] = []
-    for line in args.data.read_text().splitlines():
-        prompt = json.loads(line)["prompt"]
-        if not isinstance(prompt, str):
-            prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        if len(ids) <= args.max_prompt_tokens:
-            prompts.append(ids)
-    return Bench(prompts[: args.prompts], args.samples, args.tokens, args.rows, tokenizer.eos_token_id)
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """The seconds per 1,000 samples, tokens per second and peak memory in GB of args.way."""
+    bench = Bench(args, pick_device(args.device))
+    on_gpu = bench.device.type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
+    draw, seconds, rates = partial(WAYS[args.way], bench), [], []
+    bench.prompts  # noqa: B018  # read before the clock starts, as is the model
+    if args.way != "vLLM":
+        bench.model  # noqa: B018
+    if on_gpu:
+        draw()
+    reset_peak_memory(bench.device)
+    for _ in range(args.repeats):
+        start = clock()
+        drawn = draw()
+        elapsed = clock() - start
+        seconds.append(1000 * elapsed / len(drawn))
+        rates.append(sum(map(len, drawn)) / elapsed)
+    peak = peak_memory(bench.device) / 1e9
+    return {"seconds": statistics.median(seconds), "rate": statistics.median(rates), "peak": peak}
 
 
-def load(args: argparse.Namespace, dtype: torch.dtype) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval()
-    return model.to(pick_device(args.device))  # type: ignore[arg-type]  # a decorator hides its arguments
+def table(measured: dict[str, dict[str, float]]) -> str:
+    """The rows of the ways that were measured; speed is relative to the first one."""
+    lines = ["| way | s per 1,000 samples | tokens/s | speed | peak GB |", "|---|---|---|---|---|"]
+    first = next(iter(measured.values()), {})
+    for way, figures in measured.items():
+        cells = f"{figures['seconds']:,.1f} | {figures['rate']:,.0f} | {figures['rate'] / first['rate']:.1f}"
+        lines.append(f"| {way} | {cells} | {figures['peak']:.2f} |")
+    return "\n".join(lines)
 
 
-def measure(args: argparse.Namespace, names: list[str]) -> None:
-    """Print the table of some ways."""
-    bench = read_prompts(args)
-    models = {dtype: load(args, dtype) for dtype in {WAYS[name].weights for name in names}}
-    cpu: dict[str, list[float]] = {name: [] for name in names}
-    speed: dict[str, list[float]] = {name: [] for name in names}
-    for repeat in range(args.repeats):
-        for name in names:
-            way, start, cpu_start = WAYS[name], time.perf_counter(), time.process_time()
-            drawn = way.draw(bench, models[way.weights], way.dtype)
-            speed[name].append(len(drawn) / (time.perf_counter() - start))
-            n_tokens = sum(map(len, drawn))
-            cpu[name].append((time.process_time() - cpu_start) / n_tokens)
-            figures = f"{speed[name][-1]:.2f} samples/s, {1000 * cpu[name][-1]:.1f} CPU ms per token, {n_tokens} tokens"
-            print(f"{repeat}, {name}: {figures}", file=sys.stderr, flush=True)
-    columns = "way | samples/s | CPU ms per token | speed | of each repeat | peak GB"
-    print(f"| {columns} |\n" + "|---" * 6 + "|")
-    for name in names:
-        first = next(
-            other for other in names if other.startswith("generate, each") and WAYS[other].dtype == WAYS[name].dtype
-        )
-        ratios = [one / other for one, other in zip(cpu[first], cpu[name], strict=True)]
-        cells = [name, f"{statistics.median(speed[name]):.2f}", f"{1000 * statistics.median(cpu[name]):.1f}"]
-        cells += [f"{statistics.median(ratios):.1f}", ", ".join(f"{ratio:.1f}" for ratio in ratios)]
-        print(f"| {' | '.join(cells)} | {peak_gb(name):.2f} |", flush=True)
-
-
-def peak_gb(name: str) -> float:
-    """The peak memory of a way, in a process of its own."""
-    command = [sys.executable, *sys.argv, "--peak-of", name]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
-
-
-def main() -> None:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    ways = [way for way in WAYS if way != "vLLM" or find_spec("vllm")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder that from_pretrained opens")
     parser.add_argument("--data", type=Path, required=True, help='JSON lines {"prompt": text or messages}')
@@ -167,20 +192,29 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="per prompt")
     parser.add_argument("--tokens", type=int, default=64, help="per sample, at most")
     parser.add_argument("--rows", type=int, default=64, help="samples at a time")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--only", nargs="+", choices=list(WAYS), default=list(WAYS), metavar="WAY")
-    parser.add_argument("--peak-of", choices=list(WAYS), help="only print the peak memory of one way, in GB")
-    args = parser.parse_args()
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument("--only", nargs="+", choices=ways, default=ways, metavar="WAY")
+    parser.add_argument("--way", choices=ways, help="only print the figures of one way, as JSON")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parse()
     limit_onednn_cache()
-    if args.peak_of is None:
-        measure(args, args.only)
+    if args.way is not None:
+        print(json.dumps(measure(args)))
         return
-    way, bench = WAYS[args.peak_of], read_prompts(args)
-    model = load(args, way.weights)
-    reset_peak_memory(model.device)
-    way.draw(bench, model, way.dtype)
-    print(peak_memory(model.device) / 1e9)
+    measured = {}
+    for way in args.only:
+        command = [sys.executable, *sys.argv, "--way", way]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            print(f"{way}: failed", file=sys.stderr)
+        else:
+            measured[way] = json.loads(done.stdout.splitlines()[-1])
+    print(table(measured))
 
 
 if __name__ == "__main__":

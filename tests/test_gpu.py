@@ -14,6 +14,7 @@ from tiny_models import EXACT, EXAMPLES, NOT_EXACT, make_examples, tiny, tiny_co
 from torch._dynamo.utils import counters
 
 from dpo.model.attention import attention_kinds, half_precision_kinds, use_attention
+from dpo.model.decoding import CachedRows, Decoder, StaticRows, choose_rows
 from dpo.model.layout_check import LayoutCheck, choose_layout
 from dpo.model.loading import compile_layers
 from dpo.model.logps import ResponseLogps, response_logps
@@ -229,6 +230,18 @@ def test_the_demo_ends_well_on_a_gpu(tmp_path):
     for stage in demo.STAGES:
         run("train.py", *demo.overrides(stage, tmp_path), minutes=10)
     assert not demo.DemoResult.read(tmp_path / "dpo").problems()
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Llama", "Mistral"])
+def test_samples_of_cuda_graphs_are_those_of_a_growing_cache(name):
+    model = tiny(name).to(pick_device("cuda"))
+    prompts = [range(20, 20 + n) for n in (3, 9, 30, 6, 17)]
+    decoder = Decoder(64, 1.0, 0, 1.0, torch.float32, (96,))
+    kind = choose_rows(model, decoder.max_length, torch.bfloat16)
+    assert kind.func is StaticRows and kind.keywords["recorder"].works
+    drawn = decoder.decode(model, prompts, range(5), kind)
+    assert kind.keywords["recorder"].works
+    assert [one.ids for one in drawn] == [one.ids for one in decoder.decode(model, prompts, range(5), CachedRows)]
 
 
 def test_the_benchmark_runs_on_a_gpu():

@@ -22,6 +22,7 @@ def record_cuda_graph(step: Step) -> Step:
     graph = torch.cuda.CUDAGraph()
     recording = torch.cuda.graph(graph, capture_error_mode="thread_local")
     stream, mode = recording.capture_stream, torch.cuda.get_sync_debug_mode()
+    assert stream is not None
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # this mode of torch is a prototype

@@ -128,7 +128,7 @@ class StaticRows(CachedRows):
             self.tokens, self.slot = tokens[:, None].clone(), torch.tensor([self.n_slots], device=tokens.device)
             lengths = [layer.cumulative_length for layer in self.cache["past_key_values"].layers]
             changed = [self.mask, self.slot, *lengths]
-            self.recorded = self.recorder and self.recorder(self.step, changed, self.logits)
+            self.recorded = None if self.recorder is None else self.recorder(self.step, changed, self.logits)
             self.is_ready = True
         self.tokens.copy_(tokens[:, None])
         (self.recorded or self.step)()
@@ -146,24 +146,33 @@ class StaticRows(CachedRows):
         self.mask = F.pad(self.mask, (0, length - self.mask.shape[1]))
         layers = self.cache["past_key_values"].layers
         for i, layer in enumerate(layers):  # one by one, so that little memory is taken twice
-            layers[i] = static_layer(layer, self.n_slots, length)
+            layers[i] = SlotLayer(layer, self.n_slots, length)
         self.cache = {"past_key_values": Cache(layers=layers)}
 
 
-def static_layer(layer: Any, n_slots: int, length: int) -> StaticLayer:
-    """A layer's keys and values in a buffer of `length` slots, n_slots of them used; TypeError if it has others.
+class SlotLayer(StaticLayer):
+    """A layer's keys and values in buffers of `length` slots, n_slots of them used; TypeError if it has others.
 
-    A layer with a sliding window gets slots for all tokens as well; the mask hides those outside of the window.
+    A layer with a sliding window gets slots for all tokens as well; the mask hides those outside of the window. Under
+    autocast, keys and values are kept in the dtype to which attention casts them: keys are in float32, values are not.
     """
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer):
-        raise TypeError(f"it has a {type(layer).__name__}")
-    static = StaticLayer(length)
-    keys, values = layer.keys[:, :, :n_slots], layer.values[:, :, :n_slots]
-    static.lazy_initialization(keys, values)
-    known = slice(n_slots - keys.shape[2], n_slots)  # a sliding window keeps the last ones
-    static.keys[:, :, known], static.values[:, :, known] = keys, values
-    static.cumulative_length.fill_(n_slots)
-    return static
+
+    def __init__(self, layer: Any, n_slots: int, length: int):
+        if not isinstance(layer, SlotLayer) and type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise TypeError(f"it has a {type(layer).__name__}")
+        super().__init__(length)
+        kind = layer.keys.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else layer.keys.dtype
+        known = [states[:, :, :n_slots].to(dtype) for states in (layer.keys, layer.values)]
+        self.lazy_initialization(*known)
+        self.cumulative_length.fill_(n_slots)
+        for buffer, states in zip((self.keys, self.values), known, strict=True):
+            assert buffer is not None
+            buffer[:, :, n_slots - states.shape[2] : n_slots] = states  # a sliding window keeps the last ones
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        return super().update(keys.to(self.keys.dtype), values.to(self.keys.dtype), *args, **kwargs)
 
 
 class WholeRows:
@@ -204,12 +213,16 @@ def kinds_of_rows(device: torch.device) -> dict[str, MakeRows]:
 
 
 @torch.no_grad()
-def choose_rows(model: PreTrainedModel, max_length: int, kinds: Mapping[str, MakeRows] | None = None) -> MakeRows:
-    """The first of the kinds that changes no log-probabilities, by cache or padding, else WholeRows.
+def choose_rows(
+    model: PreTrainedModel,
+    max_length: int,
+    dtype: torch.dtype = torch.float32,
+    kinds: Mapping[str, MakeRows] | None = None,
+) -> MakeRows:
+    """The first of the device's kinds, or of others, that changes no log-probabilities; else WholeRows.
 
-    kinds is by default that of the device. The comparison is in float32 without TF32, on a short text and one of
-    max_length tokens, since a sliding window shows only there. The rows are repeated, selected and dropped as in
-    decoding.
+    The comparison is in float32 without TF32, on a short text and one of max_length tokens, since a sliding window
+    shows only there. The rows are repeated, selected and dropped as in decoding. Then they are computed in dtype.
     """
     n_ids = model.get_input_embeddings().get_parameter("weight").shape[0]
     texts = [[i % n_ids for i in range(length)] for length in (max(1, max_length // 4), max(1, max_length - 2))]
@@ -222,13 +235,16 @@ def choose_rows(model: PreTrainedModel, max_length: int, kinds: Mapping[str, Mak
             found.append(rows.logits.log_softmax(-1))
         return torch.cat(found)
 
-    with float32_parameters(model), torch_attention(model):
-        whole = trial(WholeRows)
+    with torch_attention(model):
+        with float32_parameters(model):
+            whole = trial(WholeRows)
         for name, kind in (kinds or kinds_of_rows(model.device)).items():
             try:
-                # the mean over tokens that are drawn
-                worst = (whole.exp() * (trial(kind) - whole).abs()).sum(-1).max().item()
+                with float32_parameters(model):
+                    worst = (whole.exp() * (trial(kind) - whole).abs()).sum(-1).max().item()  # mean over drawn tokens
                 if worst <= TOLERANCE:
+                    with autocast(model.dtype, dtype, model.device):
+                        trial(kind)
                     return kind
                 problem = f"changes log-probabilities by {worst:.2g} nats per token"
             except Exception as error:  # a model with another kind of cache fails in many ways

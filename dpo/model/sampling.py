@@ -55,7 +55,9 @@ class Sampler:
 
     def fit(self, model: PreTrainedModel) -> "Sampler":
         """On a GPU, sample by a Decoder with the cache that fits the model, whose weights must not be sharded."""
-        return replace(self, rows=choose_rows(model, self.max_length)) if self.device.type == "cuda" else self
+        if self.device.type != "cuda":
+            return self
+        return replace(self, rows=choose_rows(model, self.max_length, self.dtype))
 
     @property
     def stop_ids(self) -> list[int]:

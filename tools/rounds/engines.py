@@ -70,7 +70,7 @@ class BuiltinEngine(Engine):
         hint = f"while drawing {self.batch_size} samples at a time; lower engine.batch_size"
         title = f"sampling {policy.candidate.name}"
         model = policy.load(place).eval()
-        kind = choose_rows(model, settings.max_length)
+        kind = choose_rows(model, settings.max_length, dtype)
         set_quantized_products(model, dtype)
         for parameter in model.parameters():
             # Autocast keeps the casts of those alone that need a gradient; others, as an adapter's base, it would cast

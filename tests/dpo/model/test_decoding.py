@@ -167,7 +167,7 @@ def test_samples_of_recorded_steps_are_those_of_computed_ones(name, capsys):
     model, recorder = build(name), Recorder(record)
     decoder = replace(DECODER, max_length=36)
     static = partial(StaticRows, recorder=recorder)
-    kind = choose_rows(model, decoder.max_length, {"static cache": static, "cache": CachedRows})
+    kind = choose_rows(model, decoder.max_length, kinds={"static cache": static, "cache": CachedRows})
     drawn, expected = decoder.decode(model, PROMPTS, SEEDS, kind), decoder.decode(model, PROMPTS, SEEDS)
     assert [one.ids for one in drawn] == [one.ids for one in expected]
     assert all(abs(one.logp - other.logp) < 1e-3 for one, other in zip(drawn, expected, strict=True))
@@ -175,6 +175,20 @@ def test_samples_of_recorded_steps_are_those_of_computed_ones(name, capsys):
     messages = capsys.readouterr().out
     assert ("static cache fails" in messages) == (name in NOT_STATIC)
     assert name in NOT_STATIC or ("uses no CUDA graphs" in messages) == (name in NOT_RECORDED) == (not recorder.works)
+
+
+def test_recorded_steps_under_autocast_keep_keys_and_values_as_attention_reads_them():
+    """Rotary embeddings make keys float32, values are not. Attention over a longer buffer rounds differently."""
+    model, recorder = tiny("Llama"), Recorder(record)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = []
+        for rows in [kind(model, PROMPTS) for kind in (CachedRows, partial(StaticRows, recorder=recorder))]:
+            for token in (5, 6, 7):
+                rows.append(torch.full((5,), token))
+            logits.append(rows.logits.float().log_softmax(-1))
+    layer = rows.cache["past_key_values"].layers[0]
+    assert recorder.works and {layer.keys.dtype, layer.values.dtype} == {torch.bfloat16}
+    assert (logits[0].exp() * (logits[0] - logits[1]).abs()).sum(-1).max() < 0.02
 
 
 class Layouts(StaticRows):
