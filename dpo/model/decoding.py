@@ -170,9 +170,10 @@ class SlotLayer(StaticLayer):
             assert buffer is not None
             buffer[:, :, n_slots - states.shape[2] : n_slots] = states  # a sliding window keeps the last ones
 
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         assert self.keys is not None
-        return super().update(keys.to(self.keys.dtype), values.to(self.keys.dtype), *args, **kwargs)
+        dtype = self.keys.dtype
+        return super().update(key_states.to(dtype), value_states.to(dtype), *args, **kwargs)
 
 
 class WholeRows:
