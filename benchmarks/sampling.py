@@ -18,8 +18,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -124,18 +126,16 @@ class Bench:
         return self.decode(partial(StaticRows, recorder=Recorder() if self.device.type == "cuda" else None))
 
     @cached_property
-    def server(self) -> "vllm.LLM":  # type: ignore[name-defined]  # noqa: F821  # vLLM is not among the requirements
-        import vllm  # type: ignore[import-not-found]
-
+    def server(self) -> Any:
         longest = self.args.max_prompt_tokens + self.args.tokens
         name = str(self.dtypes[1]).removeprefix("torch.")
-        return vllm.LLM(self.args.model, dtype=name, max_model_len=longest, max_num_seqs=self.args.rows)
+        return import_module("vllm").LLM(
+            self.args.model, dtype=name, max_model_len=longest, max_num_seqs=self.args.rows
+        )
 
     def vllm(self) -> list[Ids]:
-        import vllm
-
         lengths = {"max_tokens": self.args.tokens, "stop_token_ids": [self.eos]}
-        parameters = vllm.SamplingParams(n=self.args.samples, temperature=1.0, top_p=1.0, **lengths)
+        parameters = import_module("vllm").SamplingParams(n=self.args.samples, temperature=1.0, top_p=1.0, **lengths)
         prompts = [{"prompt_token_ids": prompt} for prompt in self.prompts]
         answers = self.server.generate(prompts, parameters, use_tqdm=False)
         return [list(one.token_ids) for answer in answers for one in answer.outputs]

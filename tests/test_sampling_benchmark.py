@@ -2,14 +2,17 @@
 
 import json
 import sys
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 from conftest import tiny_tokenizer
 from tiny_models import tiny
 
-from benchmarks.sampling import WAYS, Bench, measure, parse, table
 from dpo.system.devices import pick_device
+
+benchmark = import_module("benchmarks.sampling")  # a program, not a package
+WAYS, Bench, measure, parse, table = (getattr(benchmark, n) for n in ("WAYS", "Bench", "measure", "parse", "table"))
 
 
 @pytest.fixture(scope="module")
