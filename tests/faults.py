@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
 import yaml
 from conftest import GOLDENS, ROOT, TINY, Run, without_measurements
@@ -62,8 +63,9 @@ BUSY = (
 @cache
 def prepare_children() -> None:
     """Do here, once, what would be a quarter of each child's time: import slow libraries, and parse config/."""
-    import pandas  # noqa: F401  (which pyarrow imports)
     import peft  # noqa: F401
+
+    pyarrow.array([0])  # imports pandas
 
     yaml.load, yaml.compose = parsing_once(yaml.load), parsing_once(yaml.compose)
     parse = cache(partial(OverridesParser.parse_rule, OverridesParser.create()))

@@ -128,19 +128,6 @@ def test_mutation_testing_copies_every_module_and_names_files_that_exist():
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-@pytest.mark.parametrize("first, second", [(0, 0), (1, 0), (0, 1), (1, 1)])
-def test_make_test_runs_both_parts_and_fails_if_either_fails(first, second, tmp_path):
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\ncase "$*" in *" -n "*) echo one; exit {first};; *) echo two; exit {second};; esac\n')
-    python.chmod(0o755)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
-    command = ["make", "-s", "-f", ROOT / "Makefile", "BIN=.", "--assume-old=.venv/dev", "test"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == ["one", "two"], done.stderr
-    assert (done.returncode != 0) == bool(first or second)
-
-
 def pip(*arguments: str | Path) -> None:
     """Run pip without a network."""
     command = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--no-input", *arguments]
