@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 
 from dpo.data.examples import TokenizedExample
@@ -117,7 +118,7 @@ def shared_prefix(examples: Sequence[TokenizedExample]) -> PackedBatch:
             sources += example.trained(k, predicting)
             tokens += response
             positions += range(n_prompt, n_prompt + len(response))
-    inputs = {"input_ids": torch.tensor([tokens]), "position_ids": torch.tensor([positions])}
+    inputs = {"input_ids": int64(tokens)[None], "position_ids": int64(positions)[None]}
     lengths = torch.tensor([length for example in branches for length in example])
     indices = [(i, k) for i, example in enumerate(branches) for k in range(len(example))]
     segments = torch.tensor(indices).T.repeat_interleave(lengths, dim=1)
@@ -127,10 +128,15 @@ def shared_prefix(examples: Sequence[TokenizedExample]) -> PackedBatch:
 def pack(inputs: dict[str, torch.Tensor], sources: list[int], examples: Sequence[TokenizedExample]) -> PackedBatch:
     """Make a packed batch; sources are in the order of the examples' responses."""
     trained = [example.trained_responses for example in examples]
-    targets = torch.tensor([token for responses in trained for response in responses for token in response])
+    targets = int64([token for responses in trained for response in responses for token in response])
     lengths = torch.tensor([[len(response) for response in responses] for responses in trained])
     weights = torch.tensor([example.text.weight for example in examples])
-    return PackedBatch(inputs, torch.tensor(sources), targets, lengths, weights, tuple(examples))
+    return PackedBatch(inputs, int64(sources), targets, lengths, weights, tuple(examples))
+
+
+def int64(numbers: Sequence[int]) -> torch.Tensor:
+    """Make a tensor through NumPy, which reads a list five times as fast as torch: a GPU waits meanwhile."""
+    return torch.from_numpy(np.array(numbers, dtype=np.int64))
 
 
 # From a batch to microbatches
