@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -140,7 +141,8 @@ def step_in_parts(optimizer: Optimizer) -> Optimizer:
         finally:
             self.param_groups = groups
 
-    optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]  # its class stays torch's own
+    # Its class stays torch's own. Without the proxy, it would refer to itself, so that its state outlives it.
+    optimizer.step = MethodType(step, proxy(optimizer))  # type: ignore[method-assign]
     return optimizer
 
 

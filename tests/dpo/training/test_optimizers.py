@@ -258,6 +258,19 @@ def test_a_gpu_needs_temporaries_of_a_few_parameters_at_a_time_and_computes_the_
     assert peak >= 8 * 1024 * (name != "SGD") and peak_of_parts <= 0.3 * peak
 
 
+@pytest.mark.parametrize("name", [*NAMES, "Muon"])
+def test_the_state_of_an_optimizer_is_freed_with_it(name):
+    """Python's collector of cycles runs rarely: a second optimizer would find the memory of the first one taken."""
+    parameters = [Parameter(torch.ones(4, 4)), Parameter(torch.ones(4))]
+    optimizer = make_optimizer(name, parameters, 0.1)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    parts = [weakref.ref(part) for part in getattr(optimizer, "optimizers", [optimizer])]
+    del optimizer
+    assert [part() for part in parts] == [None] * len(parts)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_more_bfloat16_parameters_take_no_more_kernels(name):
     """Views, allocations and counters on the host are not kernels."""
