@@ -32,7 +32,7 @@ def record_cuda_graph(step: Step) -> Step:
         finally:
             torch.cuda.set_sync_debug_mode(mode)
     torch.cuda.current_stream().wait_stream(stream)
-    with recording:
+    with torch.cuda.stream(torch.cuda.current_stream()), recording:  # one that fails leaves its stream the current one
         step()
     return graph.replay
 

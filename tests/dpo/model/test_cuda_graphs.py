@@ -1,6 +1,6 @@
 """Recorded steps: compared with computed ones before they are used, over more than one step."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -57,6 +57,16 @@ def test_a_step_that_cannot_be_recorded_is_refused_once_and_for_all(kind, reason
     assert messages.count("Sampling uses no CUDA graphs") == 1 and reason in messages
 
 
+def test_a_recorded_step_that_is_right_only_once_is_refused():
+    counter = Counter()
+
+    def record_once(step):
+        steps = iter([step])
+        return lambda: next(steps, lambda: None)()
+
+    assert Recorder(record_once)(counter.step, [counter.n], counter.logits) is None
+
+
 def test_logits_that_are_not_finite_are_no_reason_to_trust_a_recording(capsys):
     counter = Counter()
     counter.logits[0, 1] = torch.nan
@@ -72,40 +82,56 @@ def test_a_lack_of_memory_is_no_reason_to_go_on():
         Recorder(fail)(counter.step, [counter.n], counter.logits)
 
 
-@pytest.mark.parametrize("kind", [Counter, Waiting])
-def test_a_cuda_graph_is_recorded_only_of_a_step_that_has_run_without_waiting(kind, monkeypatch):
-    """With stand-ins for what only a GPU has: where such a step runs, the mode in which waiting is an error is on."""
-    log, counter = [], kind()
-    stream = SimpleNamespace(wait_stream=lambda other: log.append("wait"))
+@pytest.mark.parametrize("fails", [None, "error", "record"])
+def test_a_cuda_graph_is_recorded_only_of_a_step_that_has_run_without_waiting(fails, monkeypatch):
+    """With stand-ins for what only a GPU has: where such a step runs, the mode in which waiting is an error is on.
+
+    A recording that fails does not restore the current stream.
+    """
+    log, counter = [], Counter()
+    current = own, side = [SimpleNamespace(wait_stream=lambda other: log.append("wait")) for _ in range(2)]
+
+    @contextmanager
+    def use(stream):
+        before, current[0] = current[0], stream
+        try:
+            yield
+        finally:
+            current[0] = before
 
     class Graph:
-        capture_stream = stream
+        capture_stream = side
 
         def __init__(self, graph, capture_error_mode):
             assert capture_error_mode == "thread_local"
 
         def __enter__(self):
             log.append("record")
+            current[0] = side
 
         def __exit__(self, *error):
-            log.append("recorded")
+            if fails != "record":
+                log.append("recorded")
+                current[0] = own
 
     def step():
         counter.step()
-        if kind is Waiting and log[-1] == "error":
+        if log[-1] == fails:
             raise RuntimeError("called a synchronizing CUDA operation")
+        assert current[0] is side
         log.append("step")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
     monkeypatch.setattr(torch.cuda, "graph", Graph)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", log.append)
-    if kind is Waiting:
+    if fails:
         with pytest.raises(RuntimeError, match="synchronizing"):
             record_cuda_graph(step)
-        assert log == ["wait", "error", 0]
     else:
         assert record_cuda_graph(step) == "replay"
-        assert log == ["wait", "error", "step", 0, "wait", "record", "step", "recorded"]
+    whole = ["wait", "error", "step", 0, "wait", "record", "step", "recorded"]
+    assert log == {None: whole, "error": ["wait", "error", 0], "record": whole[:6]}[fails]
+    assert current[0] is own
