@@ -417,13 +417,16 @@ def second_model_reference(settings: Settings, models: Models, prepare: Prepare)
     """Use a second model as the reference: frozen, or following the policy."""
     assert models.second is not None
     reference: ModelReference
+    sampler = models.sampler
+    if sampler.rows is not None and models.reference_checksum is not None:  # it may be another kind of model
+        sampler = sampler.fit(models.second.model)
     if settings.sync_reference:
         every, mix = settings.sync_reference, settings.sync_mix
-        reference = SyncedReference(models.second, models.policy, models.sampler, every, mix)
+        reference = SyncedReference(models.second, models.policy, sampler, every, mix)
     else:
         is_mixed = models.policy.model.dtype != models.dtype  # then training computes under autocast
         dtype = models.dtype if is_mixed else models.second.model.dtype
-        reference = ModelReference(models.second, dtype, models.sampler)
+        reference = ModelReference(models.second, dtype, sampler)
     reference.module = prepare(reference.module)
     if models.reference_checksum is None:
         TRAINERS[settings.trainer].copy_weights(models.policy, reference.module)

@@ -5,6 +5,7 @@ import re
 import shutil
 import warnings
 import weakref
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -23,8 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import build
 from build import load_inputs
 from dpo.distributed.process_group import ProcessGroup
+from dpo.model.decoding import CachedRows
 from dpo.model.logps import response_logps
 from dpo.model.reference_weights import ReferenceWeights, same_config
+from dpo.model.sampling import Sampler
 from dpo.settings.run_config import override_run_config
 from dpo.system.errors import UserError
 from dpo.system.signals import Signals
@@ -273,6 +276,23 @@ def test_samples_of_the_reference_come_from_its_weights(others, make_trainer):
         expected = [one.responses for one in trainer.sampler.sample(model, prompts, "")]
         assert [one.responses for one in trainer.reference.generate(prompts)] == expected
         assert expected != [one.responses for one in trainer.sampler.sample(trainer.policy.model, prompts, "")]
+
+
+def test_on_a_gpu_the_reference_is_sampled_with_a_cache_that_fits_its_own_kind_of_model(
+    others, make_trainer, monkeypatch
+):
+    kinds = {}
+
+    def fit(sampler, model):
+        kinds[model] = partial(CachedRows)
+        return replace(sampler, rows=kinds[model])
+
+    monkeypatch.setattr(Sampler, "fit", fit)
+    trainer = make_trainer(*DPO, "sample_during_eval=true", naming(others / "other.pt"))
+    assert trainer.sampler.rows is kinds[trainer.policy.model]
+    assert trainer.reference.sampler.rows is kinds[trainer.reference.module.model]
+    copied = make_trainer(*DPO, "sample_during_eval=true")
+    assert copied.reference.sampler is copied.sampler
 
 
 def test_kto_compares_with_the_other_weights(others, make_trainer):
