@@ -141,13 +141,13 @@ class StaticRows(CachedRows):
 
     def add_slots(self, n: int) -> None:
         """Move keys and values to buffers with at least n more slots, a multiple of 64, on which kernels are faster."""
-        self.is_ready, self.recorded = False, None
         length = -(-(self.n_slots + n) // 64) * 64
         self.mask = F.pad(self.mask, (0, length - self.mask.shape[1]))
         layers = self.cache["past_key_values"].layers
         for i, layer in enumerate(layers):  # one by one, so that little memory is taken twice
             layers[i] = SlotLayer(layer, self.n_slots, length)
         self.cache = {"past_key_values": Cache(layers=layers)}
+        self.is_ready, self.recorded = False, None  # after what waits: a graph that may still run must keep its memory
 
 
 class SlotLayer(StaticLayer):
