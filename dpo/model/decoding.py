@@ -103,7 +103,8 @@ class StaticRows(CachedRows):
     """Rows whose keys and values lie in buffers with room for further tokens, so that a GPU can replay a step.
 
     A step is the same work for every token, on the same tensors. It is recorded anew after rows have left or slots were
-    added, so rows leave only when half of them have ended. recorder=None: nothing is recorded.
+    added, so rows leave only when half of them have ended. recorder=None: nothing is recorded. A graph is freed only
+    after tensors were moved, which waits for the device: one that still runs needs its memory.
     """
 
     check_every, ended_share = 16, 0.5
@@ -118,12 +119,12 @@ class StaticRows(CachedRows):
         self.n_slots = self.mask.shape[1]  # that are used
 
     def select(self, rows: Tensor) -> None:
-        self.is_ready, self.recorded = False, None
         super().select(rows)
+        self.is_ready, self.recorded = False, None
 
     def append(self, tokens: Tensor) -> None:
         if self.n_slots + 2 > self.mask.shape[1]:  # recording computes two steps
-            self.add_slots(self.n_slots // 2 + 128)
+            self.add_slots()
         if not self.is_ready:
             self.tokens, self.slot = tokens[:, None].clone(), torch.tensor([self.n_slots], device=tokens.device)
             lengths = [layer.cumulative_length for layer in self.cache["past_key_values"].layers]
@@ -139,15 +140,15 @@ class StaticRows(CachedRows):
         self.logits.copy_(self.forward(self.tokens.clamp(min=0)))
         self.slot.add_(1)
 
-    def add_slots(self, n: int) -> None:
-        """Move keys and values to buffers with at least n more slots, a multiple of 64, on which kernels are faster."""
-        length = -(-(self.n_slots + n) // 64) * 64
+    def add_slots(self) -> None:
+        """Move keys and values to larger buffers. Kernels are faster on multiples of 64 slots."""
+        length = -(-(self.n_slots * 3 // 2 + 128) // 64) * 64
         self.mask = F.pad(self.mask, (0, length - self.mask.shape[1]))
         layers = self.cache["past_key_values"].layers
         for i, layer in enumerate(layers):  # one by one, so that little memory is taken twice
             layers[i] = SlotLayer(layer, self.n_slots, length)
         self.cache = {"past_key_values": Cache(layers=layers)}
-        self.is_ready, self.recorded = False, None  # after what waits: a graph that may still run must keep its memory
+        self.is_ready, self.recorded = False, None
 
 
 class SlotLayer(StaticLayer):
