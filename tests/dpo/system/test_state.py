@@ -93,18 +93,22 @@ class Queue:
 
 @pytest.mark.parametrize("late", [True, False])
 def test_a_copy_from_a_gpu_is_whole_when_it_returns_and_goes_through_two_small_pinned_buffers(late, monkeypatch):
-    """Buffers of 64 bytes for tensors from 0 to 480 bytes, of several dtypes, and one that is not contiguous."""
+    """Buffers of 64 bytes for tensors from 0 to 960 bytes, of several dtypes, one not contiguous, one made of two."""
     generator = torch.Generator().manual_seed(0)
-    shapes, dtypes = [(5,), (), (3, 40), (0,), (2, 2, 2), (17,), (64,)], (torch.float32, torch.bfloat16, torch.int64)
+    shapes = [(5,), (), (3, 40), (0,), (2, 2, 2), (17,), (64,)]
+    dtypes = (torch.float32, torch.bfloat16, torch.int64, torch.uint8)
     source = [(100 * torch.rand(shape, generator=generator)).to(dtype) for shape in shapes for dtype in dtypes]
     expected = [tensor.clone() for tensor in source]
     queue = Queue(monkeypatch, late)
     monkeypatch.setattr(state, "STAGING_BYTES", 64)
-    copied = copy_to_host({"all": source, "transposed": source[6].T, "again": source[6]}, {})
+    large = source[8]
+    made = TwoTensor(source[0], source[0])
+    copied = copy_to_host({"all": source, "transposed": large.T, "again": large, "made": made}, {})
     for tensor in source:
         tensor.zero_()
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(copied["all"], expected, strict=True))
-    assert torch.equal(copied["transposed"], expected[6].T) and copied["again"] is copied["all"][6]
+    assert torch.equal(copied["transposed"], expected[8].T) and copied["again"] is copied["all"][8]
+    assert copied["made"].a is copied["made"].b is copied["all"][0]
     assert queue.pinned == [64, 64]
 
 
