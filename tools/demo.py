@@ -63,7 +63,8 @@ def run_commands(commands: Sequence[Sequence[str]]) -> int:
     They run in the project's folder, one thread each: it is as fast for such a small model, and less sensitive to other
     work on the machine.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     for command in commands:
         print(f"\n$ python {shlex.join(command)}\n", flush=True)
         script = [str(ROOT / part) if part == "train.py" else part for part in command]
