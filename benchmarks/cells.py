@@ -2,12 +2,12 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from composition import ROOT  # which adds the project's root to the path
 
 from dpo.system.files import atomic_write
+from tools.rounds.supervisor import supervised
 
 Figures = dict[str, Any]  # numbers and texts by the heading of their column; under TEXT what is printed below the table
 TEXT = "text"
@@ -83,32 +84,24 @@ def measure_missing(cells: Sequence[Cell], folder: Path, deadline: float, comman
 def run_alone(name: str, command: Sequence[str], limit: float) -> tuple[Row | None, str]:
     """Run a cell's command; return its row, None if it did not end within limit seconds, and what it printed.
 
-    All processes share compiled Python files, which not every machine keeps beside the sources. An error is the last
-    line that a process prints, so nothing is buffered.
+    Nothing that it starts outlives this process: it would hold the GPU. All cells share compiled Python files, which
+    not every machine keeps beside the sources. An error is the last line that a process prints, so nothing is buffered.
     """
     variables = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONUNBUFFERED": "1"}
     variables["PYTHONPYCACHEPREFIX"] = f"{tempfile.gettempdir()}/benchmark_bytecode"
-    start = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        env=os.environ | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    try:
-        output = process.communicate(timeout=limit)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return None, process.communicate()[0]
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+    start, code = time.monotonic(), None
+    with tempfile.TemporaryFile() as printed:
+        streams = {"stdout": printed, "stderr": subprocess.STDOUT}
+        with supervised(command, grace=0.0, env=os.environ | variables, **streams) as process:
+            with suppress(subprocess.TimeoutExpired):
+                code = process.wait(limit)
+        printed.seek(0)
+        output = printed.read().decode(errors="replace")
     seconds = round(time.monotonic() - start, 1)
-    if process.returncode:
-        return Row(name, seconds, {}, f"exit code {process.returncode}: {last_line(output)}"), output
+    if code is None:
+        return None, output
+    if code:
+        return Row(name, seconds, {}, f"exit code {code}: {last_line(output)}"), output
     return Row(name, seconds, json.loads(output.rpartition(MEASURED)[2])), output
 
 
@@ -120,14 +113,17 @@ def measure_here(cells: Sequence[Cell], name: str, started: float, facts: Callab
     print(f"\n{MEASURED}{json.dumps(figures | facts())}", flush=True)
 
 
-def run_program(place: Place, *arguments: str, may_fail: bool = False, **environment: str) -> str:
-    """Run a program of this project in the cell's folder, and return what it prints; RuntimeError if it fails."""
+def run_program(place: Place, *arguments: str, verdict: int = 0, **environment: str) -> str:
+    """Run a program of this project in the cell's folder, and return what it prints.
+
+    RuntimeError if it fails; verdict is an exit code that is a result too.
+    """
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment
     script = [str(ROOT / part) if part.endswith(".py") else part for part in arguments]
     done = subprocess.run([sys.executable, *script], cwd=place.folder, env=variables, stdout=subprocess.PIPE, text=True)
     print(done.stdout)
-    if done.returncode and not may_fail:
+    if done.returncode not in (0, verdict):
         raise RuntimeError(f"exit code {done.returncode}: {last_line(done.stdout)}")
     return done.stdout
 

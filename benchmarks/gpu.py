@@ -1,6 +1,6 @@
 """What one GPU does: training beside TRL and the original's way, evaluation, saving, sampling, the demo, the tests.
 
-    python benchmarks/gpu.py --folder DIR [--minutes 9] [--only PART ...]
+    python benchmarks/gpu.py --folder DIR [--minutes 8.5] [--only PART ...]
 
 Each measurement is a cell, in a process of its own; an error is a result too. A call measures the cells that
 DIR/cells.jsonl lacks, most important first, as long as --minutes allow, and prints the tables of all that are there:
@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -43,6 +44,8 @@ from cells import (
     show_table,
 )
 from composition import ROOT, compose
+from sampling import available_ways, parse
+from sampling import measure as measure_sampling
 from throughput import SHAPES, draw_examples, matrix_rate
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -224,12 +227,12 @@ def trl(task: Task, place: Place, microbatch: int, cudnn: bool = False, **option
 
 
 def original(task: Task, place: Place, microbatch: int) -> Figures:
-    """The original's way, as throughput.py does it."""
+    """The original's way, as throughput.py does it; its FLOPs are other ones, of padding too."""
     row = "original's way, bfloat16"
     sizes = ("--shape", task.shape, "--pairs", str(task.pairs), "--microbatch", str(microbatch), "--repeats", "3")
     output = run_program(place, "benchmarks/throughput.py", *sizes, "--only", row)
     shown = next(line for line in output.splitlines() if line.startswith(f"| {row}")).strip("| ").split(" | ")
-    return {SPEED: float(shown[1]), "TFLOP/s": float(shown[3]), "of matrix rate": shown[4], MEMORY: float(shown[5])}
+    return {SPEED: float(shown[1]), MEMORY: float(shown[5])}
 
 
 def life(task: Task, place: Place) -> Figures:
@@ -259,31 +262,38 @@ def time_of(act: Callable[[], object]) -> float:
 
 
 def demo(place: Place, **environment: str) -> Figures:
-    output = run_program(place, "-m", "tools.demo", may_fail=True, **environment)
-    return {"result": next((line for line in output.splitlines() if "samples are warm" in line), last_line(output))}
+    start = time.monotonic()
+    output = run_program(place, "-m", "tools.demo", verdict=1, **environment)
+    seconds = time.monotonic() - start
+    results = (line for line in output.splitlines() if line.startswith("FAILED") or "samples are warm before" in line)
+    return {"result": next(results, last_line(output)), "seconds": seconds}
 
 
 def gpu_tests(place: Place) -> Figures:
-    options = ("-q", "-m", "gpu", f"--rootdir={ROOT}", "-p", "no:cacheprovider")
-    output = run_program(place, "-m", "pytest", *options, "tests/test_gpu.py", may_fail=True)
+    """The tests with the plugins that they need, and in parallel if they can be: most of the time goes to imports."""
+    options = ["-q", "-m", "gpu", f"--rootdir={ROOT}", "-p", "no:cacheprovider"]
+    if find_spec("xdist"):
+        options += ["-p", "xdist.plugin", "-n", "8"]
+    alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    output = run_program(place, "-m", "pytest", *options, "tests/test_gpu.py", verdict=1, **alone)
     failed = [line for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return {"result": last_line(output), TEXT: "\n".join(failed)}
 
 
 def verify(task: Task, place: Place) -> Figures:
     write_inputs(task, place.folder)
-    output = run_program(place, "-m", "tools.verify", *overrides(task, place.folder), may_fail=True)
+    output = run_program(place, "-m", "tools.verify", *overrides(task, place.folder), verdict=8)
     return {"result": last_line(output)}
 
 
-def sampling(task: Task, place: Place, options: Sequence[str]) -> Figures:
-    """The table of sampling.py."""
+def sampling(task: Task, place: Place, way: str, options: Sequence[str]) -> Figures:
+    """A row of sampling.py."""
     write_inputs(task, place.folder)
     with pick_device("auto"):
         AutoModelForCausalLM.from_config(SHAPES[task.shape]()).save_pretrained(place.folder / "model")
     inputs = ("--model", str(place.folder / "model"), "--data", str(place.folder / "data" / "train.jsonl"))
-    output = run_program(place, "benchmarks/sampling.py", *inputs, *options)
-    return {"result": " ".join(options), TEXT: "\n".join(line for line in output.splitlines() if line[:1] == "|")}
+    figures = measure_sampling(parse([*inputs, "--way", way, *options]))
+    return {"s per 1,000 samples": figures["seconds"], "tokens/s": figures["rate"], MEMORY: figures["peak"]}
 
 
 # What is measured
@@ -304,6 +314,12 @@ def kinds_of_attention(task: Task, seconds: int) -> Iterator[Cell]:
         yield training(task, f"layout=padded, {compiled}", seconds, settings=["layout=padded", compiled])
 
 
+def ways_of_sampling(task: Task, seconds: int, *options: str) -> Iterator[Cell]:
+    for way in available_ways():
+        draw = partial(sampling, task, way=way, options=options)
+        yield Cell("sampling", f"sampling, {task.shape}", way, draw, seconds)
+
+
 def small_cells() -> list[Cell]:
     """What takes a minute or two on a CPU."""
     live = Task("tiny", pairs=8)
@@ -315,7 +331,7 @@ def small_cells() -> list[Cell]:
         with_trl(live, 90, 4),
         training(live, "original's way, 4 per microbatch", 90, original, microbatch=4),
         Cell("runs", str(live), "a run", partial(life, live), 90),
-        Cell("programs", "sampling", "tiny", partial(sampling, live, options=few), 150),
+        *ways_of_sampling(live, 60, *few),
     ]
 
 
@@ -335,14 +351,14 @@ def gpu_cells() -> list[Cell]:
         training(smollm2_cached, DEFAULT, 90),
         with_trl(pythia, 80, 16),
         with_trl(smollm2, 60, 64),
-        Cell("programs", "tests/test_gpu.py", "on the GPU", gpu_tests, 280),
+        Cell("programs", "tests/test_gpu.py", "on the GPU", gpu_tests, 240),
         Cell("programs", "make demo", "on the GPU", demo, 100),
         Cell("programs", "make demo", "on the CPU", partial(demo, CUDA_VISIBLE_DEVICES=""), 120),
         with_trl(pythia_cached, 80, 16),
         with_trl(smollm2_cached, 60, 64),
         *(training(task, DEFAULT, 130) for task in (llama1b, loras[-1], llama1b_cached)),
         Cell("runs", str(smollm2), "a run", partial(life, smollm2), 90),
-        Cell("programs", "sampling", smollm2.shape, partial(sampling, smollm2, options=("--prompts", "125")), 200),
+        *ways_of_sampling(smollm2, 90, "--prompts", "125", "--rows", "256"),
         *(with_trl(task, 80, 16) for task in (smollm2, llama1b, llama1b_cached, loras[-1])),
         *(with_trl(task, 80, 8) for task in (pythia, pythia_cached, llama1b, loras[-1])),
         *kinds_of_attention(pythia, 90),
@@ -396,7 +412,7 @@ def main() -> None:
     start = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="what earlier calls have measured, and their log")
-    parser.add_argument("--minutes", type=float, default=9.0, help="a call ends by then, imports not counted")
+    parser.add_argument("--minutes", type=float, default=8.5, help="a call ends by then, its own imports not counted")
     parser.add_argument("--only", nargs="+", default=[""], metavar="PART", help="cells with one of these in their name")
     parser.add_argument("--small", action="store_true", help="tiny models, as without a GPU")
     parser.add_argument("--cell", nargs=2, metavar=("NAME", "TIME"), help="only measure this cell, in this process")

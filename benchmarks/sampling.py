@@ -182,8 +182,12 @@ def table(measured: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def available_ways() -> list[str]:
+    return [way for way in WAYS if way != "vLLM" or find_spec("vllm")]
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    ways = [way for way in WAYS if way != "vLLM" or find_spec("vllm")]
+    ways = available_ways()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder that from_pretrained opens")
     parser.add_argument("--data", type=Path, required=True, help='JSON lines {"prompt": text or messages}')

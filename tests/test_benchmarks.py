@@ -125,5 +125,13 @@ def test_a_program_runs_in_the_folder_of_a_cell_and_finds_the_project(tmp_path):
     place = Place(tmp_path, 0.0)
     script = "import os, tools; print(os.getcwd(), os.environ['CELL'])"
     assert cells.run_program(place, "-c", script, CELL="here") == f"{tmp_path} here\n"
+    failing = ("-c", "print('last words'); raise SystemExit(3)")
     with pytest.raises(RuntimeError, match="exit code 3: last words"):
-        cells.run_program(place, "-c", "print('last words'); raise SystemExit(3)")
+        cells.run_program(place, *failing)
+    assert cells.run_program(place, *failing, verdict=3) == "last words\n"
+
+
+def test_samples_are_drawn_by_the_model_of_a_cell(tmp_path):
+    sizes = ("--prompts", "2", "--samples", "2", "--tokens", "2", "--device", "cpu")
+    figures = gpu.sampling(LIVE, Place(tmp_path, 0.0), "decoder, growing cache", sizes)
+    assert list(figures) == ["s per 1,000 samples", "tokens/s", "peak GB"] and min(figures.values()) > 0
