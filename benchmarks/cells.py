@@ -86,8 +86,9 @@ def run_alone(name: str, command: Sequence[str], limit: float) -> tuple[Row | No
 
     Nothing that it starts outlives this process: it would hold the GPU. All cells share compiled Python files, which
     not every machine keeps beside the sources. An error is the last line that a process prints, so nothing is buffered.
+    Nothing is downloaded, and no library waits for a network that is not there.
     """
-    variables = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONUNBUFFERED": "1"}
+    variables = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     variables["PYTHONPYCACHEPREFIX"] = f"{tempfile.gettempdir()}/benchmark_bytecode"
     start, code = time.monotonic(), None
     with tempfile.TemporaryFile() as printed:
