@@ -150,8 +150,10 @@ def test_the_demo_exits_with_the_code_of_a_training_that_failed(monkeypatch, tmp
 
 
 def test_commands_of_the_demo_find_modules_of_the_project_and_those_that_the_user_added(monkeypatch, tmp_path):
-    (tmp_path / "added.py").touch()
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    folder = tmp_path / "user"
+    folder.mkdir()
+    (folder / "added.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(folder))
     monkeypatch.chdir(tmp_path)
     assert demo.run_commands([["-c", "import added, utils"]]) == 0
 
