@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -119,9 +118,13 @@ class RunDir:
         if self.checkpoint is None:
             return
         stored = self.checkpoint.fingerprints()
-        earlier = {**earlier, "the settings": partial(settings_fingerprint, self.config, with_device=True)}
         for name, value in self.fingerprints.items():
-            if stored.get(name) != value and (name not in earlier or stored.get(name) != earlier[name]()):
+            if stored.get(name) == value:
+                continue
+            known = [earlier[name]()] if name in earlier else []
+            if name == "the settings":
+                known = earlier_settings_fingerprints(self.config)
+            if stored.get(name) not in known:
                 raise UserError(f"resume={self.path}: {name} have changed since the run began")
 
     def recorded_environment(self) -> dict[str, Any]:
@@ -225,15 +228,21 @@ def lock_run_dir(path: Path) -> TextIO:
     return file
 
 
-def settings_fingerprint(config: DictConfig, with_device: bool = False) -> str:
-    """A SHA-256 of the settings that may not change. Paths are left out: their content is compared elsewhere.
+def settings_fingerprint(config: DictConfig, **fixed: object) -> str:
+    """A SHA-256 of the settings that may not change, with the values of others (fixed).
 
-    with_device gives the fingerprint of earlier versions, in which a resumed run kept its device.
+    Paths are left out: their content is compared elsewhere.
     """
     free = ("exp_name", "local_run_dir", "chat_template_time", *MAY_MOVE, *MAY_CHANGE, *MAY_GROW)
-    values = flatten(config).items()
-    kept = {key: value for key, value in values if key not in free or (with_device and key == "device")}
-    return hashlib.sha256(repr(sorted(kept.items())).encode()).hexdigest()
+    kept = {key: value for key, value in flatten(config).items() if key not in free}
+    return hashlib.sha256(repr(sorted({**kept, **fixed}.items())).encode()).hexdigest()
+
+
+def earlier_settings_fingerprints(config: DictConfig) -> list[str]:
+    """The fingerprints of earlier versions, in which a resumed run kept `compile`, and before that its device too."""
+    device = {"device": config.device}
+    compiled = ({}, {"compile": False}, {"compile": True})
+    return [settings_fingerprint(config, **values, **more) for values in compiled for more in ({}, device)]
 
 
 def read_environment(states: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import trainers
 from dpo.data.batches import BatchIterator
 from dpo.model import layout_check
 from dpo.model.archives import load_archive
-from dpo.runs import checkpoints
+from dpo.runs import checkpoints, run_dir
 from dpo.runs.run_dir import Checkpoint, read_environment
 from dpo.settings import run_config
 from dpo.system.devices import platform
@@ -114,6 +114,15 @@ def test_an_edited_config_is_refused(old, new, copied):
     edit(copied, old, new)
     line = refusal(copied, *again(copied))
     assert line == f"resume={copied}: the settings have changed since the run began"
+
+
+def test_a_run_of_a_version_that_kept_compile_resumes_whatever_it_is_now(tmp_path, monkeypatch):
+    folder, data = tmp_path / "run", few_rows(tmp_path / "data", 40, 8)
+    arguments = fresh(folder, *SETTINGS, "compile=false", f"datasets=['{data}']", f"local_dirs=['{tmp_path}']")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_dir, "MAY_CHANGE", [key for key in run_config.MAY_CHANGE if key != "compile"])
+        assert command_line(folder, arguments, at_event(4, kill)).returncode < 0
+    resumed(folder, "compile=auto")
 
 
 def test_data_may_move_and_not_change(copied, tmp_path):
