@@ -182,6 +182,7 @@ def attention_dtype(value: Tensor) -> torch.dtype:
 def refuse_options(kind: str, options: dict[str, Any]) -> None:
     """Raise ValueError for what a model asks of its attention and a kind of attention does not compute."""
     asked = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name) is not None]
-    asked += ["dropout"] * (options.get("dropout", 0.0) > 0)
+    if options.get("dropout", 0.0) > 0:  # a symbol while torch 2.11 compiles a layer in training mode
+        asked.append("dropout")
     if asked:
         raise ValueError(f"{kind} attention has no {' and '.join(asked)}")
