@@ -198,14 +198,17 @@ def whole_tensors(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor
 
 
 def clip_gradient(parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor:
-    """Scale gradients on any meshes in place, to a joint norm of at most max_norm; return the norm before that."""
+    """Scale gradients on any meshes in place, to a joint norm of at most max_norm; return the norm before that.
+
+    The scale stays on the device, as in torch.nn.utils.clip_grad_norm_: reading it would wait for a GPU.
+    """
     meshes: dict[DeviceMesh | None, list[Tensor]] = defaultdict(list)
     for parameter in parameters:
         if parameter.grad is not None:
             meshes[getattr(parameter.grad, "device_mesh", None)].append(parameter.grad)
     norms = [torch.nn.utils.get_total_norm(gradients) for gradients in meshes.values()]
     norm = torch.stack([part.full_tensor() if isinstance(part, DTensor) else part for part in norms]).norm()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).item()  # as torch.nn.utils.clip_grad_norm_
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for gradients in meshes.values():
-        torch._foreach_mul_(gradients, scale)
+        torch._foreach_mul_([local_part(gradient) for gradient in gradients], scale)
     return norm

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from recording import Recording
 from tiny_models import EXACT, NOT_EXACT, tiny
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -104,3 +105,20 @@ def clip_on_two_meshes(rank: int, n: int, folder: Path) -> None:
 
 def test_the_gradient_is_clipped_by_the_norm_over_all_meshes(tmp_path):
     run_ranks(2, clip_on_two_meshes, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clipping_reads_no_number_and_gives_the_bits_of_one_device(dtype):
+    def make_parameters():
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.zeros(*shape, dtype=dtype)) for shape in ((5, 7), (3,), (11, 2))]
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape).to(dtype)
+        return parameters
+
+    parameters, expected = make_parameters(), make_parameters()
+    with Recording():  # refuses what reads a number
+        norm = clip_gradient(parameters, 1.0)
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(expected, 1.0))
+    for actual, other in zip(parameters, expected, strict=True):
+        assert torch.equal(actual.grad, other.grad)
