@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPTNeoXConfig, LlamaC
 
 from dpo.data.examples import Ids, TextExample, Tokenization, TokenizedExample
 from dpo.model.accumulation import accumulate_in_place
-from dpo.model.attention import attention_kinds, use_attention
+from dpo.model.attention import attention_kinds, half_precision_kinds, use_attention
 from dpo.model.loading import compile_layers, recompute_activations
 from dpo.model.logps import ResponseLogps, response_logps
 from dpo.model.packing import LAYOUTS, PackedBatch, make_microbatches
@@ -253,9 +253,18 @@ def ways(args: argparse.Namespace, device: torch.device) -> list[Way]:
     return [row for row in rows if not args.only or any(part in row.name for part in args.only)]
 
 
-def run_once(bench: Bench, way: Way, batch: list[TokenizedExample], kind: str) -> tuple[list[float], float, float]:
-    """Do one update with a kind of attention; return its log-probabilities, seconds and peak memory in GB."""
-    use_attention(bench.policy, kind if way.update is update else "sdpa")  # torch's own in the original's way
+def attention_of(way: Way, device: torch.device) -> str:
+    """The kind of attention that training tries first: torch's own for padded rows."""
+    facts = read_facts(device)
+    kinds = [*half_precision_kinds(facts, way.dtype), *attention_kinds(facts)]
+    return "sdpa" if way.layout == "padded" else kinds[0]
+
+
+def run_once(
+    bench: Bench, way: Way, batch: list[TokenizedExample], kind: str | None = None
+) -> tuple[list[float], float, float]:
+    """Do one update, with a kind of attention or attention_of; return its log-probabilities, seconds, and peak GB."""
+    use_attention(bench.policy, kind or attention_of(way, bench.device))
     recompute_activations(bench.policy, way.checkpointing)
     if way.cached:
         bench.drop_references()
@@ -294,8 +303,7 @@ def main() -> None:
     if args.peak_of is None:
         print_table(bench, rows, measure(bench, rows))
     else:
-        kind = attention_kinds(read_facts(device))[0]
-        print(max(run_once(bench, rows[args.peak_of], bench.batches[0], kind)[2] for _ in range(2)))
+        print(max(run_once(bench, rows[args.peak_of], bench.batches[0])[2] for _ in range(2)))
 
 
 @dataclass
@@ -311,13 +319,12 @@ class Measured:
 def measure(bench: Bench, rows: list[Way]) -> dict[str, Measured]:
     """Run every way once on each batch, interleaved, after one update of each that is not measured."""
     bench.finish()
-    kind = attention_kinds(read_facts(bench.device))[0]
     measured = {row.name: Measured() for row in rows}
     for row in rows:  # the first update of a way compiles what it needs, and makes its first allocations
-        run_once(bench, row, bench.batches[0], kind)
+        run_once(bench, row, bench.batches[0])
     for number, batch in enumerate(bench.batches):
         for row in rows:
-            m, (logps, seconds, gb) = measured[row.name], run_once(bench, row, batch, kind)
+            m, (logps, seconds, gb) = measured[row.name], run_once(bench, row, batch)
             m.seconds, m.gb, m.logps = [*m.seconds, seconds], [*m.gb, gb], [*m.logps, logps]
             print(f"update {number + 1}, {row.name}: {seconds:.1f} s, {gb:.1f} GB", file=sys.stderr, flush=True)
     # Counted apart: counting holds up a GPU, does not see into compiled code, and fails in flex attention.

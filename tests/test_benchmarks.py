@@ -9,8 +9,11 @@ import cells
 import gpu
 import pytest
 import throughput
+import torch
 from cells import Cell, Place, Row, measure_missing, read_rows
 from conftest import validated
+
+from dpo.system.devices import DeviceFacts
 
 # What stands in for a cell's process: the name says how it ends.
 PROCESS = """
@@ -96,6 +99,20 @@ def test_examples_have_the_lengths_of_real_pairs_cut_to_the_limits_or_of_longer_
     lengths = [[len(example.prompt), *map(len, example.responses)] for example in short]
     assert max(prompt + max(responses) for prompt, *responses in lengths) <= 512
     assert [[len(e.prompt), *map(len, e.responses)] for e in long] == [[8 * n for n in triple] for triple in lengths]
+
+
+def test_throughput_is_measured_with_the_attention_that_training_tries_first(monkeypatch):
+    facts = {"cuda": DeviceFacts("cuda", 10**11, (9, 0), triton=True), "cpu": DeviceFacts("cpu", 10**11)}
+    monkeypatch.setattr(throughput, "read_facts", lambda device: facts[device.type])
+    for kind, layout, dtype, expected in (
+        ("cuda", "shared_prefix", torch.bfloat16, "varlen"),
+        ("cuda", "shared_prefix", torch.float32, "flex_attention"),
+        ("cuda", "padded", torch.bfloat16, "sdpa"),  # others need a row of several examples
+        ("cpu", "shared_prefix", torch.bfloat16, "packed"),
+        ("cpu", "padded", torch.float32, "sdpa"),
+    ):
+        way = throughput.Way("", throughput.update, layout, dtype)
+        assert throughput.attention_of(way, torch.device(kind)) == expected
 
 
 def test_a_model_is_trained_from_equal_log_probabilities_with_the_kind_of_attention_that_a_cell_names(tmp_path):
