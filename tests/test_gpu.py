@@ -17,9 +17,10 @@ from dpo.model.attention import attention_kinds, half_precision_kinds, use_atten
 from dpo.model.decoding import CachedRows, Decoder, StaticRows, choose_rows
 from dpo.model.layout_check import LayoutCheck, choose_layout
 from dpo.model.loading import compile_layers
-from dpo.model.logps import ResponseLogps, response_logps
+from dpo.model.logps import Float32Product, ResponseLogps, response_logps, uses_float32_product
 from dpo.model.packing import LAYOUTS, Packer
 from dpo.system.devices import autocast, pick_device, read_facts
+from dpo.training import compiling
 from dpo.training.references import ModelReference
 from losses import preference_loss
 from tools import demo
@@ -173,6 +174,23 @@ def test_log_probabilities_do_not_depend_on_the_microbatch_beyond_rounding():
     assert torch.allclose(*found, rtol=0, atol=0.25)
 
 
+def test_a_product_of_bfloat16_is_computed_in_float32_and_its_gradients_in_bfloat16():
+    """The products of bfloat16 numbers are exact in float32. The gradients are sums of up to 1,000 products."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(n, 64, device=CUDA).bfloat16().requires_grad_() for n in (37, 1000)]
+    upstream = torch.randn(37, 1000, device=CUDA).bfloat16()
+    assert uses_float32_product(inputs[1])
+    logits = Float32Product.apply(*inputs)
+    gradients = torch.autograd.grad(logits, inputs, upstream.float())
+    exact = [each.detach().double().requires_grad_() for each in inputs]
+    product = exact[0] @ exact[1].T
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), product, rtol=1e-5, atol=1e-4)
+    for found, expected in zip(gradients, torch.autograd.grad(product, exact, upstream.double()), strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found - expected).norm() < 0.01 * expected.norm()
+
+
 # Runs
 
 
@@ -214,6 +232,19 @@ def test_a_run_on_a_gpu_has_the_losses_of_a_cpu(settings, tmp_path):
     on_cpu = train(tmp_path / "cpu", "n_examples=32", "precision=float32", *adapter, device="cpu")
     assert losses[0].item() == pytest.approx(0.6931, abs=1e-3)
     assert len(losses) == 4 and torch.allclose(losses, on_cpu, rtol=0, atol=0.02)
+
+
+def test_a_long_run_compiles_its_layers_and_has_the_losses_of_one_that_does_not(make_trainer, monkeypatch):
+    monkeypatch.setattr(compiling, "MIN_TOKENS", 1)
+    torch.compiler.reset()
+    losses = []
+    for setting in ("auto", "false"):
+        settings = ("device=cuda", "precision=bfloat16", f"compile={setting}", "n_examples=32", "n_eval_examples=8")
+        trainer = make_trainer("loss=dpo", "lr=1e-4", "warmup_steps=2", *settings)
+        trainer.train()
+        assert trainer.run.config.compile is (setting == "auto")
+        losses.append(losses_of(trainer.run.path))
+    assert len(losses[0]) == 4 and torch.allclose(*losses, rtol=0, atol=0.02)
 
 
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path):
