@@ -153,6 +153,7 @@ def test_other_lengths_compile_nothing_anew_and_memory_stays_flat(kind, compiled
     assert memory[-1] <= memory[3] + 2**16  # of workspaces
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_a_pass_waits_for_nothing_on_the_gpu():
     """torch raises an error where the host waits for the GPU."""
     module = ResponseLogps.wrap(tiny_on_gpu("Llama", "varlen"))
