@@ -28,6 +28,10 @@ from dpo.system.errors import UserError
 
 M = TypeVar("M", bound=torch.nn.Module)
 
+# How often a layer is compiled. After torch's default of 8, training could run uncompiled without an error: kinds of
+# layers, policy and reference, training and evaluation, and numbers of responses are compiled separately.
+COMPILATIONS = 64
+
 
 def load_model_config(
     settings: ModelSettings, chat_template: str | None = None
@@ -207,6 +211,7 @@ def compile_layers(model: PreTrainedModel, on: bool = True) -> None:
     layers = layers_to_compile(model)
     if not layers:
         raise UserError("compile=true: this kind of model has no layers that can be compiled; set compile=false")
+    torch._dynamo.config.recompile_limit = COMPILATIONS
     for layer in layers:
         if on:
             layer.compile(dynamic=True)

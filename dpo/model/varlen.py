@@ -99,7 +99,8 @@ class Gathered(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, keys: Tensor, places: Tensor, prompts: Tensor, *copies: Tensor) -> Tensor:
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:  # one name: of more, Dynamo takes 3 responses for no ctx
+        states, keys, places, prompts, *copies = tensors
         ctx.save_for_backward(places, prompts, *copies)
         return states.index_select(0, keys)
 

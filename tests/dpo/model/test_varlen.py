@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo.model import varlen
 from dpo.model.attention import additive_mask, use_attention
+from dpo.model.loading import compile_layers
 from dpo.model.logps import ResponseLogps
 from dpo.model.packing import LAYOUTS
 from dpo.model.varlen import Gathered, make_segments, varlen_attention
@@ -127,6 +128,26 @@ def test_layers_are_compiled_as_one_graph_for_all_lengths():
             with torch.no_grad():
                 module.eval()(batch)
     assert graphs.frame_count == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch's own compiler
+def test_layers_stay_compiled_for_more_kinds_of_rows_than_torchs_default(monkeypatch):
+    torch.compiler.reset()
+    calls, compile_module = [], torch.nn.Module.compile
+
+    def backend(graph, inputs):
+        return lambda *args: calls.append(graph) or graph(*args)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **how: compile_module(layer, backend=backend, **how))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # its default, also after this test
+    module = ResponseLogps.wrap(tiny("Llama"))
+    use_attention(module.model, "varlen")
+    compile_layers(module.model)
+    for n in range(1, 11):  # responses of an example
+        calls.clear()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            module(LAYOUTS["shared_prefix"].pack([respond([5, 6, 7], *[[8, 9]] * n)] * 2))
+        assert len(calls) == len(module.model.model.layers)
 
 
 class Watch(TorchDispatchMode):
