@@ -175,7 +175,7 @@ def shifted_cache(patch):
 def reference_moves(patch):
     def after_update(self, n_updates):
         with torch.no_grad():
-            next(self.module.parameters()).add_(1e-6)
+            next(self.module.parameters()).mul_(1.001)  # a sum would leave log-probabilities as they are
 
     patch.setattr(ModelReference, "after_update", after_update)
 
@@ -186,7 +186,7 @@ def another_reference(patch):
     def other(policy, *arguments):
         copied = copy(policy, *arguments)
         with torch.no_grad():
-            next(copied.parameters()).add_(1e-3)
+            next(copied.parameters()).mul_(1.01)
         return copied
 
     patch.setattr(build, "copy_reference", other)
