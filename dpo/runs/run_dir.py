@@ -240,9 +240,9 @@ def settings_fingerprint(config: DictConfig, **fixed: object) -> str:
 
 def earlier_settings_fingerprints(config: DictConfig) -> list[str]:
     """The fingerprints of earlier versions, in which a resumed run kept `compile`, and before that its device too."""
-    device = {"device": config.device}
-    compiled = ({}, {"compile": False}, {"compile": True})
-    return [settings_fingerprint(config, **values, **more) for values in compiled for more in ({}, device)]
+    fixed: list[dict[str, object]] = [{}, {"compile": False}, {"compile": True}]
+    fixed += [values | {"device": config.device} for values in fixed]
+    return [settings_fingerprint(config, **values) for values in fixed]
 
 
 def read_environment(states: Any) -> dict[str, Any]:
