@@ -139,15 +139,15 @@ def test_layers_stay_compiled_for_more_kinds_of_rows_than_torchs_default(monkeyp
         return lambda *args: calls.append(graph) or graph(*args)
 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **how: compile_module(layer, backend=backend, **how))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # its default, also after this test
     module = ResponseLogps.wrap(tiny("Llama"))
     use_attention(module.model, "varlen")
-    compile_layers(module.model)
-    for n in range(1, 11):  # responses of an example
-        calls.clear()
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            module(LAYOUTS["shared_prefix"].pack([respond([5, 6, 7], *[[8, 9]] * n)] * 2))
-        assert len(calls) == len(module.model.model.layers)
+    with torch._dynamo.config.patch(recompile_limit=8):  # its default, also after this test
+        compile_layers(module.model)
+        for n in range(1, 11):  # responses of an example
+            calls.clear()
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                module(LAYOUTS["shared_prefix"].pack([respond([5, 6, 7], *[[8, 9]] * n)] * 2))
+            assert len(calls) == len(module.model.model.layers)
 
 
 class Watch(TorchDispatchMode):
