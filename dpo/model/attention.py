@@ -188,11 +188,12 @@ def flex_attention(
     return out.transpose(1, 2), None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class BranchLengths:
     """The lengths of the prompt and the responses of each example in a row.
 
-    An object, since torch.compile would recompile for each tuple of different numbers.
+    An object, since torch.compile would recompile for each tuple of different numbers; in torch 2.11 also for each
+    frozen dataclass of them.
     """
 
     examples: tuple[tuple[int, ...], ...]
