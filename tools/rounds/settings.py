@@ -165,7 +165,7 @@ def combination_problems(rounds: RoundsSettings | None, run: Settings, loss: "Lo
 MAY_CHANGE = (
     "rounds min_entropy max_unfinished accept_scorer trackers wandb.enabled wandb.entity wandb.project "
     "minimum_log_interval_secs report save_every keep_checkpoints background_saves eval_batch_size "
-    "max_tokens_per_pass activation_checkpointing compile device n_processes replicate tensor_parallel ddp "
+    "max_tokens_per_pass activation_checkpointing device n_processes replicate tensor_parallel ddp "
     "reduce_every_pass collective_timeout engine.batch_size engine.url engine.command engine.at_once engine.timeout "
     "engine.start_timeout engine.max_gap scorer.batch_size scorer.url scorer.at_once scorer.timeout"
 ).split()
